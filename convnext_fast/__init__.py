@@ -1,0 +1,1 @@
+"""convnext_fast: a drop-in ConvNeXt whose blocks run on fused Triton kernels."""
