@@ -1,0 +1,67 @@
+"""LayerNorm's statistics as the convolution emits them: one (mean, M2) pair per pixel and channel block.
+
+    mean_b = Σ_{c in block} u_c / n_b        M2_b = Σ_{c in block} (u_c − mean_b)²
+
+A block holds CB channels, the last may be short. Merging (Chan, Golub and LeVeque 1979) never subtracts squares, so a
+large common offset of u costs no digits:
+
+    n = n_a + n_b    δ = mean_b − mean_a    mean = mean_a + δ·n_b/n    M2 = M2_a + M2_b + δ²·n_a·n_b/n
+
+Layout: float32 of shape (NB, P, 2), P pixels, NB = ⌈C / CB⌉, last axis (mean, M2).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCKS = {torch.float32: (64, 32, 16), torch.float16: (32, 16), torch.bfloat16: (32, 16)}
+
+
+def stats_block(channels: int, dtype: torch.dtype) -> int:
+    """Channels per block of statistics, which is the channel block CB of the convolution that emits them.
+
+    The largest size that pads ``channels`` by at most an eighth, else the size that pads least. ``dtype`` is the
+    compute dtype (float32, float16 or bfloat16). 8 bytes of statistics stand beside ``CB`` elements of u.
+    """
+    sizes = _BLOCKS[dtype]
+    padded = [triton.cdiv(channels, size) * size for size in sizes]
+    for size, total in zip(sizes, padded, strict=True):
+        if 8 * total <= 9 * channels:
+            return size
+    return sizes[padded.index(min(padded))]
+
+
+@triton.jit
+def _merge_block(stats_ptr, rows, rows_ok, P, b, count, total, mean, m2):
+    """One step of the merge: ``total`` counts the channels with this block's ``count`` included."""
+    pair = tl.arange(0, 2)
+    at = (b.to(tl.int64) * P + rows) * 2
+    block_mean, block_m2 = tl.split(tl.load(stats_ptr + at[:, None] + pair[None, :], mask=rows_ok[:, None], other=0.0))
+    delta = block_mean - mean
+    share = count / total
+    return mean + delta * share, m2 + block_m2 + delta * delta * ((total - count) * share)
+
+
+@triton.jit
+def merge_statistics(stats_ptr, rows, rows_ok, P, C, eps, CB: tl.constexpr, NB: tl.constexpr):
+    """(mean, rstd), float32 vectors, of the pixels ``rows`` (a 1-D block of indices, 0 where ``rows_ok`` is false).
+
+    C is the number of channels, CB those of a block, NB = ⌈C / CB⌉. Rows that are not ok give mean 0, rstd eps^-½.
+    """
+    mean = tl.zeros(rows.shape, tl.float32)
+    m2 = tl.zeros(rows.shape, tl.float32)
+    if NB <= 32:
+        for b in tl.static_range(NB):
+            last = tl.minimum((b + 1) * CB, C)
+            count = (last - b * CB).to(tl.float32)
+            mean, m2 = _merge_block(
+                stats_ptr, rows, rows_ok, P, tl.full((), b, tl.int32), count, last.to(tl.float32), mean, m2
+            )
+    else:
+        for b in range(NB):
+            last = tl.minimum((b + 1) * CB, C)
+            count = (last - b * CB).to(tl.float32)
+            mean, m2 = _merge_block(stats_ptr, rows, rows_ok, P, b, count, last.to(tl.float32), mean, m2)
+    return mean, tl.rsqrt(m2 / C + eps)

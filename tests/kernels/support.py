@@ -1,0 +1,132 @@
+"""What the kernel tests share: float64 references in plain torch, error bounds, poisoned allocations, the emulator.
+
+A kernel may err as much as the same formula written with eager operators in the same dtype errs against float64,
+times two (``assert_as_good_as_eager``). Outputs are allocated full of NaN (``poisoned``), so what is never written
+shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Within, ``torch.empty`` and ``torch.empty_like`` of a float dtype return tensors full of NaN."""
+    names = ("empty", "empty_like")
+    real = {name: getattr(torch, name) for name in names}
+
+    def poison(make):
+        def allocate(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return allocate
+
+    for name in names:
+        setattr(torch, name, poison(real[name]))
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(torch, name, real[name])
+
+
+def emulator_path() -> Path | None:
+    """Folder that holds the package ``sass_emulator``, or None where the tool is not there."""
+    named = os.environ.get("CONVNEXT_FAST_SASS_EMULATOR")
+    folder = Path(named) if named else Path(__file__).resolve().parents[3] / "shared" / "tools"
+    return folder if (folder / "sass_emulator").is_dir() else None
+
+
+def import_emulator():
+    """The ``sass_emulator`` module; the caller has checked ``emulator_path()``."""
+    folder = str(emulator_path())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    import sass_emulator
+
+    return sass_emulator
+
+
+def errors(actual: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """(root mean square error relative to the reference's, largest error relative to the reference's largest)."""
+    reference = reference.double()
+    difference = actual.double() - reference
+    rms = reference.square().mean().sqrt().clamp_min(1e-30)
+    peak = reference.abs().max().clamp_min(1e-30)
+    return (difference.square().mean().sqrt() / rms).item(), (difference.abs().max() / peak).item()
+
+
+def assert_as_good_as_eager(
+    actual: torch.Tensor, eager: torch.Tensor, reference: torch.Tensor, name: str = "output", factor: float = 2.0
+) -> None:
+    """``actual`` errs against the float64 ``reference`` at most ``factor`` times what ``eager`` errs, in RMS and peak.
+
+    A rounding of the result itself (half a unit in the last place of ``actual``'s dtype) is always allowed, for eager
+    can be exact by luck on tiny inputs. Shapes must agree and ``actual`` must be finite.
+    """
+    assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
+    if reference.numel() == 0:
+        return
+    missing = (~torch.isfinite(actual)).sum().item()
+    assert missing == 0, f"{name}: {missing} of {actual.numel()} values are not finite"
+    ulp = torch.finfo(actual.dtype).eps
+    for kind, got, allowed in zip(("rms", "peak"), errors(actual, reference), errors(eager, reference), strict=True):
+        bound = factor * max(allowed, ulp / 2)
+        assert got <= bound, f"{name}: {kind} error {got:.3e} exceeds {bound:.3e} (eager's own: {allowed:.3e})"
+
+
+def to_nchw(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def to_nhwc(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def dwconv_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Depthwise convolution of NHWC ``x`` with ``weight`` (C, 1, k, k), in the dtype of ``x``, NHWC out."""
+    cast = None if bias is None else bias.to(x.dtype)
+    k = weight.shape[-1]
+    if x.numel() == 0:
+        return torch.zeros_like(x)
+    return to_nhwc(F.conv2d(to_nchw(x), weight.to(x.dtype), cast, padding=k // 2, groups=x.shape[3]))
+
+
+def dwconv_gradients(
+    x: torch.Tensor, weight: torch.Tensor, du: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx NHWC, dweight (C, 1, k, k), dbias (C,)) of ``dwconv_reference``, by autograd, in the dtype of ``du``."""
+    x = x.to(du.dtype).detach().requires_grad_()
+    weight = weight.to(du.dtype).detach().requires_grad_()
+    bias = torch.zeros(weight.shape[0], dtype=du.dtype, requires_grad=True)
+    u = dwconv_reference(x, weight, bias)
+    return torch.autograd.grad(u, (x, weight, bias), du)
+
+
+def merged_statistics(stats: torch.Tensor, block: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, variance), float64 of shape (P,), of partial statistics (NB, P, 2) with ``block`` channels a block."""
+    counts = torch.tensor([min(block, channels - b * block) for b in range(stats.shape[0])], dtype=torch.float64)[
+        :, None
+    ]
+    mean_b, m2_b = stats[..., 0].double(), stats[..., 1].double()
+    mean = (counts * mean_b).sum(0) / channels
+    return mean, (m2_b + counts * (mean_b - mean).square()).sum(0) / channels
+
+
+def layer_norm_reference(
+    u: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """LayerNorm over the last axis in the dtype of ``u``."""
+    cast = [None if p is None else p.to(u.dtype) for p in (weight, bias)]
+    return F.layer_norm(u, (u.shape[-1],), *cast, eps)
