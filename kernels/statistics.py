@@ -34,34 +34,31 @@ def stats_block(channels: int, dtype: torch.dtype) -> int:
 
 
 @triton.jit
-def _merge_block(stats_ptr, rows, rows_ok, P, b, count, total, mean, m2):
-    """One step of the merge: ``total`` counts the channels with this block's ``count`` included."""
+def _merge_block(stats_ptr, rows, rows_ok, P, C, b, mean, m2, CB: tl.constexpr):
+    """Merge channel block ``b`` into the mean and M2 of the blocks before it."""
+    first = tl.zeros((), tl.int64) + b * CB
+    last = tl.minimum(first + CB, C)
     pair = tl.arange(0, 2)
-    at = (b.to(tl.int64) * P + rows) * 2
+    at = (tl.zeros((), tl.int64) + b) * P * 2 + rows * 2
     block_mean, block_m2 = tl.split(tl.load(stats_ptr + at[:, None] + pair[None, :], mask=rows_ok[:, None], other=0.0))
     delta = block_mean - mean
-    share = count / total
-    return mean + delta * share, m2 + block_m2 + delta * delta * ((total - count) * share)
+    share = (last - first).to(tl.float32) / last.to(tl.float32)
+    return mean + delta * share, m2 + block_m2 + delta * delta * (first.to(tl.float32) * share)
 
 
 @triton.jit
 def merge_statistics(stats_ptr, rows, rows_ok, P, C, eps, CB: tl.constexpr, NB: tl.constexpr):
-    """(mean, rstd), float32 vectors, of the pixels ``rows`` (a 1-D block of indices, 0 where ``rows_ok`` is false).
+    """(mean, rstd), float32 vectors, of the pixels ``rows`` (a 1-D block of indices, any value where not ``rows_ok``).
 
     C is the number of channels, CB those of a block, NB = ⌈C / CB⌉. Rows that are not ok give mean 0, rstd eps^-½.
     """
+    rows = rows.to(tl.int64)
     mean = tl.zeros(rows.shape, tl.float32)
     m2 = tl.zeros(rows.shape, tl.float32)
     if NB <= 32:
         for b in tl.static_range(NB):
-            last = tl.minimum((b + 1) * CB, C)
-            count = (last - b * CB).to(tl.float32)
-            mean, m2 = _merge_block(
-                stats_ptr, rows, rows_ok, P, tl.full((), b, tl.int32), count, last.to(tl.float32), mean, m2
-            )
+            mean, m2 = _merge_block(stats_ptr, rows, rows_ok, P, C, b, mean, m2, CB)
     else:
         for b in range(NB):
-            last = tl.minimum((b + 1) * CB, C)
-            count = (last - b * CB).to(tl.float32)
-            mean, m2 = _merge_block(stats_ptr, rows, rows_ok, P, b, count, last.to(tl.float32), mean, m2)
+            mean, m2 = _merge_block(stats_ptr, rows, rows_ok, P, C, b, mean, m2, CB)
     return mean, tl.rsqrt(m2 / C + eps)
