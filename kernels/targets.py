@@ -1,0 +1,46 @@
+"""Which target a launch is tuned for: a name that the pure functions of the ``tuning_*`` files take.
+
+A device that is none of the known targets is served by its nearest older relative, a tensor on the CPU (the
+interpreter, or a tool that executes compiled code) by sm_80.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+_planned: list[str] = []
+
+
+@functools.cache
+def _target_of_cuda(index: int) -> str:
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(index)
+    known = [name for name in TARGETS if name.startswith("sm_") and int(name[3:]) <= 10 * major + minor]
+    return known[-1] if known else TARGETS[0]
+
+
+def target_of(tensor: torch.Tensor) -> str:
+    """The target, one of ``TARGETS``, for which a launch on ``tensor`` is configured."""
+    if _planned:
+        return _planned[-1]
+    if tensor.is_cuda:
+        return _target_of_cuda(tensor.device.index)
+    return TARGETS[0]
+
+
+@contextlib.contextmanager
+def planned_for(target: str) -> Iterator[None]:
+    """Within, launches are configured for ``target`` whatever the device: for code that compiles but does not run."""
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    _planned.append(target)
+    try:
+        yield
+    finally:
+        _planned.pop()
