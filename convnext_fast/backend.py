@@ -1,0 +1,49 @@
+"""Which path a call takes: the Triton kernels, the ATen form of the same ops, or the plain reference."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+
+Backend = Literal["triton", "aten", "reference"]
+REQUESTS = ("auto", "triton", "aten", "reference")
+KERNEL_DEVICES = ("cuda", "xpu")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _read_environment() -> str:
+    request = os.environ.get("CONVNEXT_FAST_BACKEND", "auto").strip().lower() or "auto"
+    if request not in REQUESTS:
+        raise ValueError(f"CONVNEXT_FAST_BACKEND is {request!r}: expected one of {', '.join(REQUESTS)}")
+    return request
+
+
+REQUEST = _read_environment()
+"""What ``CONVNEXT_FAST_BACKEND`` asked for when the package was imported; one value for the whole process."""
+
+
+def select(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The path that the fused ops take for activations on ``device`` computed in ``dtype``.
+
+    ``auto`` takes the Triton kernels on CUDA, ROCm and XPU devices, the ATen form on every other, and the reference
+    for float64 on a GPU, which the kernels do not hold. Under ``TRITON_INTERPRET=1`` a CPU takes the kernels too.
+
+    Raises:
+        ValueError: ``CONVNEXT_FAST_BACKEND=triton`` was asked for and the kernels cannot run this dtype.
+    """
+    if REQUEST == "triton":
+        if dtype not in KERNEL_DTYPES:
+            raise ValueError(
+                f"the Triton kernels compute in float32, float16 and bfloat16, not {dtype}: "
+                "unset CONVNEXT_FAST_BACKEND or set it to 'reference'"
+            )
+        return "triton"
+    if REQUEST != "auto":
+        return REQUEST  # type: ignore[return-value]
+    if device.type in KERNEL_DEVICES:
+        return "triton" if dtype in KERNEL_DTYPES else "reference"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and dtype in KERNEL_DTYPES:
+        return "triton"
+    return "aten"

@@ -1,0 +1,218 @@
+"""The building blocks as modules: drop path, the ConvNeXt block, the stem and the downsampling layer.
+
+All take and return (N, C, H, W) tensors, in channels_last memory from the stem on, so that the (N, H, W, C) views that
+the ops work on are free. The inner `torch.nn` layers hold parameters under their usual names; with ``fused`` set their
+own ``forward`` is not called.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops, reference
+from .folding import Folded, fold
+
+KERNEL_SIZE = 7
+
+
+class DropPath(nn.Module):
+    """Stochastic depth per sample ("Deep Networks with Stochastic Depth"): a residual branch is dropped at ``rate``."""
+
+    def __init__(self, rate: float = 0.0):
+        super().__init__()
+        self.rate = rate
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """The factor of each sample of x (N, …): 0, or 1/(1 − rate), as (N,); None where nothing is dropped.
+
+        Draws from the random stream as timm does, so that one seed drops the same samples.
+        """
+        if self.rate == 0.0 or not self.training:
+            return None
+        keep = 1.0 - self.rate
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep).flatten()
+        return kept / keep if keep > 0.0 else kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x with each sample's factor applied."""
+        factor = self.draw(x)
+        return x if factor is None else x * factor.view(-1, *([1] * (x.dim() - 1)))
+
+    def extra_repr(self) -> str:
+        """The rate, for `repr`."""
+        return f"rate={self.rate:.3f}"
+
+
+class Parts(NamedTuple):
+    """The layers of a block, whatever its host library calls them."""
+
+    dwconv: nn.Conv2d
+    norm: nn.LayerNorm
+    fc1: nn.Linear
+    fc2: nn.Linear
+    gamma: nn.Parameter | None
+
+
+class ConvNextBlockBase(nn.Module):
+    """x + drop_path(γ · fc2(act(fc1(LayerNorm(dwconv(x)))))); subclasses name the layers.
+
+    Attributes:
+        fused: run `ops.convnext_block`; otherwise the plain `reference`.
+        recompute: what the fused backward computes anew (see `ops.convnext_block`).
+        act_name: activation, one of ``config.ACTIVATIONS``.
+    """
+
+    drop_path: DropPath
+
+    def __init__(self, act: str, fused: bool):
+        super().__init__()
+        self.act_name = act
+        self.fused = fused
+        self.recompute = 1
+
+    def parts(self) -> Parts:
+        """The layers of this block."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same."""
+        dwconv, norm, fc1, fc2, gamma = self.parts()
+        nhwc = x.permute(0, 2, 3, 1)
+        folded = self.folded
+        if folded is not None:
+            y = ops.convnext_block(
+                nhwc, dwconv.weight, dwconv.bias, None, None, *folded, eps=norm.eps, act=self.act_name
+            )
+            return y.permute(0, 3, 1, 2)
+        args = (dwconv.weight, dwconv.bias, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma)
+        scale = self.drop_path.draw(x)
+        if self.fused:
+            y = ops.convnext_block(nhwc, *args, scale, eps=norm.eps, act=self.act_name, recompute=self.recompute)
+        else:
+            y = reference.convnext_block(nhwc, *args, scale, norm.eps, self.act_name)
+        return y.permute(0, 3, 1, 2)
+
+    @property
+    def folded(self) -> Folded | None:
+        """The folded weights of a frozen block, otherwise None."""
+        buffers = self._buffers
+        return Folded(*(buffers[f"folded_{name}"] for name in Folded._fields)) if "folded_w1" in buffers else None
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Fold LayerNorm's affine and γ into copies of the linear layers, which the forward uses from then on."""
+        _, norm, fc1, fc2, gamma = self.parts()
+        dtype = fc1.weight.dtype
+        folded = fold(norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma, dtype)
+        for name, value in zip(Folded._fields, folded, strict=True):
+            self.register_buffer(f"folded_{name}", value.to(dtype), persistent=False)
+
+    def unfreeze(self) -> None:
+        """Drop the folded weights."""
+        for name in Folded._fields:
+            self._buffers.pop(f"folded_{name}", None)
+            self._non_persistent_buffers_set.discard(f"folded_{name}")
+
+    def extra_repr(self) -> str:
+        """The block's options, for `repr`."""
+        return f"act={self.act_name}, fused={self.fused}"
+
+
+def new_layer_scale(channels: int, value: float, **factory: Any) -> nn.Parameter | None:
+    """γ of a block, (C,), or None for a ``value`` of 0 or less."""
+    return nn.Parameter(torch.full((channels,), float(value), **factory)) if value > 0 else None
+
+
+class Mlp(nn.Module):
+    """Holds the two linear layers of a block."""
+
+    def __init__(self, channels: int, hidden: int, **factory: Any):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden, **factory)
+        self.fc2 = nn.Linear(hidden, channels, **factory)
+
+
+class ConvNextBlock(ConvNextBlockBase):
+    """The block under timm's names: conv_dw, norm, mlp.fc1, mlp.fc2, gamma."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        act: str = "gelu",
+        layer_scale: float = 1e-6,
+        drop_path: float = 0.0,
+        eps: float = 1e-6,
+        fused: bool = True,
+        **factory: Any,
+    ):
+        super().__init__(act, fused)
+        self.conv_dw = nn.Conv2d(channels, channels, KERNEL_SIZE, padding=KERNEL_SIZE // 2, groups=channels, **factory)
+        self.norm = nn.LayerNorm(channels, eps=eps, **factory)
+        self.mlp = Mlp(channels, 4 * channels, **factory)
+        self.gamma = new_layer_scale(channels, layer_scale, **factory)
+        self.drop_path = DropPath(drop_path)
+
+    def parts(self) -> Parts:
+        """The layers of this block."""
+        return Parts(self.conv_dw, self.norm, self.mlp.fc1, self.mlp.fc2, self.gamma)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # timm's conv_mlp models hold the same linear layers as 1×1 convolutions.
+        for name in ("mlp.fc1.weight", "mlp.fc2.weight"):
+            weight = state_dict.get(prefix + name)
+            if weight is not None and weight.dim() == 4 and weight.shape[2:] == (1, 1):
+                state_dict[prefix + name] = weight.flatten(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Stem(nn.Sequential):
+    """Patch convolution, then LayerNorm: (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
+
+    def __init__(
+        self, in_channels: int, channels: int, patch: tuple[int, int], eps: float, fused: bool, **factory: Any
+    ):
+        conv = nn.Conv2d(in_channels, channels, patch, stride=patch, **factory)
+        super().__init__(conv, nn.LayerNorm(channels, eps=eps, **factory))
+        self.fused = fused
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋), channels_last."""
+        conv, norm = self
+        return patchify_stem(image, conv, norm, self.fused)
+
+
+class Downsample(nn.Sequential):
+    """LayerNorm, then 2×2 convolution of stride 2: (N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋)."""
+
+    def __init__(self, in_channels: int, channels: int, eps: float, fused: bool, **factory: Any):
+        norm = nn.LayerNorm(in_channels, eps=eps, **factory)
+        super().__init__(norm, nn.Conv2d(in_channels, channels, 2, stride=2, **factory))
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋), channels_last."""
+        norm, conv = self
+        return downsample(x, norm, conv, self.fused)
+
+
+def patchify_stem(image: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, fused: bool) -> Tensor:
+    """The stem on the layers of any host: (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
+    args = (image, conv.weight, conv.bias, norm.weight, norm.bias)
+    y = ops.patchify_stem(*args, eps=norm.eps) if fused else reference.patchify_stem(*args, norm.eps)
+    return y.permute(0, 3, 1, 2)
+
+
+def downsample(x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d, fused: bool) -> Tensor:
+    """The downsampling layer on the layers of any host: (N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋)."""
+    args = (x.permute(0, 2, 3, 1), norm.weight, norm.bias, conv.weight, conv.bias)
+    y = ops.downsample(*args, eps=norm.eps) if fused else reference.downsample(*args, norm.eps)
+    return y.permute(0, 3, 1, 2)
+
+
+def layer_norm_2d(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """LayerNorm over the channels of (N, C, H, W)."""
+    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

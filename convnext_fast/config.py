@@ -1,0 +1,314 @@
+"""`ConvNextConfig`: the architecture as data, readable and writable as transformers' ``config.json``."""
+
+from __future__ import annotations
+
+import copy
+import json
+import numbers
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "selu")
+_ACTIVATION_ALIASES = {"swish": "silu"}
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+# Depths and widths: tiny to xlarge from the paper, section 3 and appendix A; atto to nano and xxlarge from timm.
+VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
+    "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
+    "pico": ((2, 2, 6, 2), (64, 128, 256, 512)),
+    "nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
+    "xxlarge": ((3, 4, 30, 3), (384, 768, 1536, 3072)),
+}
+
+
+class ConvNextConfig:
+    """What a ConvNeXt is made of; every field of transformers' ``ConvNextConfig``, with its defaults.
+
+    Args:
+        num_channels: channels of the input image.
+        patch_size: side, or (height, width), of the stem's patches in pixels; also its stride.
+        num_stages: number of stages; must equal the lengths of ``hidden_sizes`` and ``depths``.
+        hidden_sizes: channels of each stage; None means (96, 192, 384, 768).
+        depths: blocks in each stage; None means (3, 3, 9, 3).
+        hidden_act: activation between the two linear layers, one of ``ACTIVATIONS``.
+        initializer_range: standard deviation of the weights' initial normal distribution.
+        layer_norm_eps: epsilon of the last LayerNorm, on pooled features (1e-12 in transformers, 1e-6 elsewhere).
+        layer_scale_init_value: initial γ of each block; 0 or less means blocks without layer scale.
+        drop_path_rate: stochastic depth of the last block, in [0, 1]; blocks before it grow linearly from 0.
+        image_size: side, or (height, width), of the images the model was trained on. Other sizes work too.
+        out_features, out_indices: the feature maps that a backbone returns, by name ("stem", "stage1", …) or by
+            index (0 is the stem). Give either, both if they agree, or neither for the last stage.
+        num_labels: number of classes; fixes ``id2label`` to "LABEL_0", … when that is not given. 0 means no classifier.
+        id2label, label2id: names of the classes. Keys of ``id2label`` may be strings, as in JSON.
+        problem_type: the loss, one of ``PROBLEM_TYPES``, or None to choose from the labels.
+        norm_eps: epsilon of every other LayerNorm (stem, blocks, downsampling, backbone).
+        **extra: any other key of a ``config.json``; kept and written back.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type or value; the message names the field, the value and what is
+            allowed.
+    """
+
+    model_type = "convnext"
+
+    def __init__(
+        self,
+        num_channels: int = 3,
+        patch_size: int | Sequence[int] = 4,
+        num_stages: int = 4,
+        hidden_sizes: Sequence[int] | None = None,
+        depths: Sequence[int] | None = None,
+        hidden_act: str = "gelu",
+        initializer_range: float = 0.02,
+        layer_norm_eps: float = 1e-12,
+        layer_scale_init_value: float = 1e-6,
+        drop_path_rate: float = 0.0,
+        image_size: int | Sequence[int] = 224,
+        out_features: Sequence[str] | None = None,
+        out_indices: Sequence[int] | None = None,
+        num_labels: int | None = None,
+        id2label: Mapping[int | str, str] | None = None,
+        label2id: Mapping[str, int] | None = None,
+        problem_type: str | None = None,
+        norm_eps: float = 1e-6,
+        **extra: Any,
+    ):
+        model_type = extra.pop("model_type", self.model_type)
+        if model_type != self.model_type:
+            raise ValueError(
+                f"model_type is {model_type!r}: expected 'convnext' (this package holds ConvNeXt V1 alone)"
+            )
+        self.num_channels = _integer("num_channels", num_channels, 1)
+        self.patch_size = _size("patch_size", patch_size)
+        self.num_stages = _integer("num_stages", num_stages, 1)
+        self.hidden_sizes = _integers("hidden_sizes", (96, 192, 384, 768) if hidden_sizes is None else hidden_sizes, 1)
+        self.depths = _integers("depths", (3, 3, 9, 3) if depths is None else depths, 0)
+        for name, value in (("hidden_sizes", self.hidden_sizes), ("depths", self.depths)):
+            if len(value) != self.num_stages:
+                raise ValueError(
+                    f"{name} is {value}, {len(value)} values: expected one for each of num_stages={self.num_stages}"
+                )
+        if not isinstance(hidden_act, str):
+            raise TypeError(f"hidden_act is {hidden_act!r}: expected one of {ACTIVATIONS}")
+        self.hidden_act = hidden_act
+        _one_of("hidden_act", self.activation, ACTIVATIONS)
+        self.initializer_range = _real("initializer_range", initializer_range, 0)
+        self.layer_norm_eps = _real("layer_norm_eps", layer_norm_eps, 0)
+        self.layer_scale_init_value = _real("layer_scale_init_value", layer_scale_init_value)
+        self.drop_path_rate = _real("drop_path_rate", drop_path_rate, 0, 1)
+        self.image_size = _size("image_size", image_size)
+        self.norm_eps = _real("norm_eps", norm_eps, 0)
+        if problem_type is not None:
+            _one_of("problem_type", problem_type, PROBLEM_TYPES)
+        self.problem_type = problem_type
+        self._set_labels(num_labels, id2label, label2id)
+        extra.pop("stage_names", None)
+        self._set_outputs(out_features, out_indices)
+        self.extra: dict[str, Any] = extra
+
+    @classmethod
+    def from_variant(cls, variant: str, **overrides: Any) -> ConvNextConfig:
+        """The configuration of a named variant, one of ``VARIANTS``, with the official code's epsilons.
+
+        Raises:
+            ValueError: the name is not one of ``VARIANTS``.
+        """
+        if not isinstance(variant, str) or variant not in VARIANTS:
+            raise ValueError(f"variant is {variant!r}: expected one of {', '.join(VARIANTS)}")
+        depths, hidden_sizes = VARIANTS[variant]
+        fields: dict[str, Any] = {"depths": depths, "hidden_sizes": hidden_sizes, "layer_norm_eps": 1e-6}
+        if variant == "xxlarge":
+            fields |= {"norm_eps": 1e-5, "layer_norm_eps": 1e-5}
+        return cls(**{**fields, **overrides})
+
+    @property
+    def activation(self) -> str:
+        """``hidden_act`` under the name that the ops know it by ("swish" is "silu")."""
+        return _ACTIVATION_ALIASES.get(self.hidden_act, self.hidden_act)
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """(height, width) of the stem's patches."""
+        return self.patch_size if isinstance(self.patch_size, tuple) else (self.patch_size, self.patch_size)
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes."""
+        return len(self.id2label)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the feature maps: "stem", "stage1", …"""
+        return ["stem", *(f"stage{i + 1}" for i in range(self.num_stages))]
+
+    @property
+    def drop_path_rates(self) -> list[list[float]]:
+        """Drop-path rate of each block of each stage: linear from 0 to ``drop_path_rate`` over all blocks."""
+        total = sum(self.depths)
+        step = self.drop_path_rate / max(total - 1, 1)
+        rates, first = [], 0
+        for depth in self.depths:
+            rates.append([min((first + i) * step, 1.0) for i in range(depth)])
+            first += depth
+        return rates
+
+    def _set_labels(
+        self, num_labels: int | None, id2label: Mapping[int | str, str] | None, label2id: Mapping[str, int] | None
+    ) -> None:
+        if num_labels is not None:
+            _integer("num_labels", num_labels, 0)
+        if id2label is None:
+            id2label = {i: f"LABEL_{i}" for i in range(2 if num_labels is None else num_labels)}
+        if not isinstance(id2label, Mapping):
+            raise TypeError(f"id2label is a {type(id2label).__name__}: expected a mapping from class index to name")
+        try:
+            labels = {int(key): value for key, value in id2label.items()}
+        except (TypeError, ValueError):
+            raise ValueError(f"id2label has the keys {list(id2label)[:5]}…: expected class indices") from None
+        if num_labels is not None and len(labels) != num_labels:
+            raise ValueError(
+                f"num_labels is {num_labels} but id2label names {len(labels)} classes: give one or make them agree"
+            )
+        if label2id is not None and not isinstance(label2id, Mapping):
+            raise TypeError(f"label2id is a {type(label2id).__name__}: expected a mapping from name to class index")
+        self.id2label: dict[int, str] = labels
+        self.label2id: dict[str, int] = (
+            {name: i for i, name in labels.items()} if label2id is None else dict(label2id.items())
+        )
+
+    def _set_outputs(self, out_features: Sequence[str] | None, out_indices: Sequence[int] | None) -> None:
+        names = self.stage_names
+        if out_features is not None:
+            if isinstance(out_features, str) or not isinstance(out_features, Sequence) or not out_features:
+                raise TypeError(f"out_features is {out_features!r}: expected a list of names out of {names}")
+            unknown = [name for name in out_features if name not in names]
+            if unknown or len(set(out_features)) != len(out_features):
+                raise ValueError(f"out_features is {list(out_features)}: expected distinct names out of {names}")
+            if list(out_features) != sorted(out_features, key=names.index):
+                raise ValueError(f"out_features is {list(out_features)}: expected the order of {names}")
+        if out_indices is not None:
+            indices = _integers("out_indices", out_indices, -len(names))
+            positive = [i % len(names) if -len(names) <= i < len(names) else i for i in indices]
+            if not indices or max(positive) >= len(names) or positive != sorted(set(positive)):
+                raise ValueError(f"out_indices is {list(out_indices)}: expected distinct, rising indices into {names}")
+            from_indices = [names[i] for i in positive]
+            if out_features is not None and list(out_features) != from_indices:
+                raise ValueError(
+                    f"out_features {list(out_features)} and out_indices {list(out_indices)} differ: give one of them"
+                )
+            out_features = from_indices
+        chosen = list(out_features) if out_features is not None else names[-1:]
+        self.out_features: list[str] = chosen
+        self.out_indices: list[int] = [names.index(name) for name in chosen]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, with the extra ones, as JSON can hold them; the layout of transformers' ``config.json``."""
+        fields = copy.deepcopy(self.extra)
+        fields["model_type"] = self.model_type
+        for name, value in vars(self).items():
+            if name != "extra":
+                fields[name] = list(value) if isinstance(value, tuple) else copy.deepcopy(value)
+        fields["id2label"] = {str(i): name for i, name in self.id2label.items()}
+        fields["stage_names"] = self.stage_names
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ConvNextConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            TypeError, ValueError: ``fields`` is no mapping, is of another architecture, or holds an invalid value.
+        """
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"a configuration is a mapping of field names to values, not a {type(fields).__name__}")
+        fields = dict(fields)
+        if fields.get("id2label") is not None:
+            fields.pop("num_labels", None)
+        return cls(**fields)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write ``config.json`` into ``directory``, which is made if it is missing."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"architectures": None, **self.to_dict()}, indent=2, sort_keys=True)
+        (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **overrides: Any) -> ConvNextConfig:
+        """Read ``config.json`` of a folder or of a Hugging Face hub id; ``overrides`` replace fields.
+
+        Raises:
+            FileNotFoundError: the folder has no ``config.json``.
+            ValueError: the file is no JSON, or describes another architecture.
+        """
+        from .files import find_file
+
+        path = find_file(source, "config.json")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path} holds a {type(fields).__name__}: expected an object with the model's fields")
+        if fields.get("model_type") != cls.model_type:
+            raise ValueError(f"{path} describes a model of type {fields.get('model_type')!r}: expected 'convnext'")
+        if "num_labels" in overrides:
+            fields = {k: v for k, v in fields.items() if k not in ("id2label", "label2id", "num_labels")}
+        if "out_features" in overrides or "out_indices" in overrides:
+            fields = {k: v for k, v in fields.items() if k not in ("out_features", "out_indices")}
+        return cls.from_dict({**fields, **overrides})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ConvNextConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"ConvNextConfig {json.dumps(self.to_dict(), indent=2, default=str)}"
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} is {value!r}: expected an integer of at least {least}")
+    if value < least:
+        raise ValueError(f"{name} is {value}: expected an integer of at least {least}")
+    return int(value)
+
+
+def _integers(name: str, value: Any, least: int) -> tuple[int, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} is {value!r}: expected a list of integers of at least {least}")
+    return tuple(_integer(f"{name}[{i}]", item, least) for i, item in enumerate(value))
+
+
+def _size(name: str, value: Any) -> int | tuple[int, int]:
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        pair = _integers(name, value, 1)
+        if len(pair) != 2:
+            raise ValueError(f"{name} is {value!r}: expected an integer, or two as (height, width)")
+        return pair[0], pair[1]
+    return _integer(name, value, 1)
+
+
+def _real(name: str, value: Any, least: float | None = None, most: float | None = None) -> float:
+    allowed = "a number"
+    if least is not None:
+        allowed += f" of at least {least}" if most is None else f" in [{least}, {most}]"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}: expected {allowed}")
+    value = float(value)
+    if value != value or (least is not None and value < least) or (most is not None and value > most):
+        raise ValueError(f"{name} is {value}: expected {allowed}")
+    return value
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(allowed)}")

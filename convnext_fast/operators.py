@@ -1,0 +1,228 @@
+"""Registration of the fused ops with `torch.library`: forwards, backwards and the autograd between them.
+
+Each operator branches on the device inside its body, so that fake tensors, Inductor and `torch.export` trace the path
+that will run. `ops` is the public face.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import aten, backend
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def _path(x: Tensor, dtype: torch.dtype) -> ModuleType:
+    """The module that implements the ops for x."""
+    if backend.select(x.device, dtype) == "triton":
+        from . import device
+
+        return device
+    return aten
+
+
+def _operator(function: Callable) -> Any:
+    """Register ``convnext_fast::<name of function>``, run with autocast off: the ops cast by themselves."""
+
+    @functools.wraps(function)
+    def without_autocast(x: Tensor, *args: object) -> object:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args)
+
+    return torch.library.triton_op(f"convnext_fast::{function.__name__}", without_autocast, mutates_args=())
+
+
+def _present(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Operators return tensors only: an absent one is empty and one-dimensional, as no present one is."""
+    return tuple(x.new_empty(0) if t is None else t for t in tensors)
+
+
+def _absent(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+    """The inverse of `_present`."""
+    return tuple(None if t.dim() == 1 and t.shape[0] == 0 else t for t in tensors)
+
+
+def _as_inputs(x: Tensor, grads: Gradients, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Each gradient in its input's dtype and shape, made fit to be returned."""
+    pairs = zip(grads, inputs, strict=True)
+    return _present(x, *(None if g is None or i is None else g.to(i.dtype).reshape(i.shape) for g, i in pairs))
+
+
+@_operator
+def block_fwd(
+    x: Tensor,
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    eps: float,
+    act: str,
+    recompute: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, then what ``recompute`` saves: activations before the MLP, their LayerNorm statistics, hidden ones."""
+    parameters = (dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma)
+    return _present(x, *_path(x, dtype).block_fwd(x, *parameters, drop_scale, eps, act, recompute, dtype))
+
+
+@_operator
+def block_bwd(
+    dy: Tensor,
+    x: Tensor,
+    saved: list[Tensor],
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    eps: float,
+    act: str,
+    dtype: torch.dtype,
+    needs_x: bool,
+    needs_dwconv: bool,
+) -> list[Tensor]:
+    """Gradients of x and of the nine parameters."""
+    parameters = (dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma)
+    grads = _path(x, dtype).block_bwd(
+        dy, x, *_absent(*saved), *parameters, drop_scale, eps, act, dtype, needs_x, needs_dwconv
+    )
+    return list(_as_inputs(x, grads, x, *parameters))
+
+
+def _block_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps, ctx.act, _, ctx.dtype = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _block_autograd(ctx: Any, dy: Tensor, *_: object) -> Gradients:
+    x, *parameters_and_scale = ctx.saved_tensors[:11]
+    needs_x, needs_dwconv = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+    saved = list(ctx.saved_tensors[11:])
+    grads = block_bwd(
+        dy.contiguous(), x, saved, *parameters_and_scale, ctx.eps, ctx.act, ctx.dtype, needs_x, needs_dwconv
+    )
+    return (*_absent(*grads), None, None, None, None, None)
+
+
+block_fwd.register_autograd(_block_autograd, setup_context=_block_setup)
+
+
+@_operator
+def dwconv_layernorm_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, then what is saved: the convolution's output and its LayerNorm statistics."""
+    return _path(x, dtype).dwconv_layernorm_fwd(x, weight, bias, ln_weight, ln_bias, eps, dtype)
+
+
+@_operator
+def dwconv_layernorm_bwd(
+    dn: Tensor,
+    x: Tensor,
+    u: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Gradients of x and of the four parameters."""
+    parameters = (weight, bias, ln_weight, ln_bias)
+    grads = _path(x, dtype).dwconv_layernorm_bwd(dn, x, u, statistics, *parameters, eps, dtype)
+    return list(_as_inputs(x, grads, x, *parameters))
+
+
+def _dwconv_layernorm_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, *parameters, ctx.eps, ctx.dtype = inputs
+    ctx.save_for_backward(x, *output[1:], *parameters)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _dwconv_layernorm_autograd(ctx: Any, dn: Tensor, *_: object) -> Gradients:
+    grads = dwconv_layernorm_bwd(dn.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.dtype)
+    return (*_absent(*grads), None, None)
+
+
+dwconv_layernorm_fwd.register_autograd(_dwconv_layernorm_autograd, setup_context=_dwconv_layernorm_setup)
+
+
+@_operator
+def pointwise_mlp_fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    act: str,
+    recompute: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """y, then the hidden activations that level 0 of ``recompute`` saves."""
+    return _present(
+        x, *_path(x, dtype).pointwise_mlp_fwd(x, residual, w1, b1, w2, b2, gamma, drop_scale, act, recompute, dtype)
+    )
+
+
+@_operator
+def pointwise_mlp_bwd(
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    act: str,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Gradients of x and of the five parameters; the residual's is dy."""
+    parameters = (w1, b1, w2, b2, gamma)
+    grads = _path(x, dtype).pointwise_mlp_bwd(dy, x, *_absent(a), *parameters, drop_scale, act, dtype)
+    return list(_as_inputs(x, grads, x, *parameters))
+
+
+def _pointwise_mlp_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, residual, *parameters_and_scale, ctx.act, _, ctx.dtype = inputs
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(x, output[1], *parameters_and_scale)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _pointwise_mlp_autograd(ctx: Any, dy: Tensor, *_: object) -> Gradients:
+    grads = _absent(*pointwise_mlp_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.act, ctx.dtype))
+    return (grads[0], dy if ctx.has_residual else None, *grads[1:], None, None, None, None)
+
+
+pointwise_mlp_fwd.register_autograd(_pointwise_mlp_autograd, setup_context=_pointwise_mlp_setup)

@@ -1,0 +1,236 @@
+"""The fused ops as PyTorch operators: the only door between the models and the device code.
+
+`convnext_block`, `dwconv_layernorm` and `pointwise_mlp` validate their arguments, choose the path for the device
+(see `backend`), and are differentiable, traceable (`torch.compile`, `torch.export`) and aware of autocast. Under
+autocast they compute in its dtype and keep the residual stream and the gradients of parameters in the dtypes that eager
+PyTorch would give them. Activations are (N, H, W, C) and must be contiguous in memory for speed; any strides work.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backend, operators, reference
+from .config import ACTIVATIONS
+
+__all__ = ["convnext_block", "downsample", "dwconv_layernorm", "patchify_stem", "pointwise_mlp"]
+
+
+def convnext_block(
+    x: Tensor,
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gamma: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    act: str = "gelu",
+    recompute: int = 1,
+) -> Tensor:
+    """x + drop_scale · γ · fc2(act(fc1(LayerNorm(dwconv(x))))), one ConvNeXt block (section 2 of the paper).
+
+    Args:
+        x: (N, H, W, C).
+        dwconv_weight, dwconv_bias: (C, 1, k, k) with k in 3, 5, 7, and (C,) or None.
+        ln_weight, ln_bias: (C,), or None where they are folded into ``w1`` and ``b1``.
+        w1, b1, w2, b2: (K, C), (K,), (C, K), (C,).
+        gamma: (C,), the layer scale, or None.
+        drop_scale: (N,), the drop-path factor of each sample (0 or 1/keep), or None. Gets no gradient.
+        eps: epsilon of the LayerNorm.
+        act: one of ``config.ACTIVATIONS``.
+        recompute: what is computed anew in the backward pass instead of saved. 0 saves x, the normalised activations
+            and the hidden ones; 1 does without the hidden ones; 2 saves x alone.
+
+    Returns:
+        (N, H, W, C), contiguous.
+
+    Raises:
+        TypeError: a tensor has a dtype that is not floating, or differs from x's outside autocast.
+        ValueError: a shape, a device or an option is not as above.
+    """
+    _check_activation(x, "x")
+    channels, hidden = x.shape[3], _rows_of(w1, "w1")
+    _check_dwconv(x, dwconv_weight, dwconv_bias)
+    _check(x, "ln_weight", ln_weight, (channels,), optional=True)
+    _check(x, "ln_bias", ln_bias, (channels,), optional=True)
+    _check_mlp(x, w1, b1, w2, b2, gamma, drop_scale, channels, hidden)
+    _check_options(act, recompute)
+    dtype = _compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
+    if dtype != x.dtype and gamma is not None:
+        x = x.to(torch.promote_types(x.dtype, gamma.dtype))
+    if backend.select(x.device, dtype) == "reference":
+        ln_weight, ln_bias = _affine(x, ln_weight, ln_bias)
+        return reference.convnext_block(
+            x, dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma, drop_scale, eps, act
+        )
+    if not torch.is_grad_enabled():
+        recompute = 2
+    args = (dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma, drop_scale)
+    return operators.block_fwd(x.contiguous(), *args, eps, act, recompute, dtype)[0]
+
+
+def dwconv_layernorm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor, *, eps: float = 1e-6
+) -> Tensor:
+    """LayerNorm(dwconv(x)) over the channels. x and the result: (N, H, W, C); parameters as in `convnext_block`.
+
+    Raises:
+        TypeError, ValueError: as `convnext_block`.
+    """
+    _check_activation(x, "x")
+    _check_dwconv(x, weight, bias)
+    _check(x, "ln_weight", ln_weight, (x.shape[3],))
+    _check(x, "ln_bias", ln_bias, (x.shape[3],))
+    dtype = _compute_dtype(x, weight=weight)
+    if backend.select(x.device, dtype) == "reference":
+        return reference.dwconv_layernorm(x, weight, bias, ln_weight, ln_bias, eps)
+    return operators.dwconv_layernorm_fwd(x.contiguous(), weight, bias, ln_weight, ln_bias, eps, dtype)[0]
+
+
+def pointwise_mlp(
+    x: Tensor,
+    residual: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gamma: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    *,
+    act: str = "gelu",
+    recompute: int = 1,
+) -> Tensor:
+    """residual + drop_scale · γ · fc2(act(fc1(x))), per pixel; parameters as in `convnext_block`.
+
+    x: (N, H, W, C); residual: the same shape, or None for none. Level 0 of ``recompute`` saves the hidden activations.
+
+    Raises:
+        TypeError, ValueError: as `convnext_block`.
+    """
+    _check_activation(x, "x")
+    if residual is not None:
+        _check(x, "residual", residual, tuple(x.shape))
+    _check_mlp(x, w1, b1, w2, b2, gamma, drop_scale, x.shape[3], _rows_of(w1, "w1"))
+    _check_options(act, recompute)
+    dtype = _compute_dtype(x, w1=w1, w2=w2)
+    if backend.select(x.device, dtype) == "reference":
+        return reference.pointwise_mlp(x, residual, w1, b1, w2, b2, gamma, drop_scale, act)
+    if residual is None:
+        x = x.to(dtype)
+    elif gamma is not None and dtype != x.dtype:
+        residual = residual.to(torch.promote_types(residual.dtype, gamma.dtype))
+    if not torch.is_grad_enabled():
+        recompute = 2
+    residual = None if residual is None else residual.contiguous()
+    return operators.pointwise_mlp_fwd(
+        x.contiguous(), residual, w1, b1, w2, b2, gamma, drop_scale, act, recompute, dtype
+    )[0]
+
+
+def patchify_stem(
+    image: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor, *, eps: float = 1e-6
+) -> Tensor:
+    """The stem: convolution of non-overlapping patches, then LayerNorm.
+
+    image: (N, C, H, W), any strides; weight: (C', C, kh, kw). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C').
+    """
+    return reference.patchify_stem(image, weight, bias, ln_weight, ln_bias, eps)
+
+
+def downsample(
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1e-6
+) -> Tensor:
+    """The layer between stages: LayerNorm, then a convolution of non-overlapping patches.
+
+    x: (N, H, W, C); weight: (C', C, kh, kw). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C').
+    """
+    return reference.downsample(x, ln_weight, ln_bias, weight, bias, eps)
+
+
+def _check_activation(x: Tensor, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}: expected a tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}: expected a floating dtype")
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected (N, H, W, C) with H, W and C of at least 1")
+
+
+def _check(x: Tensor, name: str, value: Tensor | None, shape: tuple[int, ...], optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: expected a tensor of shape {shape}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {shape}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} has dtype {value.dtype}: expected a floating dtype")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}: expected {x.device}, where the activations are")
+
+
+def _rows_of(weight: Tensor, name: str) -> int:
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        what = f"has shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"is a {type(weight).__name__}"
+        raise ValueError(f"{name} {what}: expected a matrix (K, C)")
+    return weight.shape[0]
+
+
+def _check_dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    side = weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() == 4 else 7
+    if side not in (3, 5, 7):
+        raise ValueError(f"the depthwise kernel is {tuple(weight.shape)}: expected a square one of side 3, 5 or 7")
+    _check(x, "the depthwise weight", weight, (x.shape[3], 1, side, side))
+    _check(x, "the depthwise bias", bias, (x.shape[3],), optional=True)
+
+
+def _check_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    channels: int,
+    hidden: int,
+) -> None:
+    _check(x, "w1", w1, (hidden, channels))
+    _check(x, "b1", b1, (hidden,))
+    _check(x, "w2", w2, (channels, hidden))
+    _check(x, "b2", b2, (channels,))
+    _check(x, "gamma", gamma, (channels,), optional=True)
+    _check(x, "drop_scale", drop_scale, (x.shape[0],), optional=True)
+
+
+def _check_options(act: str, recompute: int) -> None:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act is {act!r}: expected one of {', '.join(ACTIVATIONS)}")
+    if recompute not in (0, 1, 2):
+        raise ValueError(f"recompute is {recompute!r}: expected 0, 1 or 2")
+
+
+def _compute_dtype(x: Tensor, **weights: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on (it leaves float64 alone, as PyTorch's does), otherwise x's own."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    for name, weight in weights.items():
+        if weight.dtype != x.dtype:
+            raise TypeError(
+                f"the activations are {x.dtype} but {name} is {weight.dtype}: convert one, or use torch.autocast"
+            )
+    return x.dtype
+
+
+def _affine(x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """LayerNorm's affine where it is folded away: the identity."""
+    channels = x.shape[3]
+    ones = x.new_ones(channels) if ln_weight is None else ln_weight
+    return ones, x.new_zeros(channels) if ln_bias is None else ln_bias
