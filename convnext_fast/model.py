@@ -93,6 +93,8 @@ class ConvNext(ConvNextSwitches):
         TypeError, ValueError: an argument is not as above.
     """
 
+    checkpoint_format = "timm"
+
     def __init__(
         self,
         variant_or_config: str | ConvNextConfig = "tiny",
@@ -114,7 +116,6 @@ class ConvNext(ConvNextSwitches):
         if not 0.0 <= drop_rate < 1.0:
             raise ValueError(f"drop_rate is {drop_rate}: expected a number in [0, 1)")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self._factory = factory
         self.num_classes = config.num_labels
         self.num_features = self.head_hidden_size = config.hidden_sizes[-1]
         widths, eps = config.hidden_sizes, config.norm_eps

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backend
-from .block import ConvNextBlockBase, Downsample, Stem
+from .block import ConvNextBlockBase
 from .config import ConvNextConfig
 
 
@@ -31,7 +31,7 @@ class ConvNextSwitches(nn.Module):
         if not value:
             self.unfreeze()
         for module in self.modules():
-            if isinstance(module, (ConvNextBlockBase, Stem, Downsample)):
+            if module is not self and "fused" in vars(module):
                 module.fused = bool(value)
 
     @property

@@ -1,0 +1,80 @@
+"""What the transformers-shaped models return: fields by attribute, by key and by index."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ModelOutput(Mapping):
+    """Base of the outputs: a read-only mapping of the fields that are not None, also reachable by index and attribute.
+
+    ``output.logits``, ``output["logits"]`` and ``output[0]`` are the same tensor where ``logits`` is the first field
+    present; ``to_tuple()`` gives all fields present.
+    """
+
+    def keys(self) -> list[str]:  # type: ignore[override]
+        """Names of the fields present, in order."""
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return [name for name in names if getattr(self, name) is not None]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields present, in order."""
+        return tuple(getattr(self, name) for name in self.keys())
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self.keys():
+            raise KeyError(f"{key!r}: this output holds {self.keys()}")
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+
+@dataclasses.dataclass(eq=False)
+class BaseModelOutput(ModelOutput):
+    """Of `ConvNextModel`.
+
+    last_hidden_state: (N, C, H, W) of the last stage. pooler_output: (N, C), LayerNorm of its mean over H and W.
+    hidden_states: after the stem and after each stage, (N, C, H, W) each; None unless asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class ImageClassifierOutput(ModelOutput):
+    """Of `ConvNextForImageClassification`.
+
+    loss: scalar, with labels. logits: (N, num_labels). hidden_states: as in `BaseModelOutput`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class BackboneOutput(ModelOutput):
+    """Of `ConvNextBackbone`.
+
+    feature_maps: (N, C, H, W) of each of ``out_features``. hidden_states: as in `BaseModelOutput`.
+    """
+
+    feature_maps: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+for _output in (BaseModelOutput, ImageClassifierOutput, BackboneOutput):
+    torch.export.register_dataclass(_output, serialized_type_name=f"convnext_fast.{_output.__name__}")
