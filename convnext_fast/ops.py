@@ -8,10 +8,12 @@ PyTorch would give them. Activations are (N, H, W, C) and must be contiguous in 
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from . import backend, operators, reference
+from . import backend, reference
 from .config import ACTIVATIONS
 
 __all__ = ["convnext_block", "downsample", "dwconv_layernorm", "patchify_stem", "pointwise_mlp"]
@@ -73,7 +75,7 @@ def convnext_block(
     if not torch.is_grad_enabled():
         recompute = 2
     args = (dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma, drop_scale)
-    return operators.block_fwd(x.contiguous(), *args, eps, act, recompute, dtype)[0]
+    return _operators().block_fwd(x.contiguous(), *args, eps, act, recompute, dtype)[0]
 
 
 def dwconv_layernorm(
@@ -91,7 +93,7 @@ def dwconv_layernorm(
     dtype = _compute_dtype(x, weight=weight)
     if backend.select(x.device, dtype) == "reference":
         return reference.dwconv_layernorm(x, weight, bias, ln_weight, ln_bias, eps)
-    return operators.dwconv_layernorm_fwd(x.contiguous(), weight, bias, ln_weight, ln_bias, eps, dtype)[0]
+    return _operators().dwconv_layernorm_fwd(x.contiguous(), weight, bias, ln_weight, ln_bias, eps, dtype)[0]
 
 
 def pointwise_mlp(
@@ -129,7 +131,7 @@ def pointwise_mlp(
     if not torch.is_grad_enabled():
         recompute = 2
     residual = None if residual is None else residual.contiguous()
-    return operators.pointwise_mlp_fwd(
+    return _operators().pointwise_mlp_fwd(
         x.contiguous(), residual, w1, b1, w2, b2, gamma, drop_scale, act, recompute, dtype
     )[0]
 
@@ -152,6 +154,13 @@ def downsample(
     x: (N, H, W, C); weight: (C', C, kh, kw). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C').
     """
     return reference.downsample(x, ln_weight, ln_bias, weight, bias, eps)
+
+
+def _operators() -> ModuleType:
+    """The registered operators, loaded on first use: registration imports PyTorch's compiler, a second of start-up."""
+    from . import operators
+
+    return operators
 
 
 def _check_activation(x: Tensor, name: str) -> None:

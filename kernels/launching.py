@@ -7,19 +7,24 @@ from typing import Any
 
 import torch
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch ``kernel[grid](*args, **meta)`` on the device of its first tensor argument.
 
-    While a compiler traces the call, the kernel is wrapped so that Inductor sees a Triton kernel instead of a Python
-    call. A grid with a zero in it launches nothing, as CUDA refuses such a grid.
+    Tensors that a compiler traces make the kernel a node that Inductor understands instead of a Python call. A grid with
+    a zero in it launches nothing, as CUDA refuses such a grid.
     """
     if 0 in grid:
         return
-    if torch.compiler.is_compiling():
+    tensors = [arg for arg in (*args, *meta.values()) if isinstance(arg, torch.Tensor)]
+    if any(type(tensor) not in _PLAIN for tensor in tensors):
         torch.library.wrap_triton(kernel)[grid](*args, **meta)
         return
-    first = next(arg for arg in (*args, *meta.values()) if isinstance(arg, torch.Tensor))
-    guard = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
+    device = tensors[0].device
+    guard = (
+        torch.get_device_module(device).device(device) if device.type in ("cuda", "xpu") else contextlib.nullcontext()
+    )
     with guard:
         kernel[grid](*args, **meta)
