@@ -237,7 +237,7 @@ class ConvNextConfig:
         """Write ``config.json`` into ``directory``, which is made if it is missing."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"architectures": None, **self.to_dict()}, indent=2, sort_keys=True)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
         (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 
     @classmethod

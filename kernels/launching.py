@@ -13,8 +13,8 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch ``kernel[grid](*args, **meta)`` on the device of its first tensor argument.
 
-    Tensors that a compiler traces make the kernel a node that Inductor understands instead of a Python call. A grid with
-    a zero in it launches nothing, as CUDA refuses such a grid.
+    Tensors that a compiler traces make the kernel a node of its graph instead of a Python call. A grid with a zero in
+    it launches nothing, as CUDA refuses such a grid.
     """
     if 0 in grid:
         return

@@ -1,0 +1,208 @@
+"""`ops` on a CPU against the plain reference: outputs and every gradient, over drawn shapes, dtypes and options."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import BOUNDS, relative_error
+
+from convnext_fast import ops, reference
+from convnext_fast.config import ACTIVATIONS
+
+FLOATS = st.sampled_from([torch.float32, torch.float64])
+
+
+def block_parameters(channels, hidden, kernel, dtype, layer_scale=True, dwconv_bias=True):
+    """Parameters of a block by argument name, all from N(0, 1) or scaled to keep activations near 1."""
+    shapes = {
+        "dwconv_weight": (channels, 1, kernel, kernel),
+        "dwconv_bias": (channels,) if dwconv_bias else None,
+        "ln_weight": (channels,),
+        "ln_bias": (channels,),
+        "w1": (hidden, channels),
+        "b1": (hidden,),
+        "w2": (channels, hidden),
+        "b2": (channels,),
+        "gamma": (channels,) if layer_scale else None,
+    }
+
+    def draw(shape):
+        if shape is None:
+            return None
+        scale = (shape[1:] and torch.Size(shape[1:]).numel() ** -0.5) or 1.0
+        return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+
+    return {name: draw(shape) for name, shape in shapes.items()}
+
+
+def activations(shape, dtype, layout):
+    """A leaf (N, H, W, C) tensor in one of several memory layouts."""
+    n, h, w, c = shape
+    if layout == "contiguous":
+        x = torch.randn(n, h, w, c, dtype=dtype)
+    elif layout == "nchw":
+        x = torch.randn(n, c, h, w, dtype=dtype).permute(0, 2, 3, 1)
+    else:
+        x = torch.randn(n, h, 2 * w, c + 1, dtype=dtype)[:, :, ::2, 1:]
+    return x.detach().requires_grad_()
+
+
+def results(function, tensors, cotangent):
+    """Output and gradients with respect to every tensor that requires one."""
+    y = function()
+    leaves = [t for t in tensors if t is not None and t.requires_grad]
+    return [y, *torch.autograd.grad(y, leaves, cotangent.to(y))]
+
+
+shapes = st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 19))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=shapes,
+    hidden=st.integers(1, 40),
+    kernel=st.sampled_from([3, 5, 7]),
+    dtype=FLOATS,
+    act=st.sampled_from(ACTIVATIONS),
+    recompute=st.sampled_from([0, 1, 2]),
+    layout=st.sampled_from(["contiguous", "nchw", "strided"]),
+    drop=st.booleans(),
+    layer_scale=st.booleans(),
+    dwconv_bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_block(shape, hidden, kernel, dtype, act, recompute, layout, drop, layer_scale, dwconv_bias, seed):
+    torch.manual_seed(seed)
+    parameters = block_parameters(shape[3], hidden, kernel, dtype, layer_scale, dwconv_bias)
+    x = activations(shape, dtype, layout)
+    scale = torch.randint(0, 2, (shape[0],)).to(dtype) / 0.7 if drop else None
+    cotangent = torch.randn(shape, dtype=dtype).permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)
+    tensors = [x, *parameters.values()]
+    fused = results(
+        lambda: ops.convnext_block(x, **parameters, drop_scale=scale, act=act, recompute=recompute), tensors, cotangent
+    )
+    plain = results(
+        lambda: reference.convnext_block(x, **parameters, drop_scale=scale, eps=1e-6, act=act), tensors, cotangent
+    )
+    # With one or two channels LayerNorm's gradient is a difference of equal terms: rounding is all that is left of it,
+    # so it is measured against the terms, which are of the cotangent's size.
+    least = cotangent.norm().item() if shape[3] <= 2 else 0.0
+    for i, (a, b) in enumerate(zip(fused, plain, strict=True)):
+        assert a.dtype == b.dtype
+        error = relative_error(a, b, least)
+        assert error <= BOUNDS[dtype], f"result {i}: relative error {error:.1e}"
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes, kernel=st.sampled_from([3, 5, 7]), dtype=FLOATS, seed=st.integers(0, 1000))
+def test_dwconv_layernorm(shape, kernel, dtype, seed):
+    torch.manual_seed(seed)
+    n, h, w, c = shape
+    c = c + 2
+    p = list(block_parameters(c, 1, kernel, dtype).values())[:4]
+    x = activations((n, h, w, c), dtype, "nchw")
+    cotangent = torch.randn(n, h, w, c, dtype=dtype)
+    fused = results(lambda: ops.dwconv_layernorm(x, *p), [x, *p], cotangent)
+    plain = results(lambda: reference.dwconv_layernorm(x, *p, 1e-6), [x, *p], cotangent)
+    assert max(relative_error(a, b) for a, b in zip(fused, plain, strict=True)) <= BOUNDS[dtype]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=shapes,
+    dtype=FLOATS,
+    residual=st.booleans(),
+    recompute=st.sampled_from([0, 1, 2]),
+    act=st.sampled_from(ACTIVATIONS),
+    seed=st.integers(0, 1000),
+)
+def test_pointwise_mlp(shape, dtype, residual, recompute, act, seed):
+    torch.manual_seed(seed)
+    p = list(block_parameters(shape[3], 23, 7, dtype).values())[4:]
+    x = activations(shape, dtype, "strided")
+    r = activations(shape, dtype, "nchw") if residual else None
+    scale = torch.rand(shape[0], dtype=dtype)
+    cotangent = torch.randn(shape, dtype=dtype)
+    fused = results(lambda: ops.pointwise_mlp(x, r, *p, scale, act=act, recompute=recompute), [x, r, *p], cotangent)
+    plain = results(lambda: reference.pointwise_mlp(x, r, *p, scale, act), [x, r, *p], cotangent)
+    assert max(relative_error(a, b) for a, b in zip(fused, plain, strict=True)) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["pure", "autocast"])
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+def test_half_precision_is_as_good_as_eager(dtype, mode, recompute):
+    """Each result errs against float64 at most twice as much as eager PyTorch's in the same mode."""
+    torch.manual_seed(3)
+    stored = dtype if mode == "pure" else torch.float32
+    parameters = block_parameters(40, 160, 7, stored)
+    x = activations((3, 11, 14, 40), stored, "contiguous")
+    scale = torch.tensor([1.25, 0.0, 1.25])
+    cotangent = torch.randn(x.shape).to(dtype)
+    tensors = [x, *parameters.values()]
+
+    def run(function, **options):
+        with torch.autocast("cpu", dtype=dtype, enabled=mode == "autocast"):
+            y = function(x, **parameters, drop_scale=scale, act="gelu", **options)
+        return results(lambda: y, tensors, cotangent)
+
+    fused = run(ops.convnext_block, recompute=recompute)
+    eager = run(reference.convnext_block, eps=1e-6)
+    exact = results(
+        lambda: reference.convnext_block(x, **parameters, drop_scale=scale, eps=1e-6, act="gelu", dtype=torch.float64),
+        tensors,
+        cotangent,
+    )
+    for i, (a, e, r) in enumerate(zip(fused, eager, exact, strict=True)):
+        assert a.dtype == e.dtype
+        assert relative_error(a, r) <= 2 * relative_error(e, r), f"result {i}"
+
+
+def test_frozen_parameters_get_no_gradient():
+    parameters = block_parameters(6, 24, 7, torch.float64)
+    for name in ("dwconv_weight", "dwconv_bias", "w1"):
+        parameters[name].requires_grad_(False)
+    x = activations((2, 5, 4, 6), torch.float64, "contiguous")
+    ops.convnext_block(x, **parameters).sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in parameters.values())
+    x = x.detach()
+    leaf = parameters["w2"]
+    (alone,) = torch.autograd.grad(ops.convnext_block(x, **parameters).sum(), [leaf])
+    assert relative_error(alone, leaf.grad) <= BOUNDS[torch.float64]
+
+
+def bad(**changes):
+    parameters = block_parameters(6, 24, 7, torch.float32)
+    arguments = {"x": torch.randn(2, 5, 4, 6), **parameters}
+    arguments.update({name: change(arguments.get(name)) for name, change in changes.items()})
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": lambda x: x[0]}, ValueError, r"x has shape \(5, 4, 6\): expected \(N, H, W, C\)"),
+        ({"x": lambda x: x[:, :0]}, ValueError, "at least 1"),
+        ({"x": lambda x: x.long()}, TypeError, "floating dtype"),
+        ({"x": lambda x: x.numpy()}, TypeError, "x is a ndarray: expected a tensor"),
+        ({"x": lambda x: x.double()}, TypeError, "float64 but dwconv_weight is torch.float32"),
+        ({"dwconv_weight": lambda w: w[:5]}, ValueError, "depthwise weight has shape"),
+        ({"dwconv_weight": lambda w: w[..., :4]}, ValueError, "side 3, 5 or 7"),
+        ({"dwconv_bias": lambda b: b[:5]}, ValueError, "depthwise bias has shape"),
+        ({"ln_weight": lambda w: w[:5]}, ValueError, r"ln_weight has shape \(5,\): expected \(6,\)"),
+        ({"w1": lambda w: w[0]}, ValueError, r"w1 has shape \(6,\): expected a matrix"),
+        ({"w2": lambda w: w.t()}, ValueError, r"w2 has shape \(24, 6\): expected \(6, 24\)"),
+        ({"w2": lambda w: w.half()}, TypeError, "w2 is torch.float16"),
+        ({"b1": lambda b: None}, TypeError, "b1 is a NoneType"),
+        ({"b2": lambda b: b.to("meta")}, ValueError, "b2 is on meta"),
+        ({"gamma": lambda g: g.long()}, TypeError, "gamma has dtype torch.int64"),
+        ({"drop_scale": lambda s: torch.ones(3)}, ValueError, r"drop_scale has shape \(3,\): expected \(2,\)"),
+        ({"act": lambda a: "mish"}, ValueError, "act is 'mish': expected one of gelu"),
+        ({"recompute": lambda r: 3}, ValueError, "recompute is 3: expected 0, 1 or 2"),
+    ],
+)
+def test_bad_arguments_are_named(changes, error, message):
+    with pytest.raises(error, match=message):
+        ops.convnext_block(**bad(**changes))
