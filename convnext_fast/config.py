@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "selu")
 _ACTIVATION_ALIASES = {"swish": "silu"}
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -44,7 +46,7 @@ class ConvNextConfig:
         drop_path_rate: stochastic depth of the last block, in [0, 1]; blocks before it grow linearly from 0.
         image_size: side, or (height, width), of the images the model was trained on. Other sizes work too.
         out_features, out_indices: the feature maps that a backbone returns, by name ("stem", "stage1", …) or by
-            index (0 is the stem). Give either, both if they agree, or neither for the last stage.
+            index (0 is the stem, −1 the last stage). Give either, both if they agree, or neither for the last stage.
         num_labels: number of classes; fixes ``id2label`` to "LABEL_0", … when that is not given. 0 means no classifier.
         id2label, label2id: names of the classes. Keys of ``id2label`` may be strings, as in JSON.
         problem_type: the loss, one of ``PROBLEM_TYPES``, or None to choose from the labels.
@@ -150,14 +152,12 @@ class ConvNextConfig:
 
     @property
     def drop_path_rates(self) -> list[list[float]]:
-        """Drop-path rate of each block of each stage: linear from 0 to ``drop_path_rate`` over all blocks."""
-        total = sum(self.depths)
-        step = self.drop_path_rate / max(total - 1, 1)
-        rates, first = [], 0
-        for depth in self.depths:
-            rates.append([min((first + i) * step, 1.0) for i in range(depth)])
-            first += depth
-        return rates
+        """Drop-path rate of each block of each stage: linear from 0 to ``drop_path_rate`` over all blocks.
+
+        Rounded to float32 on the way, as in timm and transformers, so that 1/(1 − rate) is theirs to the last bit.
+        """
+        rates = torch.linspace(0, self.drop_path_rate, sum(self.depths), device="cpu", dtype=torch.float32)
+        return [stage.tolist() for stage in rates.split(list(self.depths))]
 
     def _set_labels(
         self, num_labels: int | None, id2label: Mapping[int | str, str] | None, label2id: Mapping[str, int] | None

@@ -114,9 +114,9 @@ def _block_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _block_autograd(ctx: Any, dy: Tensor, *_: object) -> Gradients:
-    x, *parameters_and_scale = ctx.saved_tensors[:11]
+    x, *tensors = ctx.saved_tensors
+    parameters_and_scale, saved = tensors[:10], tensors[10:]
     needs_x, needs_dwconv = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-    saved = list(ctx.saved_tensors[11:])
     grads = block_bwd(
         dy.contiguous(), x, saved, *parameters_and_scale, ctx.eps, ctx.act, ctx.dtype, needs_x, needs_dwconv
     )
