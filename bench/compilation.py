@@ -55,12 +55,13 @@ class Launch:
 
     @property
     def name(self) -> str:
+        """The kernel's function name."""
         return self.kernel.fn.__name__
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes: registers a thread, spills (instructions or registers), shared memory in bytes."""
+    """What one compiled kernel takes: registers a thread, spills (see compile_launch), shared memory in bytes."""
 
     kernel: str
     target: str
@@ -154,14 +155,14 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
 def compile_launch(launch: Launch, target: str) -> Resources:
     """Compile a recorded launch for ``target`` and count registers, spills and shared memory.
 
-    On NVIDIA spills are loads and stores of local memory in the machine code; on AMD they are spilled registers.
+    On NVIDIA spills are loads and stores of local memory in the machine code; on AMD they are vector registers that
+    went to memory (scalar registers spill to lanes of vector registers, which costs no memory access).
     """
     compiled = compile_kernel(launch, target)
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
-        found = {key: int(value) for key, value in re.findall(r"\.([sv]gpr(?:_spill)?_count):\s+(\d+)", text)}
-        registers = found["vgpr_count"]
-        spills = found["vgpr_spill_count"] + found["sgpr_spill_count"]
+        found = {key: int(value) for key, value in re.findall(r"\.(vgpr(?:_spill)?_count):\s+(\d+)", text)}
+        registers, spills = found["vgpr_count"], found["vgpr_spill_count"]
     else:
         registers = int(re.search(r"REG:(\d+)", _cuobjdump(compiled.asm["cubin"], "-res-usage")).group(1))
         spills = len(re.findall(r"\b(?:LDL|STL)\b", _cuobjdump(compiled.asm["cubin"], "-sass")))

@@ -1,0 +1,75 @@
+"""Launch configurations of the depthwise convolution: pure functions of shape, dtype and target, no device asked.
+
+Numbers come from compiled code (registers, spills) and from executed instruction counts on sm_80; none was timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import triton
+
+# Streaming multiprocessors (compute units) of the target's usual chip, for the number of programs that fills it.
+_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorCoreConfig:
+    """Tile width TW, channels of a sweep DB, output rows of a segment (the height when it is not cut), warps."""
+
+    tile_width: int
+    dot_channels: int
+    segment: int
+    num_warps: int
+
+
+def segment_rows(height: int, taps: int, pairs: int, blocks: int, slots: int) -> int:
+    """Output rows a program takes, so that the launch ends soonest; ``height`` when cutting it gains nothing.
+
+    ``pairs`` (image, width-tile) of a whole height, 16 a program, times ``blocks`` of channels; ``slots`` programs run
+    at a time. A program of s rows takes s + taps − 1 input rows (height when whole), plus about 4 rows' time to set up.
+    Segments of m·taps + 1 rows fill their groups of ``taps`` input rows exactly.
+    """
+    best, best_time = height, triton.cdiv(triton.cdiv(pairs, 16) * blocks, slots) * (height + 4)
+    for segment in range(height // taps * taps + 1, 0, -taps):
+        if segment >= height:
+            continue
+        programs = triton.cdiv(pairs * triton.cdiv(height, segment), 16) * blocks
+        time = triton.cdiv(programs, slots) * (segment + taps - 1 + 4)
+        if time < best_time:
+            best, best_time = segment, time
+    return best
+
+
+def tensor_core_config(shape: tuple[int, int, int, int], taps: int, block: int, target: str) -> TensorCoreConfig:
+    """Configuration of dwconv_tensor_core.py for x of ``shape`` (N, H, W, C) and ``block`` channels a program.
+
+    AMD's matrix instructions are 16 wide, hence tiles of 16, and 4 wavefronts so that each may have 512 registers.
+    Elsewhere 16 channels on 8 warps leave every target without spills.
+    """
+    batch, height, width, channels = shape
+    amd = target == "gfx942"
+    tile_width = 16 if amd else 8
+    pairs = batch * triton.cdiv(width, tile_width)
+    segment = segment_rows(height, taps, pairs, triton.cdiv(channels, block), _PROCESSORS[target])
+    return TensorCoreConfig(tile_width=tile_width, dot_channels=16, segment=segment, num_warps=4 if amd else 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalarConfig:
+    """Outputs along the width of a thread TW, rows of a program BR, warps."""
+
+    tile_width: int
+    block_rows: int
+    num_warps: int
+
+
+def scalar_config(shape: tuple[int, int, int, int], block: int, target: str) -> ScalarConfig:
+    """Configuration of dwconv_scalar.py for x of ``shape`` (N, H, W, C) and ``block`` channels a program.
+
+    Tiles of 7 fit every stage of an image whose side is a multiple of 224 and hold 56 sums a thread; 4 channels of two
+    rows are a thread's share. Narrow maps take narrow tiles.
+    """
+    threads = 128 if target != "gfx942" else 256
+    tile_width = min(7, shape[2])
+    return ScalarConfig(tile_width=tile_width, block_rows=8 * threads // block, num_warps=4)
