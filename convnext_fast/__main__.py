@@ -1,0 +1,7 @@
+"""``python -m convnext_fast`` is the command ``convnext-fast``; ``torchrun -m convnext_fast train …`` works too."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

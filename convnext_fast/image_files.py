@@ -1,0 +1,74 @@
+"""Image files: which there are in a folder, and how one becomes a picture that a model can take."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import PIL.Image
+import PIL.ImageOps
+
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether ``path`` is a file, not hidden, whose suffix is one of a format that pillow reads."""
+    known = PIL.Image.registered_extensions()
+    return known.get(path.suffix.lower()) in PIL.Image.OPEN and not path.name.startswith(".") and path.is_file()
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Every image file in ``folder`` and below, sorted by path."""
+    return sorted(path for path in folder.rglob("*") if is_image_file(path))
+
+
+def open_image(source: Path | bytes, channels: int) -> PIL.Image.Image:
+    """The decoded picture, upright by its EXIF orientation, in the mode that has ``channels`` channels.
+
+    Args:
+        source: a file, or the bytes of one.
+        channels: 1 for grey, 2 for grey and alpha, 3 for RGB (transparency over white), 4 for RGBA.
+
+    Raises:
+        ValueError: not a picture, a broken one, one of too many pixels, or ``channels`` is not 1 to 4.
+        OSError: the file cannot be read.
+    """
+    _mode(channels)
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            # Past pillow's limit a picture is refused outright, not warned about.
+            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+            image = PIL.Image.open(io.BytesIO(data))
+            image.load()
+            return to_channels(PIL.ImageOps.exif_transpose(image), channels)
+    except PIL.UnidentifiedImageError:
+        raise ValueError("not an image that pillow can read") from None
+    except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"refused: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError) as error:
+        raise ValueError(f"broken image: {error}") from error
+
+
+def to_channels(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
+    """``image`` in the mode that has ``channels`` channels, as in `open_image`."""
+    mode = _mode(channels)
+    if image.mode == mode:
+        return image
+    if image.mode.startswith("I"):
+        # Pillow would cut 16-bit samples at 255; keep their upper byte.
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    if mode in ("RGB", "L") and image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = PIL.Image.alpha_composite(white, image)
+    return image.convert(mode)
+
+
+def _mode(channels: int) -> str:
+    if channels not in _MODES:
+        raise ValueError(f"the model takes {channels} channels: pictures give 1, 2, 3 or 4")
+    return _MODES[channels]

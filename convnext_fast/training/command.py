@@ -1,0 +1,140 @@
+"""What ``convnext-fast train`` does: pictures, model and processor out of the arguments, then the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..checkpoint_config import amend
+from ..classify import default_processor, load_processor
+from ..config import ConvNextConfig
+from ..console import Silence, TrainingProgress, new_console
+from ..image_processor import ConvNextImageProcessor
+from ..model import ConvNext
+from .data import load_data
+from .digits import digits_config, digits_processor
+from .distributed import process_group
+from .loop import MODEL, Trainer
+from .options import TrainingOptions
+
+
+class Start(NamedTuple):
+    """Where a run starts: one of a variant's name, a configuration, a checkpoint; none is the digits' model."""
+
+    variant: str | None = None
+    config: str | None = None
+    checkpoint: str | None = None
+
+
+def run(
+    data: str,
+    start: Start,
+    options: TrainingOptions,
+    output: Path,
+    *,
+    image_size: int | None,
+    holdout: float,
+    resume: bool,
+    save_every: int,
+    workers: int,
+    device: torch.device,
+) -> None:
+    """Train, and say where the model is.
+
+    Raises:
+        FileNotFoundError, ImportError, OSError, TypeError, ValueError: see `load_data`, `Trainer`, `load_model`.
+    """
+    console = new_console()
+    with process_group(device) as process:
+        training, validation = load_data(data, holdout, options.seed)
+        torch.manual_seed(options.seed)
+        model, processor = build(start, training.classes, options, image_size, digits=data == "digits")
+        if process.rank == 0:
+            size = sum(parameter.numel() for parameter in model.parameters())
+            held = f", {len(validation)} to evaluate on" if validation else ""
+            console.print(
+                f"{len(training)} pictures of {len(training.classes)} classes to train on{held}; {size:,} parameters; "
+                f"{process.world} process{'es' if process.world > 1 else ''} on {process.device.type}",
+                soft_wrap=True,
+            )
+        trainer = Trainer(
+            model.to(process.device),
+            training,
+            validation,
+            processor,
+            options,
+            output,
+            process=process,
+            resume=resume,
+            save_every=save_every,
+            workers=workers,
+        )
+        reporter = TrainingProgress(console) if process.rank == 0 else Silence()
+        try:
+            trainer.run(reporter)
+        finally:
+            reporter.stop()
+        if process.rank == 0:
+            console.print(f"model in {output / MODEL}", soft_wrap=True)
+
+
+def build(
+    start: Start, classes: tuple[str, ...], options: TrainingOptions, image_size: int | None, digits: bool
+) -> tuple[ConvNext, ConvNextImageProcessor]:
+    """The model to train, on the CPU, and its image processor.
+
+    A checkpoint's classifier is kept where its classes have the same names, in the same order; otherwise it starts
+    anew.
+
+    Raises:
+        ValueError: pictures other than the digits need a variant, a configuration or a checkpoint.
+        FileNotFoundError, ImportError, TypeError, ValueError: see `load_checkpoint`.
+    """
+    named = {"id2label": dict(enumerate(classes))}
+    if options.drop_path is not None:
+        named["drop_path_rate"] = options.drop_path
+    if image_size is not None:
+        named["image_size"] = image_size
+    source = start.checkpoint or start.config
+    if start.checkpoint:
+        drop_path = {} if options.drop_path is None else {"drop_path_rate": options.drop_path}
+        model = ConvNext.from_pretrained(start.checkpoint, **drop_path)
+        if list(model.config.id2label.values()) != list(classes):
+            model.reset_classifier(len(classes))
+        model.config = amend(model.config, **named)
+    elif start.config:
+        model = ConvNext(amend(read_config(start.config), **named))
+    elif start.variant:
+        model = ConvNext(amend(ConvNextConfig.from_variant(start.variant), **named))
+    elif digits:
+        model = ConvNext(amend(digits_config(), **named))
+    else:
+        raise ValueError("pictures of a folder need --variant, --config or --checkpoint: expected one of them")
+    if source:
+        processor, own = load_processor(source, model.config)
+        if own and image_size is not None:
+            processor.size = {"shortest_edge": image_size}
+    elif digits and not start.variant:
+        processor = digits_processor()
+        processor.size = {"shortest_edge": model.config.image_size}
+    else:
+        processor = default_processor(model.config)
+    return model, processor
+
+
+def read_config(source: str) -> ConvNextConfig:
+    """The configuration in a JSON file, a folder or a hub repository.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: it is not there, or not a ConvNeXt's.
+    """
+    path = Path(source).expanduser()
+    if not path.is_file():
+        return ConvNextConfig.from_pretrained(source)
+    try:
+        return ConvNextConfig.from_dict(json.loads(path.read_text("utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} is no configuration: {error}") from error

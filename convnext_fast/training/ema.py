@@ -1,0 +1,32 @@
+"""An exponential moving average of a model's weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Ema(Generic[Model]):
+    """Holds ``module``, a copy of ``model`` in evaluation mode whose parameters follow it: w ← d·w + (1 − d)·w_model.
+
+    The decay d grows as (1 + t) / (10 + t) over the updates t up to ``decay``, so that a short run does not end as an
+    average with its random start.
+    """
+
+    def __init__(self, model: Model, decay: float):
+        self.decay = decay
+        self.module: Model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in ``model`` after optimiser step number ``step``, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        mean, new = list(self.module.parameters()), [parameter.detach() for parameter in model.parameters()]
+        torch._foreach_lerp_(mean, new, 1 - decay)
+        for buffer, value in zip(self.module.buffers(), model.buffers(), strict=True):
+            buffer.copy_(value)

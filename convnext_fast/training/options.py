@@ -1,0 +1,83 @@
+"""`TrainingOptions`: everything that decides what a run computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from .augment import AUGMENTATIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """How to train; the defaults are the paper's recipe for ImageNet (appendix A) but for its length and batch.
+
+    Attributes:
+        epochs: passes over the training pictures.
+        batch_size: pictures a step, of all processes together.
+        lr, min_lr: learning rate after the warm-up and at the end of the cosine.
+        warmup_epochs: length of the linear warm-up; may be a fraction.
+        weight_decay: of AdamW, on matrices and convolutions only.
+        betas: of AdamW.
+        layer_decay: the learning rate of each layer is this times that of the layer after it; 1 for none.
+        clip_grad: largest norm of the whole gradient; 0 for no clipping.
+        drop_path: stochastic depth of the last block; None keeps the configuration's.
+        label_smoothing: part of the target spread over all classes.
+        mixup, cutmix: α of the Beta distribution of the share; 0 for off.
+        ema: decay of the exponential moving average of the weights, which is what is evaluated and exported; 0 for off.
+        augmentation: one of ``augment.AUGMENTATIONS``.
+        bf16: compute under bfloat16 autocast; parameters stay float32.
+        seed: of initial weights, order, augmentation, mixing and drop path.
+
+    Raises:
+        TypeError, ValueError: a value is not as above; the message names it.
+    """
+
+    epochs: int = 300
+    batch_size: int = 128
+    lr: float = 5e-4
+    min_lr: float = 1e-6
+    warmup_epochs: float = 5.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    layer_decay: float = 1.0
+    clip_grad: float = 0.0
+    drop_path: float | None = None
+    label_smoothing: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    ema: float = 0.9999
+    augmentation: str = "crop"
+    bf16: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} is {value!r}: expected an integer of at least {least}")
+            if value < least:
+                raise ValueError(f"{name} is {value}: expected an integer of at least {least}")
+        for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "mixup", "cutmix"):
+            self._check(name, 0.0, math.inf)
+        for name in ("label_smoothing", "ema"):
+            self._check(name, 0.0, 1.0)
+        if self.drop_path is not None:
+            self._check("drop_path", 0.0, 1.0)
+        if not 0.0 < self.layer_decay <= 1.0:
+            raise ValueError(f"layer_decay is {self.layer_decay}: expected a number in (0, 1]")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr is {self.min_lr}: expected at most lr, {self.lr}")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}: expected at most epochs, {self.epochs}")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}: expected two numbers in [0, 1)")
+        if self.augmentation not in AUGMENTATIONS:
+            raise ValueError(f"augmentation is {self.augmentation!r}: expected one of {', '.join(AUGMENTATIONS)}")
+
+    def _check(self, name: str, least: float, end: float) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is {value!r}: expected a number in [{least:g}, {end:g})")
+        if not least <= value < end:
+            raise ValueError(f"{name} is {value}: expected a number in [{least:g}, {end:g})")
