@@ -1,0 +1,292 @@
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_support import pictures, processor, tiny_config, write_folder
+
+from convnext_fast import ConvNext, cli
+from convnext_fast.image_processor import ConvNextImageProcessor
+from convnext_fast.training import Trainer, TrainingOptions, evaluate
+from convnext_fast.training.data import evaluation_loader, load_folder
+from convnext_fast.training.distributed import Process
+from convnext_fast.training.optim import layer_ids
+from convnext_fast.training.state import load_state, save_state
+
+CPU = torch.device("cpu")
+OPTIONS = {"epochs": 2, "batch_size": 8, "lr": 1e-2, "warmup_epochs": 1, "ema": 0.9, "seed": 3}
+
+
+class Quiet:
+    """A reporter that keeps the losses, and stops the run before step ``until``."""
+
+    def __init__(self, until=None):
+        self.losses, self.until = {}, until
+
+    def start(self, step, steps):
+        self.first = step
+
+    def step(self, step, loss, lr):
+        self.losses[step] = loss
+        if step + 1 == self.until:
+            raise KeyboardInterrupt
+
+    def epoch(self, record):
+        pass
+
+
+def new_trainer(
+    output, *, images=None, validation=None, model=None, drop_path=0.3, resume=False, save_every=0, **options
+):
+    torch.manual_seed(0)
+    model = model or ConvNext(tiny_config(drop_path_rate=drop_path))
+    options = TrainingOptions(**{**OPTIONS, **options})
+    return Trainer(
+        model,
+        images or pictures(),
+        validation,
+        processor(),
+        options,
+        output,
+        process=Process(0, 1, CPU),
+        resume=resume,
+        save_every=save_every,
+    )
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    return write_folder(tmp_path / "data")
+
+
+def run_to_the_end(output, **options):
+    trainer = new_trainer(output, validation=pictures(10), **options)
+    reporter = Quiet()
+    return trainer.run(reporter), reporter.losses, load_file(output / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize(("stop", "save_every"), [(4, 0), (2, 1), (5, 2)])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, stop, save_every):
+    history, losses, weights = run_to_the_end(tmp_path / "whole")
+    trainer = new_trainer(tmp_path / "cut", validation=pictures(10), save_every=save_every)
+    first = Quiet(until=stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(first)
+    trainer = new_trainer(tmp_path / "cut", validation=pictures(10), save_every=save_every, resume=True)
+    second = Quiet()
+    resumed = trainer.run(second)
+    assert second.first == trainer.steps - len(second.losses) > 0
+    assert first.losses | second.losses == losses
+    assert len(losses) == 6
+    untimed = [
+        [{k: v for k, v in record.items() if k != "images_per_second"} for record in h] for h in (history, resumed)
+    ]
+    assert untimed[0] == untimed[1]
+    again = load_file(tmp_path / "cut" / "model" / "model.safetensors")
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    assert json.loads((tmp_path / "cut" / "history.json").read_text())["epochs"] == resumed
+
+
+def test_training_learns_and_the_average_is_what_is_scored_and_exported(tmp_path):
+    history, _, weights = run_to_the_end(tmp_path, epochs=6, drop_path=0.0, mixup=0.0, cutmix=0.0)
+    assert history[-1]["accuracy"] == 1.0
+    assert history[-1]["loss"] < history[0]["loss"]
+    state = load_state(tmp_path)
+    assert torch.equal(weights["classifier.weight"], state["model_ema"]["head.fc.weight"])
+    assert not torch.equal(weights["classifier.weight"], state["model"]["head.fc.weight"])
+    model = ConvNext.from_pretrained(tmp_path / "model")
+    images = pictures(10)
+    score = evaluate(model, evaluation_loader(images, processor(), channels=1, batch_size=3), CPU)
+    assert score.accuracy == history[-1]["accuracy"]
+    assert score.loss == pytest.approx(history[-1]["validation_loss"], rel=1e-5)
+
+
+def test_one_step_is_adamw_on_the_smoothed_cross_entropy(tmp_path):
+    options = {"mixup": 0.0, "cutmix": 0.0, "ema": 0.0, "drop_path": 0.0, "augmentation": "none", "clip_grad": 0.1}
+    trainer = new_trainer(tmp_path, warmup_epochs=0, label_smoothing=0.2, layer_decay=0.9, **options)
+    torch.manual_seed(0)
+    model = ConvNext(tiny_config(), fused=False)
+    (pixels, targets), *_ = trainer.loader
+    trainer.model.train()
+    loss, lr = trainer._train_step(trainer.model, pixels, targets)
+    log = model(pixels).log_softmax(-1)
+    expected = -((0.8 * targets + 0.2 / 2) * log).sum(-1).mean()
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    total = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    layers, last = layer_ids(model), 4
+    moved = dict(trainer.model.named_parameters())
+    for name, parameter in model.named_parameters():
+        rate = lr * 0.9 ** (last - layers[name])
+        grad = parameter.grad * min(1.0, 0.1 / total)
+        decayed = parameter * (1 - rate * 0.05 * (parameter.dim() > 1))
+        # The first step of Adam is g / (|g| + ε), which is ill-conditioned where g is about ε.
+        clear = grad.abs() > 1e-5
+        step = decayed - rate * grad / (grad.abs() + 1e-8)
+        torch.testing.assert_close(moved[name][clear], step[clear], rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_trains_float32_weights(tmp_path):
+    trainer = new_trainer(tmp_path / "a", bf16=True, drop_path=0.0)
+    narrow, exact = Quiet(), Quiet()
+    trainer.run(narrow)
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    new_trainer(tmp_path / "b", drop_path=0.0).run(exact)
+    assert narrow.losses != exact.losses
+    assert narrow.losses[0] == pytest.approx(exact.losses[0], rel=0.02)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten_nor_continued_with_other_options(tmp_path):
+    new_trainer(tmp_path).run(Quiet())
+    with pytest.raises(ValueError, match="holds a run already"):
+        new_trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"options differ: lr was 0.01 and is 0.02"):
+        new_trainer(tmp_path, resume=True, lr=2e-2)
+    with pytest.raises(ValueError, match="pictures differ"):
+        new_trainer(tmp_path, resume=True, images=pictures(26))
+    with pytest.raises(ValueError, match="config differ"):
+        new_trainer(tmp_path, resume=True, drop_path=0.2)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path):
+    model = ConvNext(tiny_config())
+    with torch.no_grad():
+        model.head.fc.bias[0] = math.inf
+    with pytest.raises(ValueError, match="the loss is nan at step 0 of 6"):
+        new_trainer(tmp_path, model=model).run(Quiet())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_cannot_be_read_is_named(image_folder, tmp_path):
+    broken = image_folder / "dark" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:-40])
+    images = load_folder(image_folder)
+    with pytest.raises(ValueError, match=r"dark/0\.png: broken image"):
+        new_trainer(tmp_path / "run", images=images).run(Quiet())
+    with pytest.raises(ValueError, match=r"dark/0\.png: broken image"):
+        evaluate(ConvNext(tiny_config()), evaluation_loader(images, processor(), channels=1, batch_size=4), CPU)
+
+
+def test_the_classes_of_model_and_pictures_have_to_agree(tmp_path):
+    with pytest.raises(ValueError, match="the model has 2 classes, the pictures 3"):
+        new_trainer(tmp_path, images=pictures(classes=("a", "b", "c")))
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    new_trainer(tmp_path).run(Quiet())
+    path = tmp_path / "checkpoint.pt"
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"words"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="no whole checkpoint"):
+            load_state(tmp_path)
+    torch.save({"step": 1}, path)
+    with pytest.raises(ValueError, match="no checkpoint of a training run"):
+        load_state(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        load_state(tmp_path)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
+    trainer = new_trainer(tmp_path)
+    trainer.run(Quiet())
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint\.pt|too large"):
+            save_state(tmp_path, load_state(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "history.json", "model"}
+
+
+# The command
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    tiny_config(num_channels=3, image_size=8).save_pretrained(tmp_path / "config")
+    return tmp_path / "config" / "config.json"
+
+
+def train(data, output, *arguments):
+    fixed = ["--epochs", "2", "--batch-size", "8", "--warmup-epochs", "1", "--lr", "1e-2", "--device", "cpu"]
+    return cli.main(["train", str(data), "--output", str(output), *fixed, *map(str, arguments)])
+
+
+def test_two_processes_give_the_weights_of_one(image_folder, config_file, tmp_path):
+    arguments = ["--config", config_file, "--clip-grad", "1", "--ema", "0.9", "--layer-decay", "0.9"]
+    assert train(image_folder, tmp_path / "one", *arguments) == 0
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "convnext_fast",
+    ]
+    fixed = ["--epochs", "2", "--batch-size", "8", "--warmup-epochs", "1", "--lr", "1e-2", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "train", image_folder, "--output", tmp_path / "two", *fixed, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 processes on cpu" in done.stdout
+    assert done.stdout.count("epoch 1 ") == 1
+    states = [torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("one", "two")]
+    for part in ("model", "model_ema"):
+        for name, value in states[0][part].items():
+            torch.testing.assert_close(
+                states[1][part][name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    for one, two in zip(*(state["history"] for state in states), strict=True):
+        for key in ("loss", "validation_loss", "accuracy"):
+            assert two[key] == pytest.approx(one[key], rel=1e-5)
+    assert ConvNext.from_pretrained(tmp_path / "two" / "model").config.id2label == {0: "dark", 1: "light"}
+
+
+def test_fine_tuning_keeps_the_classifier_of_the_same_classes_and_starts_others_anew(
+    image_folder, config_file, tmp_path
+):
+    assert train(image_folder, tmp_path / "first", "--config", config_file, "--epochs", "1") == 0
+    weights = load_file(tmp_path / "first" / "model" / "model.safetensors")
+    tuned = ["--checkpoint", tmp_path / "first" / "model", "--lr", "0", "--min-lr", "0", "--ema", "0", "--epochs", "1"]
+    assert train(image_folder, tmp_path / "same", *tuned) == 0
+    same = load_file(tmp_path / "same" / "model" / "model.safetensors")
+    assert all(torch.equal(same[name], value) for name, value in weights.items())
+    (image_folder / "light").rename(image_folder / "bright")
+    assert train(image_folder, tmp_path / "other", *tuned) == 0
+    other = load_file(tmp_path / "other" / "model" / "model.safetensors")
+    changed = {name for name, value in weights.items() if not torch.equal(other[name], value)}
+    assert changed == {"classifier.weight", "classifier.bias"}
+    model = ConvNext.from_pretrained(tmp_path / "other" / "model")
+    assert model.config.id2label == {0: "bright", 1: "dark"}
+    assert ConvNextImageProcessor.from_pretrained(tmp_path / "other" / "model").size == {"shortest_edge": 8}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "need --variant, --config or --checkpoint"),
+        (["--variant", "atto", "--batch-size", "64"], "batch_size is 64: expected at most 18"),
+        (["--variant", "atto", "--layer-decay", "2"], "layer_decay is 2.0: expected a number in (0, 1]"),
+        (["--config", "nowhere.json"], "nowhere.json"),
+        (["--checkpoint", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_what_cannot_be_trained_is_said(image_folder, tmp_path, capsys, arguments, message):
+    assert train(image_folder, tmp_path / "run", *arguments) == 1
+    assert message in capsys.readouterr().err
