@@ -1,0 +1,84 @@
+"""What is installed, what an import brings in, and the environment variable."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(code, **environment):
+    """Run code in a fresh interpreter away from the repository, so that only installed packages are found."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT.anchor,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_wheel_holds_our_packages_alone(tmp_path):
+    build = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert build.returncode == 0, build.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"convnext_fast"}
+    assert {"convnext_fast/py.typed", "convnext_fast/kernels/__init__.py"} <= set(names)
+    sources = [p.relative_to(ROOT / "kernels") for p in (ROOT / "kernels").glob("*.py")]
+    assert {f"convnext_fast/kernels/{p}" for p in sources} <= set(names)
+
+
+def test_import_is_light():
+    code = (
+        "import sys, convnext_fast\n"
+        "heavy = ['triton', 'transformers', 'huggingface_hub', 'rich', 'sklearn', 'torch._dynamo', 'torchvision']\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    result = python(code, CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_no_top_level_kernels():
+    result = python("import convnext_fast, sys; print('kernels' in sys.modules)")
+    assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("request_", "path"), [("auto", "aten"), ("", "aten"), ("ATen", "aten"), ("reference", "reference")]
+)
+def test_environment_chooses_the_path(request_, path):
+    code = (
+        "import torch, convnext_fast as c\n"
+        "m = c.ConvNext(c.ConvNextConfig(num_stages=1, hidden_sizes=[8], depths=[1]))\n"
+        "x = torch.randn(1, 3, 32, 32)\n"
+        "print(m.backend_for(x), tuple(m(x).shape))"
+    )
+    result = python(code, CONVNEXT_FAST_BACKEND=request_)
+    assert result.stdout.strip() == f"{path} (1, 2)", result.stderr
+
+
+def test_environment_rejects_other_words():
+    result = python("import convnext_fast", CONVNEXT_FAST_BACKEND="cuda")
+    assert "CONVNEXT_FAST_BACKEND is 'cuda': expected one of auto, triton, aten, reference" in result.stderr
+
+
+def test_public_names_are_documented():
+    import convnext_fast
+
+    for name in convnext_fast.__all__:
+        thing = getattr(convnext_fast, name)
+        assert name.startswith("__") or name == "VARIANTS" or (thing.__doc__ and len(thing.__doc__) > 40), name
