@@ -119,14 +119,14 @@ def load_model(
     model = cls(config, device="meta", dtype=dtype, **model_options)
     state, new = fit(model, checkpoint, str(source), ignore_mismatched_sizes=ignore_mismatched_sizes)
     dtype = dtype or _common_dtype(state.values())
-    expected = model.state_dict()
-    state = {
-        name: torch.empty(expected[name].shape, dtype=dtype, device=device)
-        if tensor is None
-        else tensor.to(device=device, dtype=dtype)
-        for name, tensor in state.items()
+    # Tensors of a mapped file are copied: they would follow what becomes of it, and lie unaligned, which changes sums.
+    filled = {
+        name: torch.empty(skeleton.shape, dtype=dtype, device=device)
+        if state[name] is None
+        else state[name].to(device=device, dtype=dtype, copy=True)
+        for name, skeleton in model.state_dict().items()
     }
-    model.load_state_dict(state, strict=True, assign=True)
+    model.load_state_dict(filled, strict=True, assign=True)
     for name in dict.fromkeys(name.rpartition(".")[0] for name in new):
         module = model.get_submodule(name)
         if isinstance(module, nn.LayerNorm):

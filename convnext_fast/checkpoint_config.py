@@ -121,8 +121,9 @@ def _timm_amendments(fields: Mapping[str, Any]) -> dict[str, Any]:
     arguments = fields.get("model_args")
     arguments = dict(arguments) if isinstance(arguments, Mapping) else {}
     amendments: dict[str, Any] = {}
-    if "norm_eps" in arguments and arguments["norm_eps"] is not None:
-        amendments |= {"norm_eps": arguments["norm_eps"], "layer_norm_eps": arguments["norm_eps"]}
+    eps = arguments.get("norm_eps") or (1e-5 if fields["architecture"] == "convnext_xxlarge" else None)
+    if eps is not None:
+        amendments |= {"norm_eps": eps, "layer_norm_eps": eps}
     if "act_layer" in arguments:
         amendments["hidden_act"] = _TIMM_ACTIVATIONS.get(arguments["act_layer"], arguments["act_layer"])
     size = pretrained.get("input_size")

@@ -209,11 +209,13 @@ def _read_file(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is no safetensors file, or is cut short or damaged: {error}") from error
     if path.suffix == ".json":
         raise ValueError(f"{path} holds no weights: give the folder, or a file of {', '.join(WEIGHT_SUFFIXES)}")
+    with open(path, "rb") as file:
+        mappable = zipfile.is_zipfile(file)
     try:
         # Training scripts keep their command-line arguments in the file; a Namespace is a bag of attributes, no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, MemoryError):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    except MemoryError:
         raise
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -223,7 +225,7 @@ def _read_file(path: Path) -> dict[str, Any]:
                 "expected a file of tensors alone (save model.state_dict())"
             ) from error
         raise ValueError(f"{path} is no PyTorch checkpoint, or is damaged") from error
-    except Exception as error:  # a damaged pickle can raise anything
+    except Exception as error:  # a damaged file can raise anything, OSError included
         raise ValueError(f"{path} is no PyTorch checkpoint, or is cut short or damaged: {error!r:.200}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: expected a dict of tensors")
