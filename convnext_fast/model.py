@@ -197,16 +197,15 @@ class ConvNext(ConvNextSwitches):
         last = len(self.stages) - 1
         x = self.stem(x)
         maps = []
-        for i, stage in enumerate(self.stages):
-            if stop_early and i > max(wanted):
-                break
+        run = max(wanted) + 1 if stop_early else last + 1
+        for i, stage in enumerate(self.stages[:run]):
             x = stage(x)
             if i in wanted:
                 y = self._final_norm(x) if norm and i == last else x
                 maps.append(y if output_fmt == "NCHW" else y.permute(0, 2, 3, 1))
         if intermediates_only:
             return maps
-        return (self._final_norm(x) if i == last else x), maps
+        return (self._final_norm(x) if run > last else x), maps
 
     def get_classifier(self) -> nn.Module:
         """The classifier: `torch.nn.Linear`, or Identity without classes."""

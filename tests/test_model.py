@@ -78,6 +78,8 @@ def test_intermediates():
     assert torch.equal(last, model.forward_features(x))
     normed = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
     assert torch.equal(normed[0], last)
+    early, (_, third) = model.forward_intermediates(x, indices=[0, 2], stop_early=True)
+    assert torch.equal(early, third)
     first, (only,) = model.forward_intermediates(x, indices=[0], stop_early=True, output_fmt="NHWC")
     assert torch.equal(only.permute(0, 3, 1, 2), first)
     assert torch.equal(first, maps[0])
