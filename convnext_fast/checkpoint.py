@@ -68,7 +68,7 @@ def load_checkpoint(source: str | Path, *, use_ema: bool = False, config: ConvNe
             config = amend(config, **saved.amendments)
         else:
             config = saved.config
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from None
     return Checkpoint(named, config, format, extra, "norm_pre.weight" in named, saved.global_pool)
 
@@ -109,6 +109,8 @@ def load_model(
     """
     if not (isinstance(cls, type) and issubclass(cls, ConvNextSwitches) and hasattr(cls, "checkpoint_format")):
         raise TypeError(f"cls is {cls!r}: expected a model class of convnext_fast")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is {dtype!r}: expected a floating torch.dtype, or None to keep the checkpoint's")
     checkpoint = load_checkpoint(source, use_ema=use_ema, config=config)
     config = checkpoint.config
     if num_labels is not None and num_labels != config.num_labels:

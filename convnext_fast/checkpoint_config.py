@@ -47,17 +47,23 @@ def read_config(source: str | Path) -> SavedConfig:
             f"{error}: give the weights file itself to infer the configuration from its tensors, or pass config="
         ) from None
     fields = read_json(path)
-    pool = (
-        fields.get("model_args", {}).get("global_pool", "avg") if isinstance(fields.get("model_args"), dict) else "avg"
-    )
+    arguments = fields.get("model_args")
+    arguments = arguments if isinstance(arguments, dict) else {}
+    pool = arguments.get("global_pool", "avg")
     if SECTION in fields:
-        return SavedConfig(ConvNextConfig.from_dict(fields[SECTION]), {}, pool)
+        try:
+            return SavedConfig(ConvNextConfig.from_dict(fields[SECTION]), {}, pool)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}, {SECTION}: {error}") from None
     if "model_type" not in fields and "architecture" in fields:
         architecture = str(fields["architecture"])
         if not architecture.startswith("convnext_"):
             raise ValueError(f"{path} describes timm's {architecture!r}: expected one of timm's 'convnext_…' models")
-        return SavedConfig(None, _timm_amendments(fields), pool)
-    return SavedConfig(ConvNextConfig.from_pretrained(path.parent), {})
+        return SavedConfig(None, _timm_amendments(fields, arguments), pool)
+    try:
+        return SavedConfig(ConvNextConfig.from_pretrained(path.parent), {})
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def amend(config: ConvNextConfig, **fields: Any) -> ConvNextConfig:
@@ -114,12 +120,10 @@ def _architecture(keys: list[str]) -> str:
     return "ConvNextModel" if "layernorm.weight" in keys else "ConvNextBackbone"
 
 
-def _timm_amendments(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _timm_amendments(fields: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What timm's configuration knows beyond the tensors' shapes."""
     pretrained = fields.get("pretrained_cfg")
-    pretrained = dict(pretrained) if isinstance(pretrained, Mapping) else dict(fields)
-    arguments = fields.get("model_args")
-    arguments = dict(arguments) if isinstance(arguments, Mapping) else {}
+    pretrained = pretrained if isinstance(pretrained, Mapping) else fields
     amendments: dict[str, Any] = {}
     eps = arguments.get("norm_eps") or (1e-5 if fields["architecture"] == "convnext_xxlarge" else None)
     if eps is not None:

@@ -78,9 +78,8 @@ def assert_outputs_agree(ours, theirs):
             assert relative_error(a, b) <= FLOAT32_BOUND
 
 
-@pytest.mark.parametrize("fields", CONFIGS)
+@pytest.mark.parametrize(("fields", "limit"), list(zip(CONFIGS, ["5GB", "3KB", "5GB", "3KB"], strict=True)))
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("limit", ["5GB", "3KB"])
 def test_our_folders_load_in_transformers(name, fields, limit, tmp_path):
     ours = model_of(getattr(convnext_fast, name), fields={"layer_norm_eps": 1e-12, "num_labels": 4, **fields})
     save_model(ours, tmp_path, max_shard_size=limit)
@@ -544,7 +543,10 @@ def test_incomplete_folders(tmp_path):
         ('{"architecture": "convnextv2_tiny"}', "timm's 'convnextv2_tiny'"),
         ('{"hidden_sizes": [1]}', "type None"),
         ('{"model_type": "convnext", "depths": [1]}', "depths"),
+        ('{"model_type": "convnext", "depths": "many"}', "config.json: depths is 'many'"),
+        ('{"convnext_fast": [1]}', "config.json, convnext_fast: a configuration is a mapping"),
         ('{"architecture": "convnext_tiny", "model_args": {"act_layer": "mish"}}', "hidden_act is 'mish'"),
+        ('{"architecture": "convnext_tiny", "model_args": {"act_layer": 3}}', "hidden_act is 3"),
     ],
 )
 def test_other_configs(text, message, tmp_path):
@@ -582,6 +584,9 @@ def test_wrong_arguments(tmp_path):
         load_model(ConvNext, 3)
     with pytest.raises(TypeError, match=r"cls is .*Linear"):
         load_model(torch.nn.Linear, tmp_path)
+    for dtype in ("float32", torch.int8):
+        with pytest.raises(TypeError, match=r"dtype is .*expected a floating"):
+            load_model(ConvNext, tmp_path, dtype=dtype)
     with pytest.raises(TypeError, match="config is a dict"):
         load_model(ConvNext, tmp_path, config={})
     with pytest.raises(TypeError, match=r"model is a DataParallel.*the model within"):
