@@ -112,8 +112,8 @@ def run_classify(arguments: argparse.Namespace) -> int:
     model = ConvNextForImageClassification.from_pretrained(arguments.checkpoint, device=device)
     processor, own = classify.load_processor(arguments.checkpoint, model.config)
     if not own:
-        sides = processor.size["shortest_edge"]
-        _complain(f"{arguments.checkpoint} has no preprocessor_config.json: taking ImageNet's, {sides}×{sides}", "note")
+        taken = f"size {processor.size['shortest_edge']}, mean {processor.image_mean}, std {processor.image_std}"
+        _complain(f"{arguments.checkpoint} has no preprocessor_config.json; taking {taken}", "note")
     classifier = classify.Classifier(model, processor)
     pictures = classify.sources(arguments.images, sys.stdin.buffer)
     failed = False
@@ -255,22 +255,29 @@ def run_train(arguments: argparse.Namespace) -> int:
 
     from .training.command import Start, run
     from .training.options import TrainingOptions
+    from .training.state import CHECKPOINT
 
     fields = {field.name for field in dataclasses.fields(TrainingOptions)} & vars(arguments).keys()
     chosen = {name: getattr(arguments, name) for name in fields}
     chosen["augmentation"] = arguments.augmentation or ("affine" if arguments.data == "digits" else "crop")
-    run(
-        arguments.data,
-        Start(arguments.variant, arguments.config, arguments.checkpoint),
-        TrainingOptions(**chosen),
-        arguments.output,
-        image_size=arguments.image_size,
-        holdout=arguments.holdout,
-        resume=arguments.resume,
-        save_every=arguments.save_every,
-        workers=arguments.workers,
-        device=_device(arguments.device),
-    )
+    try:
+        run(
+            arguments.data,
+            Start(arguments.variant, arguments.config, arguments.checkpoint),
+            TrainingOptions(**chosen),
+            arguments.output,
+            image_size=arguments.image_size,
+            holdout=arguments.holdout,
+            resume=arguments.resume,
+            save_every=arguments.save_every,
+            workers=arguments.workers,
+            device=_device(arguments.device),
+        )
+    except KeyboardInterrupt:
+        if not (arguments.output / CHECKPOINT).exists():
+            raise
+        _complain(f"interrupted; the same command with --resume goes on from {arguments.output / CHECKPOINT}")
+        return 130
     return 0
 
 

@@ -1,12 +1,14 @@
 """The demo: real handwritten digits that the shipped model never saw, read through the fused path.
 
 The model was trained by this package on two thirds of scikit-learn's digits; the demo reads the held-out third. This
-command trains it again (about five minutes on one core) and writes what lies in ``assets/digits``:
+command trains it again, in a minute or two on one core, and writes what lies in ``assets/digits`` to
+``digits_run/model``:
 
-    convnext-fast train digits --output digits_run --epochs 60 --batch-size 64 --lr 2e-3 --warmup-epochs 5 \\
+    convnext-fast train digits --output digits_run --epochs 50 --batch-size 64 --lr 2e-3 --warmup-epochs 5 \\
         --drop-path 0.1 --mixup 0 --cutmix 0 --ema 0.99 --holdout 0
 
-Its options were chosen on a quarter of the training pictures, with ``--holdout 0.25``; the held-out third took no part.
+Widths and learning rate were chosen by the accuracy on a quarter of the training pictures, with ``--holdout 0.25``. The
+held-out third took no part in that; it shares its writers with the training pictures.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parent / "assets" / "digits"
 BATCH_SIZE = 128
-ROUNDS = 7
+ROUNDS = 5
 """Timed passes over the pictures on each path; the median counts."""
 COLUMNS, ROWS = 12, 8
 PAPER, INK, RIGHT, WRONG = "#ffffff", "#333333", "#557755", "#cc2222"
@@ -108,7 +110,7 @@ def draw_sheet(pictures: Sequence[PIL.Image.Image], outcome: Outcome) -> PIL.Ima
     right = np.flatnonzero(outcome.labels == outcome.predictions)
     rows = max(ROWS, -(-len(wrong) // COLUMNS))
     shown = [*wrong, *right][: rows * COLUMNS]
-    side, cell_w, cell_h, top = 64, 84, 104, 64
+    side, cell_w, cell_h, top = 64, 88, 104, 64
     sheet = PIL.Image.new("RGB", (COLUMNS * cell_w + 16, top + rows * cell_h + 8), PAPER)
     draw = PIL.ImageDraw.Draw(sheet)
     title, text = PIL.ImageFont.load_default(22), PIL.ImageFont.load_default(15)
@@ -116,7 +118,9 @@ def draw_sheet(pictures: Sequence[PIL.Image.Image], outcome: Outcome) -> PIL.Ima
     draw.text(
         (14, 10), f"{outcome.correct} of {count} held-out digits read ({outcome.correct / count:.2%})", INK, title
     )
-    legend = f"{len(wrong)} mistakes first, framed, as read → meant" if len(wrong) else "no mistake"
+    legend = "no mistake"
+    if len(wrong):
+        legend = f"{len(wrong)} mistakes first, in red: what was read for what was meant"
     draw.text((14, 38), legend, WRONG if len(wrong) else RIGHT, text)
     for place, index in enumerate(shown):
         x, y = 8 + place % COLUMNS * cell_w, top + place // COLUMNS * cell_h
@@ -126,7 +130,7 @@ def draw_sheet(pictures: Sequence[PIL.Image.Image], outcome: Outcome) -> PIL.Ima
         label, read = outcome.labels[index], outcome.predictions[index]
         colour, words = RIGHT, f"{read}  {outcome.confidences[index]:.0%}"
         if label != read:
-            colour, words = WRONG, f"{read} → {label}  {outcome.confidences[index]:.0%}"
+            colour, words = WRONG, f"{read} for {label}  {outcome.confidences[index]:.0%}"
         draw.rectangle(
             (left - 2, y - 2, left + side + 1, y + side + 1), outline=colour, width=3 if label != read else 1
         )
@@ -154,6 +158,10 @@ def run(console: Console, output: Path, device: torch.device) -> int:
     from .console import print_table
     from .training.digits import load_digits
 
+    if output.suffix.lower() not in PIL.Image.registered_extensions():
+        raise ValueError(f"output {output} does not end as an image does: expected such as .png")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"output {output}: there is no folder {output.parent}")
     held_out = load_digits()[1]
     pictures = [held_out.open(i, 1) for i in range(len(held_out))]
     with console.status("reading digits"):
