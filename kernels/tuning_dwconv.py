@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 import triton
 
 # Streaming multiprocessors (compute units) of the target's usual chip, for the number of programs that fills it.
 _PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
+_LANES = {"sm_80": 32, "sm_90": 32, "sm_100": 32, "sm_120": 32, "gfx942": 64}  # threads of a warp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,40 @@ def scalar_config(shape: tuple[int, int, int, int], block: int, target: str) -> 
     Tiles of 7 fit every stage of an image whose side is a multiple of 224 and hold 56 sums a thread; 4 channels of two
     rows are a thread's share. Narrow maps take narrow tiles.
     """
-    threads = 128 if target != "gfx942" else 256
-    tile_width = min(7, shape[2])
-    return ScalarConfig(tile_width=tile_width, block_rows=8 * threads // block, num_warps=4)
+    threads = 4 * _LANES[target]
+    share = 8 if shape[3] % 4 == 0 else 4
+    return ScalarConfig(tile_width=min(7, shape[2]), block_rows=share * threads // block, num_warps=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class WgradConfig:
+    """Tile width TW, channels of a program, items of a program, rows taken at a time (scalar form), warps.
+
+    An item is a pair (image, tile) in the tensor-core form and an image row in the scalar form.
+    """
+
+    tile_width: int
+    block_channels: int
+    split: int
+    block_rows: int
+    num_warps: int
+
+
+def wgrad_config(shape: tuple[int, int, int, int], dtype: torch.dtype, target: str) -> WgradConfig:
+    """Configuration of dwconv_wgrad.py for x of ``shape`` (N, H, W, C) and du of ``dtype``.
+
+    A program takes as many items as leave two programs for every processor, for each writes its own partial sums.
+    """
+    batch, height, width, channels = shape
+    programs = 2 * _PROCESSORS[target]
+    if dtype == torch.float32:
+        block = 64 if channels > 32 else 32
+        block_rows = 4 * 4 * _LANES[target] // block
+        splits = max(1, programs // (triton.cdiv(channels, block) * 7))
+        split = triton.cdiv(triton.cdiv(batch * height, splits), block_rows) * block_rows
+        return WgradConfig(min(7, width), block, split, block_rows, 4)
+    # One channel a warp leaves NVIDIA's 128 registers a thread without spills; two fit AMD's 256.
+    tile_width, block = (16, 16) if target == "gfx942" else (8, 8)
+    splits = max(1, programs // triton.cdiv(channels, block))
+    split = triton.cdiv(triton.cdiv(batch * triton.cdiv(width, tile_width), splits), 16) * 16
+    return WgradConfig(tile_width, block, max(split, 16), 1, 8)

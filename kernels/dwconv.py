@@ -1,0 +1,44 @@
+"""Depthwise convolution with LayerNorm's statistics, forward and backward: the launchers that choose the form.
+
+float16 and bfloat16 run on tensor cores (dwconv_tensor_core.py), float32 on scalar multiply-adds (dwconv_scalar.py);
+the weight gradient is dwconv_wgrad.py. All tensors are contiguous and NHWC; k is 3, 5 or 7, stride 1, padding k//2.
+The compute dtype T and the dtype R of the residual stream may differ: under autocast x and y are float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .dwconv_scalar import dwconv_scalar
+from .dwconv_tensor_core import dwconv_tensor_core
+from .dwconv_wgrad import dwconv_wgrad as _wgrad
+
+
+def dwconv_fwd(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(u, stats): u (N, H, W, C) in ``dtype``, the compute dtype T, and its partial LayerNorm statistics.
+
+    ``x`` (N, H, W, C) in T or R; ``weight`` (C, 1, k, k) and ``bias`` (C,) or None in any float dtype, rounded to T as
+    x is (the bias is not). stats is float32 (⌈C/CB⌉, N·H·W, 2), see statistics.py, CB = ``stats_block(C, dtype)``.
+    """
+    if dtype == torch.float32:
+        return dwconv_scalar(x, weight, bias, None, out_dtype=dtype, flip=False, statistics=True)
+    return dwconv_tensor_core(x, weight, bias, None, dtype=dtype, out_dtype=dtype, flip=False, statistics=True)
+
+
+def dwconv_dgrad(du: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """dx (N, H, W, C) = residual + the gradient at the convolution's input, in the dtype R of ``residual``.
+
+    ``du`` (N, H, W, C) is the gradient at the convolution's output in T; ``residual`` (N, H, W, C), the gradient of the
+    block's output, reaches x unchanged through the skip connection.
+    """
+    mode = {"out_dtype": residual.dtype, "flip": True, "statistics": False}
+    if du.dtype == torch.float32:
+        return dwconv_scalar(du, weight, None, residual, **mode)[0]
+    return dwconv_tensor_core(du, weight, None, residual, dtype=du.dtype, **mode)[0]
+
+
+def dwconv_wgrad(x: torch.Tensor, du: torch.Tensor, taps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dweight (C, 1, k, k), dbias (C,)), float32, k = ``taps``, from x (T or R) and ``du`` (T), both (N, H, W, C)."""
+    return _wgrad(x, du, taps)

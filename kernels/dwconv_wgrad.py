@@ -1,0 +1,275 @@
+"""Weight and bias gradient of the depthwise k×k convolution (k = 3, 5, 7), NHWC, deterministic.
+
+    dw[c, ky, kx] = Σ_p x[p + (ky, kx) − k//2, c] · du[p, c]            db_c = Σ_p du[p, c]
+
+Tensor-core form (float16, bfloat16). With the tiles, the pairs and the padding of dwconv_tensor_core.py, but the 16
+pairs on K, the gradient of the band matrix is
+
+    dT[c, ky] += A_h[c]ᵀ · dU_{h + k//2 − ky}[c]        (2·TW, 16) · (16, TW)      k products an input row h
+
+with the k rows of du that an input row meets in a ring, row o always in slot o mod k. The weights are its diagonals,
+dw[c, ky, kx] = Σ_j dT[c, ky][j + kx, j]. The last padding row of A is set to 1, so the last row of dT[c, k//2] sums du.
+
+Scalar form (float32). A program owns one kernel row ky: TW gradients and TW + k − 1 pixels of a row sit in registers
+and give k·TW multiply-adds; nothing is rounded to TF32.
+
+Both write one partial sum a program, (splits, k, 8, C) float32 with kx in 0 … k − 1 and the bias at [k//2, 7], and a
+second launch adds them in a fixed order: no atomics, so two runs are equal to the bit.
+"""
+
+# ruff: noqa: RUF005 (a Triton kernel grows a tuple by +, it has no starred expressions)
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .dwconv_tensor_core import TL_DTYPES
+from .launching import launch
+from .targets import target_of
+from .tuning_dwconv import WgradConfig, wgrad_config
+
+SLOTS = 8  # taps of a kernel row, padded: the last holds the bias gradient
+
+
+@triton.jit
+def _load_rows(ptr, off, ok, h, H, pitch, other, dtype: tl.constexpr):
+    """Row ``h`` of every pair; ``other`` outside the image."""
+    row_ok = tl.zeros((1, 1, 1), tl.int32) + h
+    ok = ok & (row_ok >= 0) & (row_ok < H)
+    return tl.load(ptr + (off + h * pitch), mask=ok, other=other).to(dtype)
+
+
+@triton.jit
+def _correlate(row, ring, acc, s: tl.constexpr, TAPS: tl.constexpr):
+    """Add input row h ≡ s (mod TAPS) times the TAPS rows of du in the ring to dT[0 … TAPS − 1]."""
+    a = tl.permute(row, (2, 1, 0))
+    new = ()
+    for ky in tl.static_range(TAPS):
+        new = new + (tl.dot(a, tl.permute(ring[(s + TAPS // 2 - ky + TAPS) % TAPS], (2, 0, 1)), acc[ky]),)
+    return new
+
+
+@triton.jit
+def _replace(ring, row, slot: tl.constexpr, TAPS: tl.constexpr):
+    """The ring with ``row`` in ``slot``."""
+    new = ()
+    for t in tl.static_range(TAPS):
+        if t == slot:
+            new = new + (row,)
+        else:
+            new = new + (ring[t],)
+    return new
+
+
+@triton.jit
+def dwconv_wgrad_tensor_core_kernel(
+    x_ptr, du_ptr, partial_ptr, N, H, W, C, WT, PAIRS, SPLIT_PAIRS, GROUPS,
+    TAPS: tl.constexpr, DB: tl.constexpr, TW: tl.constexpr, TAIL: tl.constexpr, EVEN_C: tl.constexpr,
+    WIDE: tl.constexpr, SLOTS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """x, du: (N, H, W, C); partial: (splits, TAPS, SLOTS, C) float32.
+
+    Grid (⌈C/DB⌉ · splits,), channel blocks fastest; a program takes SPLIT_PAIRS pairs (image, tile), 16 at a time.
+    H = GROUPS·TAPS + TAIL. WIDE: offsets within 16 pairs pass 2^31, so they are int64.
+    """
+    HALF: tl.constexpr = TAPS // 2
+    NB = tl.cdiv(C, DB)
+    c = tl.program_id(0) % NB * DB + tl.arange(0, DB)
+    c_ok = c < C
+    split = tl.program_id(0) // NB
+    i = tl.arange(0, 2 * TW)
+    j = tl.arange(0, TW)
+    ones = (i == 2 * TW - 1).to(x_ptr.dtype.element_ty)[None, :, None]
+    pitch = W * C
+    if WIDE:
+        pitch = (tl.zeros((), tl.int64) + W) * C
+    acc = ()
+    for _ in tl.static_range(TAPS):
+        acc = acc + (tl.zeros((DB, 2 * TW, TW), tl.float32),)
+
+    for pair_first in range(split * SPLIT_PAIRS, tl.minimum((split + 1) * SPLIT_PAIRS, PAIRS), 16):
+        pair = pair_first + tl.arange(0, 16)
+        n_first = pair_first // WT
+        n = pair // WT
+        tile = pair % WT
+        origin = (tl.zeros((), tl.int64) + n_first) * H * W * C
+        row_off = (n - n_first) * H
+        if WIDE:
+            row_off = (n - n_first).to(tl.int64) * H
+        iw = tile[:, None] * TW + i[None, :] - HALF
+        x_ok = ((n[:, None] < N) & (iw >= 0) & (iw < W) & (i[None, :] < TW + TAPS - 1))[:, :, None]
+        x_off = (row_off[:, None] * W + iw)[:, :, None] * C + c[None, None, :]
+        ow = tile[:, None] * TW + j[None, :]
+        du_ok = ((n[:, None] < N) & (ow < W))[:, :, None]
+        du_off = (row_off[:, None] * W + ow)[:, :, None] * C + c[None, None, :]
+        if EVEN_C:
+            x_ok = x_ok & (c >= 0)[None, None, :]
+            du_ok = du_ok & (c >= 0)[None, None, :]
+        else:
+            x_ok = x_ok & c_ok[None, None, :]
+            du_ok = du_ok & c_ok[None, None, :]
+        ring = ()
+        for t in tl.static_range(TAPS):
+            if t < HALF:
+                ring = ring + (_load_rows(du_ptr + origin, du_off, du_ok, t, H, pitch, 0.0, dtype),)
+            else:
+                ring = ring + (tl.zeros((16, TW, DB), dtype),)
+        for g in range(GROUPS):
+            for s in tl.static_range(TAPS):
+                h = g * TAPS + s
+                du = _load_rows(du_ptr + origin, du_off, du_ok, h + HALF, H, pitch, 0.0, dtype)
+                row = _load_rows(x_ptr + origin, x_off, x_ok, h, H, pitch, ones, dtype)
+                ring = _replace(ring, du, (s + HALF) % TAPS, TAPS)
+                acc = _correlate(row, ring, acc, s, TAPS)
+        for s in tl.static_range(TAIL):
+            h = GROUPS * TAPS + s
+            du = _load_rows(du_ptr + origin, du_off, du_ok, h + HALF, H, pitch, 0.0, dtype)
+            row = _load_rows(x_ptr + origin, x_off, x_ok, h, H, pitch, ones, dtype)
+            ring = _replace(ring, du, (s + HALF) % TAPS, TAPS)
+            acc = _correlate(row, ring, acc, s, TAPS)
+
+    kx = tl.arange(0, SLOTS)
+    diagonal = tl.where(kx[:, None] < TAPS, kx[:, None] + j[None, :], 2 * TW - 1)
+    diagonal = tl.broadcast_to(tl.minimum(diagonal, 2 * TW - 1)[None, :, :], (DB, SLOTS, TW))
+    partial_ptr += (tl.zeros((), tl.int64) + split) * TAPS * SLOTS * C
+    for ky in tl.static_range(TAPS):
+        taps = tl.sum(tl.gather(acc[ky], diagonal, 1), 2)
+        at = (ky * SLOTS + kx)[None, :] * C + c[:, None]
+        tl.store(partial_ptr + at, taps, mask=c_ok[:, None] & (kx >= 0)[None, :])
+
+
+@triton.jit
+def dwconv_wgrad_scalar_kernel(
+    x_ptr, du_ptr, partial_ptr, ROWS, H, W, C, WT, SPLIT_ROWS,
+    TAPS: tl.constexpr, CB: tl.constexpr, BR: tl.constexpr, TW: tl.constexpr, EVEN_C: tl.constexpr,
+    SLOTS: tl.constexpr,
+):  # fmt: skip
+    """x, du: (N, H, W, C), ROWS = N·H; partial: (splits, TAPS, SLOTS, C) float32.
+
+    Grid (⌈C/CB⌉ · TAPS · splits,), channel blocks fastest, then ky; a program takes SPLIT_ROWS rows, BR at a time.
+    """
+    HALF: tl.constexpr = TAPS // 2
+    NB = tl.cdiv(C, CB)
+    c = tl.program_id(0) % NB * CB + tl.arange(0, CB)
+    c_ok = c < C
+    ky = tl.program_id(0) // NB % TAPS
+    split = tl.program_id(0) // (NB * TAPS)
+    pitch = (tl.zeros((), tl.int64) + W) * C
+    acc = ()
+    for _ in tl.static_range(TAPS + 1):
+        acc = acc + (tl.zeros((BR, CB), tl.float32),)
+    for row_first in range(split * SPLIT_ROWS, tl.minimum((split + 1) * SPLIT_ROWS, ROWS), BR):
+        row = row_first + tl.arange(0, BR)
+        o = row % H
+        row_ok = row < ROWS
+        x_row_ok = row_ok & (o + (ky - HALF) >= 0) & (o + (ky - HALF) < H)
+        if EVEN_C:
+            du_ok = row_ok[:, None] & (c >= 0)[None, :]
+            x_ok = x_row_ok[:, None] & (c >= 0)[None, :]
+        else:
+            du_ok = row_ok[:, None] & c_ok[None, :]
+            x_ok = x_row_ok[:, None] & c_ok[None, :]
+        off = row.to(tl.int64)[:, None] * pitch + c[None, :]
+        x_row = x_ptr + (ky - HALF) * pitch + off
+        for tile in range(WT):
+            j_first = tile * TW
+            du = ()
+            for j in tl.static_range(TW):
+                ok = du_ok & (row + (j_first + j) < row + W)[:, None]
+                du = du + (tl.load(du_ptr + off + (j_first + j) * C, mask=ok, other=0.0).to(tl.float32),)
+            for i in tl.static_range(TW + TAPS - 1):
+                if (j_first + (i - HALF) >= 0) & (j_first + (i - HALF) < W):
+                    pixel = tl.load(x_row + (j_first + (i - HALF)) * C, mask=x_ok, other=0.0).to(tl.float32)
+                    new = ()
+                    for kx in tl.static_range(TAPS):
+                        if i - kx >= 0 and i - kx < TW:
+                            new = new + (tl.fma(pixel, du[i - kx], acc[kx]),)
+                        else:
+                            new = new + (acc[kx],)
+                    acc = new + (acc[TAPS],)
+            bias = acc[TAPS]
+            for j in tl.static_range(TW):
+                bias += du[j]
+            new = ()
+            for kx in tl.static_range(TAPS):
+                new = new + (acc[kx],)
+            acc = new + (bias,)
+    partial_ptr += ((tl.zeros((), tl.int64) + split) * TAPS + ky) * SLOTS * C
+    for kx in tl.static_range(TAPS):
+        tl.store(partial_ptr + kx * C + c, tl.sum(acc[kx], 0), mask=c_ok)
+    tl.store(partial_ptr + (SLOTS - 1) * C + c, tl.sum(acc[TAPS], 0), mask=c_ok)
+
+
+@triton.jit
+def dwconv_wgrad_sum_kernel(
+    partial_ptr,
+    dw_ptr,
+    db_ptr,
+    C,
+    SPLITS,
+    TAPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CB: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """partial: (SPLITS, TAPS, SLOTS, C); dw: (C, TAPS, TAPS); db: (C,), all float32. Grid (⌈C/CB⌉, TAPS · SLOTS)."""
+    c = tl.program_id(0) * CB + tl.arange(0, CB)
+    ky = tl.program_id(1) // SLOTS
+    kx = tl.program_id(1) % SLOTS
+    is_tap = tl.zeros((CB,), tl.int32) + kx < TAPS
+    is_bias = tl.zeros((CB,), tl.int32) + tl.program_id(1) == TAPS // 2 * SLOTS + SLOTS - 1
+    ok = (c < C) & (is_tap | is_bias)
+    total = tl.zeros((BS, CB), tl.float32)
+    for first in range(0, SPLITS, BS):
+        split = first + tl.arange(0, BS)
+        at = (split.to(tl.int64) * (TAPS * SLOTS) + tl.program_id(1))[:, None] * C + c[None, :]
+        total += tl.load(partial_ptr + at, mask=(split < SPLITS)[:, None] & ok[None, :], other=0.0)
+    out = tl.sum(total, 0)
+    tl.store(dw_ptr + c * (TAPS * TAPS) + ky * TAPS + kx, out, mask=ok & is_tap)
+    tl.store(db_ptr + c, out, mask=ok & is_bias)
+
+
+def dwconv_wgrad(
+    x: torch.Tensor, du: torch.Tensor, taps: int, config: WgradConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dweight (C, 1, k, k), dbias (C,)), float32, of a depthwise convolution with k = ``taps``.
+
+    ``x`` (N, H, W, C) is of any float dtype, ``du`` (N, H, W, C) of the compute dtype: float16 and bfloat16 round x to
+    it and multiply on tensor cores, float32 does not. ``config`` replaces the configuration of tuning_dwconv.py.
+    """
+    batch, height, width, channels = x.shape
+    config = config or wgrad_config(tuple(x.shape), du.dtype, target_of(x))
+    empty = x.numel() == 0
+    make = torch.zeros if empty else torch.empty
+    dw = make((channels, 1, taps, taps), dtype=torch.float32, device=x.device)
+    db = make((channels,), dtype=torch.float32, device=x.device)
+    if empty:
+        return dw, db
+    tiles = triton.cdiv(width, config.tile_width)
+    items = batch * height if du.dtype == torch.float32 else batch * tiles
+    splits = triton.cdiv(items, config.split)
+    partial = torch.empty((splits, taps, SLOTS, channels), dtype=torch.float32, device=x.device)
+    blocks = triton.cdiv(channels, config.block_channels)
+    even = channels % config.block_channels == 0
+    if du.dtype == torch.float32:
+        launch(
+            dwconv_wgrad_scalar_kernel, (blocks * taps * splits,),
+            x, du, partial, items, height, width, channels, tiles, config.split,
+            TAPS=taps, CB=config.block_channels, BR=config.block_rows, TW=config.tile_width, EVEN_C=even, SLOTS=SLOTS,
+            num_warps=config.num_warps, num_stages=1,
+        )  # fmt: skip
+    else:
+        images = 16 // tiles + 2
+        launch(
+            dwconv_wgrad_tensor_core_kernel, (blocks * splits,),
+            x, du, partial, batch, height, width, channels, tiles, items, config.split, height // taps,
+            TAPS=taps, DB=config.block_channels, TW=config.tile_width, TAIL=height % taps, EVEN_C=even,
+            WIDE=images * height * width * channels >= 2**31, SLOTS=SLOTS, dtype=TL_DTYPES[du.dtype],
+            num_warps=config.num_warps, num_stages=1,
+        )  # fmt: skip
+    launch(
+        dwconv_wgrad_sum_kernel, (triton.cdiv(channels, 32), taps * SLOTS),
+        partial, dw, db, channels, splits, TAPS=taps, SLOTS=SLOTS, CB=32, BS=4, num_warps=1,
+    )  # fmt: skip
+    return dw, db
