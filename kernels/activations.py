@@ -1,6 +1,6 @@
 """The activations of the pointwise MLP by name, on float32 values: value alone, or value and derivative.
 
-ACT is one of ``ACTIVATIONS``. SHORT selects the short form of the exact GELU (see ``gelu.py``); the others have one
+ACT is one of ``ACTIVATIONS``. FORM selects the form of the exact GELU (see ``gelu.py``); the others have one
 form.
 """
 
@@ -13,20 +13,20 @@ ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "selu")
 
 
 @triton.jit
-def activation(x, ACT: tl.constexpr, SHORT: tl.constexpr):
+def activation(x, ACT: tl.constexpr, FORM: tl.constexpr):
     """ACT(x)."""
     if ACT == "gelu":
-        return gelu(x, SHORT)
+        return gelu(x, FORM)
     else:
-        value, _ = activation_and_grad(x, ACT, SHORT)
+        value, _ = activation_and_grad(x, ACT, FORM)
         return value
 
 
 @triton.jit
-def activation_and_grad(x, ACT: tl.constexpr, SHORT: tl.constexpr):
+def activation_and_grad(x, ACT: tl.constexpr, FORM: tl.constexpr):
     """(ACT(x), ACT′(x)); the derivative of ReLU at 0 is 0, that of SELU the left one, as in PyTorch."""
     if ACT == "gelu":
-        return gelu_and_grad(x, SHORT)
+        return gelu_and_grad(x, FORM)
     elif ACT == "gelu_new":
         return gelu_tanh_and_grad(x)
     elif ACT == "relu":

@@ -11,11 +11,11 @@ BLOCK = 4096
 
 
 @triton.jit
-def _gelu_kernel(x_ptr, y_ptr, d_ptr, SHORT: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu_kernel(x_ptr, y_ptr, d_ptr, FORM: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at).to(tl.float32)
-    _, d = gelu_and_grad(x, SHORT)
-    tl.store(y_ptr + at, gelu(x, SHORT).to(y_ptr.dtype.element_ty))
+    _, d = gelu_and_grad(x, FORM)
+    tl.store(y_ptr + at, gelu(x, FORM).to(y_ptr.dtype.element_ty))
     tl.store(d_ptr + at, d.to(d_ptr.dtype.element_ty))
 
 
@@ -24,9 +24,9 @@ def all_inputs(dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
 
 
-def run(x: torch.Tensor, out_dtype: torch.dtype, short: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def run(x: torch.Tensor, out_dtype: torch.dtype, form: str) -> tuple[torch.Tensor, torch.Tensor]:
     y, d = torch.empty_like(x, dtype=out_dtype), torch.empty_like(x, dtype=out_dtype)
-    _gelu_kernel[(x.numel() // BLOCK,)](x, y, d, SHORT=short, BLOCK=BLOCK)
+    _gelu_kernel[(x.numel() // BLOCK,)](x, y, d, FORM=form, BLOCK=BLOCK)
     return y, d
 
 

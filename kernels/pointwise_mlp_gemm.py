@@ -1,0 +1,159 @@
+"""Pointwise MLP of wide blocks: two GEMMs with fused epilogues.
+
+fc1 takes LayerNorm out of the product, so that u goes to the matrix units as it is:
+
+    a = rstd·(u·w1gᵀ − μ·s) + b1g      s_k = Σ_c w1g[k, c]      h = act(a)
+
+A normalising prologue would touch every loaded element of u once per column tile (about 2.5·C/BLOCK_N instructions per
+hidden element, and a trip through registers); this epilogue costs 2. fc2 ends with γ, drop path and residual:
+
+    y = residual + scale·γ·(h·w2ᵀ + b2)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activation
+from .gelu import gelu_form
+from .launching import launch
+from .statistics import merge_statistics, stats_block
+from .targets import target_of
+from .tuning_mlp import dot_precision, gemm_config
+
+
+@triton.jit
+def tile_of_program(P, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """(row tile, column tile) of this program: GROUP row tiles by all column tiles at a time, for the L2 cache."""
+    columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    group = tl.program_id(0) // (GROUP * columns)
+    size = tl.minimum(tl.cdiv(P, BLOCK_M) - group * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * columns)
+    return group * GROUP + within % size, within // size
+
+
+@triton.jit
+def load_tile(ptr, rows, rows_ok, cols, ROWS_EVEN: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows by WIDTH columns of a row-major matrix of COLS columns; zero outside. ROWS_EVEN: all rows are ok."""
+    at = rows[:, None] * COLS + cols[None, :]
+    if COLS % WIDTH == 0:
+        if ROWS_EVEN:
+            return tl.load(ptr + at)
+        else:
+            return tl.load(ptr + at, mask=rows_ok[:, None], other=0.0)
+    else:
+        if ROWS_EVEN:
+            return tl.load(ptr + at, mask=(cols < COLS)[None, :], other=0.0)
+        else:
+            return tl.load(ptr + at, mask=rows_ok[:, None] & (cols < COLS)[None, :], other=0.0)
+
+
+@triton.jit
+def dot_rows(
+    a_ptr, b_ptr, rows, rows_ok, n, acc, N: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + A·Bᵀ of a tile, A (·, DEPTH) from ``a_ptr`` at ``rows``, B (N, DEPTH) at ``n``."""
+    for k0 in range(0, DEPTH, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        a = load_tile(a_ptr, rows, rows_ok, k, False, DEPTH, BLOCK_K)
+        b = load_tile(b_ptr, n, n < N, k, N % BLOCK_N == 0, DEPTH, BLOCK_K)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["P"])
+def _fc1_kernel(
+    u_ptr, stats_ptr, w1_ptr, b1_ptr, h_ptr, a_ptr, P, eps,
+    C: tl.constexpr, K: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tile_m, tile_n = tile_of_program(P, K, BLOCK_M, BLOCK_N, 8)
+    first = tile_m.to(tl.int64) * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    rows_ok = first + rows < P
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_ok = n < K
+    a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    a = dot_rows(u_ptr + first * C, w1_ptr, rows, rows_ok, n, a, K, C, PRECISION, BLOCK_N, BLOCK_K)
+    bias = tl.load(b1_ptr + n, mask=n_ok, other=0.0)
+    if NB > 0:
+        mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
+        row_sum = tl.load(b1_ptr + K + n, mask=n_ok, other=0.0)
+        a = tl.fma(tl.fma((-mean)[:, None], row_sum[None, :], a), rstd[:, None], bias[None, :])
+    else:
+        a += bias[None, :]
+    at = rows[:, None] * K + n[None, :]
+    ok = rows_ok[:, None] & n_ok[None, :]
+    if a_ptr is not None:
+        tl.store(a_ptr + first * K + at, a.to(a_ptr.dtype.element_ty), mask=ok)
+    tl.store(h_ptr + first * K + at, activation(a, ACT, FORM).to(h_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["P", "rows_per_sample"])
+def _fc2_kernel(
+    h_ptr, w2_ptr, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, P, rows_per_sample,
+    C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tile_m, tile_n = tile_of_program(P, C, BLOCK_M, BLOCK_N, 8)
+    first = tile_m.to(tl.int64) * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    rows_ok = first + rows < P
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_ok = n < C
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    z = dot_rows(h_ptr + first * K, w2_ptr, rows, rows_ok, n, z, C, K, PRECISION, BLOCK_N, BLOCK_K)
+    if b2_ptr is not None:
+        z += tl.load(b2_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+    if gamma_ptr is not None:
+        z *= tl.load(gamma_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+    if drop_scale_ptr is not None:
+        s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0)
+        z *= s[:, None]
+    at = first * C + rows[:, None] * C + n[None, :]
+    ok = rows_ok[:, None] & n_ok[None, :]
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, z.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+def fc1(
+    u: Tensor, stats: Tensor | None, w1g: Tensor, b1g: Tensor, eps: float, act: str, save_hidden: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(act(a), a), both (P, K) in u's dtype; the second is None unless ``save_hidden``. Arguments of ``mlp_fwd``."""
+    P, C = u.shape
+    K = w1g.shape[0]
+    h = torch.empty((P, K), dtype=u.dtype, device=u.device)
+    a = torch.empty_like(h) if save_hidden else None
+    config = gemm_config(P, K, C, u.dtype, target_of(u))
+    launch(
+        _fc1_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),),
+        u, stats, w1g, b1g, h, a, P, eps,
+        C=C, K=K, CB=stats_block(C, u.dtype), NB=0 if stats is None else stats.shape[0],
+        ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u),
+        **config.meta(),
+    )  # fmt: skip
+    return h, a
+
+
+def fc2(
+    h: Tensor, w2: Tensor, residual: Tensor | None, b2: Tensor | None, gamma: Tensor | None, drop_scale: Tensor | None
+) -> Tensor:
+    """y (P, C) = residual + drop_scale·γ·(h·w2ᵀ + b2), in the residual's dtype, else h's. Arguments of ``mlp_fwd``."""
+    P, K = h.shape
+    C = w2.shape[0]
+    y = torch.empty((P, C), dtype=h.dtype, device=h.device) if residual is None else torch.empty_like(residual)
+    if P == 0:
+        return y
+    config = gemm_config(P, C, K, h.dtype, target_of(h))
+    launch(
+        _fc2_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(C, config.BLOCK_N),),
+        h, w2, residual, b2, gamma, drop_scale, y, P, 1 if drop_scale is None else P // drop_scale.numel(),
+        C=C, K=K, PRECISION=dot_precision(h),
+        **config.meta(),
+    )  # fmt: skip
+    return y

@@ -1,0 +1,87 @@
+"""Launch configurations of the pointwise MLP and of patchify: pure functions of shape, dtype and target.
+
+Numbers come from compiled code (registers, spills, warp-group MMA) and from executed instruction counts on sm_80; none
+was timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+from torch import Tensor
+
+FUSED_CHANNELS = 192
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedConfig:
+    """Rows of a program BLOCK_M, hidden units of a step BLOCK_K, warps, pipeline stages."""
+
+    BLOCK_M: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+    def meta(self) -> dict[str, int]:
+        """The fields as keyword arguments of a launch."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmConfig:
+    """Tile (BLOCK_M, BLOCK_N), depth of a step BLOCK_K, warps, pipeline stages."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+    def meta(self) -> dict[str, int]:
+        """The fields as keyword arguments of a launch."""
+        return dataclasses.asdict(self)
+
+
+def split_width(channels: int) -> tuple[int, int]:
+    """(C0, C1): C0 + C1 ≥ ``channels``, powers of two of at least 16 (the depth of an MMA), C1 may be 0."""
+    first = max(16, 1 << (channels.bit_length() - 1))
+    if channels <= first:
+        return first, 0
+    second = max(16, triton.next_power_of_2(channels - first))
+    return (2 * first, 0) if second == first else (first, second)
+
+
+def is_fused(channels: int, dtype: torch.dtype) -> bool:
+    """Whether the hidden activations stay on the chip: narrow blocks in 16 bits."""
+    return channels <= FUSED_CHANNELS and dtype != torch.float32
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """Triton's ``input_precision``: "tf32" for float32 where PyTorch's switch allows it, else "ieee"."""
+    allowed = tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+def fused_config(channels: int, hidden: int, dtype: torch.dtype, target: str) -> FusedConfig:
+    """Configuration of the one-kernel forward.
+
+    Up to 96 channels 4 warps of 32 rows each hold everything in registers and read each weight half as often as 8 warps
+    would. From there on 16 rows a warp; steps of 32 where 64 would spill (192 channels without warp-group MMA).
+    """
+    if dtype == torch.float32:
+        return FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=1)
+    if channels <= 96:
+        return FusedConfig(BLOCK_M=128, BLOCK_K=32, num_warps=4, num_stages=2)
+    deep = channels <= 160 or target in ("sm_90", "sm_100")
+    return FusedConfig(BLOCK_M=128, BLOCK_K=64 if deep else 32, num_warps=8, num_stages=2)
+
+
+def gemm_config(rows: int, columns: int, depth: int, dtype: torch.dtype, target: str) -> GemmConfig:
+    """Configuration of a (rows, depth) · (depth, columns) GEMM with a fused epilogue."""
+    if dtype == torch.float32:
+        return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
+    if columns <= 64:
+        return GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)
+    return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)

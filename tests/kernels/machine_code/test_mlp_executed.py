@@ -1,0 +1,47 @@
+import pytest
+import torch
+from convnext_fast.kernels.pointwise_mlp import fused_fwd, gemm_fwd, mlp_fwd
+from mlp_cases import EMPTY, Case, check_forward, inputs, run_forward
+
+SHAPES = [(1, 9, 1, 1), (3, 49, 40, 160), (1, 50, 37, 77), (3, 70, 96, 384), (1, 130, 192, 256)]
+
+
+@pytest.fixture
+def tf32(request):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = request.param
+    yield request.param
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("forward", [fused_fwd, gemm_fwd])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(emulating, shape, dtype, forward):
+    with emulating(arch=80, detect_races="rw"):
+        check_forward(Case(*shape, dtype, full=shape[2] != 40), forward)
+
+
+@pytest.mark.parametrize("tf32", [False, True], indirect=True, ids=["ieee", "tf32"])
+@pytest.mark.parametrize("shape", [(3, 49, 40, 160), (1, 50, 37, 77)], ids=str)
+def test_forward_in_float32(emulating, shape, tf32):
+    with emulating(arch=80, detect_races="rw"):
+        check_forward(Case(*shape, torch.float32))
+
+
+def test_forward_under_autocast_and_of_nothing(emulating):
+    with emulating(arch=80, detect_races="rw"):
+        check_forward(Case(2, 20, 24, 96, torch.bfloat16, residual_dtype=torch.float32))
+        for case in EMPTY:
+            check_forward(case)
+
+
+@pytest.mark.parametrize(("channels", "allowed"), [(96, 16.0), (192, 21.5)])
+def test_instructions_of_the_fused_forward(emulating, channels, allowed):
+    """Thread instructions per hidden element beside the MMAs, all of the kernel counted, GELU included."""
+    given = inputs(Case(1, 256, channels, 4 * channels, torch.bfloat16)) | {"drop_scale": None}
+    with emulating(arch=80, detailed=False) as emulation:
+        run_forward(Case(1, 256, channels, 4 * channels, torch.bfloat16), given, mlp_fwd)
+    counts = emulation.launches[-1].by_class()
+    per_element = 32 * (sum(counts.values()) - counts["tensor"]) / (256 * 4 * channels)
+    assert per_element <= allowed, f"C = {channels}: {per_element:.2f}"
