@@ -27,13 +27,13 @@ def dwconv_fwd(
     return dwconv_tensor_core(x, weight, bias, None, dtype=dtype, out_dtype=dtype, flip=False, statistics=True)
 
 
-def dwconv_dgrad(du: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def dwconv_dgrad(du: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     """dx (N, H, W, C) = residual + the gradient at the convolution's input, in the dtype R of ``residual``.
 
     ``du`` (N, H, W, C) is the gradient at the convolution's output in T; ``residual`` (N, H, W, C), the gradient of the
-    block's output, reaches x unchanged through the skip connection.
+    block's output, reaches x unchanged through the skip connection. Without one nothing is added and dx is in T.
     """
-    mode = {"out_dtype": residual.dtype, "flip": True, "statistics": False}
+    mode = {"out_dtype": du.dtype if residual is None else residual.dtype, "flip": True, "statistics": False}
     if du.dtype == torch.float32:
         return dwconv_scalar(du, weight, None, residual, **mode)[0]
     return dwconv_tensor_core(du, weight, None, residual, dtype=du.dtype, **mode)[0]

@@ -1,0 +1,167 @@
+"""The fused ops by the Triton kernels: what ``fused=True`` runs on a GPU.
+
+The same functions as in `aten`, one for each operator, made of the launchers of ``convnext_fast.kernels``.
+T is the compute dtype, R the dtype of the residual stream; the kernels sum and keep statistics in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels.dwconv import dwconv_dgrad, dwconv_fwd, dwconv_wgrad
+from .kernels.layernorm import layernorm_bwd, layernorm_fwd
+from .kernels.parameters import fold_bwd, fold_fwd
+from .kernels.pointwise_mlp import mlp_fwd
+from .kernels.pointwise_mlp_bwd import mlp_bwd
+
+
+def block_fwd(
+    x: Tensor,
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    eps: float,
+    act: str,
+    recompute: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(y, u, partial statistics of u, a); a is None from ``recompute`` 1 on, u and its statistics are from 2 on."""
+    rows = (-1, x.shape[3])
+    u, statistics = dwconv_fwd(x, dwconv_weight.contiguous(), dwconv_bias, dtype)
+    w1g, b1g = fold_fwd(w1.contiguous(), b1, ln_weight, ln_bias, dtype)
+    w2 = w2.to(dtype).contiguous()
+    scale = _scale(drop_scale)
+    y, a = mlp_fwd(u.view(rows), statistics, x.view(rows), w1g, b1g, w2, b2, gamma, scale, eps, act, recompute == 0)
+    if recompute >= 2:
+        return y.view(x.shape), None, None, None
+    return y.view(x.shape), u, statistics, a
+
+
+def block_bwd(
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor | None,
+    statistics: Tensor | None,
+    a: Tensor | None,
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    eps: float,
+    act: str,
+    dtype: torch.dtype,
+    needs_x: bool,
+    needs_dwconv: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x and of the nine parameters, in the order of `block_fwd`."""
+    rows = (-1, x.shape[3])
+    dwconv_weight, w1, w2 = dwconv_weight.contiguous(), w1.contiguous(), w2.contiguous()
+    if u is None:
+        u, statistics = dwconv_fwd(x, dwconv_weight, dwconv_bias, dtype)
+    w1g, b1g = fold_fwd(w1, b1, ln_weight, ln_bias, dtype)
+    du, d, db1, e, t = mlp_bwd(
+        dy.view(rows), u.view(rows), statistics, a, w1g, b1g, w2.to(dtype), gamma, _scale(drop_scale), eps, act
+    )
+    dw1, dg, dbeta, dw2, db2, dgamma = fold_bwd(d, db1, e, t, w1, w2, b2, ln_weight, ln_bias, gamma)
+    du = du.view(x.shape)
+    dx = dwconv_dgrad(du, dwconv_weight, dy) if needs_x else None
+    dweight, dbias = dwconv_wgrad(x, du, dwconv_weight.shape[3]) if needs_dwconv else (None, None)
+    return dx, dweight, dbias, dg, dbeta, dw1, db1, dw2, db2, dgamma
+
+
+def dwconv_layernorm_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, u, partial statistics): LayerNorm(u) and u = dwconv(x), (N, H, W, C) in T."""
+    u, statistics = dwconv_fwd(x, weight.contiguous(), bias, dtype)
+    return layernorm_fwd(u, statistics, ln_weight, ln_bias, eps), u, statistics
+
+
+def dwconv_layernorm_bwd(
+    dn: Tensor,
+    x: Tensor,
+    u: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias, ln_weight and ln_bias."""
+    du, dg, dbeta = layernorm_bwd(dn, u, statistics, ln_weight, eps)
+    dx = dwconv_dgrad(du, weight.contiguous(), None)
+    dweight, dbias = dwconv_wgrad(x, du, weight.shape[3])
+    return dx, dweight, dbias, dg, dbeta
+
+
+def pointwise_mlp_fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    act: str,
+    recompute: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, a); a is None from ``recompute`` 1 on. x, residual, y: (N, H, W, C)."""
+    rows = (-1, x.shape[3])
+    w1g, b1g = fold_fwd(w1.contiguous(), b1, None, None, dtype)
+    w2 = w2.to(dtype).contiguous()
+    residual = None if residual is None else residual.view(rows)
+    inputs = x.to(dtype).view(rows)
+    y, a = mlp_fwd(inputs, None, residual, w1g, b1g, w2, b2, gamma, _scale(drop_scale), 0.0, act, recompute == 0)
+    return y.view(x.shape), a
+
+
+def pointwise_mlp_bwd(
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    act: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w1, b1, w2, b2 and gamma; the residual's is dy."""
+    rows = (-1, x.shape[3])
+    w1, w2 = w1.contiguous(), w2.contiguous()
+    w1g, b1g = fold_fwd(w1, b1, None, None, dtype)
+    inputs, scale = x.to(dtype).view(rows), _scale(drop_scale)
+    dx, d, db1, e, t = mlp_bwd(dy.view(rows), inputs, None, a, w1g, b1g, w2.to(dtype), gamma, scale, 0.0, act)
+    dw1, _, _, dw2, db2, dgamma = fold_bwd(d, db1, e, t, w1, w2, b2, None, None, gamma)
+    return dx.view(x.shape), dw1, db1, dw2, db2, dgamma
+
+
+def _scale(drop_scale: Tensor | None) -> Tensor | None:
+    """The drop-path factors as the kernels take them: float32."""
+    return None if drop_scale is None else drop_scale.float()
