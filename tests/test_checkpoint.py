@@ -503,6 +503,24 @@ def test_all_keys_that_do_not_fit_are_listed(tmp_path):
     assert not (tmp_path / "y.pth").exists()
 
 
+def test_a_head_is_whole_or_absent(tmp_path):
+    save_model(model_of(), tmp_path)
+    with pytest.raises(ValueError, match=r"(?s)2 missing: norm_pre\.weight.*2 unexpected: head\.norm"):
+        load_model(ConvNext, tmp_path, head_norm_first=True)
+    state = dict(model_of().state_dict())
+    for key in ("head.norm.weight", "head.norm.bias"):
+        state.pop(key)
+        torch.save(state, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match=r"missing: head\.norm\.weight"):
+            load_model(ConvNext, tmp_path / "x.pth")
+    state = dict(model_of().state_dict())
+    del state["head.fc.bias"]
+    torch.save(state, tmp_path / "x.pth")
+    for ignore in (False, True):
+        with pytest.raises(ValueError, match=r"1 missing: head\.fc\.bias"):
+            load_model(ConvNext, tmp_path / "x.pth", ignore_mismatched_sizes=ignore)
+
+
 def test_config_that_does_not_match_its_weights(tmp_path):
     model = model_of(ConvNextForImageClassification)
     save_model(model, tmp_path)
