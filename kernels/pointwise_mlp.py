@@ -19,9 +19,9 @@ from .activations import activation
 from .gelu import gelu_form
 from .launching import launch
 from .pointwise_mlp_gemm import fc1, fc2
-from .statistics import merge_statistics, stats_block
+from .statistics import merge_statistics
 from .targets import target_of
-from .tuning_mlp import dot_precision, fused_config, is_fused, split_width
+from .tuning_mlp import dot_precision, fused_config, is_fused, norm_blocks, split_width
 
 
 @triton.jit
@@ -177,13 +177,14 @@ def fused_fwd(
     a = torch.empty((P, K), dtype=u.dtype, device=u.device) if save_hidden else None
     if P == 0:
         return y, a
-    config = fused_config(C, K, u.dtype, target_of(u))
+    config = fused_config(C, target_of(u))
     C0, C1 = split_width(C)
+    CB, NB = norm_blocks(stats, C, u.dtype)
     launch(
         _mlp_fwd_kernel, (triton.cdiv(P, config.BLOCK_M),),
         u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, y, a,
         P, 1 if drop_scale is None else P // drop_scale.numel(), eps,
-        C=C, K=K, C0=C0, C1=C1, CB=stats_block(C, u.dtype), NB=0 if stats is None else stats.shape[0],
+        C=C, K=K, C0=C0, C1=C1, CB=CB, NB=NB,
         ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u),
         **config.meta(),
     )  # fmt: skip

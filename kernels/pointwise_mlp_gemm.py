@@ -20,9 +20,9 @@ from torch import Tensor
 from .activations import activation
 from .gelu import gelu_form
 from .launching import launch
-from .statistics import merge_statistics, stats_block
+from .statistics import merge_statistics
 from .targets import target_of
-from .tuning_mlp import dot_precision, gemm_config
+from .tuning_mlp import dot_precision, gemm_config, norm_blocks
 
 
 @triton.jit
@@ -130,10 +130,11 @@ def fc1(
     h = torch.empty((P, K), dtype=u.dtype, device=u.device)
     a = torch.empty_like(h) if save_hidden else None
     config = gemm_config(P, K, C, u.dtype, target_of(u))
+    CB, NB = norm_blocks(stats, C, u.dtype)
     launch(
         _fc1_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),),
         u, stats, w1g, b1g, h, a, P, eps,
-        C=C, K=K, CB=stats_block(C, u.dtype), NB=0 if stats is None else stats.shape[0],
+        C=C, K=K, CB=CB, NB=NB,
         ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u),
         **config.meta(),
     )  # fmt: skip

@@ -12,7 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
-FUSED_CHANNELS = 192
+from .statistics import stats_block
+
+_FUSED_FORWARD = 192
+_FUSED_BACKWARD = 128
+_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +58,27 @@ def split_width(channels: int) -> tuple[int, int]:
 
 
 def is_fused(channels: int, dtype: torch.dtype) -> bool:
-    """Whether the hidden activations stay on the chip: narrow blocks in 16 bits."""
-    return channels <= FUSED_CHANNELS and dtype != torch.float32
+    """Whether the forward keeps the hidden activations on the chip: narrow blocks in 16 bits."""
+    return channels <= _FUSED_FORWARD and dtype != torch.float32
+
+
+def is_fused_backward(channels: int, dtype: torch.dtype) -> bool:
+    """Whether the backward does. Beyond, the sums of a chunk of hidden units (2·C a unit) do not fit the registers."""
+    return channels <= _FUSED_BACKWARD and dtype != torch.float32
+
+
+def norm_blocks(stats: Tensor | None, channels: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(CB, NB) of ``merge_statistics``: one block may hold all channels; (0, 0) without statistics."""
+    if stats is None:
+        return 0, 0
+    blocks = stats.shape[0]
+    return (channels if blocks == 1 else stats_block(channels, dtype)), blocks
+
+
+def row_tile(channels: int) -> tuple[int, int]:
+    """(rows, channels) of a tile of a row-wise kernel: 2,048 elements, at most 256 channels wide."""
+    width = min(256, triton.next_power_of_2(channels))
+    return max(1, 2048 // width), width
 
 
 def dot_precision(tensor: Tensor) -> str:
@@ -64,14 +87,12 @@ def dot_precision(tensor: Tensor) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def fused_config(channels: int, hidden: int, dtype: torch.dtype, target: str) -> FusedConfig:
+def fused_config(channels: int, target: str) -> FusedConfig:
     """Configuration of the one-kernel forward.
 
     Up to 96 channels 4 warps of 32 rows each hold everything in registers and read each weight half as often as 8 warps
     would. From there on 16 rows a warp; steps of 32 where 64 would spill (192 channels without warp-group MMA).
     """
-    if dtype == torch.float32:
-        return FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=1)
     if channels <= 96:
         return FusedConfig(BLOCK_M=128, BLOCK_K=32, num_warps=4, num_stages=2)
     deep = channels <= 160 or target in ("sm_90", "sm_100")
@@ -85,3 +106,26 @@ def gemm_config(rows: int, columns: int, depth: int, dtype: torch.dtype, target:
     if columns <= 64:
         return GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)
     return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+
+
+def input_grad_config(channels: int, target: str) -> FusedConfig:
+    """Configuration of the backward kernel that owns pixels: 16 rows a warp, which hold x̂, dz' and dx̂."""
+    return FusedConfig(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2)
+
+
+def weight_grad_config(rows: int, channels: int, hidden: int, target: str) -> tuple[FusedConfig, int]:
+    """(configuration, rows of a share) of the backward kernel that owns hidden units.
+
+    As many shares as give every processor about two programs; a share is a multiple of BLOCK_M.
+    """
+    config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2)
+    chunks = triton.cdiv(hidden, config.BLOCK_K)
+    shares = max(1, 2 * _PROCESSORS[target] // chunks)
+    return config, triton.cdiv(triton.cdiv(rows, shares), config.BLOCK_M) * config.BLOCK_M
+
+
+def hidden_grad_config(rows: int, columns: int, depth: int, dtype: torch.dtype, target: str) -> GemmConfig:
+    """Configuration of the two products, a and dh, of one tile of hidden units: two sums a thread, so half the tile."""
+    if dtype == torch.float32:
+        return GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
+    return GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3)

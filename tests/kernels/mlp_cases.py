@@ -7,8 +7,9 @@ import itertools
 
 import torch
 import torch.nn.functional as F
-from convnext_fast.kernels import pointwise_mlp
-from convnext_fast.kernels.parameters import fold_fwd
+from convnext_fast.kernels.parameters import fold_bwd, fold_fwd
+from convnext_fast.kernels.pointwise_mlp import mlp_fwd
+from convnext_fast.kernels.pointwise_mlp_bwd import mlp_bwd
 from convnext_fast.kernels.statistics import stats_block
 from statistics_cases import partial_statistics
 from support import assert_as_good_as_eager, layer_norm_reference
@@ -101,7 +102,7 @@ def eager_reference(case: Case, given: dict) -> dict[str, torch.Tensor]:
     return mlp_reference(case, given, torch.float16 if tf32 else case.dtype)
 
 
-def check_forward(case: Case, forward=pointwise_mlp.mlp_fwd) -> None:
+def check_forward(case: Case, forward=mlp_fwd) -> None:
     given = inputs(case)
     y, a, *_ = run_forward(case, given, forward, save_hidden=True)
     want = mlp_reference(case, given, torch.float64)
@@ -111,6 +112,28 @@ def check_forward(case: Case, forward=pointwise_mlp.mlp_fwd) -> None:
     assert a.shape == (case.samples * case.pixels, case.hidden)
     assert a.dtype == case.dtype
     assert not a.isnan().any()
+
+
+def check_backward(case: Case, backward=mlp_bwd, save_hidden: bool = False) -> None:
+    """Every gradient as good as eager autograd's, and a second run equal to the bit."""
+    given = inputs(case)
+    _, a, stats, w1g, b1g, w2 = run_forward(case, given, mlp_fwd, save_hidden)
+    operands = (given["dy"], given["u"], stats, a, w1g, b1g, w2, given["gamma"], given["drop_scale"], EPS, case.act)
+    du, D, db1, E, dz_sum = backward(*operands)
+    names = ("w1", "w2", "b2", "ln_weight", "ln_bias", "gamma")
+    dw1, dln_weight, dln_bias, dw2, db2, dgamma = fold_bwd(D, db1, E, dz_sum, *(given[name] for name in names))
+    want = mlp_reference(case, given, torch.float64)
+    eager = eager_reference(case, given)
+    got = {"u": du, "w1": dw1, "b1": db1, "ln_weight": dln_weight, "ln_bias": dln_bias}
+    got |= {"w2": dw2, "b2": db2, "gamma": dgamma}
+    assert du.dtype == case.dtype
+    for name, grad in got.items():
+        if given[name] is not None:
+            assert_as_good_as_eager(grad, eager[f"d{name}"], want[f"d{name}"], f"d{name}")
+        else:
+            assert grad is None or name == "b1"
+    for first, second in zip((du, D, db1, E, dz_sum), backward(*operands), strict=True):
+        assert torch.equal(first, second)
 
 
 AWKWARD = [
@@ -123,3 +146,4 @@ AWKWARD = [
 ]
 EMPTY = [Case(0, 49, 40, 160, torch.float16), Case(0, 49, 40, 160, torch.float32)]
 OTHER_ACTS = [Case(1, 33, 17, 40, torch.float32, act=act) for act in ACTS if act != "gelu"]
+OTHER_ACTS_BACKWARD = [dataclasses.replace(case, dtype=torch.float16) for case in OTHER_ACTS]

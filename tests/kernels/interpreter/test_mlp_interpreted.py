@@ -1,7 +1,9 @@
 import pytest
 import torch
 from convnext_fast.kernels.pointwise_mlp import fused_fwd, gemm_fwd
-from mlp_cases import AWKWARD, EMPTY, OTHER_ACTS, Case, check_forward
+from convnext_fast.kernels.pointwise_mlp_bwd import gemm_bwd, mlp_bwd
+from convnext_fast.kernels.pointwise_mlp_bwd_fused import fused_bwd
+from mlp_cases import AWKWARD, EMPTY, OTHER_ACTS, OTHER_ACTS_BACKWARD, Case, check_backward, check_forward
 
 
 @pytest.mark.parametrize("forward", [fused_fwd, gemm_fwd])
@@ -13,3 +15,19 @@ def test_forward(case, forward):
 @pytest.mark.parametrize("forward", [fused_fwd, gemm_fwd])
 def test_float32_residual_beside_float16(forward):
     check_forward(Case(2, 20, 24, 96, torch.float16, residual_dtype=torch.float32), forward)
+
+
+@pytest.mark.parametrize("backward", [fused_bwd, gemm_bwd])
+@pytest.mark.parametrize("case", [*AWKWARD, *OTHER_ACTS_BACKWARD], ids=str)
+def test_backward(case, backward):
+    check_backward(case, backward)
+
+
+@pytest.mark.parametrize("backward", [fused_bwd, gemm_bwd])
+def test_backward_from_saved_activations(backward):
+    check_backward(Case(2, 25, 24, 72, torch.float16, residual_dtype=torch.float32), backward, save_hidden=True)
+
+
+@pytest.mark.parametrize("case", EMPTY, ids=str)
+def test_backward_of_nothing(case):
+    check_backward(case, mlp_bwd)

@@ -1,7 +1,9 @@
 import pytest
 import torch
 from convnext_fast.kernels.pointwise_mlp import fused_fwd, gemm_fwd, mlp_fwd
-from mlp_cases import EMPTY, Case, check_forward, inputs, run_forward
+from convnext_fast.kernels.pointwise_mlp_bwd import gemm_bwd, mlp_bwd
+from convnext_fast.kernels.pointwise_mlp_bwd_fused import fused_bwd
+from mlp_cases import EMPTY, Case, check_backward, check_forward, inputs, run_forward
 
 SHAPES = [(1, 9, 1, 1), (3, 49, 40, 160), (1, 50, 37, 77), (3, 70, 96, 384), (1, 130, 192, 256)]
 
@@ -45,3 +47,30 @@ def test_instructions_of_the_fused_forward(emulating, channels, allowed):
     counts = emulation.launches[-1].by_class()
     per_element = 32 * (sum(counts.values()) - counts["tensor"]) / (256 * 4 * channels)
     assert per_element <= allowed, f"C = {channels}: {per_element:.2f}"
+
+
+@pytest.mark.parametrize("backward", [fused_bwd, gemm_bwd])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 9, 1, 1), (3, 49, 40, 160), (1, 50, 37, 77), (3, 70, 96, 128)], ids=str)
+def test_backward(emulating, shape, dtype, backward):
+    with emulating(arch=80, detect_races="rw"):
+        check_backward(Case(*shape, dtype, full=shape[2] != 40), backward)
+
+
+@pytest.mark.parametrize("tf32", [False, True], indirect=True, ids=["ieee", "tf32"])
+def test_backward_in_float32(emulating, tf32):
+    with emulating(arch=80, detect_races="rw"):
+        check_backward(Case(1, 130, 37, 77, torch.float32))
+
+
+@pytest.mark.parametrize("backward", [fused_bwd, gemm_bwd])
+def test_backward_from_saved_activations_under_autocast(emulating, backward):
+    with emulating(arch=80, detect_races="rw"):
+        case = Case(2, 35, 24, 96, torch.bfloat16, residual_dtype=torch.float32)
+        check_backward(case, backward, save_hidden=True)
+
+
+def test_backward_of_nothing(emulating):
+    with emulating(arch=80):
+        for case in EMPTY:
+            check_backward(case, mlp_bwd)
