@@ -1,6 +1,7 @@
 """convnext_fast: a drop-in ConvNeXt whose blocks run on fused Triton kernels."""
 
 from .config import VARIANTS, ConvNextConfig
+from .fuse import FuseReport, fuse, unfuse
 from .huggingface import ConvNextBackbone, ConvNextForImageClassification, ConvNextModel
 from .image_processor import ConvNextFeatureExtractor, ConvNextImageProcessor
 from .model import ConvNext
@@ -16,5 +17,8 @@ __all__ = [
     "ConvNextForImageClassification",
     "ConvNextImageProcessor",
     "ConvNextModel",
+    "FuseReport",
     "__version__",
+    "fuse",
+    "unfuse",
 ]

@@ -29,10 +29,13 @@ def select(device: torch.device, dtype: torch.dtype) -> Backend:
 
     ``auto`` takes the Triton kernels on CUDA, ROCm and XPU devices, the ATen form on every other, and the reference
     for float64 on a GPU, which the kernels do not hold. Under ``TRITON_INTERPRET=1`` a CPU takes the kernels too.
+    Export to ONNX and `torch.jit.trace` always take the reference, so that a file needs no operator of ours.
 
     Raises:
         ValueError: ``CONVNEXT_FAST_BACKEND=triton`` was asked for and the kernels cannot run this dtype.
     """
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return "reference"
     if REQUEST == "triton":
         if dtype not in KERNEL_DTYPES:
             raise ValueError(

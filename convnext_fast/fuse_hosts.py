@@ -1,0 +1,398 @@
+"""Recognise the ConvNeXt blocks of other libraries by what they hold, not by what they are called.
+
+A block is the smallest module (no `torch.nn.Sequential`) whose layers are, in the order in which they were registered:
+a depthwise 2-d convolution, a norm, a pointwise layer (linear or 1×1), …, a second pointwise layer. `make_plan` says
+where the parts of such a block are, or why the fused ops cannot stand in for it; `fuse_probe` then confirms the plan by
+running the block. Nothing here changes a module.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .reference import ACTIVATION_FUNCTIONS
+
+Path = tuple[str, ...]
+
+KERNEL_SIZES = (3, 5, 7)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+RATES = ("drop_prob", "p", "rate")
+"""Names under which libraries keep the rate of their stochastic depth."""
+
+
+class Unfusable(Exception):
+    """Why a block is left alone."""
+
+
+class Watched(NamedTuple):
+    """A layer that the fused forward does not call, as it was when the block was fused.
+
+    Attributes:
+        path: attribute names that lead to it from the block.
+        kind: its class.
+        settings: its plain attributes and their values, such as a convolution's stride.
+    """
+
+    path: Path
+    kind: type
+    settings: tuple[tuple[str, Any], ...]
+
+
+class Plan(NamedTuple):
+    """Where the parts of a block are, as paths from the block.
+
+    Attributes:
+        dwconv, norm, fc1, fc2: the layers.
+        gamma: name of the block's layer scale, or None.
+        drop_path: the host's stochastic depth, or None.
+        rate: name of its rate.
+        eps: of the norm.
+        act: one of ``config.ACTIVATIONS``.
+        tail: where something stands between the linear layers that the fused MLP has not (ConvNeXt V2's GRN): the
+            host's layers to call one after another after the norm. Empty where the whole block is fused.
+        channels_first: whether the tail takes (N, C, H, W).
+        watched: the layers that are not called, to notice when they change.
+    """
+
+    dwconv: Path
+    norm: Path
+    fc1: Path
+    fc2: Path
+    gamma: str | None
+    drop_path: Path | None
+    rate: str
+    eps: float
+    act: str
+    tail: tuple[Path, ...]
+    channels_first: bool
+    watched: tuple[Watched, ...]
+
+
+def follow(block: nn.Module, path: Path) -> Any:
+    """The layer at ``path``; None where there is none."""
+    module: Any = block
+    for name in path:
+        module = getattr(module, name, None)
+    return module
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module of ``model`` that looks like a ConvNeXt block, fusable or not, with its name."""
+    found: list[tuple[str, nn.Module]] = []
+    _collect(model, "", found, {})
+    return found
+
+
+def _collect(module: nn.Module, name: str, found: list[tuple[str, nn.Module]], seen: dict[int, bool]) -> bool:
+    """Append the blocks at or under ``module`` that were not seen before; whether there are any at all."""
+    if id(module) not in seen:
+        inner = [
+            _collect(child, f"{name}.{key}" if name else key, found, seen)
+            for key, child in module.named_children()
+            if not _is_layer(child)
+        ]
+        block = not any(inner) and type(module).forward is not nn.Sequential.forward and _looks_like_block(module)
+        if block:
+            found.append((name, module))
+        seen[id(module)] = block or any(inner)
+    return seen[id(module)]
+
+
+def make_plan(block: nn.Module) -> Plan:
+    """Where the parts of ``block`` are.
+
+    Raises:
+        Unfusable: with the reason, where the fused ops cannot stand in for it.
+    """
+    _check_forward(block)
+    if parametrize.is_parametrized(block):
+        raise Unfusable("its layer scale is parametrised")
+    _check_untouched(block)
+    everything = list(_layers(block))
+    layers = [(path, layer) for path, layer in everything if not isinstance(layer, nn.Identity)]
+    places = [i for i, (_, layer) in enumerate(layers) if _is_pointwise(layer)]
+    dwconv, norm = [(path, layer) for path, layer in layers if _holds_tensors(layer)][:2]
+    fc1, fc2 = layers[places[0]], layers[places[1]]
+    channels = _check_dwconv(*dwconv)
+    eps = _check_norm(*norm, channels)
+    between, outside = layers[places[0] + 1 : places[1]], layers[: places[0]] + layers[places[1] + 1 :]
+    hidden = _check_linear(fc1, fc2, channels)
+    drop_path = _find_drop_path(outside)
+    known = {id(layer) for _, layer in (dwconv, norm)}
+    for path, layer in outside:
+        if id(layer) not in known and _holds_tensors(layer):
+            raise Unfusable(f"it holds {_dotted(path)} ({_kind(layer)}) besides the layers of a ConvNeXt block")
+    act, tail = _find_activation(between, hidden)
+    tail_paths = tuple(path for path, _ in layers[places[0] : places[1] + 1]) if tail else ()
+    watched = [(path, layer) for path, layer in everything if path not in tail_paths]
+    if not tail:
+        _check_plain_weights(fc1, fc2)
+    _check_plain_weights(dwconv, norm)
+    if tail and (norm[1].weight is None or norm[1].bias is None):
+        raise Unfusable("its LayerNorm has no affine, which the fused depthwise convolution + LayerNorm needs")
+    containers = {path[:n]: follow(block, path[:n]) for path, _ in everything for n in range(1, len(path))}
+    rate = "" if drop_path is None else next(name for name in RATES if hasattr(drop_path[1], name))
+    return Plan(
+        dwconv=dwconv[0],
+        norm=norm[0],
+        fc1=fc1[0],
+        fc2=fc2[0],
+        gamma=_find_gamma(block, channels),
+        drop_path=None if drop_path is None else drop_path[0],
+        rate=rate,
+        eps=eps,
+        act=act,
+        tail=tail_paths,
+        channels_first=isinstance(fc1[1], nn.Conv2d),
+        watched=tuple(
+            Watched(path, type(layer), settings_of(layer, rate if drop_path and path == drop_path[0] else ""))
+            for path, layer in [*containers.items(), *watched]
+        ),
+    )
+
+
+def changed(block: nn.Module, plan: Plan) -> str | None:
+    """Why the plan of a fused block no longer holds, or None: hooks, other layers, other settings, other weights."""
+    for path, kind, settings in plan.watched:
+        layer = follow(block, path)
+        if type(layer) is not kind:
+            return f"{_dotted(path)} is now {_kind(layer)}, not {kind.__name__}"
+        if has_hooks(layer):
+            return f"hooks on {_dotted(path)}, which the fused forward does not call"
+        if "forward" in layer.__dict__:
+            return f"the forward of {_dotted(path)} was replaced"
+        for name, value in settings:
+            if getattr(layer, name, None) != value:
+                return f"{name} of {_dotted(path)} is now {getattr(layer, name, None)!r}, not {value!r}"
+    for path in (plan.dwconv,) if plan.tail else (plan.dwconv, plan.fc1, plan.fc2):
+        if not _is_plain(follow(block, path).weight):
+            return f"the weight of {_dotted(path)} is now {_kind(follow(block, path).weight)}"
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook waits for a call of ``module`` or for its gradients."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def settings_of(module: nn.Module, skip: str = "") -> tuple[tuple[str, Any], ...]:
+    """The plain attributes of ``module`` but ``training``, private ones and ``skip``."""
+    return tuple(
+        (name, value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in ("training", skip) and _is_setting(value)
+    )
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_setting(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _layers(module: nn.Module, path: Path = ()) -> Iterator[tuple[Path, nn.Module]]:
+    """The innermost layers of ``module`` in the order in which they were registered."""
+    for name, child in module.named_children():
+        if _is_layer(child):
+            yield (*path, name), child
+        else:
+            yield from _layers(child, (*path, name))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    children = next(module.children(), None) is not None
+    return not children or _is_pointwise(module) or _is_depthwise(module) or parametrize.is_parametrized(module)
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    groups, kernel = getattr(module, "groups", None), getattr(module, "kernel_size", None)
+    return isinstance(groups, int) and 1 < groups == getattr(module, "in_channels", None) and len(kernel or ()) == 2
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
+        return True
+    return getattr(module, "kernel_size", None) == (1, 1) and getattr(module, "groups", None) == 1
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    tensors = next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+    return tensors or _is_pointwise(module) or _is_depthwise(module) or hasattr(module, "eps")
+
+
+def _looks_like_block(module: nn.Module) -> bool:
+    layers = [layer for _, layer in _layers(module) if _holds_tensors(layer) and not isinstance(layer, nn.Identity)]
+    return (
+        len(layers) >= 4
+        and _is_depthwise(layers[0])
+        and hasattr(layers[1], "eps")
+        and _is_pointwise(layers[2])
+        and sum(map(_is_pointwise, layers)) >= 2
+        and not any(map(_is_depthwise, layers[1:]))
+    )
+
+
+def _check_forward(block: nn.Module) -> None:
+    if "forward" in vars(block):
+        raise Unfusable("its forward was replaced")
+    owners = [kind for kind in type(block).__mro__ if kind is not nn.Module and "forward" in vars(kind)]
+    if len(owners) > 1:
+        raise Unfusable(f"{owners[0].__name__} overrides the forward of {owners[1].__name__}")
+    parameters = list(inspect.signature(owners[0].forward).parameters.values())
+    if len(parameters) != 2 or parameters[1].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        raise Unfusable("its forward takes more than the activations")
+
+
+def _check_untouched(block: nn.Module) -> None:
+    """No hooks, parametrisations or replaced forwards inside, which the fused forward would pass by."""
+    for name, module in block.named_modules():
+        if module is block:
+            continue
+        if parametrize.is_parametrized(module):
+            raise Unfusable(f"{name} is parametrised")
+        if has_hooks(module):
+            raise Unfusable(f"hooks on {name}, which the fused forward does not call")
+        if "forward" in vars(module):
+            raise Unfusable(f"the forward of {name} was replaced")
+
+
+def _check_dwconv(path: Path, conv: nn.Module) -> int:
+    """The channels of a depthwise convolution that the fused ops can run."""
+    where = f"its depthwise convolution {_dotted(path)}"
+    if type(conv).forward is not nn.Conv2d.forward:
+        raise Unfusable(f"{where} is {_kind(conv)}, not a torch.nn.Conv2d")
+    if conv.out_channels != conv.in_channels:
+        raise Unfusable(f"{where} makes {conv.out_channels} channels of {conv.in_channels}")
+    if tuple(conv.stride) != (1, 1):
+        raise Unfusable(f"{where} has stride {conv.stride}")
+    if tuple(conv.dilation) != (1, 1):
+        raise Unfusable(f"{where} has dilation {conv.dilation}")
+    side = conv.kernel_size[0]
+    if conv.kernel_size != (side, side) or side not in KERNEL_SIZES:
+        raise Unfusable(f"{where} has kernel {conv.kernel_size}: expected a square one of side 3, 5 or 7")
+    if conv.padding not in ("same", (side // 2, side // 2)) or conv.padding_mode != "zeros":
+        raise Unfusable(f"{where} has padding {conv.padding!r} of mode {conv.padding_mode!r}: expected the same size")
+    return conv.in_channels
+
+
+def _check_norm(path: Path, norm: nn.Module, channels: int) -> float:
+    """The epsilon of a LayerNorm over the channels."""
+    # A norm without weight and bias has them as None; RMSNorm has no attribute "bias" at all.
+    affine = [getattr(norm, name, "missing") for name in ("weight", "bias")]
+    fits = all(value is None or (isinstance(value, Tensor) and value.shape == (channels,)) for value in affine)
+    shape = getattr(norm, "normalized_shape", None)
+    if not fits or shape is None or tuple(shape) != (channels,) or not isinstance(norm.eps, float):
+        raise Unfusable(f"its norm {_dotted(path)} is {_kind(norm)}, not a LayerNorm over the {channels} channels")
+    return norm.eps
+
+
+def _check_linear(fc1: tuple[Path, nn.Module], fc2: tuple[Path, nn.Module], channels: int) -> int:
+    """The hidden width of two linear layers or 1×1 convolutions."""
+    sizes = []
+    for _, layer in (fc1, fc2):
+        conv = hasattr(layer, "in_channels")
+        names = ("in_channels", "out_channels") if conv else ("in_features", "out_features")
+        sizes.append(tuple(getattr(layer, name) for name in names))
+        if conv and (tuple(layer.stride) != (1, 1) or layer.padding not in ((0, 0), "same", "valid")):
+            raise Unfusable(f"its 1×1 convolutions have stride {layer.stride} and padding {layer.padding}")
+    if sizes[1] != sizes[0][::-1] or sizes[0][0] != channels:
+        raise Unfusable(f"its linear layers map {sizes[0]} and {sizes[1]}: expected ({channels}, K), (K, {channels})")
+    return sizes[0][1]
+
+
+def _check_plain_weights(*layers: tuple[Path, nn.Module]) -> None:
+    """Weights that the fused ops can read: floating, ordinary tensors on ordinary layers."""
+    plain = (nn.Linear.forward, nn.Conv2d.forward)
+    for path, layer in layers:
+        where = f"{_dotted(path)} ({_kind(layer)})"
+        if _is_pointwise(layer) and type(layer).forward not in plain:
+            raise Unfusable(f"{where} is quantised or adapted: neither a torch.nn.Linear nor a torch.nn.Conv2d")
+        for name, parameter in layer.named_parameters(recurse=False):
+            if not _is_plain(parameter) or parameter.dtype not in DTYPES:
+                kind = f"{_kind(parameter)} of {parameter.dtype}"
+                raise Unfusable(f"{name} of {where} is quantised or not floating: {kind}")
+        if _is_pointwise(layer) and layer.bias is None:
+            raise Unfusable(f"{where} has no bias")
+
+
+def _is_plain(weight: Any) -> bool:
+    """Whether a weight is PyTorch's own kind of tensor (also when sharded, traced or faked), not a quantised one."""
+    kind = type(weight)
+    return kind in (nn.Parameter, Tensor) or kind.__module__.split(".")[0] == "torch"
+
+
+def _find_gamma(block: nn.Module, channels: int) -> str | None:
+    own: dict[str, Tensor] = dict(block.named_parameters(recurse=False))
+    own.update(block.named_buffers(recurse=False))
+    if not own:
+        return None
+    (name, gamma), *more = own.items()
+    if more or gamma.numel() != channels or name not in block._parameters or gamma.dtype not in DTYPES:
+        words = ", ".join(f"{name} {tuple(value.shape)}" for name, value in own.items())
+        raise Unfusable(f"its own tensors are {words}: expected a layer scale of {channels} elements at most")
+    return name
+
+
+def _find_drop_path(layers: list[tuple[Path, nn.Module]]) -> tuple[Path, nn.Module] | None:
+    found = None
+    for path, layer in layers:
+        if _holds_tensors(layer) or _is_idle_dropout(path, layer):
+            continue
+        if any(isinstance(getattr(layer, name, None), (int, float)) for name in RATES):
+            if found is not None:
+                raise Unfusable(f"it has two stochastic depths, {_dotted(found[0])} and {_dotted(path)}")
+            found = path, layer
+    return found
+
+
+def _is_idle_dropout(path: Path, layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.modules.dropout._DropoutNd):
+        return False
+    if layer.p > 0:
+        raise Unfusable(f"{_dotted(path)} drops activations at rate {layer.p}")
+    return True
+
+
+def _find_activation(between: list[tuple[Path, nn.Module]], hidden: int) -> tuple[str, bool]:
+    """The activation between the linear layers, and whether a global response norm follows it."""
+    layers = [(path, layer) for path, layer in between if not _is_idle_dropout(path, layer)]
+    names = ", ".join(f"{_dotted(path)} ({_kind(layer)})" for path, layer in layers) or "nothing"
+    if len(layers) == 2 and [p.numel() for p in layers[1][1].parameters()] == [hidden, hidden]:
+        return _recognise_activation(*layers[0], optional=True), True
+    if len(layers) != 1:
+        raise Unfusable(f"between its linear layers it has {names}: expected an activation alone")
+    return _recognise_activation(*layers[0]), False
+
+
+@torch.no_grad()
+def _recognise_activation(path: Path, layer: nn.Module, optional: bool = False) -> str:
+    """The activation that computes what ``layer`` does, whatever it is called."""
+    from .fuse_probe import probe_copy
+
+    x = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
+    if not _holds_tensors(layer):
+        copy = probe_copy(layer)
+        outputs = [copy.train(mode)(x.clone()) for mode in (False, True)]
+        for name, function in ACTIVATION_FUNCTIONS.items():
+            if all((y - function(x)).abs().max() <= 1e-9 for y in outputs):
+                return name
+    if optional:
+        return ""
+    known = ", ".join(ACTIVATION_FUNCTIONS)
+    raise Unfusable(f"its activation {_dotted(path)} ({_kind(layer)}) is none of {known}")
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(path)
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
