@@ -20,6 +20,7 @@ from .activations import activation_and_grad
 from .gelu import gelu_form
 from .launching import launch
 from .layernorm import layernorm_bwd_kernel, layernorm_fwd
+from .matmul import matmul_fp32
 from .pointwise_mlp_bwd_fused import fused_bwd
 from .pointwise_mlp_gemm import load_tile, tile_of_program
 from .targets import target_of
@@ -97,15 +98,6 @@ def _scaled(dy: Tensor, drop_scale: Tensor | None, dtype: torch.dtype) -> tuple[
     return dy if dz is None else dz, sums.sum(0)
 
 
-def _weight_gemm(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ·right in float32: (P, M), (P, N) → (M, N), not rounded to 16 bits."""
-    if left.dtype == torch.float32:
-        return left.t() @ right
-    if left.is_cuda and not torch.version.hip:
-        return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return left.t().float() @ right.float()
-
-
 def gemm_bwd(
     dy: Tensor,
     u: Tensor,
@@ -134,8 +126,8 @@ def gemm_bwd(
         x, dz, a, w1g, b1g, w2g, h, da, db1, P,
         C=C, K=K, ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u), **config.meta(),
     )  # fmt: skip
-    E = _weight_gemm(dz, h)
-    D = _weight_gemm(da, x)
+    E = matmul_fp32(dz.t(), h)
+    D = matmul_fp32(da.t(), x)
     dx = da @ w1g
     if stats is not None:
         BR, BC = row_tile(C)

@@ -53,11 +53,14 @@ def load_tile(ptr, rows, rows_ok, cols, ROWS_EVEN: tl.constexpr, COLS: tl.conste
 
 @triton.jit
 def dot_rows(
-    a_ptr, b_ptr, rows, rows_ok, n, acc, N: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    a_ptr, b_ptr, rows, rows_ok, n, acc, depth, N: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + A·Bᵀ of a tile, A (·, DEPTH) from ``a_ptr`` at ``rows``, B (N, DEPTH) at ``n``."""
-    for k0 in range(0, DEPTH, BLOCK_K):
+    """acc + A·Bᵀ of a tile, A (·, DEPTH) from ``a_ptr`` at ``rows``, B (N, DEPTH) at ``n``.
+
+    ``depth`` is DEPTH as a value that the compiler does not know, lest it unroll the whole loop and run out of registers.
+    """
+    for k0 in range(0, depth, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         a = load_tile(a_ptr, rows, rows_ok, k, False, DEPTH, BLOCK_K)
         b = load_tile(b_ptr, n, n < N, k, N % BLOCK_N == 0, DEPTH, BLOCK_K)
@@ -67,7 +70,7 @@ def dot_rows(
 
 @triton.jit(do_not_specialize=["P"])
 def _fc1_kernel(
-    u_ptr, stats_ptr, w1_ptr, b1_ptr, h_ptr, a_ptr, P, eps,
+    u_ptr, stats_ptr, w1_ptr, b1_ptr, h_ptr, a_ptr, P, depth, eps,
     C: tl.constexpr, K: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +81,7 @@ def _fc1_kernel(
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = n < K
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    a = dot_rows(u_ptr + first * C, w1_ptr, rows, rows_ok, n, a, K, C, PRECISION, BLOCK_N, BLOCK_K)
+    a = dot_rows(u_ptr + first * C, w1_ptr, rows, rows_ok, n, a, depth, K, C, PRECISION, BLOCK_N, BLOCK_K)
     bias = tl.load(b1_ptr + n, mask=n_ok, other=0.0)
     if NB > 0:
         mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
@@ -95,7 +98,7 @@ def _fc1_kernel(
 
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
 def _fc2_kernel(
-    h_ptr, w2_ptr, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, P, rows_per_sample,
+    h_ptr, w2_ptr, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, P, rows_per_sample, depth,
     C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +109,7 @@ def _fc2_kernel(
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = n < C
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    z = dot_rows(h_ptr + first * K, w2_ptr, rows, rows_ok, n, z, C, K, PRECISION, BLOCK_N, BLOCK_K)
+    z = dot_rows(h_ptr + first * K, w2_ptr, rows, rows_ok, n, z, depth, C, K, PRECISION, BLOCK_N, BLOCK_K)
     if b2_ptr is not None:
         z += tl.load(b2_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
     if gamma_ptr is not None:
@@ -133,7 +136,7 @@ def fc1(
     CB, NB = norm_blocks(stats, C, u.dtype)
     launch(
         _fc1_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),),
-        u, stats, w1g, b1g, h, a, P, eps,
+        u, stats, w1g, b1g, h, a, P, C, eps,
         C=C, K=K, CB=CB, NB=NB,
         ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u),
         **config.meta(),
@@ -153,7 +156,7 @@ def fc2(
     config = gemm_config(P, C, K, h.dtype, target_of(h))
     launch(
         _fc2_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(C, config.BLOCK_N),),
-        h, w2, residual, b2, gamma, drop_scale, y, P, 1 if drop_scale is None else P // drop_scale.numel(),
+        h, w2, residual, b2, gamma, drop_scale, y, P, 1 if drop_scale is None else P // drop_scale.numel(), K,
         C=C, K=K, PRECISION=dot_precision(h),
         **config.meta(),
     )  # fmt: skip

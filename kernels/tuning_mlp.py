@@ -116,9 +116,15 @@ def input_grad_config(channels: int, target: str) -> FusedConfig:
 def weight_grad_config(rows: int, channels: int, hidden: int, target: str) -> tuple[FusedConfig, int]:
     """(configuration, rows of a share) of the backward kernel that owns hidden units.
 
-    As many shares as give every processor about two programs; a share is a multiple of BLOCK_M.
+    The sums take 2·C registers-worth a hidden unit: without warp-group MMA fewer pixels (16 a step), and beyond 96
+    channels fewer hidden units, keep them from spilling. As many shares as give every processor about two programs; a
+    share is a multiple of BLOCK_M.
     """
-    config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2)
+    roomy = target in ("sm_90", "sm_100", "gfx942")
+    if roomy or channels > 96:
+        config = FusedConfig(BLOCK_M=32, BLOCK_K=64 if roomy else 32, num_warps=4, num_stages=2)
+    else:
+        config = FusedConfig(BLOCK_M=16, BLOCK_K=64, num_warps=4, num_stages=2)
     chunks = triton.cdiv(hidden, config.BLOCK_K)
     shares = max(1, 2 * _PROCESSORS[target] // chunks)
     return config, triton.cdiv(triton.cdiv(rows, shares), config.BLOCK_M) * config.BLOCK_M
@@ -129,3 +135,17 @@ def hidden_grad_config(rows: int, columns: int, depth: int, dtype: torch.dtype, 
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
     return GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3)
+
+
+def stem_config(channels: int, depth: int, dtype: torch.dtype, target: str) -> GemmConfig:
+    """Configuration of the stem: all channels in a program, and as many rows as 16,384 sums allow."""
+    width = max(16, triton.next_power_of_2(channels))
+    rows = min(64, max(16, 8192 // width))
+    return GemmConfig(BLOCK_M=rows, BLOCK_N=width, BLOCK_K=16, num_warps=4 if width <= 256 else 8, num_stages=1)
+
+
+def downsample_config(rows: int, columns: int, depth: int, dtype: torch.dtype, target: str) -> GemmConfig:
+    """Configuration of the downsampling GEMM: its left operand is normalised in registers on the way."""
+    if dtype == torch.float32:
+        return GemmConfig(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
+    return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=2)

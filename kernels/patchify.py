@@ -1,0 +1,272 @@
+"""Convolutions of non-overlapping patches: the stem (then LayerNorm) and the downsampling layers (after LayerNorm).
+
+Stem, image (N, Cin, H, W) of any strides, k×k patches, one kernel; a program holds all C channels of its pixels:
+
+    u = Σ_{i, dy, dx} image[n, i, k·y + dy, k·x + dx]·w[c, i, dy, dx] + b        out = (u − μ)·rstd·g + β
+
+Downsampling, x (N, H, W, C), one GEMM whose depth runs over the k·k taps and C; LayerNorm's affine is folded into the
+weights, its statistics are taken from the rows that a program is about to multiply:
+
+    out = Σ_taps x̂[n, k·y + dy, k·x + dx]·wg[tap]ᵀ + bg        wg = w∘g        bg = b + Σ w·β
+
+H and W that k does not divide lose their last rows and columns, as in the strided convolution. The backwards are
+library GEMMs on the patches as rows, and LayerNorm's kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launching import launch
+from .layernorm import layernorm_bwd, layernorm_fwd
+from .matmul import matmul_fp32
+from .targets import target_of
+from .tuning_mlp import dot_precision, downsample_config, row_tile, stem_config
+
+
+@triton.jit(do_not_specialize=["P"])
+def _stem_kernel(
+    image_ptr, w_ptr, b_ptr, g_ptr, beta_ptr, out_ptr, u_ptr, stats_ptr,
+    P, HO, WO, stride_n, stride_i, stride_h, stride_w, eps,
+    C: tl.constexpr, CIN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out, u: (P, C), P = N·HO·WO; w: (C, CIN·KH·KW); stats: (1, P, 2). u and stats are written if wanted."""
+    DEPTH: tl.constexpr = CIN * KH * KW
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_ok = rows < P
+    x = rows % WO
+    y = rows // WO % HO
+    n = rows // WO // HO
+    corner = n * stride_n + y * KH * stride_h + x * KW * stride_w
+    c = tl.arange(0, BLOCK_N)
+    c_ok = c < C
+    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in tl.static_range(0, DEPTH, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        k_ok = k < DEPTH
+        tap = (k // (KH * KW)).to(tl.int64) * stride_i + (k // KW % KH) * stride_h + (k % KW) * stride_w
+        patch = tl.load(image_ptr + corner[:, None] + tap[None, :], mask=rows_ok[:, None] & k_ok[None, :], other=0.0)
+        w = tl.load(w_ptr + c[None, :] * DEPTH + k[:, None], mask=k_ok[:, None] & c_ok[None, :], other=0.0)
+        u = tl.dot(patch.to(dtype), w.to(dtype), u, input_precision=PRECISION)
+    if b_ptr is not None:
+        u += tl.load(b_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+    mean = tl.sum(u, axis=1) * (1.0 / C)
+    centred = tl.where(c_ok[None, :], u - mean[:, None], 0.0)
+    m2 = tl.sum(centred * centred, axis=1)
+    at = rows[:, None] * C + c[None, :]
+    ok = rows_ok[:, None] & c_ok[None, :]
+    if u_ptr is not None:
+        tl.store(u_ptr + at, u.to(dtype), mask=ok)
+        tl.store(stats_ptr + rows * 2, mean, mask=rows_ok)
+        tl.store(stats_ptr + rows * 2 + 1, m2, mask=rows_ok)
+    out = centred * tl.rsqrt(m2 * (1.0 / C) + eps)[:, None]
+    out *= tl.load(g_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+    out += tl.load(beta_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + at, out.to(dtype), mask=ok)
+
+
+@triton.jit
+def _row_statistics(ptr, rows_ok, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(mean, M2) of the BLOCK_M rows of C channels at the addresses ``ptr``, chunks merged as in statistics.py."""
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    m2 = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        count = tl.minimum(C - first, BLOCK_C).to(tl.float32)
+        x = tl.load(ptr[:, None] + c[None, :], mask=rows_ok[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        chunk_mean = tl.sum(x, axis=1) / count
+        centred = tl.where((c < C)[None, :], x - chunk_mean[:, None], 0.0)
+        delta = chunk_mean - mean
+        share = count / (first + count)
+        mean += delta * share
+        m2 += tl.sum(centred * centred, axis=1) + delta * delta * (first * share)
+    return mean, m2
+
+
+@triton.jit(do_not_specialize=["P"])
+def _statistics_kernel(x_ptr, stats_ptr, P, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_ok = rows < P
+    mean, m2 = _row_statistics(x_ptr + rows * C, rows_ok, C, BLOCK_M, BLOCK_C)
+    tl.store(stats_ptr + rows * 2, mean, mask=rows_ok)
+    tl.store(stats_ptr + rows * 2 + 1, m2, mask=rows_ok)
+
+
+@triton.jit
+def _fold_kernel(
+    w_ptr, b_ptr, g_ptr, beta_ptr, wg_ptr, bg_ptr,
+    C: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Row of output channel ``pid``: wg[pid, tap, c] = w[pid, c, tap]·g[c], bg[pid] = b[pid] + Σ w·β."""
+    pid = tl.program_id(0).to(tl.int64)
+    bias = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, C * TAPS, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        ok = i < C * TAPS
+        tap, c = i // C, i % C
+        w = tl.load(w_ptr + pid * C * TAPS + c * TAPS + tap, mask=ok, other=0.0).to(tl.float32)
+        bias += w * tl.load(beta_ptr + c, mask=ok, other=0.0).to(tl.float32)
+        w *= tl.load(g_ptr + c, mask=ok, other=0.0).to(tl.float32)
+        tl.store(wg_ptr + pid * C * TAPS + i, w.to(wg_ptr.dtype.element_ty), mask=ok)
+    total = tl.sum(bias, axis=0)
+    if b_ptr is not None:
+        total += tl.load(b_ptr + pid).to(tl.float32)
+    tl.store(bg_ptr + pid, total)
+
+
+@triton.jit(do_not_specialize=["P"])
+def _downsample_kernel(
+    x_ptr, w_ptr, b_ptr, out_ptr, P, H, W, HO, WO, eps,
+    C: tl.constexpr, N: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x: (·, H, W, C); w: (N, KH·KW·C); out: (P, N), P = ·HO·WO."""
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
+    columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    rows = (tl.program_id(0) // columns).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_ok = rows < P
+    n = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_ok = n < N
+    corner = x_ptr + ((rows // WO // HO * H + rows // WO % HO * KH) * W + rows % WO * KW) * C
+    out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for dy in range(KH):
+        for dx in range(KW):
+            pixel = corner + (dy * W + dx) * C
+            mean, m2 = _row_statistics(pixel, rows_ok, C, BLOCK_M, BLOCK_K)
+            rstd = tl.rsqrt(m2 * (1.0 / C) + eps)
+            for k0 in range(0, C, BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                k_ok = k < C
+                x = tl.load(pixel[:, None] + k[None, :], mask=rows_ok[:, None] & k_ok[None, :], other=0.0)
+                x = ((x.to(tl.float32) - mean[:, None]) * rstd[:, None]).to(dtype)
+                at = n[:, None] * (KH * KW * C) + (dy * KW + dx) * C + k[None, :]
+                w = tl.load(w_ptr + at, mask=n_ok[:, None] & k_ok[None, :], other=0.0)
+                out = tl.dot(x, w.T, out, input_precision=PRECISION)
+    out += tl.load(b_ptr + n, mask=n_ok, other=0.0)[None, :]
+    at = rows[:, None] * N + n[None, :]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=rows_ok[:, None] & n_ok[None, :])
+
+
+def stem_fwd(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    save: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out (N, ⌊H/kh⌋, ⌊W/kw⌋, C) in ``dtype``, u like it and its statistics (1, P, 2) if ``save``, else None).
+
+    image (N, Cin, H, W) of any strides and float dtype; weight (C, Cin, kh, kw) contiguous; the vectors (C,).
+    """
+    N, CIN, H, W = image.shape
+    C, _, KH, KW = weight.shape
+    HO, WO = H // KH, W // KW
+    P = N * HO * WO
+    out = torch.empty((N, HO, WO, C), dtype=dtype, device=image.device)
+    u = torch.empty_like(out) if save else None
+    stats = torch.empty((1, P, 2), dtype=torch.float32, device=image.device) if save else None
+    config = stem_config(C, CIN * KH * KW, dtype, target_of(image))
+    launch(
+        _stem_kernel, (triton.cdiv(P, config.BLOCK_M),),
+        image, weight, bias, ln_weight, ln_bias, out, u, stats, P, HO, WO, *image.stride(), eps,
+        C=C, CIN=CIN, KH=KH, KW=KW, PRECISION=dot_precision(out), **config.meta(),
+    )  # fmt: skip
+    return out, u, stats
+
+
+def stem_bwd(
+    dout: Tensor,
+    image: Tensor,
+    u: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    ln_weight: Tensor,
+    eps: float,
+    needs_image: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """(dimage in image's dtype or None, dweight, dbias, dln_weight, dln_bias), the parameters' gradients in float32.
+
+    dout (N, HO, WO, C) contiguous, in u's dtype; u and stats as ``stem_fwd`` saved them.
+    """
+    C, CIN, KH, KW = weight.shape
+    N, HO, WO, _ = dout.shape
+    du, dln_weight, dln_bias = layernorm_bwd(dout, u, stats, ln_weight, eps)
+    du = du.view(-1, C)
+    taken = image[:, :, : HO * KH, : WO * KW].to(u.dtype).reshape(N, CIN, HO, KH, WO, KW)
+    patches = taken.permute(0, 2, 4, 1, 3, 5).reshape(N * HO * WO, CIN * KH * KW)
+    dweight = matmul_fp32(du.t(), patches).view(weight.shape)
+    dimage = None
+    if needs_image:
+        grads = (du @ weight.to(u.dtype).view(C, -1)).view(N, HO, WO, CIN, KH, KW)
+        dimage = torch.zeros_like(image)
+        dimage[:, :, : HO * KH, : WO * KW] = grads.permute(0, 3, 1, 4, 2, 5).reshape(N, CIN, HO * KH, WO * KW)
+    return dimage, dweight, du.sum(0, dtype=torch.float32), dln_weight, dln_bias
+
+
+def fold_downsample(
+    weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(wg (C', kh, kw, C) in ``dtype``, bg (C',) float32) from weight (C', C, kh, kw) and LayerNorm's affine."""
+    N, C, KH, KW = weight.shape
+    wg = torch.empty((N, KH, KW, C), dtype=dtype, device=weight.device)
+    bg = torch.empty(N, dtype=torch.float32, device=weight.device)
+    launch(_fold_kernel, (N,), weight, bias, ln_weight, ln_bias, wg, bg, C=C, TAPS=KH * KW, BLOCK=512)
+    return wg, bg
+
+
+def downsample_fwd(x: Tensor, wg: Tensor, bg: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    """out (N, ⌊H/kh⌋, ⌊W/kw⌋, C') in ``out_dtype``, computed in the dtype of wg.
+
+    x (N, H, W, C) contiguous, any float dtype; wg (C', kh, kw, C) and bg (C',) from ``fold_downsample``.
+    """
+    B, H, W, C = x.shape
+    N, KH, KW, _ = wg.shape
+    HO, WO = H // KH, W // KW
+    P = B * HO * WO
+    out = torch.empty((B, HO, WO, N), dtype=out_dtype, device=x.device)
+    config = downsample_config(P, N, C, wg.dtype, target_of(x))
+    launch(
+        _downsample_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),),
+        x, wg, bg, out, P, H, W, HO, WO, eps,
+        C=C, N=N, KH=KH, KW=KW, PRECISION=dot_precision(wg), **config.meta(),
+    )  # fmt: skip
+    return out
+
+
+def downsample_bwd(
+    dout: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx in x's dtype, dweight (C', C, kh, kw), dbias, dln_weight, dln_bias), the parameters' gradients in float32.
+
+    dout (N, HO, WO, C') contiguous; x as in ``downsample_fwd``; weight (C', C, kh, kw); ``dtype`` the compute dtype.
+    """
+    B, H, W, C = x.shape
+    N, _, KH, KW = weight.shape
+    _, HO, WO, _ = dout.shape
+    P, taps = B * HO * WO, KH * KW
+    stats = torch.empty((1, B * H * W, 2), dtype=torch.float32, device=x.device)
+    BLOCK_M, BLOCK_C = row_tile(C)
+    launch(
+        _statistics_kernel, (triton.cdiv(B * H * W, BLOCK_M),),
+        x, stats, B * H * W, C=C, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, num_warps=4,
+    )  # fmt: skip
+    dz = dout.to(dtype).view(P, N)
+    n = layernorm_fwd(x, stats, ln_weight, ln_bias, eps).to(dtype)[:, : HO * KH, : WO * KW]
+    patches = n.reshape(B, HO, KH, WO, KW, C).permute(0, 1, 3, 2, 4, 5).reshape(P, taps * C)
+    dweight = matmul_fp32(dz.t(), patches).view(N, KH, KW, C).permute(0, 3, 1, 2).contiguous()
+    rows = weight.to(dtype).permute(0, 2, 3, 1).reshape(N, taps * C)
+    grads = (dz @ rows).view(B, HO, WO, KH, KW, C).permute(0, 1, 3, 2, 4, 5).reshape(B, HO * KH, WO * KW, C)
+    if (HO * KH, WO * KW) != (H, W):
+        whole = torch.zeros((B, H, W, C), dtype=dtype, device=x.device)
+        whole[:, : HO * KH, : WO * KW] = grads
+        grads = whole
+    dx, dln_weight, dln_bias = layernorm_bwd(grads, x, stats, ln_weight, eps)
+    return dx, dweight, dz.sum(0, dtype=torch.float32), dln_weight, dln_bias
