@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_config import SavedConfig, amend, config_fields, read_config, warn_of_losses
+from .checkpoint_config import SavedConfig, config_fields, read_config, warn_of_losses
 from .checkpoint_files import (
     INDEX,
     SAFETENSORS,
@@ -65,7 +65,7 @@ def load_checkpoint(source: str | Path, *, use_ema: bool = False, config: ConvNe
             config = infer_config(named, format)
             if len(saved.amendments.get("id2label", ())) != config.num_labels:
                 saved.amendments.pop("id2label", None)
-            config = amend(config, **saved.amendments)
+            config = config.amended(**saved.amendments)
         else:
             config = saved.config
     except (TypeError, ValueError) as error:
@@ -114,7 +114,7 @@ def load_model(
     checkpoint = load_checkpoint(source, use_ema=use_ema, config=config)
     config = checkpoint.config
     if num_labels is not None and num_labels != config.num_labels:
-        config = amend(config, num_labels=num_labels)
+        config = config.amended(num_labels=num_labels)
     if cls.checkpoint_format == "timm":
         own = {"head_norm_first": checkpoint.head_norm_first, "global_pool": checkpoint.global_pool}
         model_options = own | model_options
@@ -194,7 +194,7 @@ def convert_checkpoint(source: str | Path, destination: str | Path, to: str, *, 
     config, state = checkpoint.config, checkpoint.state_dict
     layers = {name.rpartition(".")[0] for name in state}
     skeleton = ConvNext(
-        config if "head.fc" in layers else amend(config, num_labels=0),
+        config if "head.fc" in layers else config.amended(num_labels=0),
         head_norm_first=checkpoint.head_norm_first,
         features_only=not layers & {"head.fc", "head.norm", "norm_pre"},
         device="meta",

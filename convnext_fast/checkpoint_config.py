@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .checkpoint_files import read_json
-from .config import VARIANTS, ConvNextConfig
+from .config import SECTION, VARIANTS, ConvNextConfig
 from .files import find_file
 
-# Folders of other formats than transformers' keep the whole configuration under this key, where no other library
-# takes it for its own: transformers would read such weights as none at all.
-SECTION = "convnext_fast"
 _TIMM_ACTIVATIONS = {"gelu_tanh": "gelu_new", "swish": "silu"}
 
 
@@ -64,13 +61,6 @@ def read_config(source: str | Path) -> SavedConfig:
         return SavedConfig(ConvNextConfig.from_pretrained(path.parent), {})
     except TypeError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def amend(config: ConvNextConfig, **fields: Any) -> ConvNextConfig:
-    """The configuration with other fields; another number of classes gets new labels."""
-    dropped = {"num_labels": ("id2label", "label2id"), "id2label": ("label2id",)}
-    forgotten = {name for field in fields for name in dropped.get(field, ())}
-    return ConvNextConfig.from_dict({k: v for k, v in config.to_dict().items() if k not in forgotten} | fields)
 
 
 def config_fields(

@@ -13,6 +13,8 @@ import torch
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "selu")
 _ACTIVATION_ALIASES = {"swish": "silu"}
+SECTION = "convnext_fast"
+"""Key of a ``config.json`` under which folders of other formats than transformers' keep the whole configuration."""
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Depths and widths: tiny to xlarge from the paper, section 3 and appendix A; atto to nano and xxlarge from timm.
@@ -257,13 +259,26 @@ class ConvNextConfig:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(fields, dict):
             raise ValueError(f"{path} holds a {type(fields).__name__}: expected an object with the model's fields")
+        # Folders of other formats than transformers' keep the configuration apart from what those libraries read.
+        fields = fields[SECTION] if isinstance(fields.get(SECTION), dict) else fields
         if fields.get("model_type") != cls.model_type:
             raise ValueError(f"{path} describes a model of type {fields.get('model_type')!r}: expected 'convnext'")
-        if "num_labels" in overrides:
-            fields = {k: v for k, v in fields.items() if k not in ("id2label", "label2id", "num_labels")}
-        if "out_features" in overrides or "out_indices" in overrides:
-            fields = {k: v for k, v in fields.items() if k not in ("out_features", "out_indices")}
-        return cls.from_dict({**fields, **overrides})
+        return cls.from_dict(fields).amended(**overrides)
+
+    def amended(self, **fields: Any) -> ConvNextConfig:
+        """This configuration with other fields; another number of classes gets new names.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        entailed = {
+            "num_labels": ("id2label", "label2id"),
+            "id2label": ("label2id",),
+            "out_features": ("out_indices",),
+            "out_indices": ("out_features",),
+        }
+        forgotten = {name for field in fields for name in entailed.get(field, ())}
+        return type(self).from_dict({k: v for k, v in self.to_dict().items() if k not in forgotten} | fields)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ConvNextConfig) and self.to_dict() == other.to_dict()

@@ -138,11 +138,11 @@ class ConvNextPreTrainedModel(ConvNextSwitches):
 
         return load_model(cls, source, **options)
 
-    def save_pretrained(self, directory: str | Path, *, format: str = "transformers") -> None:
-        """Write ``config.json`` and the weights; see `checkpoint.save_model`."""
+    def save_pretrained(self, directory: str | Path, **options: Any) -> None:
+        """Write ``config.json`` and the weights; options as of `checkpoint.save_model`, such as ``max_shard_size``."""
         from .checkpoint import save_model
 
-        save_model(self, directory, format=format)
+        save_model(self, directory, **options)
 
     @property
     def device(self) -> torch.device:

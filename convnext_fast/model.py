@@ -216,8 +216,7 @@ class ConvNext(ConvNextSwitches):
         """Replace the classifier by a new one, 0 for none; ``global_pool`` None keeps the pooling."""
         self._require_head("reset_classifier")
         pool = _check_pool(self.head.pool_type if global_pool is None else global_pool, num_classes)
-        fields = {k: v for k, v in self.config.to_dict().items() if k not in ("id2label", "label2id")}
-        self.config = ConvNextConfig.from_dict({**fields, "num_labels": num_classes})
+        self.config = self.config.amended(num_labels=num_classes)
         self.num_classes = num_classes
         self.head.pool_type = pool
         like = self.stem[1].weight
@@ -250,11 +249,11 @@ class ConvNext(ConvNextSwitches):
 
         return load_model(cls, source, **options)
 
-    def save_pretrained(self, directory: str | Path, *, format: str = "timm") -> None:
-        """Write ``config.json`` and ``model.safetensors``; see `checkpoint.save_model`."""
+    def save_pretrained(self, directory: str | Path, **options: Any) -> None:
+        """Write ``config.json`` and ``model.safetensors``, by default in timm's format; see `checkpoint.save_model`."""
         from .checkpoint import save_model
 
-        save_model(self, directory, format=format)
+        save_model(self, directory, **options)
 
     def extra_repr(self) -> str:
         """The run-time switches, for `repr`."""
@@ -295,17 +294,12 @@ def _configuration(
 ) -> ConvNextConfig:
     """The configuration with the constructor's overrides."""
     if isinstance(source, str):
-        fields = ConvNextConfig.from_variant(source, num_labels=1000 if num_classes is None else num_classes).to_dict()
+        config = ConvNextConfig.from_variant(source, num_labels=1000)
     elif isinstance(source, ConvNextConfig):
-        fields = source.to_dict()
-        if num_classes is not None and num_classes != source.num_labels:
-            fields = {k: v for k, v in fields.items() if k not in ("id2label", "label2id")} | {
-                "num_labels": num_classes
-            }
+        config = source
     else:
         raise TypeError(f"expected the name of a variant or a ConvNextConfig, not a {type(source).__name__}")
-    if in_chans is not None:
-        fields["num_channels"] = in_chans
-    if drop_path_rate is not None:
-        fields["drop_path_rate"] = drop_path_rate
-    return ConvNextConfig.from_dict(fields)
+    changes: dict[str, Any] = {"num_channels": in_chans, "drop_path_rate": drop_path_rate}
+    if num_classes != config.num_labels:
+        changes["num_labels"] = num_classes
+    return config.amended(**{name: value for name, value in changes.items() if value is not None})

@@ -94,6 +94,15 @@ def test_overrides_at_loading(tmp_path):
     assert (read.num_labels, read.id2label[2], read.out_features) == (3, "LABEL_2", ["stage2", "stage4"])
 
 
+def test_folders_of_every_format_hold_the_configuration(tmp_path):
+    config = ConvNextConfig(hidden_sizes=[4, 8], depths=[1, 1], num_stages=2, num_labels=3)
+    model = ConvNext(config)
+    for format in ("timm", "torchvision", "transformers", "official"):
+        model.save_pretrained(tmp_path / format, format=format)
+        read = ConvNextConfig.from_pretrained(tmp_path / format)
+        assert (read.hidden_sizes, read.id2label) == (config.hidden_sizes, config.id2label)
+
+
 def test_drop_path_rates_are_linear():
     assert ConvNextConfig(num_stages=2, hidden_sizes=[4, 8], depths=[2, 3], drop_path_rate=0.4).drop_path_rates == [
         pytest.approx([0.0, 0.1]),

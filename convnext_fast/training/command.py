@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..checkpoint_config import amend
 from ..classify import default_processor, load_processor
 from ..config import ConvNextConfig
 from ..console import Silence, TrainingProgress, new_console
@@ -104,13 +103,13 @@ def build(
         model = ConvNext.from_pretrained(start.checkpoint, **drop_path)
         if list(model.config.id2label.values()) != list(classes):
             model.reset_classifier(len(classes))
-        model.config = amend(model.config, **named)
+        model.config = model.config.amended(**named)
     elif start.config:
-        model = ConvNext(amend(read_config(start.config), **named))
+        model = ConvNext(read_config(start.config).amended(**named))
     elif start.variant:
-        model = ConvNext(amend(ConvNextConfig.from_variant(start.variant), **named))
+        model = ConvNext(ConvNextConfig.from_variant(start.variant).amended(**named))
     elif digits:
-        model = ConvNext(amend(digits_config(), **named))
+        model = ConvNext(digits_config().amended(**named))
     else:
         raise ValueError("pictures of a folder need --variant, --config or --checkpoint: expected one of them")
     if source:

@@ -39,7 +39,7 @@ def load_digits() -> tuple[ImageSet, ImageSet]:
 
 
 def digits_config() -> ConvNextConfig:
-    """The demo's architecture: three stages on 16×16, 8×8 and 4×4 positions."""
+    """The demo's architecture: three stages on 8×8, 4×4 and 2×2 positions."""
     return ConvNextConfig(
         num_channels=1,
         image_size=16,

@@ -1,7 +1,7 @@
 """Every kernel test runs with outputs that are full of NaN until a kernel writes them."""
 
 import pytest
-from support import poisoned
+from kernel_support import poisoned
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from convnext_fast.kernels.dwconv_tensor_core import dwconv_tensor_core
 from convnext_fast.kernels.layernorm import layernorm_bwd, layernorm_fwd
 from convnext_fast.kernels.statistics import stats_block
 from convnext_fast.kernels.tuning_dwconv import TensorCoreConfig
-from support import (
+from kernel_support import (
     assert_as_good_as_eager,
     dwconv_gradients,
     dwconv_reference,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from convnext_fast.kernels.patchify import downsample_bwd, downsample_fwd, fold_downsample, stem_bwd, stem_fwd
-from support import assert_as_good_as_eager, layer_norm_reference, to_nchw
+from kernel_support import assert_as_good_as_eager, layer_norm_reference, to_nchw
 
 EPS = 1e-6
 STEMS = [(3, 3, 21, 26, 40, 4), (1, 1, 8, 7, 17, 2), (2, 4, 21, 14, 96, 7), (0, 3, 8, 8, 16, 4)]

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from convnext_fast.kernels.statistics import merge_statistics
-from support import merged_statistics
+from kernel_support import merged_statistics
 
 CASES = [(1, 16, 5), (3, 16, 70), (16, 16, 64), (40, 16, 33), (100, 32, 64), (768, 32, 40), (4096, 32, 7)]
 

@@ -7,7 +7,7 @@ The emulator is a folder ``sass_emulator`` under the path in CONVNEXT_FAST_SASS_
 import os
 
 import pytest
-from support import emulator_path, import_emulator
+from kernel_support import emulator_path, import_emulator
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore_glob = ["test_*.py"]
