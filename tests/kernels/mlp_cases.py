@@ -11,8 +11,8 @@ from convnext_fast.kernels.parameters import fold_bwd, fold_fwd
 from convnext_fast.kernels.pointwise_mlp import mlp_fwd
 from convnext_fast.kernels.pointwise_mlp_bwd import mlp_bwd
 from convnext_fast.kernels.statistics import stats_block
-from statistics_cases import partial_statistics
 from kernel_support import assert_as_good_as_eager, layer_norm_reference
+from statistics_cases import partial_statistics
 
 EPS = 1e-6
 PARAMETERS = ("w1", "b1", "ln_weight", "ln_bias", "w2", "b2", "gamma")
