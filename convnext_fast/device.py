@@ -12,6 +12,9 @@ from torch import Tensor
 from .kernels.dwconv import dwconv_dgrad, dwconv_fwd, dwconv_wgrad
 from .kernels.layernorm import layernorm_bwd, layernorm_fwd
 from .kernels.parameters import fold_bwd, fold_fwd
+from .kernels.patchify import downsample_bwd as _downsample_bwd
+from .kernels.patchify import downsample_fwd as _downsample_fwd
+from .kernels.patchify import fold_downsample, stem_bwd, stem_fwd
 from .kernels.pointwise_mlp import mlp_fwd
 from .kernels.pointwise_mlp_bwd import mlp_bwd
 
@@ -160,6 +163,65 @@ def pointwise_mlp_bwd(
     dx, d, db1, e, t = mlp_bwd(dy.view(rows), inputs, None, a, w1g, b1g, w2.to(dtype), gamma, scale, 0.0, act)
     dw1, _, _, dw2, db2, dgamma = fold_bwd(d, db1, e, t, w1, w2, b2, None, None, gamma)
     return dx.view(x.shape), dw1, db1, dw2, db2, dgamma
+
+
+def patchify_stem_fwd(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    save: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(LayerNorm(u), u, statistics of u) for u the patch convolution, (N, H', W', C) in T; the last two if ``save``."""
+    return stem_fwd(image, weight.contiguous(), bias, ln_weight, ln_bias, eps, dtype, save)
+
+
+def patchify_stem_bwd(
+    dy: Tensor,
+    image: Tensor,
+    u: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    needs_image: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of image, weight, bias, ln_weight and ln_bias."""
+    return stem_bwd(dy, image, u, statistics, weight.contiguous(), ln_weight, eps, needs_image)
+
+
+def downsample_fwd(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Patch convolution of LayerNorm(x), (N, ⌊H/kh⌋, ⌊W/kw⌋, C') in T."""
+    wg, bg = fold_downsample(weight.contiguous(), bias, ln_weight, ln_bias, dtype)
+    return _downsample_fwd(x, wg, bg, eps, dtype)
+
+
+def downsample_bwd(
+    dy: Tensor,
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, ln_weight, ln_bias, weight and bias."""
+    dx, dweight, dbias, dg, dbeta = _downsample_bwd(dy, x, weight.contiguous(), ln_weight, ln_bias, eps, dtype)
+    return dx, dg, dbeta, dweight, dbias
 
 
 def _scale(drop_scale: Tensor | None) -> Tensor | None:

@@ -226,3 +226,96 @@ def _pointwise_mlp_autograd(ctx: Any, dy: Tensor, *_: object) -> Gradients:
 
 
 pointwise_mlp_fwd.register_autograd(_pointwise_mlp_autograd, setup_context=_pointwise_mlp_setup)
+
+
+@_operator
+def patchify_stem_fwd(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, then what is saved: the convolution's output and its LayerNorm statistics. Kernels only."""
+    path = _path(image, dtype)
+    return _present(image, *path.patchify_stem_fwd(image, weight, bias, ln_weight, ln_bias, eps, dtype, save))
+
+
+@_operator
+def patchify_stem_bwd(
+    dy: Tensor,
+    image: Tensor,
+    u: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    needs_image: bool,
+) -> list[Tensor]:
+    """Gradients of the image and of the four parameters."""
+    parameters = (weight, bias, ln_weight, ln_bias)
+    grads = _path(image, dtype).patchify_stem_bwd(dy, image, u, statistics, *parameters, eps, needs_image)
+    return list(_as_inputs(image, grads, image, *parameters))
+
+
+def _patchify_stem_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    image, *parameters, ctx.eps, ctx.dtype, _ = inputs
+    ctx.save_for_backward(image, *output[1:], *parameters)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _patchify_stem_autograd(ctx: Any, dy: Tensor, *_: object) -> Gradients:
+    grads = patchify_stem_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.dtype, ctx.needs_input_grad[0])
+    return (*_absent(*grads), None, None, None)
+
+
+patchify_stem_fwd.register_autograd(_patchify_stem_autograd, setup_context=_patchify_stem_setup)
+
+
+@_operator
+def downsample_fwd(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Patch convolution of LayerNorm(x). Kernels only."""
+    return _path(x, dtype).downsample_fwd(x, ln_weight, ln_bias, weight, bias, eps, dtype)
+
+
+@_operator
+def downsample_bwd(
+    dy: Tensor,
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Gradients of x and of the four parameters."""
+    parameters = (ln_weight, ln_bias, weight, bias)
+    grads = _path(x, dtype).downsample_bwd(dy, x, *parameters, eps, dtype)
+    return list(_as_inputs(x, grads, x, *parameters))
+
+
+def _downsample_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.eps, ctx.dtype = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _downsample_autograd(ctx: Any, dy: Tensor) -> Gradients:
+    return (*_absent(*downsample_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.dtype)), None, None)
+
+
+downsample_fwd.register_autograd(_downsample_autograd, setup_context=_downsample_setup)

@@ -142,8 +142,20 @@ def patchify_stem(
     """The stem: convolution of non-overlapping patches, then LayerNorm.
 
     image: (N, C, H, W), any strides; weight: (C', C, kh, kw). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C').
+    Off a GPU the reference already is what there is to do: two calls without a copy.
+
+    Raises:
+        TypeError, ValueError: as `convnext_block`.
     """
-    return reference.patchify_stem(image, weight, bias, ln_weight, ln_bias, eps)
+    _check_activation(image, "image")
+    _check_patches(image, weight, bias, channels=image.shape[1], size=tuple(image.shape[2:]))
+    _check(image, "ln_weight", ln_weight, (weight.shape[0],))
+    _check(image, "ln_bias", ln_bias, (weight.shape[0],))
+    dtype = _compute_dtype(image, weight=weight)
+    if backend.select(image.device, dtype) != "triton":
+        return reference.patchify_stem(image, weight, bias, ln_weight, ln_bias, eps)
+    save = torch.is_grad_enabled()
+    return _operators().patchify_stem_fwd(image, weight, bias, ln_weight, ln_bias, eps, dtype, save)[0]
 
 
 def downsample(
@@ -152,8 +164,19 @@ def downsample(
     """The layer between stages: LayerNorm, then a convolution of non-overlapping patches.
 
     x: (N, H, W, C); weight: (C', C, kh, kw). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C').
+    Off a GPU the reference already is what there is to do: two calls without a copy.
+
+    Raises:
+        TypeError, ValueError: as `convnext_block`.
     """
-    return reference.downsample(x, ln_weight, ln_bias, weight, bias, eps)
+    _check_activation(x, "x")
+    _check_patches(x, weight, bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
+    _check(x, "ln_weight", ln_weight, (x.shape[3],))
+    _check(x, "ln_bias", ln_bias, (x.shape[3],))
+    dtype = _compute_dtype(x, weight=weight)
+    if backend.select(x.device, dtype) != "triton":
+        return reference.downsample(x, ln_weight, ln_bias, weight, bias, eps)
+    return _operators().downsample_fwd(x.contiguous(), ln_weight, ln_bias, weight, bias, eps, dtype)
 
 
 def _operators() -> ModuleType:
@@ -169,7 +192,7 @@ def _check_activation(x: Tensor, name: str) -> None:
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}: expected a floating dtype")
     if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected (N, H, W, C) with H, W and C of at least 1")
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected 4 dimensions, all but the first at least 1")
 
 
 def _check(x: Tensor, name: str, value: Tensor | None, shape: tuple[int, ...], optional: bool = False) -> None:
@@ -198,6 +221,16 @@ def _check_dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"the depthwise kernel is {tuple(weight.shape)}: expected a square one of side 3, 5 or 7")
     _check(x, "the depthwise weight", weight, (x.shape[3], 1, side, side))
     _check(x, "the depthwise bias", bias, (x.shape[3],), optional=True)
+
+
+def _check_patches(x: Tensor, weight: Tensor, bias: Tensor | None, channels: int, size: tuple[int, int]) -> None:
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
+        what = f"has shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"is a {type(weight).__name__}"
+        raise ValueError(f"the patch weight {what}: expected (C', C, kh, kw)")
+    _check(x, "the patch weight", weight, (weight.shape[0], channels, *weight.shape[2:]))
+    _check(x, "the patch bias", bias, (weight.shape[0],), optional=True)
+    if size[0] < weight.shape[2] or size[1] < weight.shape[3]:
+        raise ValueError(f"the image is {size[0]}×{size[1]}: expected at least one patch of {tuple(weight.shape[2:])}")
 
 
 def _check_mlp(

@@ -183,8 +183,8 @@ def bad(**changes):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": lambda x: x[0]}, ValueError, r"x has shape \(5, 4, 6\): expected \(N, H, W, C\)"),
-        ({"x": lambda x: x[:, :0]}, ValueError, "at least 1"),
+        ({"x": lambda x: x[0]}, ValueError, r"x has shape \(5, 4, 6\): expected 4 dimensions"),
+        ({"x": lambda x: x[:, :0]}, ValueError, "all but the first at least 1"),
         ({"x": lambda x: x.long()}, TypeError, "floating dtype"),
         ({"x": lambda x: x.numpy()}, TypeError, "x is a ndarray: expected a tensor"),
         ({"x": lambda x: x.double()}, TypeError, "float64 but dwconv_weight is torch.float32"),
@@ -206,3 +206,32 @@ def bad(**changes):
 def test_bad_arguments_are_named(changes, error, message):
     with pytest.raises(error, match=message):
         ops.convnext_block(**bad(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.randn(2, 5, 4)}, ValueError, "expected 4 dimensions"),
+        ({"weight": torch.randn(8, 6)}, ValueError, r"patch weight has shape \(8, 6\): expected \(C', C, kh, kw\)"),
+        (
+            {"weight": torch.randn(8, 5, 2, 2)},
+            ValueError,
+            r"patch weight has shape \(8, 5, 2, 2\): expected \(8, 6, 2, 2\)",
+        ),
+        ({"weight": torch.randn(8, 6, 5, 2)}, ValueError, "at least one patch of"),
+        ({"bias": torch.randn(7)}, ValueError, "patch bias has shape"),
+        ({"ln_weight": torch.randn(7)}, ValueError, "ln_weight has shape"),
+        ({"ln_bias": None}, TypeError, "ln_bias is a NoneType"),
+        ({"weight": torch.randn(8, 6, 2, 2).double()}, TypeError, "but weight is torch.float64"),
+    ],
+)
+def test_bad_patch_arguments_are_named(changes, error, message):
+    shared = {"weight": torch.randn(8, 6, 2, 2), "bias": torch.randn(8)}
+    down = {"x": torch.randn(2, 4, 4, 6), "ln_weight": torch.randn(6), "ln_bias": torch.randn(6), **shared, **changes}
+    with pytest.raises(error, match=message):
+        ops.downsample(**down)
+    stem = {"ln_weight": torch.randn(8), "ln_bias": torch.randn(8), **shared, **changes}
+    image = changes.get("x", torch.randn(2, 6, 4, 4))
+    stem.pop("x", None)
+    with pytest.raises(error, match=message):
+        ops.patchify_stem(image, **stem)
