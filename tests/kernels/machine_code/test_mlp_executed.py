@@ -5,7 +5,24 @@ from convnext_fast.kernels.pointwise_mlp_bwd import gemm_bwd, mlp_bwd
 from convnext_fast.kernels.pointwise_mlp_bwd_fused import fused_bwd
 from mlp_cases import EMPTY, Case, check_backward, check_forward, inputs, run_forward
 
-SHAPES = [(1, 9, 1, 1), (3, 49, 40, 160), (1, 50, 37, 77), (3, 70, 96, 384), (1, 130, 192, 256)]
+BF16, FP16 = torch.bfloat16, torch.float16
+FORWARD = [
+    (fused_fwd, Case(3, 49, 40, 160, BF16, full=False)),
+    (fused_fwd, Case(1, 50, 37, 77, FP16)),
+    (fused_fwd, Case(3, 70, 96, 384, BF16)),
+    (fused_fwd, Case(1, 130, 192, 192, FP16)),
+    (gemm_fwd, Case(1, 9, 1, 1, BF16)),
+    (gemm_fwd, Case(1, 50, 37, 77, FP16, full=False)),
+    (gemm_fwd, Case(1, 130, 192, 256, BF16)),
+]
+BACKWARD = [
+    (fused_bwd, Case(3, 49, 40, 160, BF16, full=False)),
+    (fused_bwd, Case(1, 50, 37, 77, FP16)),
+    (fused_bwd, Case(3, 70, 96, 128, BF16)),
+    (gemm_bwd, Case(1, 9, 1, 1, FP16)),
+    (gemm_bwd, Case(1, 50, 37, 77, FP16, full=False)),
+    (gemm_bwd, Case(3, 70, 96, 128, BF16)),
+]
 
 
 @pytest.fixture
@@ -16,19 +33,16 @@ def tf32(request):
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@pytest.mark.parametrize("forward", [fused_fwd, gemm_fwd])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward(emulating, shape, dtype, forward):
+@pytest.mark.parametrize(("forward", "case"), FORWARD, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_forward(emulating, forward, case):
     with emulating(arch=80, detect_races="rw"):
-        check_forward(Case(*shape, dtype, full=shape[2] != 40), forward)
+        check_forward(case, forward)
 
 
 @pytest.mark.parametrize("tf32", [False, True], indirect=True, ids=["ieee", "tf32"])
-@pytest.mark.parametrize("shape", [(3, 49, 40, 160), (1, 50, 37, 77)], ids=str)
-def test_forward_in_float32(emulating, shape, tf32):
+def test_forward_in_float32(emulating, tf32):
     with emulating(arch=80, detect_races="rw"):
-        check_forward(Case(*shape, torch.float32))
+        check_forward(Case(1, 50, 37, 77, torch.float32))
 
 
 def test_forward_under_autocast_and_of_nothing(emulating):
@@ -49,12 +63,10 @@ def test_instructions_of_the_fused_forward(emulating, channels, allowed):
     assert per_element <= allowed, f"C = {channels}: {per_element:.2f}"
 
 
-@pytest.mark.parametrize("backward", [fused_bwd, gemm_bwd])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 9, 1, 1), (3, 49, 40, 160), (1, 50, 37, 77), (3, 70, 96, 128)], ids=str)
-def test_backward(emulating, shape, dtype, backward):
+@pytest.mark.parametrize(("backward", "case"), BACKWARD, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_backward(emulating, backward, case):
     with emulating(arch=80, detect_races="rw"):
-        check_backward(Case(*shape, dtype, full=shape[2] != 40), backward)
+        check_backward(case, backward)
 
 
 @pytest.mark.parametrize("tf32", [False, True], indirect=True, ids=["ieee", "tf32"])
