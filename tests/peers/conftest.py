@@ -1,4 +1,4 @@
-"""These tests need torchvision, and so an environment of their own: ``.ci/run`` makes it in its third stage."""
+"""These tests need torchvision, and so an environment of their own: ``.ci/run`` makes it in its fourth stage."""
 
 import importlib.util
 
@@ -13,4 +13,4 @@ def pytest_collection_modifyitems(items):
     if missing:
         for item in items:
             if "peers" in item.path.parts:
-                item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}: stage 3 of .ci/run has them"))
+                item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}: stage 4 of .ci/run has them"))
