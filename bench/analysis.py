@@ -121,7 +121,10 @@ def _describe_nvidia(specialised: Specialised, compiled: Any) -> Compiled:
         r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", _cuobjdump(compiled.asm["cubin"], "-sass"), re.M
     )
     instructions = Counter(_class_of(opcode, _CLASSES, exact=True) for opcode in opcodes)
-    read, written = accesses(compiled.asm["ptx"], [k for k, v in specialised.signature.items() if v != "constexpr"])
+    parameters = [
+        name if kind.startswith("*") else None for name, kind in specialised.signature.items() if kind != "constexpr"
+    ]
+    read, written = accesses(compiled.asm["ptx"], parameters)
     return Compiled(
         kernel=specialised.kernel.fn.__name__,
         target=specialised.target,
@@ -169,17 +172,17 @@ def _class_of(opcode: str, classes: tuple[tuple[str, str], ...], exact: bool) ->
     stem = opcode.split(".")[0]
     for name, stems in classes:
         for each in stems.split():
-            if stem == each or stem.startswith(each) and (not exact or stem[len(each) :].isdigit()):
+            if stem == each or (stem.startswith(each) and (not exact or stem[len(each) :].isdigit())):
                 return name
     return "other"
 
 
-def accesses(ptx: str, arguments: list[str]) -> tuple[dict[str, dict[int, int]], dict[str, dict[int, int]]]:
+def accesses(ptx: str, parameters: list[str | None]) -> tuple[dict[str, dict[int, int]], dict[str, dict[int, int]]]:
     """(read, written) of `Compiled`: addresses are followed from the kernel's parameters through 64-bit registers.
 
-    ``arguments``: names of the parameters that are no constants, in order.
+    ``parameters``: of those that are no constants, in order, the name of a pointer or None.
     """
-    roots: dict[str, set[int]] = defaultdict(set)
+    roots: dict[str, set[str]] = defaultdict(set)
     steps, found = [], []
     for line in ptx.splitlines():
         match = re.match(r"\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(.*);", line)
@@ -188,7 +191,8 @@ def accesses(ptx: str, arguments: list[str]) -> tuple[dict[str, dict[int, int]],
         opcode, operands = match.groups()
         if opcode.startswith("ld.param"):
             register, index = re.match(r"(%\w+), \[\w+_param_(\d+)\]", operands).groups()
-            roots[register] = {int(index)}
+            if int(index) < len(parameters) and parameters[int(index)]:
+                roots[register] = {parameters[int(index)]}
         elif opcode.startswith(("ld.global", "st.global")):
             width = re.search(r"(?:\.v(\d))?\.[a-z](\d+)$", opcode)
             size = int(width[1] or 1) * int(width[2]) // 8
@@ -209,5 +213,5 @@ def accesses(ptx: str, arguments: list[str]) -> tuple[dict[str, dict[int, int]],
     sides: tuple[dict, dict] = (defaultdict(Counter), defaultdict(Counter))
     for is_store, address, size in found:
         for root in roots[address]:
-            sides[is_store][arguments[root] if root < len(arguments) else ""][size] += 1
+            sides[is_store][root][size] += 1
     return tuple({name: dict(sizes) for name, sizes in side.items()} for side in sides)

@@ -2,7 +2,7 @@
 
     made = record("tiny", torch.bfloat16, mode="training", recompute=1, target="sm_90")
     made.launches       # Triton launches, in order, with their exact arguments
-    made.operators      # PyTorch's own operators between them
+    made.operators      # PyTorch's own operators between them; made.steps holds both, in order
     made.saved          # bytes kept for the backward pass
 
 Tensors are fake: they have shapes, strides and storages, but no values. Launches of Triton kernels are listed with a
@@ -18,8 +18,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from convnext_fast import ConvNext, backend, operators
 from convnext_fast.kernels.targets import planned_for
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,6 +29,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from bench.compilation import GPU_TARGETS, Launch
+from convnext_fast import ConvNext, backend
 
 MODES = ("inference", "training")
 RESIDENT = ("empty", "new_empty", "detach", "lift_fresh", "alias", "_unsafe_view", "_reshape_alias")
@@ -69,23 +70,38 @@ class Buffer:
 class Operator:
     """One of PyTorch's own operators that moves data: a kernel launch, or several, that is not ours.
 
-    ``read`` and ``written`` count each byte of its tensors once; ``flops`` are those of matrix products.
+    ``read`` and ``written`` count each byte of its tensors once; ``flops`` are those of matrix products; ``storages``
+    are written to.
     """
 
     name: str
     read: int
     written: int
     flops: int
+    storages: frozenset[int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """What one pass launches: Triton launches, other operators, bytes saved for the backward; for ``batch`` images."""
+    """What one pass over ``batch`` images launches, in order, and the bytes that it saves for the backward.
 
-    launches: list[Launch]
-    operators: list[Operator]
+    ``given`` numbers the storages of the parameters and the images.
+    """
+
+    steps: list[Launch | Operator]
     saved: int
     batch: int
+    given: frozenset[int]
+
+    @property
+    def launches(self) -> list[Launch]:
+        """Launches of Triton kernels."""
+        return [step for step in self.steps if isinstance(step, Launch)]
+
+    @property
+    def operators(self) -> list[Operator]:
+        """PyTorch's own operators."""
+        return [step for step in self.steps if isinstance(step, Operator)]
 
 
 class _Storages:
@@ -123,8 +139,11 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.storages = _Storages()
-        self.launches: list[Launch] = []
-        self.operators: list[Operator] = []
+        self.steps: list[Launch | Operator] = []
+
+    def numbers(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
+        """Storages of the tensors."""
+        return frozenset(self.storages.buffer(tensor).storage for tensor in tensors)
 
     def wrap(self, kernel: Any) -> Any:
         """Stands in for ``torch.library.wrap_triton``: ``wrap(kernel)[grid](...)`` lists a launch."""
@@ -143,16 +162,20 @@ class _Recorder(TorchDispatchMode):
             if isinstance(value, torch.Tensor):
                 bound[name] = self.storages.buffer(value)
         options = {name: value for name, value in meta.items() if name not in names}
-        self.launches.append(Launch(kernel, tuple(grid), {name: bound[name] for name in names}, options))
+        self.steps.append(Launch(kernel, tuple(grid), {name: bound[name] for name in names}, options))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if func.namespace == "convnext_fast":
-            with self:
-                return getattr(operators, name)._init_fn(*args, **kwargs)
+        own = OPDEFS.get(f"{func.namespace}::{name}")
+        with self:
+            if own is not None:
+                return own._init_fn(*args, **kwargs)
+            parts = func.decompose(*args, **kwargs) if func.namespace == "aten" else NotImplemented
+            if parts is not NotImplemented:
+                return parts
         out = func(*args, **kwargs)
-        if not func.is_view and not name.startswith(RESIDENT):
+        if func.namespace == "aten" and not func.is_view and not name.startswith(RESIDENT):
             self._operator(func, name, args, kwargs, out)
         return out
 
@@ -164,8 +187,9 @@ class _Recorder(TorchDispatchMode):
             tensors = tensors[1:] if name in OVERWRITING else tensors
         count = flop_registry.get(func.overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count else 0
-        read, written = (unique_bytes(self.storages.buffer(t) for t in group) for group in (tensors, results))
-        self.operators.append(Operator(name, read, written, flops))
+        sources, targets = ([self.storages.buffer(t) for t in group] for group in (tensors, results))
+        storages = frozenset(buffer.storage for buffer in targets)
+        self.steps.append(Operator(name, unique_bytes(sources), unique_bytes(targets), flops, storages))
 
 
 @contextlib.contextmanager
@@ -223,15 +247,16 @@ def record(
             model.freeze()
             with recorder, torch.inference_mode():
                 model(image)
-            return Recording(recorder.launches, recorder.operators, 0, batch)
+            given = (*model.parameters(), *model.buffers(), image)
+            return Recording(recorder.steps, 0, batch, recorder.numbers(given))
         model.train()
-        own = {recorder.storages.buffer(t).storage for t in (*model.parameters(), image)}
+        given = recorder.numbers((*model.parameters(), image))
         with recorder:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 logits = model(image)
             logits.backward(torch.empty_like(logits))
-    kept = unique_bytes(buffer for buffer in saved if buffer.storage not in own)
-    return Recording(recorder.launches, recorder.operators, kept, batch)
+    kept = unique_bytes(buffer for buffer in saved if buffer.storage not in given)
+    return Recording(recorder.steps, kept, batch, given)
 
 
 @dataclasses.dataclass(frozen=True)

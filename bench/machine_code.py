@@ -1,0 +1,205 @@
+"""``python -m bench.machine_code``: what the compiler makes of every launch of a model, and the counts of a whole pass.
+
+Registers, spills, shared memory and static instructions are what the compiler gave, occupancy follows from them. Bytes
+and FLOPs are counted from the launches. Times are modelled from counts and data sheets (chips.py): nothing here ran on
+a GPU. Needs the package installed (``pip install -e .[bench]``), no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import warnings
+from typing import Any
+
+import torch
+from convnext_fast.kernels.targets import TARGETS
+from rich.console import Console
+from rich.table import Table
+
+from bench.analysis import Compiled, analyse_all
+from bench.chips import CHIP_OF, Chip
+from bench.compilation import Launch
+from bench.counts import (
+    BUDGETS,
+    COUNTED,
+    PEERS,
+    Counts,
+    count_tiny,
+    first_writes,
+    flops,
+    output_elements,
+    programs,
+    traffic,
+)
+from bench.recording import MODES, Specialised, record, unique
+from convnext_fast.config import VARIANTS
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def precision(specialised: Specialised, dtype: str) -> str:
+    """Which of a chip's rates the matrix products of a kernel run at: "16-bit", "tf32" or "fp32"."""
+    if dtype != "fp32":
+        return "16-bit"
+    return "tf32" if "tf32" in specialised.constants.values() else "fp32"
+
+
+def modelled(launch: Launch, moved: int, work: int | None, kind: str, chip: Chip) -> tuple[float, float] | None:
+    """(modelled time, roofline), microseconds, of a launch on a chip; None without a count of FLOPs.
+
+    The roofline is the greater of bytes over bandwidth and FLOPs over peak. The model lets the last wave of programs
+    leave processors idle: the part of arithmetic is stretched to whole programs a processor. Instruction issue, latency
+    and caches are not modelled, so a real time is longer.
+    """
+    if work is None:
+        return None
+    memory, arithmetic = moved / chip.bandwidth, work / chip.flops_of(kind)
+    share = programs(launch) / chip.processors
+    stretched = arithmetic * math.ceil(share) / share
+    return 1e6 * max(memory, stretched), 1e6 * max(memory, arithmetic)
+
+
+def row(
+    specialised: Specialised, launches: list[Launch], compiled: Compiled, own: frozenset[int], dtype: str
+) -> dict[str, Any]:
+    """What is known of one compiled kernel, of its first launch where launches differ; ``own``: see `traffic`."""
+    launch = launches[0]
+    chip = CHIP_OF[specialised.target]
+    read, written = traffic(launch, compiled, own)
+    work = flops(launch, compiled)
+    outputs = output_elements(launch, compiled)
+    times = modelled(launch, read + written, work, precision(specialised, dtype), chip)
+    return {
+        "kernel": compiled.kernel,
+        "target": compiled.target,
+        "registers": compiled.registers,
+        "spills": compiled.spills,
+        "shared": compiled.shared,
+        "num_warps": compiled.num_warps,
+        "occupancy": chip.occupancy(compiled.registers, compiled.shared, compiled.num_warps),
+        "launches": len(launches),
+        "grid": list(launch.grid),
+        "constants": {
+            specialised.kernel.params[path[0]].name: value
+            for path, value in specialised.constants.items()
+            if isinstance(value, (int, str, bool))
+        },
+        "instructions": compiled.instructions,
+        "matrix": compiled.matrix,
+        "read_widths": compiled.read,
+        "written_widths": compiled.written,
+        "bytes_read": read,
+        "bytes_written": written,
+        "bytes_per_output": (read + written) / outputs if outputs else None,
+        "flops": work,
+        "chip": chip.name,
+        "modelled_us": times and times[0],
+        "roofline_us": times and times[1],
+    }
+
+
+def rows(variant: str, dtype: str, mode: str, recompute: int, targets: list[str], **options: Any) -> list[dict]:
+    """`row` of every kernel that a pass of a model makes Triton compile, for each target."""
+    kernels: list[tuple[Specialised, list[Launch], frozenset[int]]] = []
+    for target in targets:
+        made = record(variant, DTYPES[dtype], mode=mode, recompute=recompute, target=target, **options)
+        own = first_writes(made)
+        kernels += [(one, launches, own[id(launches[0])]) for one, launches in unique(made, target).values()]
+    described = analyse_all([specialised for specialised, _, _ in kernels])
+    return [row(s, launches, c, own, dtype) for (s, launches, own), c in zip(kernels, described, strict=True)]
+
+
+def kernel_table(found: list[dict], title: str) -> Table:
+    """The rows as a table."""
+    table = Table(title=title, caption="µs are modelled from counted bytes and FLOPs and data sheets, not measured")
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("shape")
+    for name in ("target", "×", "regs", "spills", "shared", "occ."):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("static instructions, %")
+    for name in ("B/output", "modelled µs", "of roofline"):
+        table.add_column(name, justify="right")
+    for each in found:
+        total = sum(each["instructions"].values())
+        mix = sorted(each["instructions"].items(), key=lambda item: -item[1])[:5]
+        known = each["modelled_us"] is not None
+        shape = "×".join(str(each["constants"][name]) for name in ("C", "K", "N") if name in each["constants"])
+        table.add_row(
+            each["kernel"],
+            shape or "×".join(map(str, each["grid"])) + " programs",
+            each["target"],
+            str(each["launches"]),
+            str(each["registers"]),
+            f"[red]{each['spills']}[/red]" if each["spills"] else "0",
+            f"{each['shared'] / 1024:.0f} KiB",
+            f"{each['occupancy']:.0%}",
+            " ".join(f"{name} {100 * n / total:.0f}" for name, n in mix),
+            f"{each['bytes_per_output']:.1f}" if each["bytes_per_output"] else "",
+            f"{each['modelled_us']:.1f}" if known else "FLOPs not counted",
+            f"{each['roofline_us'] / each['modelled_us']:.0%}" if known and each["modelled_us"] else "",
+        )
+    return table
+
+
+def count_table(counts: dict[tuple[str, int | None], Counts]) -> Table:
+    """Counts of the passes next to the budgets and the peers."""
+    table = Table(
+        title="ConvNeXt-T, 224², bf16, batch 128: counted from recorded launches",
+        caption="MB an image. Training: forward and backward, no loss, no optimiser, no drop path. "
+        "PyTorch's own operators count as one launch each.",
+    )
+    for name in ("pass", "DRAM MB", "launches", "of them ours", "GFLOP an image", "saved MB", "budget missed"):
+        table.add_column(name, justify="left" if name in ("pass", "budget missed") else "right")
+    for (mode, level), each in counts.items():
+        missed = each.missed(BUDGETS[mode, level])
+        table.add_row(
+            mode if level is None else f"{mode}, recompute {level}",
+            f"{each.megabytes:.1f}",
+            str(each.launches),
+            str(each.own_launches),
+            f"{each.gflops:.1f}" + (f" without {', '.join(each.uncounted)}" if each.uncounted else ""),
+            f"{each.saved:.1f}" if level is not None else "",
+            ", ".join(f"[red]{name} > {most:g}[/red]" for name, (_, most) in missed.items()) or "none",
+        )
+    table.add_section()
+    for peer in PEERS:
+        table.add_row(f"{peer.name}, inference", _range(peer.forward), _range(peer.forward_launches))
+        table.add_row(
+            f"{peer.name}, training", _range(peer.step), _range(peer.step_launches), "", "", f"{peer.saved:.1f}"
+        )
+    return table
+
+
+def _range(values: tuple[float, float]) -> str:
+    least, most = values
+    return f"{least:g}" if least == most else f"{least:g}–{most:g}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__.split("\n")[0])
+    parser.add_argument("--variant", choices=VARIANTS, default="tiny")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--mode", choices=MODES, default="training")
+    parser.add_argument("--recompute", type=int, choices=(0, 1, 2), default=1)
+    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all; may be given several times")
+    parser.add_argument("--json", action="store_true", help="print the rows of the kernels as a JSON list")
+    chosen = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    targets = chosen.target or list(TARGETS)
+    found = rows(chosen.variant, chosen.dtype, chosen.mode, chosen.recompute, targets)
+    if chosen.json:
+        json.dump(found, sys.stdout, indent=1)
+        print()
+        return
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    title = f"ConvNeXt {chosen.variant}, {chosen.dtype}, {chosen.mode}"
+    console.print(kernel_table(found, title + f", recompute {chosen.recompute}" * (chosen.mode == "training")))
+    console.print(count_table({each: count_tiny(*each) for each in COUNTED}))
+
+
+if __name__ == "__main__":
+    main()
