@@ -22,7 +22,7 @@ from .gelu import gelu_form
 from .launching import launch
 from .statistics import merge_statistics
 from .targets import target_of
-from .tuning_mlp import dot_precision, gemm_config, norm_blocks
+from .tuning_mlp import dot_precision, gemm_config, norm_blocks, statistics_first
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def dot_rows(
 ):  # fmt: skip
     """acc + A·Bᵀ of a tile, A (·, DEPTH) from ``a_ptr`` at ``rows``, B (N, DEPTH) at ``n``.
 
-    ``depth`` is DEPTH as a value that the compiler does not know, lest it unroll the whole loop and run out of registers.
+    ``depth`` is DEPTH as a value unknown to the compiler, lest it unroll the whole loop and run out of registers.
     """
     for k0 in range(0, depth, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -72,7 +72,8 @@ def dot_rows(
 def _fc1_kernel(
     u_ptr, stats_ptr, w1_ptr, b1_ptr, h_ptr, a_ptr, P, depth, eps,
     C: tl.constexpr, K: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = tile_of_program(P, K, BLOCK_M, BLOCK_N, 8)
     first = tile_m.to(tl.int64) * BLOCK_M
@@ -80,11 +81,14 @@ def _fc1_kernel(
     rows_ok = first + rows < P
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = n < K
+    if NB > 0 and EARLY:
+        mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     a = dot_rows(u_ptr + first * C, w1_ptr, rows, rows_ok, n, a, depth, K, C, PRECISION, BLOCK_N, BLOCK_K)
     bias = tl.load(b1_ptr + n, mask=n_ok, other=0.0)
     if NB > 0:
-        mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
+        if not EARLY:
+            mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
         row_sum = tl.load(b1_ptr + K + n, mask=n_ok, other=0.0)
         a = tl.fma(tl.fma((-mean)[:, None], row_sum[None, :], a), rstd[:, None], bias[None, :])
     else:
@@ -138,7 +142,7 @@ def fc1(
         _fc1_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),),
         u, stats, w1g, b1g, h, a, P, C, eps,
         C=C, K=K, CB=CB, NB=NB,
-        ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u),
+        ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u), EARLY=statistics_first(target_of(u)),
         **config.meta(),
     )  # fmt: skip
     return h, a

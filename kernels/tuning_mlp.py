@@ -108,6 +108,11 @@ def gemm_config(rows: int, columns: int, depth: int, dtype: torch.dtype, target:
     return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
 
 
+def statistics_first(target: str) -> bool:
+    """Whether fc1 merges LayerNorm's statistics before its product or after: the order that spills no register."""
+    return target == "sm_90"
+
+
 def input_grad_config(channels: int, target: str) -> FusedConfig:
     """Configuration of the backward kernel that owns pixels: 16 rows a warp, which hold x̂, dz' and dx̂."""
     return FusedConfig(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2)
@@ -120,11 +125,12 @@ def weight_grad_config(rows: int, channels: int, hidden: int, target: str) -> tu
     channels fewer hidden units, keep them from spilling. As many shares as give every processor about two programs; a
     share is a multiple of BLOCK_M.
     """
-    roomy = target in ("sm_90", "sm_100", "gfx942")
-    if roomy or channels > 96:
-        config = FusedConfig(BLOCK_M=32, BLOCK_K=64 if roomy else 32, num_warps=4, num_stages=2)
+    if target in ("sm_90", "sm_100", "gfx942"):
+        config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2)
+    elif channels <= 96:
+        config = FusedConfig(BLOCK_M=16, BLOCK_K=64, num_warps=4, num_stages=1 if target == "sm_120" else 2)
     else:
-        config = FusedConfig(BLOCK_M=16, BLOCK_K=64, num_warps=4, num_stages=2)
+        config = FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=2)
     chunks = triton.cdiv(hidden, config.BLOCK_K)
     shares = max(1, 2 * _PROCESSORS[target] // chunks)
     return config, triton.cdiv(triton.cdiv(rows, shares), config.BLOCK_M) * config.BLOCK_M
@@ -134,7 +140,8 @@ def hidden_grad_config(rows: int, columns: int, depth: int, dtype: torch.dtype, 
     """Configuration of the two products, a and dh, of one tile of hidden units: two sums a thread, so half the tile."""
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
-    return GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3)
+    warps = 8 if target in ("sm_80", "sm_120") else 4
+    return GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, num_warps=warps, num_stages=3)
 
 
 def stem_config(channels: int, depth: int, dtype: torch.dtype, target: str) -> GemmConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from convnext_fast.kernels.parameters import fold_bwd, fold_fwd
 from convnext_fast.kernels.pointwise_mlp import mlp_fwd
 from convnext_fast.kernels.pointwise_mlp_bwd import mlp_bwd
 from convnext_fast.kernels.statistics import stats_block
-from kernel_support import assert_as_good_as_eager, layer_norm_reference
+from kernel_support import INTERPRETING, assert_as_good_as_eager, layer_norm_reference
 from statistics_cases import partial_statistics
 
 EPS = 1e-6
@@ -115,7 +114,7 @@ def check_forward(case: Case, forward=mlp_fwd) -> None:
 
 
 def check_backward(case: Case, backward=mlp_bwd, save_hidden: bool = False) -> None:
-    """Every gradient as good as eager autograd's, and a second run equal to the bit."""
+    """Every gradient as good as eager autograd's, and of executed machine code a second run equal to the bit."""
     given = inputs(case)
     _, a, stats, w1g, b1g, w2 = run_forward(case, given, mlp_fwd, save_hidden)
     operands = (given["dy"], given["u"], stats, a, w1g, b1g, w2, given["gamma"], given["drop_scale"], EPS, case.act)
@@ -132,17 +131,20 @@ def check_backward(case: Case, backward=mlp_bwd, save_hidden: bool = False) -> N
             assert_as_good_as_eager(grad, eager[f"d{name}"], want[f"d{name}"], f"d{name}")
         else:
             assert grad is None or name == "b1"
+    if INTERPRETING:
+        return
     for first, second in zip((du, D, db1, E, dz_sum), backward(*operands), strict=True):
         assert torch.equal(first, second)
 
 
 AWKWARD = [
-    Case(samples, pixels, channels, hidden, dtype, full=full)
-    for (samples, pixels, channels, hidden), dtype, full in itertools.product(
-        [(1, 9, 1, 1), (3, 49, 40, 160), (3, 50, 37, 77), (1, 130, 96, 96)],
-        (torch.float32, torch.float16),
-        (True, False),
-    )
+    Case(1, 9, 1, 1, torch.float32),
+    Case(1, 9, 1, 1, torch.float16, full=False),
+    Case(3, 50, 37, 77, torch.float32),
+    Case(3, 50, 37, 77, torch.float16),
+    Case(3, 50, 37, 77, torch.float16, full=False),
+    Case(3, 49, 40, 160, torch.float16),
+    Case(1, 130, 96, 96, torch.float32),
 ]
 EMPTY = [Case(0, 49, 40, 160, torch.float16), Case(0, 49, 40, 160, torch.float32)]
 OTHER_ACTS = [Case(1, 33, 17, 40, torch.float32, act=act) for act in ACTS if act != "gelu"]

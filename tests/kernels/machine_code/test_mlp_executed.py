@@ -25,6 +25,10 @@ BACKWARD = [
 ]
 
 
+def name(value):
+    return getattr(value, "__name__", str(value))
+
+
 @pytest.fixture
 def tf32(request):
     before = torch.backends.cuda.matmul.allow_tf32

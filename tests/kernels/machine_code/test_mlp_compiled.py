@@ -1,0 +1,70 @@
+"""What the compiler makes of the MLP's and patchify's launches in 16 bits for GPUs that are not there."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from convnext_fast.kernels.patchify import downsample_fwd, stem_fwd
+from convnext_fast.kernels.pointwise_mlp import mlp_fwd
+from convnext_fast.kernels.pointwise_mlp_bwd import mlp_bwd
+from convnext_fast.kernels.statistics import stats_block
+from convnext_fast.kernels.targets import planned_for
+
+sys.path.append(str(Path(__file__).resolve().parents[3]))  # bench/ is not installed
+from bench.compilation import compile_kernel, compile_launch, disassemble, recording
+
+WHAT = ("forward 96", "forward 192", "forward 384", "backward 96", "backward 384", "patchify")
+SHARED = {"sm_90": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024}
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def mlp_launches(channels: int, backward: bool):
+    P, K, f32 = 4096, 4 * channels, torch.float32
+    stats = meta(-(-channels // stats_block(channels, torch.bfloat16)), P, 2, dtype=f32)
+    folded = meta(K, channels), meta(2, K, dtype=f32), meta(channels, K)
+    gamma = meta(channels, dtype=f32)
+    with recording() as launches:
+        if backward:
+            mlp_bwd(meta(P, channels), meta(P, channels), stats, None, *folded, gamma, None, 1e-6, "gelu")
+        else:
+            mlp_fwd(meta(P, channels), stats, meta(P, channels), *folded, gamma, gamma, None, 1e-6, "gelu", False)
+    return [launch for launch in launches if not launch.name.startswith(("layernorm", "_scale"))]
+
+
+def patch_launches():
+    f32 = torch.float32
+    vector = meta(96, dtype=f32)
+    with recording() as launches:
+        image, weight = meta(8, 3, 224, 224, dtype=f32), meta(96, 3, 4, 4, dtype=f32)
+        stem_fwd(image, weight, vector, vector, vector, 1e-6, torch.bfloat16, save=True)
+        downsample_fwd(meta(8, 56, 56, 96), meta(192, 2, 2, 96), meta(192, dtype=f32), 1e-6, torch.bfloat16)
+    return launches
+
+
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize(
+    "what", ["forward 96", "forward 192", "forward 384", "backward 96", "backward 384", "patchify"]
+)
+def test_resources(what, target):
+    """No spills, shared memory within the chip's, 128-bit loads of activations, warp-group MMA on sm_90."""
+    with planned_for(target):
+        if what == "patchify":
+            launches = patch_launches()
+        else:
+            direction, channels = what.split()
+            launches = mlp_launches(int(channels), direction == "backward")
+    assert launches
+    for launch in launches:
+        resources = compile_launch(launch, target)
+        assert resources.spills == 0, resources
+        assert resources.shared <= SHARED[target], resources
+        code = disassemble(compile_kernel(launch, target))
+        wide = ("dwordx4",) if target == "gfx942" else ("LDG.E.128", "LDGSTS.E.BYPASS.128")
+        assert any(form in code for form in wide), launch.name
+        if target == "sm_90":
+            assert "HGMMA" in code, launch.name
+            assert "HMMA." not in code, launch.name
