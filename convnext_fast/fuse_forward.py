@@ -57,9 +57,7 @@ def _drop_scale(block: nn.Module, plan: Plan, x: Tensor, gamma: Tensor | None) -
 @torch.fx.wrap
 def branch_ones(x: Tensor, gamma: Tensor | None) -> Tensor:
     """Ones (N, 1, 1, 1) in the dtype of the host's residual branch, the one in which it draws."""
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
     if gamma is not None:
         dtype = torch.promote_types(dtype, gamma.dtype)
     return x.new_ones((x.shape[0], 1, 1, 1), dtype=dtype)
@@ -71,6 +69,10 @@ def convnext_block(
 ) -> Tensor:
     """`ops.convnext_block` or `reference.convnext_block` on (N, C, H, W)."""
     block = ops.convnext_block if fused else reference.convnext_block
+    gamma = parameters[-1]
+    if gamma is not None and _autocasts(x):
+        # The host's layer scale makes its residual stream as wide as itself.
+        x = x.to(torch.promote_types(x.dtype, gamma.dtype))
     return block(x.permute(0, 2, 3, 1), *parameters, scale, eps=eps, act=act).permute(0, 3, 1, 2)
 
 
@@ -79,3 +81,7 @@ def dwconv_layernorm(x: Tensor, parameters: tuple[Tensor | None, ...], eps: floa
     """`ops.dwconv_layernorm` or `reference.dwconv_layernorm`, (N, C, H, W) to (N, H, W, C)."""
     function = ops.dwconv_layernorm if fused else reference.dwconv_layernorm
     return function(x.permute(0, 2, 3, 1), *parameters, eps=eps)
+
+
+def _autocasts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64

@@ -208,8 +208,8 @@ def _layers(module: nn.Module, path: Path = ()) -> Iterator[tuple[Path, nn.Modul
 
 
 def _is_layer(module: nn.Module) -> bool:
-    children = next(module.children(), None) is not None
-    return not children or _is_pointwise(module) or _is_depthwise(module) or parametrize.is_parametrized(module)
+    children = any(name != "parametrizations" for name, _ in module.named_children())
+    return not children or _is_pointwise(module) or _is_depthwise(module)
 
 
 def _is_depthwise(module: nn.Module) -> bool:

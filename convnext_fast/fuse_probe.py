@@ -1,8 +1,9 @@
 """Confirm by running it that a block computes what its plan says: `reference.convnext_block` on its own parameters.
 
-The block runs as a copy on the CPU in float64, with every tensor drawn from N(0, 1), so that nothing small (a layer
-scale of 1e-6) hides a difference; outside and in training, where its stochastic depth must drop the same samples for
-one seed. Neither the block nor the random stream of the caller changes.
+The block runs as a copy on the CPU in float32 (PyTorch's depthwise convolution in float64 takes seconds), with every
+tensor drawn from N(0, 1), so that nothing small (a layer scale of 1e-6) hides a difference; outside and in training,
+where its stochastic depth must drop the same samples for one seed. Neither the block nor the caller's random streams
+change.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from .fuse_hosts import Plan, Unfusable, follow
 
 SAMPLES, HEIGHT, WIDTH = 8, 2, 3
 RATE = 0.4
-BOUND = 1e-6
-"""Of the relative error; some hosts normalise in float32 whatever the dtype."""
+BOUND = 1e-4
+"""Of the relative error, far above rounding. The activation was told apart from its like before, in float64."""
 
 
 def probe_copy(module: nn.Module, copies: dict[int, object] | None = None) -> nn.Module:
-    """A copy of ``module`` for `confirm`: no hooks, floating tensors random, float64 and on the CPU.
+    """A copy of ``module`` for `confirm`: no hooks, floating tensors random, float32 and on the CPU.
 
     Tensors are made by shape, so that none of the original's memory is read: it may be on a meta device, or sharded.
     """
@@ -48,7 +49,7 @@ def _random_like(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
     fan_in = tensor[0].numel() if tensor.dim() > 1 and tensor.shape[0] else 1
-    value = torch.randn(tensor.shape, device="cpu").double() / fan_in**0.5
+    value = torch.randn(tensor.shape, dtype=torch.float32, device="cpu") / fan_in**0.5
     return nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
 
 
@@ -60,19 +61,20 @@ def confirm(block: nn.Module, plan: Plan) -> None:
         Unfusable: they compute different things.
     """
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-        torch.manual_seed(0)
+        # `torch.manual_seed` would seed the accelerators' streams too.
+        torch.default_generator.manual_seed(0)
         copy = probe_copy(block)
         channels = follow(block, plan.dwconv).in_channels
-        x = torch.randn(SAMPLES, channels, HEIGHT, WIDTH, dtype=torch.float64, device="cpu")
+        x = torch.randn(SAMPLES, channels, HEIGHT, WIDTH, dtype=torch.float32, device="cpu")
         for training, rate in ((False, RATE), (True, 0.0), (True, RATE)):
             if plan.drop_path is not None:
                 setattr(follow(copy, plan.drop_path), plan.rate, rate)
-            torch.manual_seed(1)
+            torch.default_generator.manual_seed(1)
             try:
                 expected = type(block).forward(copy.train(training), x.clone())
             except Exception as error:
-                raise Unfusable(f"its forward fails on {tuple(x.shape)} float64: {error}") from error
-            torch.manual_seed(1)
+                raise Unfusable(f"its forward fails on {tuple(x.shape)} float32: {error}") from error
+            torch.default_generator.manual_seed(1)
             actual = run(copy, plan, x, fused=False)
             if not isinstance(expected, Tensor) or expected.shape != x.shape:
                 raise Unfusable("its forward returns something else than the activations")
