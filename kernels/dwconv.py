@@ -1,7 +1,8 @@
 """Depthwise convolution with LayerNorm's statistics, forward and backward: the launchers that choose the form.
 
-float16 and bfloat16 run on tensor cores (dwconv_tensor_core.py), float32 on scalar multiply-adds (dwconv_scalar.py);
-the weight gradient is dwconv_wgrad.py. All tensors are contiguous and NHWC; k is 3, 5 or 7, stride 1, padding k//2.
+float16 and bfloat16 run on tensor cores: on NVIDIA in the form with explicit layouts where it serves (dwconv_gluon.py),
+elsewhere in the portable one (dwconv_tensor_core.py). float32 runs on scalar multiply-adds (dwconv_scalar.py). The
+weight gradient is dwconv_wgrad.py. All tensors are contiguous and NHWC; k is 3, 5 or 7, stride 1, padding k//2.
 The compute dtype T and the dtype R of the residual stream may differ: under autocast x and y are float32.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from .dwconv_gluon import dwconv_gluon, serves
 from .dwconv_scalar import dwconv_scalar
 from .dwconv_tensor_core import dwconv_tensor_core
 from .dwconv_wgrad import dwconv_wgrad as _wgrad
@@ -24,7 +26,8 @@ def dwconv_fwd(
     """
     if dtype == torch.float32:
         return dwconv_scalar(x, weight, bias, None, out_dtype=dtype, flip=False, statistics=True)
-    return dwconv_tensor_core(x, weight, bias, None, dtype=dtype, out_dtype=dtype, flip=False, statistics=True)
+    form = dwconv_gluon if serves(x) else dwconv_tensor_core
+    return form(x, weight, bias, None, dtype=dtype, out_dtype=dtype, flip=False, statistics=True)
 
 
 def dwconv_dgrad(du: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -36,7 +39,8 @@ def dwconv_dgrad(du: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor 
     mode = {"out_dtype": du.dtype if residual is None else residual.dtype, "flip": True, "statistics": False}
     if du.dtype == torch.float32:
         return dwconv_scalar(du, weight, None, residual, **mode)[0]
-    return dwconv_tensor_core(du, weight, None, residual, dtype=du.dtype, **mode)[0]
+    form = dwconv_gluon if serves(du) else dwconv_tensor_core
+    return form(du, weight, None, residual, dtype=du.dtype, **mode)[0]
 
 
 def dwconv_wgrad(x: torch.Tensor, du: torch.Tensor, taps: int) -> tuple[torch.Tensor, torch.Tensor]:

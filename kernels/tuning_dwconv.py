@@ -58,6 +58,25 @@ def tensor_core_config(shape: tuple[int, int, int, int], taps: int, block: int, 
 
 
 @dataclasses.dataclass(frozen=True)
+class GluonConfig:
+    """Output rows of a segment (the height when it is not cut), rows of x in shared memory at a time."""
+
+    segment: int
+    stages: int
+
+
+def gluon_config(shape: tuple[int, int, int, int], taps: int, block: int, itemsize: int, target: str) -> GluonConfig:
+    """Configuration of dwconv_gluon.py for x of ``shape`` (N, H, W, C), ``itemsize`` bytes an element.
+
+    A row in shared memory is 256·block elements; four of them, three ahead, where they fit in 64 KiB, else two.
+    """
+    batch, height, width, channels = shape
+    pairs = batch * triton.cdiv(width, 8)
+    segment = segment_rows(height, taps, pairs, triton.cdiv(channels, block), _PROCESSORS[target])
+    return GluonConfig(segment=segment, stages=4 if 256 * block * itemsize <= 16384 else 2)
+
+
+@dataclasses.dataclass(frozen=True)
 class ScalarConfig:
     """Outputs along the width of a thread TW, rows of a program BR, warps."""
 
