@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from fuse_support import one_thread  # noqa: F401
 from support import randomise
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize

@@ -1,0 +1,188 @@
+"""`fuse` on the models of timm and torchvision."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from fuse_support import check_bfloat16, check_float32, everything, fused_calls, one_thread, widths  # noqa: F401
+from support import FLOAT32_BOUND, randomise, relative_error
+
+from convnext_fast import fuse, unfuse
+
+timm = pytest.importorskip("timm")
+torchvision = pytest.importorskip("torchvision")
+
+V2 = {"use_grn": True, "ls_init_value": None}
+TIMM = {
+    "plain": {},
+    "conv_mlp": {"conv_mlp": True},
+    "kernels": {"kernel_sizes": (3, 5, 7, 3)},
+    "overlapping stem": {"stem_type": "overlap_tiered", "conv_mlp": True},
+    "head norm first": {"head_norm_first": True, "act_layer": "relu"},
+    "no layer scale": {"ls_init_value": None, "act_layer": "gelu_tanh"},
+    "hidden head": {"head_hidden_size": 9, "norm_eps": 1e-5, "act_layer": "silu"},
+    "no biases": {"conv_bias": False, "stem_type": "overlap"},
+    "v2": V2,
+    "v2, conv_mlp": {**V2, "conv_mlp": True},
+}
+
+
+def timm_model(seed=0, **options):
+    usual = {"depths": (1, 2, 1, 1), "dims": widths(seed), "num_classes": 5, "drop_path_rate": 0.4}
+    return randomise(timm.models.convnext.ConvNeXt(**{**usual, **options}))
+
+
+def torchvision_model(seed=0, depth=1, **options):
+    dims = widths(seed)
+    block = torchvision.models.convnext.CNBlockConfig
+    setting = [block(dim, after, depth) for dim, after in zip(dims, [*dims[1:], None], strict=True)]
+    options = {"num_classes": 5, "stochastic_depth_prob": 0.4, **options}
+    return randomise(torchvision.models.convnext.ConvNeXt(setting, **options))
+
+
+@pytest.fixture
+def image():
+    return torch.randn(3, 3, 48, 40, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_agrees(name, image):
+    model = timm_model(seed=list(TIMM).index(name) + 20, **TIMM[name])
+    report = check_float32(copy.deepcopy(model), image)
+    assert len(report.partly_fused if name.startswith("v2") else report.fused) == 5
+    assert not report.left_alone
+    check_bfloat16(model, image)
+
+
+@pytest.mark.parametrize("seed", range(40, 48))
+def test_torchvision_agrees(seed, image):
+    model = torchvision_model(seed, stochastic_depth_prob=seed % 4 * 0.2)
+    report = check_float32(copy.deepcopy(model), image)
+    assert len(report.fused) == 4
+    assert not report.left_alone
+    check_bfloat16(model, image)
+
+
+@pytest.mark.parametrize("make", [timm_model, torchvision_model])
+def test_drops_the_same_samples_under_autocast(make, image):
+    model = make().train()
+    images = image.repeat(4, 1, 1, 1)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(model(images))
+        fuse(model)
+    assert relative_error(results[1], results[0]) <= 0.04
+    assert relative_error(model(images), results[0]) > 0.08
+
+
+@pytest.mark.parametrize("make", [timm_model, torchvision_model])
+def test_copies_and_back(make, image):
+    model = make().eval()
+    expected = model(image)
+    keys, kinds = list(model.state_dict()), [type(module) for module in model.modules()]
+    blocks = len(fuse(model, strict=True).fused)
+    assert list(model.state_dict()) == keys
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert fused_calls(twin(image)) == blocks
+        assert relative_error(twin(image), expected) <= FLOAT32_BOUND
+        unfuse(twin)
+        assert [type(module) for module in twin.modules()] == kinds
+        assert relative_error(twin(image), expected) <= FLOAT32_BOUND
+
+
+NAMED = {
+    "convnext_atto": (12, 0),
+    "convnext_atto_ols": (12, 0),
+    "convnext_tiny_hnf": (18, 0),
+    "convnext_tiny.dinov3_lvd1689m": (18, 0),
+    "convnext_base.clip_laion2b": (36, 0),
+    "convnextv2_atto": (0, 12),
+    "convnext_zepto_rms": (0, 0),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_timm_models(name):
+    """On the meta device, where they have no weights."""
+    with torch.device("meta"):
+        report = fuse(timm.create_model(name))
+    assert (len(report.fused), len(report.partly_fused)) == NAMED[name]
+    if name.endswith("rms"):
+        assert all("not a LayerNorm over" in reason for reason in report.left_alone.values())
+    else:
+        assert not report.left_alone
+
+
+def test_torchvision_tiny():
+    with torch.device("meta"):
+        assert len(fuse(torchvision.models.convnext_tiny(), strict=True).fused) == 18
+
+
+def test_timm_features_and_checkpointing(image):
+    options = {"depths": (1, 2, 1, 1), "dims": (8, 12, 9, 16), "drop_path_rate": 0.4}
+    model = timm.create_model("convnext_tiny", features_only=True, out_indices=(0, 2), **options)
+    randomise(model).train()
+    for checkpointing in (False, True):
+        for name, module in model.items():
+            if name.startswith("stages"):
+                module.grad_checkpointing = checkpointing
+        expected = everything(model, image)
+        assert fuse(model).fused
+        for name, value in everything(model, image).items():
+            assert relative_error(value, expected[name]) <= FLOAT32_BOUND, name
+        unfuse(model)
+
+
+def test_timm_methods(image):
+    model = timm_model().eval()
+    expected = model.forward_features(image), model.forward_intermediates(image)[1], model.get_classifier()
+    fuse(model)
+    assert relative_error(model.forward_features(image), expected[0]) <= FLOAT32_BOUND
+    for mine, theirs in zip(model.forward_intermediates(image)[1], expected[1], strict=True):
+        assert relative_error(mine, theirs) <= FLOAT32_BOUND
+    model.reset_classifier(2)
+    assert model(image).shape == (3, 2)
+
+
+def test_torchvision_feature_extractor(image):
+    """`torch.fx` traces a fused model."""
+    model = torchvision_model().eval()
+    nodes = {"features.1": "a", "features.7": "b"}
+    extract = torchvision.models.feature_extraction.create_feature_extractor
+    expected = extract(model, nodes)(image)
+    fuse(model)
+    for key, value in extract(model, nodes)(image).items():
+        assert relative_error(value, expected[key]) <= FLOAT32_BOUND, key
+
+
+LEFT_ALONE = {
+    "dilated": ({"output_stride": 8}, "has dilation"),
+    "9×9": ({"kernel_sizes": (7, 9, 7, 7)}, r"kernel (9, 9)"),
+    "quick gelu": ({"act_layer": "quick_gelu"}, "(QuickGELU) is none of"),
+    "rms norm": ({"norm_layer": "rmsnorm"}, "is RmsNorm, not a LayerNorm"),
+    "simple norm": ({"norm_layer": "simplenorm", "conv_mlp": True}, "is SimpleNorm2d, not a LayerNorm"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_left_alone(name, image):
+    options, reason = LEFT_ALONE[name]
+    model = timm_model(**options).eval()
+    expected = model(image)
+    report = fuse(model)
+    assert report.left_alone
+    assert all(reason in found for found in report.left_alone.values())
+    assert relative_error(model(image), expected) <= FLOAT32_BOUND
+
+
+def test_timm_shortcut_is_left_alone():
+    block = timm.models.convnext.ConvNeXtBlock(8, 8)
+    block.shortcut = torch.nn.AvgPool2d(3, 1, 1)
+    assert "computes something else" in fuse(torch.nn.Sequential(block)).left_alone["0"]
+    pooled = timm.models.convnext.ConvNeXtBlock(8, 16, stride=2)
+    assert "makes 16 channels of 8" in fuse(torch.nn.Sequential(pooled)).left_alone["0"]
