@@ -1,4 +1,4 @@
-"""The command ``convnext-fast``: demo, classify, convert, info, train.
+"""The command ``convnext-fast``: demo, classify, convert, info, train, bench.
 
 Exit status: 0 for success; 1 if something failed, with the reason on standard error; 2 for wrong usage; 130 if
 interrupted.
@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_info(commands)
     _add_train(commands)
+    _add_bench(commands)
     return top
 
 
@@ -279,6 +280,45 @@ def run_train(arguments: argparse.Namespace) -> int:
         _complain(f"interrupted; the same command with --resume goes on from {arguments.output / CHECKPOINT}")
         return 130
     return 0
+
+
+def _add_bench(commands: Any) -> None:
+    command = _command(
+        commands,
+        "bench",
+        run_bench,
+        "what fuse() does for a model that you have",
+        "Measures a model of timm, transformers or torchvision before and after convnext_fast.fuse: speed and memory "
+        "of a call and of a training step, and how closely outputs and gradients agree. The exit status is 1 if it has "
+        "no block that can be fused.",
+    )
+    command.add_argument("--model", required=True, help="timm:NAME, torchvision:NAME, or hf:DIR (folder or hub id)")
+    command.add_argument("--batch-size", type=_at_least(1), default=8, help="images at a time (%(default)s)")
+    command.add_argument("--image-size", type=_at_least(1), default=224, help="side in pixels (%(default)s)")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="16 bits by autocast (%(default)s)",
+    )
+    command.add_argument("--rounds", type=_at_least(1), default=5, help="timed rounds; the median counts (%(default)s)")
+    _add_device(command)
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """``convnext-fast bench``."""
+    from . import model_bench
+    from .console import new_console
+
+    return model_bench.run(
+        new_console(),
+        arguments.model,
+        _device(arguments.device),
+        batch_size=arguments.batch_size,
+        image_size=arguments.image_size,
+        dtype=arguments.dtype,
+        rounds=arguments.rounds,
+    )
 
 
 def _command(

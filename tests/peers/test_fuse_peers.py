@@ -186,3 +186,13 @@ def test_timm_shortcut_is_left_alone():
     assert "computes something else" in fuse(torch.nn.Sequential(block)).left_alone["0"]
     pooled = timm.models.convnext.ConvNeXtBlock(8, 16, stride=2)
     assert "makes 16 channels of 8" in fuse(torch.nn.Sequential(pooled)).left_alone["0"]
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_bench_loads_by_name(library):
+    from convnext_fast.model_bench import load_model
+
+    with torch.device("meta"):
+        assert len(fuse(load_model(f"{library}:convnext_tiny")).fused) == 18
+    with pytest.raises(ValueError, match=f"{library} has no model 'convnext_huge'"):
+        load_model(f"{library}:convnext_huge")
