@@ -1,0 +1,85 @@
+"""Fused models under DistributedDataParallel and FSDP2, in two processes on a CPU."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from support import FLOAT32_BOUND, randomise, relative_error
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import ConvNextConfig, ConvNextForImageClassification
+
+from convnext_fast import fuse, unfuse
+
+
+def blocks(model):
+    return [layer for stage in model.convnext.encoder.stages for layer in stage.layers]
+
+
+def losses(model, images, optimiser):
+    """Three steps, each process on its half of the images; the mean losses of all."""
+    rank, found = dist.get_rank(), []
+    for _ in range(3):
+        optimiser.zero_grad()
+        loss = model(images.chunk(2)[rank]).logits.square().mean()
+        loss.backward()
+        optimiser.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        found.append(total / 2)
+    return torch.stack(found)
+
+
+def worker(rank, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    config = ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 2], num_stages=2, num_labels=5)
+    model = randomise(ConvNextForImageClassification(config))
+    images = torch.randn(4, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+
+    def sgd(m):
+        return torch.optim.SGD(m.parameters(), lr=1e-2, momentum=0.9)
+
+    def data_parallel(m):
+        return DistributedDataParallel(m)
+
+    def sharded(m):
+        for part in [*blocks(m), m]:
+            fully_shard(part, mesh=mesh)
+        return m
+
+    plain = copy.deepcopy(model)
+    expected = losses(DistributedDataParallel(plain), images, sgd(plain))
+    for wrap in (data_parallel, sharded):
+        twin = copy.deepcopy(model)
+        assert len(fuse(twin).fused) == 3
+        wrapped = wrap(twin)
+        assert relative_error(losses(wrapped, images, sgd(wrapped)), expected) <= FLOAT32_BOUND, wrap.__name__
+        assert len(fuse(twin).fused) == 3
+    # The other way round: sharded first.
+    late = sharded(copy.deepcopy(model))
+    assert len(fuse(late).fused) == 3
+    assert relative_error(losses(late, images, sgd(late)), expected) <= FLOAT32_BOUND
+    unfuse(late)
+    try:
+        unfuse(twin)
+    except ValueError as error:
+        assert "expected unfuse() before the model is wrapped" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("unfuse did not see the class that fully_shard put on top")
+    dist.destroy_process_group()
+
+
+def test_two_processes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (port,), nprocs=2)
