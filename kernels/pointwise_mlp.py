@@ -177,7 +177,8 @@ def fused_fwd(
     a = torch.empty((P, K), dtype=u.dtype, device=u.device) if save_hidden else None
     if P == 0:
         return y, a
-    config = fused_config(C, target_of(u))
+    lean = not save_hidden and y.dtype == u.dtype
+    config = fused_config(C, target_of(u), lean)
     C0, C1 = split_width(C)
     CB, NB = norm_blocks(stats, C, u.dtype)
     launch(

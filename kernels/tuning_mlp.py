@@ -87,13 +87,13 @@ def dot_precision(tensor: Tensor) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def fused_config(channels: int, target: str) -> FusedConfig:
-    """Configuration of the one-kernel forward.
+def fused_config(channels: int, target: str, lean: bool) -> FusedConfig:
+    """Configuration of the one-kernel forward; ``lean``: a is not saved and the residual has 16 bits.
 
-    Up to 96 channels 4 warps of 32 rows each hold everything in registers and read each weight half as often as 8 warps
-    would. From there on 16 rows a warp; steps of 32 where 64 would spill (192 channels without warp-group MMA).
+    Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
+    as 8 warps would. Else 16 rows a warp, and steps of 32 where 64 would spill (192 channels without warp-group MMA).
     """
-    if channels <= 96:
+    if channels <= 96 and lean:
         return FusedConfig(BLOCK_M=128, BLOCK_K=32, num_warps=4, num_stages=2)
     deep = channels <= 160 or target in ("sm_90", "sm_100")
     return FusedConfig(BLOCK_M=128, BLOCK_K=64 if deep else 32, num_warps=8, num_stages=2)
@@ -128,7 +128,8 @@ def weight_grad_config(rows: int, channels: int, hidden: int, target: str) -> tu
     if target in ("sm_90", "sm_100", "gfx942"):
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2)
     elif channels <= 96:
-        config = FusedConfig(BLOCK_M=16, BLOCK_K=64, num_warps=4, num_stages=1 if target == "sm_120" else 2)
+        tight = target == "sm_120"
+        config = FusedConfig(BLOCK_M=16, BLOCK_K=64, num_warps=8 if tight else 4, num_stages=1 if tight else 2)
     else:
         config = FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=2)
     chunks = triton.cdiv(hidden, config.BLOCK_K)
