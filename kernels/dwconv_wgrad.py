@@ -64,16 +64,18 @@ def _replace(ring, row, slot: tl.constexpr, TAPS: tl.constexpr):
 
 @triton.jit
 def dwconv_wgrad_tensor_core_kernel(
-    x_ptr, du_ptr, partial_ptr, N, H, W, C, WT, PAIRS, SPLIT_PAIRS, GROUPS,
-    TAPS: tl.constexpr, DB: tl.constexpr, TW: tl.constexpr, TAIL: tl.constexpr, EVEN_C: tl.constexpr,
+    x_ptr, du_ptr, partial_ptr, N, H, W, C_VEC, WT, PAIRS, SPLIT_PAIRS, GROUPS,
+    TAPS: tl.constexpr, VEC: tl.constexpr, DB: tl.constexpr, TW: tl.constexpr, TAIL: tl.constexpr, EVEN_C: tl.constexpr,
     WIDE: tl.constexpr, SLOTS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """x, du: (N, H, W, C); partial: (splits, TAPS, SLOTS, C) float32.
 
     Grid (⌈C/DB⌉ · splits,), channel blocks fastest; a program takes SPLIT_PAIRS pairs (image, tile), 16 at a time.
-    H = GROUPS·TAPS + TAIL. WIDE: offsets within 16 pairs pass 2^31, so they are int64.
+    H = GROUPS·TAPS + TAIL. C = VEC·C_VEC, which tells the compiler how far loads may be vectors. WIDE: offsets within
+    16 pairs pass 2^31, so they are int64.
     """
     HALF: tl.constexpr = TAPS // 2
+    C = C_VEC * VEC
     NB = tl.cdiv(C, DB)
     c = tl.program_id(0) % NB * DB + tl.arange(0, DB)
     c_ok = c < C
@@ -261,10 +263,11 @@ def dwconv_wgrad(
         )  # fmt: skip
     else:
         images = 16 // tiles + 2
+        vec = 8 if channels % 8 == 0 else 1
         launch(
             dwconv_wgrad_tensor_core_kernel, (blocks * splits,),
-            x, du, partial, batch, height, width, channels, tiles, items, config.split, height // taps,
-            TAPS=taps, DB=config.block_channels, TW=config.tile_width, TAIL=height % taps, EVEN_C=even,
+            x, du, partial, batch, height, width, channels // vec, tiles, items, config.split, height // taps,
+            TAPS=taps, VEC=vec, DB=config.block_channels, TW=config.tile_width, TAIL=height % taps, EVEN_C=even,
             WIDE=images * height * width * channels >= 2**31, SLOTS=SLOTS, dtype=TL_DTYPES[du.dtype],
             num_warps=config.num_warps, num_stages=1,
         )  # fmt: skip

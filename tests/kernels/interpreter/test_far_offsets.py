@@ -1,0 +1,67 @@
+"""Element indices beyond 2^31: the last program of a launch over huge tensors, of which only the end is touched."""
+
+import pytest
+import torch
+from convnext_fast.kernels import dwconv_scalar, dwconv_tensor_core, dwconv_wgrad
+from kernel_support import assert_as_good_as_eager, dwconv_gradients, dwconv_reference
+from triton.runtime.interpreter import interpreter_builder
+
+SHAPE = (2**31 // (7 * 7 * 16) + 40, 7, 7, 16)
+TAIL = 8  # images that hold data
+
+
+@pytest.fixture
+def last_program(monkeypatch):
+    """Launches run their last program only, on memory that is reserved and never filled."""
+    reserve = torch._C._VariableFunctions.empty
+    monkeypatch.setattr(torch, "empty", reserve)
+    set_grid_idx = interpreter_builder.set_grid_idx
+    grids = []
+
+    def launch(kernel, grid, *args, **meta):
+        grids.append(grid)
+        if len(grids) == 1:
+            kernel[(1,)](*args, **meta)
+
+    set_grid_dim = interpreter_builder.set_grid_dim
+    monkeypatch.setattr(interpreter_builder, "set_grid_dim", lambda *_: set_grid_dim(grids[0][0], 1, 1))
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda *_: set_grid_idx(grids[0][0] - 1, 0, 0))
+    for module in (dwconv_scalar, dwconv_tensor_core, dwconv_wgrad):
+        monkeypatch.setattr(module, "launch", launch)
+    return reserve
+
+
+def _far(reserve, seed):
+    x = reserve(SHAPE, dtype=torch.float16)
+    torch.manual_seed(seed)
+    x[-TAIL - 16 :] = torch.randn((TAIL + 16, *SHAPE[1:])).half()
+    return x
+
+
+@pytest.mark.parametrize("form", ["tensor cores", "scalar"])
+def test_forward(last_program, form):
+    x, weight = _far(last_program, 0), torch.randn(16, 1, 7, 7) / 7
+    mode = {"out_dtype": torch.float16, "flip": False, "statistics": True}
+    if form == "scalar":
+        u, stats = dwconv_scalar.dwconv_scalar(x, weight, None, None, **mode)
+    else:
+        u, stats = dwconv_tensor_core.dwconv_tensor_core(x, weight, None, None, dtype=torch.float16, **mode)
+    end = x[-1:]
+    reference = dwconv_reference(end.double(), weight.double(), None)
+    assert_as_good_as_eager(u[-1:], dwconv_reference(end, weight, None), reference)
+    torch.testing.assert_close(stats[0, -49:, 0], u[-1].float().mean(-1).flatten(), rtol=1e-5, atol=1e-6)
+
+
+def test_weight_gradient(last_program, monkeypatch):
+    x, du = _far(last_program, 1), _far(last_program, 2)
+    config = dwconv_wgrad.WgradConfig(8, 16, 16, 1, 8)
+    partials = []
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: partials.append(last_program(*a, **k)) or partials[-1])
+    dwconv_wgrad.dwconv_wgrad(x, du, 7, config)
+    taken = SHAPE[0] - (SHAPE[0] - 1) // 16 * 16
+    x, du = x[-taken:], du[-taken:]
+    weight = torch.randn(16, 1, 7, 7)
+    _, reference, _ = dwconv_gradients(x.double(), weight.double(), du.double())
+    _, eager, _ = dwconv_gradients(x, weight, du)
+    dw = partials[2][-1, :, :7].permute(2, 0, 1)[:, None]
+    assert_as_good_as_eager(dw, eager, reference, terms=49 * taken)
