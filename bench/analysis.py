@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import re
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +23,8 @@ from triton.runtime.cache import get_cache_manager
 from bench.compilation import _cuobjdump
 from bench.recording import Specialised
 
-WORKERS = 2
+# A worker of a parallel test run has a processor of its own already.
+WORKERS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 # Opcodes of SASS by their beginnings; the first match decides.
 _CLASSES = (
@@ -97,6 +99,8 @@ def analyse(specialised: Specialised) -> Compiled:
 
 def analyse_all(kernels: list[Specialised]) -> list[Compiled]:
     """`analyse` of each, by ``WORKERS`` processes."""
+    if WORKERS == 1:
+        return [analyse(kernel) for kernel in kernels]
     global _queue
     _queue = kernels
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("fork")) as pool:
