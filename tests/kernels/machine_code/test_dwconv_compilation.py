@@ -1,0 +1,53 @@
+"""What the compiler makes of the depthwise convolution for each target, with no device there."""
+
+import pytest
+import torch
+from convnext_fast.kernels.dwconv import dwconv_dgrad, dwconv_fwd, dwconv_wgrad
+from convnext_fast.kernels.targets import planned_for
+
+from bench.compilation import GPU_TARGETS, compile_launch, recording
+
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+# The form with explicit layouts keeps 168 sums and band values a thread; with statistics a few values spill around its
+# loop, where each is touched once in 7 rows.
+GLUON_SPILLS = 64
+
+
+def _launches(target, dtype):
+    shape = (128, 14, 14, 384)
+    x, weight = torch.empty(shape, dtype=dtype, device="meta"), torch.empty(384, 1, 7, 7, device="meta")
+    with planned_for(target), recording() as launches:
+        u, _ = dwconv_fwd(x, weight, weight[:, 0, 0, 0], dtype)
+        dwconv_dgrad(u, weight, x)
+        dwconv_wgrad(x, u, 7)
+    return launches
+
+
+@pytest.mark.parametrize("target", GPU_TARGETS)
+def test_bfloat16_on_every_target(target):
+    launches = _launches(target, torch.bfloat16)
+    assert len(launches) == 4
+    for launch in launches:
+        made = compile_launch(launch, target)
+        assert made.shared <= SHARED_LIMIT[target], made
+        with_statistics = launch.name == "dwconv_gluon_kernel" and launch.arguments["STATS"]
+        assert made.spills <= (GLUON_SPILLS if with_statistics else 0), made
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_float32(target):
+    for launch in _launches(target, torch.float32):
+        made = compile_launch(launch, target)
+        assert made.spills == 0, made
+        assert made.shared <= SHARED_LIMIT[target], made
+
+
+def test_offsets_of_images_are_64_bit():
+    """In the form that no interpreter runs: the row of the first image times the row length is an i64 product."""
+    from bench.compilation import compile_kernel
+
+    launch = _launches("sm_90", torch.bfloat16)[0]
+    if launch.name != "dwconv_gluon_kernel":
+        pytest.skip("needs Gluon as Triton 3.9 has it")
+    text = compile_kernel(launch, "sm_90").asm["ttgir"]
+    assert sum("arith.muli" in line and ": i64" in line for line in text.splitlines()) >= 4
