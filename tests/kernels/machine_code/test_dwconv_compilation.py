@@ -1,11 +1,15 @@
 """What the compiler makes of the depthwise convolution for each target, with no device there."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from convnext_fast.kernels.dwconv import dwconv_dgrad, dwconv_fwd, dwconv_wgrad
 from convnext_fast.kernels.targets import planned_for
 
-from bench.compilation import GPU_TARGETS, compile_launch, recording
+sys.path.append(str(Path(__file__).resolve().parents[3]))  # bench/ is not installed
+from bench.compilation import GPU_TARGETS, compile_kernel, compile_launch, recording
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 # The form with explicit layouts keeps 168 sums and band values a thread; with statistics a few values spill around its
@@ -44,8 +48,6 @@ def test_float32(target):
 
 def test_offsets_of_images_are_64_bit():
     """In the form that no interpreter runs: the row of the first image times the row length is an i64 product."""
-    from bench.compilation import compile_kernel
-
     launch = _launches("sm_90", torch.bfloat16)[0]
     if launch.name != "dwconv_gluon_kernel":
         pytest.skip("needs Gluon as Triton 3.9 has it")
