@@ -34,6 +34,7 @@ from transformers import (
     UperNetConfig,
     UperNetForSemanticSegmentation,
 )
+from transformers.models.convnext.modeling_convnext import ConvNextDropPath
 
 import convnext_fast
 from convnext_fast import fuse, unfuse
@@ -107,21 +108,36 @@ def test_fused_blocks_run_fused(image):
     assert fused_calls(model(image)) == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+class Recording(ConvNextDropPath):
+    """Keeps the dtypes in which it draws."""
+
+    def __init__(self, rate):
+        super().__init__(rate)
+        self.seen = []
+
+    def forward(self, hidden_states):
+        self.seen.append(hidden_states.dtype)
+        return super().forward(hidden_states)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("gamma", [1.0, 0.0])
-def test_drops_the_same_samples_under_autocast(dtype, gamma, image):
-    """The host draws in the dtype of its residual branch: that of the layer scale, or autocast's without one."""
-    model = tiny(layer_scale_init_value=gamma, drop_path_rate=0.6).train()
-    images = image.repeat(4, 1, 1, 1)
+def test_drops_the_same_samples(autocast, gamma):
+    """In the dtype of the host's residual branch: that of the layer scale, or autocast's without one."""
+    block = blocks(tiny(layer_scale_init_value=gamma))[0].train()
+    block.drop_path = Recording(0.6)
+    x = torch.randn(16, 8, 6, 5)
     results = []
     for _ in range(2):
+        block.drop_path.seen.clear()
         torch.manual_seed(3)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            results.append(model(images).logits)
-        fuse(model)
-    assert relative_error(results[1], results[0]) <= 0.03
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(block(x))
+        assert block.drop_path.seen == [torch.bfloat16 if autocast and not gamma else torch.float32]
+        assert fuse(block, strict=True).fused == ("",)
+    assert relative_error(results[1], results[0]) <= 0.01
     torch.manual_seed(4)
-    assert relative_error(model(images).logits, results[0]) > 0.06
+    assert relative_error(block(x), results[0]) > 0.1
 
 
 def test_changes_nothing_else(image):
