@@ -52,6 +52,7 @@ SPILLS = {
     ("dwconv_gluon_kernel", "sm_80"): 16,
     ("dwconv_gluon_kernel", "sm_90"): 10,
     ("_hidden_kernel", "sm_90"): 4,  # at C = 192
+    ("dwconv_tensor_core_kernel", "gfx942"): 73,  # the data gradient
 }
 
 # What is reached, per pass of ConvNeXt-T at batch 128, where BUDGETS are missed or not set.
