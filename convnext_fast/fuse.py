@@ -26,10 +26,10 @@ _PLAN = "_convnext_fast_plan"
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What `fuse` did.
+    """What `fuse` did. Calling it calls the model, so that ``torch.compile(fuse(model))`` compiles that.
 
     Attributes:
-        model: the model, for ``torch.compile(fuse(model).model)``.
+        model: the model.
         fused: names of the blocks that run whole on the fused ops.
         partly_fused: names of the blocks whose depthwise convolution and LayerNorm do, and the rest by the host's own
             layers (ConvNeXt V2, whose global response norm stands between the linear layers).
@@ -40,6 +40,10 @@ class FuseReport:
     fused: tuple[str, ...]
     partly_fused: tuple[str, ...]
     left_alone: dict[str, str]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """``model(*args, **kwargs)``."""
+        return self.model(*args, **kwargs)
 
     def __str__(self) -> str:
         """The counts, then the blocks left alone, those of one reason together."""

@@ -69,10 +69,6 @@ def convnext_block(
 ) -> Tensor:
     """`ops.convnext_block` or `reference.convnext_block` on (N, C, H, W)."""
     block = ops.convnext_block if fused else reference.convnext_block
-    gamma = parameters[-1]
-    if gamma is not None and _autocasts(x):
-        # The host's layer scale makes its residual stream as wide as itself.
-        x = x.to(torch.promote_types(x.dtype, gamma.dtype))
     return block(x.permute(0, 2, 3, 1), *parameters, scale, eps=eps, act=act).permute(0, 3, 1, 2)
 
 

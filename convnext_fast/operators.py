@@ -110,6 +110,7 @@ def block_bwd(
 def _block_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.eps, ctx.act, _, ctx.dtype = inputs
     ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -162,6 +163,7 @@ def dwconv_layernorm_bwd(
 def _dwconv_layernorm_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, *parameters, ctx.eps, ctx.dtype = inputs
     ctx.save_for_backward(x, *output[1:], *parameters)
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -217,6 +219,7 @@ def _pointwise_mlp_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) ->
     x, residual, *parameters_and_scale, ctx.act, _, ctx.dtype = inputs
     ctx.has_residual = residual is not None
     ctx.save_for_backward(x, output[1], *parameters_and_scale)
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
 
@@ -267,6 +270,7 @@ def patchify_stem_bwd(
 def _patchify_stem_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     image, *parameters, ctx.eps, ctx.dtype, _ = inputs
     ctx.save_for_backward(image, *output[1:], *parameters)
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
 
 

@@ -65,7 +65,7 @@ def convnext_block(
     _check_mlp(x, w1, b1, w2, b2, gamma, drop_scale, channels, hidden)
     _check_options(act, recompute)
     dtype = _compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
-    if dtype != x.dtype and gamma is not None:
+    if gamma is not None:
         x = x.to(torch.promote_types(x.dtype, gamma.dtype))
     if backend.select(x.device, dtype) == "reference":
         ln_weight, ln_bias = _affine(x, ln_weight, ln_bias)
@@ -126,7 +126,7 @@ def pointwise_mlp(
         return reference.pointwise_mlp(x, residual, w1, b1, w2, b2, gamma, drop_scale, act)
     if residual is None:
         x = x.to(dtype)
-    elif gamma is not None and dtype != x.dtype:
+    elif gamma is not None:
         residual = residual.to(torch.promote_types(residual.dtype, gamma.dtype))
     if not torch.is_grad_enabled():
         recompute = 2

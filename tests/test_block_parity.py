@@ -131,20 +131,20 @@ def test_pointwise_mlp(shape, dtype, residual, recompute, act, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mode", ["pure", "autocast"])
+@pytest.mark.parametrize("mode", ["pure", "autocast", "autocast of half"])
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 def test_half_precision_is_as_good_as_eager(dtype, mode, recompute):
     """Each result errs against float64 at most twice as much as eager PyTorch's in the same mode."""
     torch.manual_seed(3)
     stored = dtype if mode == "pure" else torch.float32
     parameters = block_parameters(40, 160, 7, stored)
-    x = activations((3, 11, 14, 40), stored, "contiguous")
+    x = activations((3, 11, 14, 40), dtype if mode == "autocast of half" else stored, "contiguous")
     scale = torch.tensor([1.25, 0.0, 1.25])
     cotangent = torch.randn(x.shape).to(dtype)
     tensors = [x, *parameters.values()]
 
     def run(function, **options):
-        with torch.autocast("cpu", dtype=dtype, enabled=mode == "autocast"):
+        with torch.autocast("cpu", dtype=dtype, enabled=mode != "pure"):
             y = function(x, **parameters, drop_scale=scale, act="gelu", **options)
         return results(lambda: y, tensors, cotangent)
 
