@@ -395,6 +395,8 @@ def test_compiles_whole(training, image):
     compiled = torch.compile(fuse(model).model, fullgraph=True, backend="aot_eager")
     for name, value in everything(compiled, image).items():
         assert relative_error(value, expected[name.removeprefix("_orig_mod.")]) <= FLOAT32_BOUND, name
+    report = torch.compile(fuse(model), fullgraph=True, backend="aot_eager")
+    assert relative_error(report(image), model(image)) <= FLOAT32_BOUND
 
 
 def test_exports_packages_and_traces(image, tmp_path):

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -269,8 +270,13 @@ def test_an_interrupted_run_says_how_to_go_on(image_folder, config_file, tmp_pat
             time.sleep(0.01)
         _thread.interrupt_main()
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    assert train(image_folder, tmp_path / "run", "--config", config_file, "--epochs", "2000") == 130
+    # A shell's background jobs start with the signal ignored, and then nothing interrupts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        assert train(image_folder, tmp_path / "run", "--config", config_file, "--epochs", "300") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert f"--resume goes on from {checkpoint}" in capsys.readouterr().err
     assert load_state(tmp_path / "run")["step"] % 2 == 0
 
