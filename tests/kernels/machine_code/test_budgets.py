@@ -52,16 +52,21 @@ CASES = [
     *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in EXHAUSTIVE),
 ]
 
-# The reads and writes of activations that are narrower than 16 bytes, and why.
+# The reads of activations that are narrower than 16 bytes, on every target or on one, and why.
 NARROW = {
     ("_stem_kernel", "image_ptr"): 8,  # a row of a 4×4 patch of one channel is 4 pixels
     ("dwconv_wgrad_tensor_core_kernel", "du_ptr"): 8,  # 8 channels a program, one a warp: half a sector a thread
+    # 16 rows of 64 + 32 channels, spread over more threads than 16-byte pieces.
+    **{("_weight_kernel", name, "sm_80"): 8 for name in ("u_ptr", "dy_ptr")},
+    **{("_weight_kernel", name, "sm_120"): 4 for name in ("u_ptr", "dy_ptr")},
 }
 
 # Instructions that access local memory where 16-bit launches have some; the budget is none, so these miss it.
 SPILLS = {
     ("dwconv_gluon_kernel", "sm_80"): 16,
     ("dwconv_gluon_kernel", "sm_90"): 10,
+    ("dwconv_gluon_kernel", "sm_100"): 18,
+    ("layernorm_fwd_kernel", "sm_100"): 2,
     ("_hidden_kernel", "sm_90"): 4,  # at C = 192
     ("dwconv_tensor_core_kernel", "gfx942"): 73,  # the data gradient
 }
@@ -105,7 +110,7 @@ def test_launches(variant, dtype, mode, recompute, drop_path, target):
             wrong.append(f"{name}: {made.spills} spills")
         if target == "sm_90" and large_tile(launch) and made.matrix != ["HGMMA"]:
             wrong.append(f"{name}: multiplies with {made.matrix}, not with warp groups")
-        wrong += [f"{name}: {each}" for each in narrow_accesses(launch, made)]
+        wrong += [f"{name}: {each}" for each in narrow_accesses(launch, made, target)]
     assert not wrong, "\n".join(wrong)
 
 
@@ -116,7 +121,7 @@ def large_tile(launch):
     return "PRECISION" in given and rows >= 64 and columns >= 64
 
 
-def narrow_accesses(launch, made):
+def narrow_accesses(launch, made, target):
     """Loads of activations by less than 16 bytes: of 16-bit tensors that are not much smaller than the largest."""
     tensors = {k: v for k, v in launch.arguments.items() if isinstance(v, Buffer) and v.dtype.itemsize == 2}
     large = max((tensor.numel() for tensor in tensors.values()), default=0) // 8
@@ -124,7 +129,8 @@ def narrow_accesses(launch, made):
         tensor = tensors.get(name)
         if tensor is None or tensor.numel() < large or tensor.shape[-1] % 8:
             continue
-        if min(widths) < NARROW.get((made.kernel, name), 16):
+        allowed = NARROW.get((made.kernel, name, target), NARROW.get((made.kernel, name), 16))
+        if min(widths) < allowed:
             yield f"reads {name} {tensor.shape} by {sorted(widths)} bytes"
 
 
