@@ -87,8 +87,8 @@ def test_block(shape, hidden, kernel, dtype, act, recompute, layout, drop, layer
         lambda: reference.convnext_block(x, **parameters, drop_scale=scale, eps=1e-6, act=act), tensors, cotangent
     )
     # With one or two channels LayerNorm's gradient is a difference of equal terms: rounding is all that is left of it,
-    # so it is measured against the terms, which are of the cotangent's size.
-    least = cotangent.norm().item() if shape[3] <= 2 else 0.0
+    # so it is measured against the terms, which are of the cotangent's size times rstd, at most eps ** -0.5.
+    least = cotangent.norm().item() * 1e3 if shape[3] <= 2 else 0.0
     for i, (a, b) in enumerate(zip(fused, plain, strict=True)):
         assert a.dtype == b.dtype
         error = relative_error(a, b, least)
