@@ -1,5 +1,7 @@
 """Data-sheet figures of one chip for each target, for modelled times and occupancy. Nothing here was measured.
 
+The figures and the sources named were written from memory and are still to be checked against the sheets themselves.
+
 Tensor figures are dense (no sparsity) with float32 sums.
 """
 

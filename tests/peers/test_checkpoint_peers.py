@@ -9,8 +9,8 @@ import pytest
 import torch
 from support import FLOAT32_BOUND, randomise, relative_error
 
-timm = pytest.importorskip("timm", reason="timm is not installed: the second CI stage runs these")
-torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed: the second CI stage runs these")
+timm = pytest.importorskip("timm", reason="timm is not installed: stage 4 of .ci/run runs these")
+torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed: stage 4 of .ci/run runs these")
 
 from convnext_fast import ConvNext, ConvNextConfig, ConvNextForImageClassification  # noqa: E402
 from convnext_fast.checkpoint import convert_checkpoint, load_checkpoint, load_model, save_model  # noqa: E402
