@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import statistics
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import backend
 from .fuse import FuseReport, fuse
+from .measuring import alternate, peak_bytes, relative_error, saved_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,8 +100,8 @@ def compare(model: nn.Module, images: Tensor, autocast: torch.dtype | None = Non
             results.append(([output.detach() for output in outputs], gradients))
             m.zero_grad()
         (outputs, gradients), (fused_outputs, fused_gradients) = results
-        output_error = max(_relative(a, b) for a, b in zip(fused_outputs, outputs, strict=True))
-        gradient_error = max((_relative(fused_gradients[k], v) for k, v in gradients.items()), default=0.0)
+        output_error = max(relative_error(a, b) for a, b in zip(fused_outputs, outputs, strict=True))
+        gradient_error = max((relative_error(fused_gradients[k], v) for k, v in gradients.items()), default=0.0)
 
         def forward(m: nn.Module) -> None:
             with torch.no_grad():
@@ -165,43 +166,18 @@ def run(
 def _costs(
     models: list[nn.Module], call: Callable[[nn.Module], None], device: torch.device, rounds: int
 ) -> tuple[Cost, ...]:
-    peaks = [_peak(model, call, device) for model in models]
-    times: list[list[float]] = [[] for _ in models]
-    for _ in range(rounds):
-        for model, taken in zip(models, times, strict=True):
-            _synchronise(device)
-            start = time.perf_counter()
-            call(model)
-            _synchronise(device)
-            taken.append(time.perf_counter() - start)
+    calls = [functools.partial(call, model) for model in models]
+    peaks = [_peak(model, one, device) for model, one in zip(models, calls, strict=True)]
+    times = alternate(calls, device, rounds)
     return tuple(Cost(statistics.median(taken), peak) for taken, peak in zip(times, peaks, strict=True))
 
 
-def _peak(model: nn.Module, call: Callable[[nn.Module], None], device: torch.device) -> int:
+def _peak(model: nn.Module, call: Callable[[], None], device: torch.device) -> int:
     """Bytes as in `Cost`; the call also warms up."""
     if device.type == "cpu":
-        kept: dict[int, Tensor] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            call(model)
-        for parameter in model.parameters():
-            kept.pop(parameter.untyped_storage().data_ptr(), None)
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    call(model)
-    memory = getattr(torch, device.type)
-    memory.reset_peak_memory_stats(device)
-    before = memory.memory_allocated(device)
-    call(model)
-    return memory.max_memory_allocated(device) - before
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
+        return saved_bytes(call, model.parameters())
+    call()
+    return peak_bytes(call, device)
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
@@ -210,8 +186,3 @@ def _tensors(outputs: Any) -> list[Tensor]:
         return [outputs] if outputs.is_floating_point() else []
     values = outputs.values() if hasattr(outputs, "values") else outputs
     return [tensor for value in values if value is not None for tensor in _tensors(value)]
-
-
-def _relative(actual: Tensor, expected: Tensor) -> float:
-    norm = expected.double().norm()
-    return float((actual.double() - expected.double()).norm() / norm) if norm else float(actual.double().norm())

@@ -1,0 +1,104 @@
+"""How calls are timed and their memory is counted: what `model_bench` and the benchmarks in ``bench/`` share."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for everything that was started on an accelerator."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
+def seconds(calls: Sequence[Call], device: torch.device) -> float:
+    """Seconds that one of ``calls`` took, of all in a row.
+
+    CUDA and ROCm: by two events on the current stream, so that the calls queue up behind one another; other
+    accelerators and CPUs: by the wall clock, between two synchronisations.
+    """
+    synchronise(device)
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / len(calls)
+    begun = time.perf_counter()
+    for call in calls:
+        call()
+    synchronise(device)
+    return (time.perf_counter() - begun) / len(calls)
+
+
+def alternate(calls: Sequence[Call], device: torch.device, rounds: int) -> list[list[float]]:
+    """Seconds of each of ``calls`` in each round; they take turns, so that all see the same machine."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, taken in zip(calls, times, strict=True):
+            taken.append(seconds([call], device))
+    return times
+
+
+def saved_bytes(call: Call, owned: Iterable[Tensor]) -> int:
+    """Bytes of the storages that autograd keeps for the backward pass during ``call``, those of ``owned`` left out."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    for tensor in owned:
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Bytes that ``call`` allocates at most beside what lies there before, as PyTorch's allocator counts them.
+
+    On a CPU the count comes from PyTorch's profiler, which sees tensors, not what other libraries allocate.
+    """
+    if device.type == "cpu":
+        return _cpu_peak_bytes(call)
+    memory = getattr(torch, device.type)
+    synchronise(device)
+    memory.reset_peak_memory_stats(device)
+    before = memory.memory_allocated(device)
+    call()
+    synchronise(device)
+    return memory.max_memory_allocated(device) - before
+
+
+def _cpu_peak_bytes(call: Call) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise reports its start and end on stderr
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64; NaN or a shape that differs counts as infinite."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    norm = expected.double().norm()
+    difference = float((actual.double() - expected.double()).norm() / (norm if norm else 1.0))
+    return difference if difference == difference else float("inf")
