@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
-from .folding import Folded, fold
+from .folding import FrozenBlock, FrozenDownsample, freeze_block, freeze_downsample
+from .freezing import Freezable
 
 KERNEL_SIZE = 7
 
@@ -56,7 +57,7 @@ class Parts(NamedTuple):
     gamma: nn.Parameter | None
 
 
-class ConvNextBlockBase(nn.Module):
+class ConvNextBlockBase(Freezable):
     """x + drop_path(γ · fc2(act(fc1(LayerNorm(dwconv(x)))))); subclasses name the layers.
 
     Attributes:
@@ -65,6 +66,7 @@ class ConvNextBlockBase(nn.Module):
         act_name: activation, one of ``config.ACTIVATIONS``.
     """
 
+    Frozen = FrozenBlock
     drop_path: DropPath
 
     def __init__(self, act: str, fused: bool):
@@ -81,11 +83,9 @@ class ConvNextBlockBase(nn.Module):
         """(N, C, H, W) to the same."""
         dwconv, norm, fc1, fc2, gamma = self.parts()
         nhwc = x.permute(0, 2, 3, 1)
-        folded = self.folded
-        if folded is not None:
-            y = ops.convnext_block(
-                nhwc, dwconv.weight, dwconv.bias, None, None, *folded, eps=norm.eps, act=self.act_name
-            )
+        frozen = self.frozen
+        if frozen is not None:
+            y = ops.frozen_block(nhwc, dwconv.weight, dwconv.bias, *frozen, eps=norm.eps, act=self.act_name)
             return y.permute(0, 3, 1, 2)
         args = (dwconv.weight, dwconv.bias, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma)
         scale = self.drop_path.draw(x)
@@ -95,26 +95,10 @@ class ConvNextBlockBase(nn.Module):
             y = reference.convnext_block(nhwc, *args, scale, norm.eps, self.act_name)
         return y.permute(0, 3, 1, 2)
 
-    @property
-    def folded(self) -> Folded | None:
-        """The folded weights of a frozen block, otherwise None."""
-        buffers = self._buffers
-        return Folded(*(buffers[f"folded_{name}"] for name in Folded._fields)) if "folded_w1" in buffers else None
-
-    @torch.no_grad()
-    def freeze(self) -> None:
-        """Fold LayerNorm's affine and γ into copies of the linear layers, which the forward uses from then on."""
+    def fold(self) -> FrozenBlock:
+        """LayerNorm's affine and γ folded into the linear layers."""
         _, norm, fc1, fc2, gamma = self.parts()
-        dtype = fc1.weight.dtype
-        folded = fold(norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma, dtype)
-        for name, value in zip(Folded._fields, folded, strict=True):
-            self.register_buffer(f"folded_{name}", value.to(dtype), persistent=False)
-
-    def unfreeze(self) -> None:
-        """Drop the folded weights."""
-        for name in Folded._fields:
-            self._buffers.pop(f"folded_{name}", None)
-            self._non_persistent_buffers_set.discard(f"folded_{name}")
+        return freeze_block(norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma)
 
     def extra_repr(self) -> str:
         """The block's options, for `repr`."""
@@ -185,8 +169,10 @@ class Stem(nn.Sequential):
         return patchify_stem(image, conv, norm, self.fused)
 
 
-class Downsample(nn.Sequential):
+class Downsample(Freezable, nn.Sequential):
     """LayerNorm, then 2×2 convolution of stride 2: (N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋)."""
+
+    Frozen = FrozenDownsample
 
     def __init__(self, in_channels: int, channels: int, eps: float, fused: bool, **factory: Any):
         norm = nn.LayerNorm(in_channels, eps=eps, **factory)
@@ -196,7 +182,12 @@ class Downsample(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋), channels_last."""
         norm, conv = self
-        return downsample(x, norm, conv, self.fused)
+        return downsample(x, norm, conv, self.fused, self.frozen)
+
+    def fold(self) -> FrozenDownsample:
+        """LayerNorm's affine folded into the convolution."""
+        norm, conv = self
+        return freeze_downsample(norm.weight, norm.bias, conv.weight, conv.bias)
 
 
 def patchify_stem(image: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, fused: bool) -> Tensor:
@@ -206,10 +197,19 @@ def patchify_stem(image: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, fused: boo
     return y.permute(0, 3, 1, 2)
 
 
-def downsample(x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d, fused: bool) -> Tensor:
-    """The downsampling layer on the layers of any host: (N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋)."""
-    args = (x.permute(0, 2, 3, 1), norm.weight, norm.bias, conv.weight, conv.bias)
-    y = ops.downsample(*args, eps=norm.eps) if fused else reference.downsample(*args, norm.eps)
+def downsample(
+    x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d, fused: bool, frozen: FrozenDownsample | None = None
+) -> Tensor:
+    """The downsampling layer on the layers of any host: (N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋).
+
+    ``frozen``: what to use in the place of their parameters.
+    """
+    nhwc = x.permute(0, 2, 3, 1)
+    if frozen is not None:
+        y = ops.frozen_downsample(nhwc, *frozen, eps=norm.eps)
+    else:
+        args = (nhwc, norm.weight, norm.bias, conv.weight, conv.bias)
+        y = ops.downsample(*args, eps=norm.eps) if fused else reference.downsample(*args, norm.eps)
     return y.permute(0, 3, 1, 2)
 
 

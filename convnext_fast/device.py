@@ -86,6 +86,25 @@ def block_bwd(
     return dx, dweight, dbias, dg, dbeta, dw1, db1, dw2, db2, dgamma
 
 
+def frozen_block_fwd(
+    x: Tensor,
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    eps: float,
+    act: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`block_fwd` on the weights of `folding.FrozenBlock`, w1 and w2 in T."""
+    rows = (-1, x.shape[3])
+    u, statistics = dwconv_fwd(x, dwconv_weight.contiguous(), dwconv_bias, dtype)
+    y, _ = mlp_fwd(u.view(rows), statistics, x.view(rows), w1, b1, w2, b2, None, None, eps, act, False)
+    return y.view(x.shape)
+
+
 def dwconv_layernorm_fwd(
     x: Tensor,
     weight: Tensor,
@@ -207,6 +226,11 @@ def downsample_fwd(
     """Patch convolution of LayerNorm(x), (N, ⌊H/kh⌋, ⌊W/kw⌋, C') in T."""
     wg, bg = fold_downsample(weight.contiguous(), bias, ln_weight, ln_bias, dtype)
     return _downsample_fwd(x, wg, bg, eps, dtype)
+
+
+def frozen_downsample_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`downsample_fwd` on the weights of `folding.FrozenDownsample`, ``weight`` in T."""
+    return _downsample_fwd(x, weight.contiguous(), bias, eps, dtype)
 
 
 def downsample_bwd(

@@ -20,6 +20,8 @@ from .block import (
     patchify_stem,
 )
 from .config import ConvNextConfig
+from .folding import FrozenDownsample, freeze_downsample
+from .freezing import Freezable
 from .losses import classification_loss
 from .outputs import BackboneOutput, BaseModelOutput, ImageClassifierOutput, ModelOutput
 from .trunk import ConvNextSwitches, check_image, init_weights
@@ -73,8 +75,10 @@ class ConvNextEmbeddings(nn.Module):
         return patchify_stem(pixel_values, self.patch_embeddings, self.layernorm, self.fused)
 
 
-class ConvNextStage(nn.Module):
+class ConvNextStage(Freezable):
     """Downsampling (not in the first stage), then blocks."""
+
+    Frozen = FrozenDownsample
 
     def __init__(self, config: ConvNextConfig, index: int, rates: list[float], fused: bool, **factory: Any):
         super().__init__()
@@ -92,13 +96,20 @@ class ConvNextStage(nn.Module):
         """(N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋), or of the same size in the first stage."""
         if self.downsampling_layer:
             norm, conv = self.downsampling_layer
-            x = downsample(x, norm, conv, self.fused)
+            x = downsample(x, norm, conv, self.fused, self.frozen)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(layer, x, use_reentrant=False)
             else:
                 x = layer(x)
         return x
+
+    def fold(self) -> FrozenDownsample | None:
+        """The downsampling LayerNorm's affine folded into its convolution; None in the first stage."""
+        if not self.downsampling_layer:
+            return None
+        norm, conv = self.downsampling_layer
+        return freeze_downsample(norm.weight, norm.bias, conv.weight, conv.bias)
 
 
 class ConvNextEncoder(nn.Module):

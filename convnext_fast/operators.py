@@ -128,6 +128,23 @@ block_fwd.register_autograd(_block_autograd, setup_context=_block_setup)
 
 
 @_operator
+def frozen_block_fwd(
+    x: Tensor,
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    eps: float,
+    act: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The block on folded weights. Has no gradient."""
+    return _path(x, dtype).frozen_block_fwd(x, dwconv_weight, dwconv_bias, w1, b1, w2, b2, eps, act, dtype)
+
+
+@_operator
 def dwconv_layernorm_fwd(
     x: Tensor,
     weight: Tensor,
@@ -294,6 +311,12 @@ def downsample_fwd(
 ) -> Tensor:
     """Patch convolution of LayerNorm(x). Kernels only."""
     return _path(x, dtype).downsample_fwd(x, ln_weight, ln_bias, weight, bias, eps, dtype)
+
+
+@_operator
+def frozen_downsample_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Patch convolution of LayerNorm(x) by folded weights. Kernels only. Has no gradient."""
+    return _path(x, dtype).frozen_downsample_fwd(x, weight, bias, eps, dtype)
 
 
 @_operator

@@ -16,7 +16,15 @@ from torch import Tensor
 from . import backend, reference
 from .config import ACTIVATIONS
 
-__all__ = ["convnext_block", "downsample", "dwconv_layernorm", "patchify_stem", "pointwise_mlp"]
+__all__ = [
+    "convnext_block",
+    "downsample",
+    "dwconv_layernorm",
+    "frozen_block",
+    "frozen_downsample",
+    "patchify_stem",
+    "pointwise_mlp",
+]
 
 
 def convnext_block(
@@ -76,6 +84,40 @@ def convnext_block(
         recompute = 2
     args = (dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma, drop_scale)
     return _operators().block_fwd(x.contiguous(), *args, eps, act, recompute, dtype)[0]
+
+
+def frozen_block(
+    x: Tensor,
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    eps: float = 1e-6,
+    act: str = "gelu",
+) -> Tensor:
+    """`convnext_block` on what `folding.freeze_block` made of its parameters, without drop path.
+
+    x: (N, H, W, C); w1, b1, w2, b2: see `folding.FrozenBlock`. Where a gradient is wanted, or autocast asks for another
+    dtype than that of ``w1``, this is `convnext_block` with these weights.
+
+    Raises:
+        TypeError, ValueError: as `convnext_block`.
+    """
+    _check_activation(x, "x")
+    channels, hidden = x.shape[3], _rows_of(w1, "w1")
+    _check(x, "b1", b1, (2, hidden))
+    dtype = _compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
+    tensors = (x, dwconv_weight, dwconv_bias, w1, b1, w2, b2)
+    if w1.dtype != dtype or _wants_gradient(*tensors) or backend.select(x.device, dtype) == "reference":
+        mlp = (w1, b1[0].to(w1.dtype), w2, b2.to(w1.dtype))
+        return convnext_block(x, dwconv_weight, dwconv_bias, None, None, *mlp, eps=eps, act=act)
+    _check_dwconv(x, dwconv_weight, dwconv_bias)
+    _check_mlp(x, w1, b1[0], w2, b2, None, None, channels, hidden)
+    _check_options(act, 2)
+    return _operators().frozen_block_fwd(x.contiguous(), *tensors[1:], eps, act, dtype)
 
 
 def dwconv_layernorm(
@@ -179,6 +221,24 @@ def downsample(
     return _operators().downsample_fwd(x.contiguous(), ln_weight, ln_bias, weight, bias, eps, dtype)
 
 
+def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """`downsample` on what `folding.freeze_downsample` made of its parameters.
+
+    x: (N, H, W, C); weight: (C', kh, kw, C); bias: (C',). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C'). Where a gradient is wanted,
+    or autocast asks for another dtype than that of ``weight``, this is `downsample` with this weight.
+
+    Raises:
+        TypeError, ValueError: as `convnext_block`.
+    """
+    _check_activation(x, "x")
+    taps = weight.permute(0, 3, 1, 2) if isinstance(weight, Tensor) and weight.dim() == 4 else weight
+    _check_patches(x, taps, bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
+    dtype = _compute_dtype(x, weight=weight)
+    if weight.dtype != dtype or _wants_gradient(x, weight, bias) or backend.select(x.device, dtype) != "triton":
+        return downsample(x, *_affine(x, None, None), taps, bias.to(weight.dtype), eps=eps)
+    return _operators().frozen_downsample_fwd(x.contiguous(), weight, bias, eps, dtype)
+
+
 def _operators() -> ModuleType:
     """The registered operators, loaded on first use: registration imports PyTorch's compiler, a second of start-up."""
     from . import operators
@@ -269,6 +329,10 @@ def _compute_dtype(x: Tensor, **weights: Tensor) -> torch.dtype:
                 f"the activations are {x.dtype} but {name} is {weight.dtype}: convert one, or use torch.autocast"
             )
     return x.dtype
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _affine(x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import backend
 from .block import ConvNextBlockBase
 from .config import ConvNextConfig
+from .freezing import Freezable
 
 
 class ConvNextSwitches(nn.Module):
@@ -59,7 +60,8 @@ class ConvNextSwitches(nn.Module):
         """Make the model ready for inference alone and return it.
 
         Sets evaluation mode, turns gradients of the parameters off, and folds each block's LayerNorm affine and layer
-        scale into its linear layers, for the fused path. `train` and `load_state_dict` undo the folding.
+        scale into copies of its linear layers, and that of a downsampling layer into its convolution, for the fused
+        path. `train` and `load_state_dict` undo the folding; a change of dtype folds the parameters anew.
 
         Raises:
             ValueError: the model runs the plain reference, which has nothing to fold.
@@ -68,20 +70,23 @@ class ConvNextSwitches(nn.Module):
             raise ValueError("freeze() folds weights for the fused path: expected a model with fused=True")
         trainable = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         self.eval().requires_grad_(False)
-        for block in self.blocks():
-            block.freeze()
+        for module in self._freezable():
+            module.freeze()
         self._trainable_before_freeze = trainable
         return self
 
     def unfreeze(self) -> Any:
         """Undo `freeze`, but for the mode, which stays evaluation; return the model."""
-        for block in self.blocks():
-            block.unfreeze()
+        for module in self._freezable():
+            module.unfreeze()
         trainable = set(self.__dict__.pop("_trainable_before_freeze", ()))
         for name, parameter in self.named_parameters():
             if name in trainable:
                 parameter.requires_grad_(True)
         return self
+
+    def _freezable(self) -> list[Freezable]:
+        return [module for module in self.modules() if isinstance(module, Freezable)]
 
     def train(self, mode: bool = True) -> Any:
         """As `torch.nn.Module.train`; training mode undoes `freeze`."""

@@ -73,7 +73,7 @@ SPILLS = {
 
 # What is reached, per pass of ConvNeXt-T at batch 128, where BUDGETS are missed or not set.
 REACHED = {
-    ("inference", None): {"megabytes": 38.7, "launches": 77},  # misses 37 and 60
+    ("inference", None): {"megabytes": 38.2},  # misses 37
     ("training", 0): {"megabytes": 215.9, "launches": 566, "saved": 28.1},
     ("training", 1): {"megabytes": 177.0, "launches": 566, "saved": 10.9},  # misses 150 and 260
     ("training", 2): {"megabytes": 186.2, "launches": 584, "saved": 6.1},  # misses 260

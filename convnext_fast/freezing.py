@@ -1,0 +1,51 @@
+"""Modules that compute with folded copies of their weights once they are frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Freezable(nn.Module):
+    """A module that `freeze` gives copies of its weights, folded for inference, as buffers outside its state_dict.
+
+    The copies follow the module to another device. A change of dtype folds the parameters anew, as the copies have more
+    than one dtype and depend on how the weights were rounded.
+    """
+
+    Frozen: type[NamedTuple]
+
+    def fold(self) -> Any:
+        """A ``Frozen`` made of the parameters; None where this module has nothing to fold."""
+        raise NotImplementedError
+
+    @property
+    def frozen(self) -> Any:
+        """The ``Frozen`` in use; None unless `freeze` was called."""
+        names = [f"folded_{name}" for name in self.Frozen._fields]
+        buffers = self._buffers
+        return self.Frozen(*(buffers[name] for name in names)) if names[0] in buffers else None
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Fold the parameters into copies, which the forward uses from then on."""
+        folded = self.fold()
+        if folded is not None:
+            for name, value in folded._asdict().items():
+                self.register_buffer(f"folded_{name}", value, persistent=False)
+
+    def unfreeze(self) -> None:
+        """Drop the copies."""
+        for name in self.Frozen._fields:
+            self._buffers.pop(f"folded_{name}", None)
+            self._non_persistent_buffers_set.discard(f"folded_{name}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = self.frozen
+        super()._apply(fn, recurse)
+        if before is not None and any(a.dtype != b.dtype for a, b in zip(before, self.frozen, strict=True)):
+            self.freeze()
+        return self
