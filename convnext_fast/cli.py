@@ -1,4 +1,4 @@
-"""The command ``convnext-fast``: demo, classify, convert, info, train, bench.
+"""The command ``convnext-fast``: demo, classify, convert, info, train, evaluate, export, bench.
 
 Exit status: 0 for success; 1 if something failed, with the reason on standard error; 2 for wrong usage; 130 if
 interrupted.
@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from . import cli_training
+from .cli_arguments import PROGRAM, add_device, at_least, complain, find_device, new_command
 from .config import VARIANTS
 
-if TYPE_CHECKING:
-    import torch
-
-PROGRAM = "convnext-fast"
 FORMATS = ("timm", "torchvision", "transformers", "official")
 
 
@@ -38,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError) as error:
-        _complain(str(error))
+        complain(str(error))
         return 1
     except KeyboardInterrupt:
-        _complain("interrupted")
+        complain("interrupted")
         return 130
 
 
@@ -56,13 +53,15 @@ def parser() -> argparse.ArgumentParser:
     _add_classify(commands)
     _add_convert(commands)
     _add_info(commands)
-    _add_train(commands)
+    cli_training.add_train(commands)
+    cli_training.add_evaluate(commands)
+    _add_export(commands)
     _add_bench(commands)
     return top
 
 
 def _add_demo(commands: Any) -> None:
-    command = _command(
+    command = new_command(
         commands,
         "demo",
         run_demo,
@@ -71,7 +70,7 @@ def _add_demo(commands: Any) -> None:
         "accuracy, agreement with fused=False, speed of both and memory; draws a sheet of digits, mistakes first.",
     )
     command.add_argument("--output", type=Path, default="convnext_fast_digits.png", help="the sheet (%(default)s)")
-    _add_device(command)
+    add_device(command)
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
@@ -81,11 +80,11 @@ def run_demo(arguments: argparse.Namespace) -> int:
     console = new_console()
     from . import demo
 
-    return demo.run(console, arguments.output, _device(arguments.device))
+    return demo.run(console, arguments.output, find_device(arguments.device))
 
 
 def _add_classify(commands: Any) -> None:
-    command = _command(
+    command = new_command(
         commands,
         "classify",
         run_classify,
@@ -96,10 +95,10 @@ def _add_classify(commands: Any) -> None:
     what = "file, folder (every image in it and below), or - for standard input: one image, or paths, one a line"
     command.add_argument("images", nargs="+", metavar="IMAGE", help=what)
     command.add_argument("--checkpoint", required=True, help="folder, file or Hugging Face hub id")
-    command.add_argument("--top-k", type=_at_least(1), default=5, help="labels an image, at most (%(default)s)")
+    command.add_argument("--top-k", type=at_least(1), default=5, help="labels an image, at most (%(default)s)")
     command.add_argument("--json", action="store_true", help="one JSON object a line, with image and predictions")
-    command.add_argument("--batch-size", type=_at_least(1), default=16, help="images at a time (%(default)s)")
-    _add_device(command)
+    command.add_argument("--batch-size", type=at_least(1), default=16, help="images at a time (%(default)s)")
+    add_device(command)
 
 
 def run_classify(arguments: argparse.Namespace) -> int:
@@ -109,18 +108,18 @@ def run_classify(arguments: argparse.Namespace) -> int:
     from .huggingface import ConvNextForImageClassification
 
     console = None if arguments.json else new_console()
-    device = _device(arguments.device)
+    device = find_device(arguments.device)
     model = ConvNextForImageClassification.from_pretrained(arguments.checkpoint, device=device)
     processor, own = classify.load_processor(arguments.checkpoint, model.config)
     if not own:
         taken = f"size {processor.size['shortest_edge']}, mean {processor.image_mean}, std {processor.image_std}"
-        _complain(f"{arguments.checkpoint} has no preprocessor_config.json; taking {taken}", "note")
+        complain(f"{arguments.checkpoint} has no preprocessor_config.json; taking {taken}", "note")
     classifier = classify.Classifier(model, processor)
     pictures = classify.sources(arguments.images, sys.stdin.buffer)
     failed = False
     for result in classify.classify(classifier, pictures, top_k=arguments.top_k, batch_size=arguments.batch_size):
         if result.error is not None:
-            _complain(f"{result.name}: {result.error}")
+            complain(f"{result.name}: {result.error}")
             failed = True
         elif console is None:
             predictions = [prediction._asdict() for prediction in result.predictions]
@@ -133,7 +132,7 @@ def run_classify(arguments: argparse.Namespace) -> int:
 
 
 def _add_convert(commands: Any) -> None:
-    command = _command(
+    command = new_command(
         commands,
         "convert",
         run_convert,
@@ -156,7 +155,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
 
 
 def _add_info(commands: Any) -> None:
-    command = _command(
+    command = new_command(
         commands,
         "info",
         run_info,
@@ -187,103 +186,38 @@ def run_info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_train(commands: Any) -> None:
-    command = _command(
+def _add_export(commands: Any) -> None:
+    command = new_command(
         commands,
-        "train",
-        run_train,
-        "train or fine-tune on a folder of images, or on the digits",
-        "Trains with AdamW, warm-up and cosine; evaluates after each epoch; writes checkpoint.pt, history.json and in "
-        "the end model/, which classify takes, to the output folder. The defaults are the paper's recipe for ImageNet. "
-        "Several processes: torchrun --nproc-per-node N -m convnext_fast train …, with the same result.",
+        "export",
+        run_export,
+        "write a checkpoint as an ONNX file",
+        "Writes a checkpoint as ONNX, of standard operators alone, for any number of images of one size; runs the file "
+        "with onnxruntime, and says how closely it agrees with the model.",
     )
-    command.add_argument(
-        "data",
-        metavar="DATA_DIR|digits",
-        help="folder with a folder of images for each class, or with such folders train/ and val/; or the digits",
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, file or Hugging Face hub id")
+    command.add_argument("destination", metavar="OUT.onnx", type=Path, help="the file to write")
+    command.add_argument("--image-size", type=at_least(1), help="side in pixels (default: the model's)")
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """``convnext-fast export``."""
+    from .export import export_onnx
+    from .model import ConvNext
+
+    model = ConvNext.from_pretrained(arguments.checkpoint)
+    size = arguments.image_size or model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    error = export_onnx(model, arguments.destination, height, width)
+    print(
+        f"{arguments.destination}: pixel_values (N, {model.config.num_channels}, {height}, {width}) to logits "
+        f"(N, {model.num_classes}); onnxruntime differs from the model by {error:.1e} of the largest logit"
     )
-    start = command.add_mutually_exclusive_group()
-    start.add_argument("--variant", choices=VARIANTS, help="start a named architecture from random weights")
-    start.add_argument("--config", help="the same for the architecture in a config.json, folder or hub id")
-    start.add_argument("--checkpoint", help="fine-tune this folder, file or hub id; other classes get a new classifier")
-    command.add_argument("--output", type=Path, default="convnext_fast_run", help="folder of the run (%(default)s)")
-    command.add_argument(
-        "--resume", action="store_true", help="go on from the run in the output folder, if there is one"
-    )
-    part = _between(0, 1)
-    command.add_argument("--holdout", type=part, default=0.1, help="part to evaluate on, without val/ (%(default)s)")
-    command.add_argument("--image-size", type=_at_least(1), help="side in pixels (default: the model's)")
-    _add_options(command)
-    command.add_argument("--save-every", type=_at_least(1), default=0, help="steps between checkpoints (one an epoch)")
-    command.add_argument(
-        "--workers", type=_at_least(0), default=0, help="loader processes for each process (%(default)s)"
-    )
-    _add_device(command)
-
-
-def _add_options(command: argparse.ArgumentParser) -> None:
-    """The fields of `TrainingOptions`."""
-    from .training.augment import AUGMENTATIONS
-    from .training.options import TrainingOptions
-
-    def add(name: str, type: Callable[[str], Any], text: str) -> None:
-        default = getattr(TrainingOptions, name)
-        command.add_argument(f"--{name.replace('_', '-')}", type=type, default=default, help=f"{text} (%(default)s)")
-
-    positive, share = _between(0, math.inf), _between(0, 1)
-    add("epochs", _at_least(1), "passes over the images")
-    add("batch_size", _at_least(1), "images a step, of all processes together")
-    add("lr", positive, "learning rate after the warm-up")
-    add("min_lr", positive, "learning rate at the end")
-    add("warmup_epochs", positive, "length of the linear warm-up")
-    add("weight_decay", positive, "of AdamW, on matrices and convolutions")
-    add("layer_decay", positive, "learning rate of each layer relative to the next; 1 for none, 0.8 for fine-tuning")
-    add("clip_grad", positive, "largest norm of the gradient; 0 for no clipping")
-    command.add_argument("--drop-path", type=share, help="stochastic depth of the last block (the model's)")
-    add("label_smoothing", share, "part of the target spread over all classes")
-    add("mixup", positive, "α of mixup; 0 for none")
-    add("cutmix", positive, "α of cutmix; 0 for none")
-    add("ema", share, "decay of the average of the weights that is evaluated and exported; 0 for none")
-    words = "crop and mirror, or turn and shift a little (crop; affine for the digits)"
-    command.add_argument("--augmentation", choices=AUGMENTATIONS, help=words)
-    command.add_argument("--bf16", action="store_true", help="compute under bfloat16 autocast")
-    add("seed", _at_least(0), "of everything random")
-
-
-def run_train(arguments: argparse.Namespace) -> int:
-    """``convnext-fast train``."""
-    import dataclasses
-
-    from .training.command import Start, run
-    from .training.options import TrainingOptions
-    from .training.state import CHECKPOINT
-
-    fields = {field.name for field in dataclasses.fields(TrainingOptions)} & vars(arguments).keys()
-    chosen = {name: getattr(arguments, name) for name in fields}
-    chosen["augmentation"] = arguments.augmentation or ("affine" if arguments.data == "digits" else "crop")
-    try:
-        run(
-            arguments.data,
-            Start(arguments.variant, arguments.config, arguments.checkpoint),
-            TrainingOptions(**chosen),
-            arguments.output,
-            image_size=arguments.image_size,
-            holdout=arguments.holdout,
-            resume=arguments.resume,
-            save_every=arguments.save_every,
-            workers=arguments.workers,
-            device=_device(arguments.device),
-        )
-    except KeyboardInterrupt:
-        if not (arguments.output / CHECKPOINT).exists():
-            raise
-        _complain(f"interrupted; the same command with --resume goes on from {arguments.output / CHECKPOINT}")
-        return 130
     return 0
 
 
 def _add_bench(commands: Any) -> None:
-    command = _command(
+    command = new_command(
         commands,
         "bench",
         run_bench,
@@ -293,16 +227,16 @@ def _add_bench(commands: Any) -> None:
         "no block that can be fused.",
     )
     command.add_argument("--model", required=True, help="timm:NAME, torchvision:NAME, or hf:DIR (folder or hub id)")
-    command.add_argument("--batch-size", type=_at_least(1), default=8, help="images at a time (%(default)s)")
-    command.add_argument("--image-size", type=_at_least(1), default=224, help="side in pixels (%(default)s)")
+    command.add_argument("--batch-size", type=at_least(1), default=8, help="images at a time (%(default)s)")
+    command.add_argument("--image-size", type=at_least(1), default=224, help="side in pixels (%(default)s)")
     command.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="16 bits by autocast (%(default)s)",
     )
-    command.add_argument("--rounds", type=_at_least(1), default=5, help="timed rounds; the median counts (%(default)s)")
-    _add_device(command)
+    command.add_argument("--rounds", type=at_least(1), default=5, help="timed rounds; the median counts (%(default)s)")
+    add_device(command)
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
@@ -313,66 +247,12 @@ def run_bench(arguments: argparse.Namespace) -> int:
     return model_bench.run(
         new_console(),
         arguments.model,
-        _device(arguments.device),
+        find_device(arguments.device),
         batch_size=arguments.batch_size,
         image_size=arguments.image_size,
         dtype=arguments.dtype,
         rounds=arguments.rounds,
     )
-
-
-def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, description: str
-) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=summary, description=description)
-    command.set_defaults(run=run)
-    return command
-
-
-def _add_device(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", help="cpu, cuda, xpu, … (default: the accelerator if there is one)")
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    if name is None:
-        kind = next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), "cpu")
-        return torch.device(kind)
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from None
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least {least}")
-        return value
-
-    return integer
-
-
-def _between(least: float, end: float) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value < end:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least {least:g} and under {end:g}")
-        return value
-
-    return number
-
-
-def _complain(message: str, kind: str = "error") -> None:
-    print(f"{PROGRAM}: {kind}: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

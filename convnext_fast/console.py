@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -90,13 +91,17 @@ class TrainingProgress:
         words += [f"lr {record['lr']:.2e}", f"{record['images_per_second']:.0f} images/s"]
         self.console.print("  ".join(words), soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """See `training.Reporter`."""
+        self.console.print(f"note: {text}", markup=False, soft_wrap=True)
+
     def stop(self) -> None:
         """Take the bar away."""
         self.progress.stop()
 
 
 class Silence:
-    """A `training.Reporter` for the processes that are not the first."""
+    """A `training.Reporter` for the processes that are not the first: it only warns, on standard error."""
 
     def start(self, step: int, steps: int) -> None:
         """Say nothing."""
@@ -106,6 +111,10 @@ class Silence:
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Say nothing."""
+
+    def warn(self, text: str) -> None:
+        """Say what was skipped."""
+        print(f"note: {text}", file=sys.stderr)
 
     def stop(self) -> None:
         """Say nothing."""

@@ -12,55 +12,16 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_support import pictures, processor, tiny_config, write_folder
+from training_support import Quiet, new_trainer, pictures, processor, stored, tiny_config, write_folder
 
 from convnext_fast import ConvNext, cli
 from convnext_fast.image_processor import ConvNextImageProcessor
-from convnext_fast.training import Trainer, TrainingOptions, evaluate
+from convnext_fast.training import evaluate
 from convnext_fast.training.data import evaluation_loader, load_folder
-from convnext_fast.training.distributed import Process
 from convnext_fast.training.optim import layer_ids
-from convnext_fast.training.state import load_state, save_state
+from convnext_fast.training.state import TENSORS, load_facts, load_tensors, save_state
 
 CPU = torch.device("cpu")
-OPTIONS = {"epochs": 2, "batch_size": 8, "lr": 1e-2, "warmup_epochs": 1, "ema": 0.9, "seed": 3}
-
-
-class Quiet:
-    """A reporter that keeps the losses, and stops the run before step ``until``."""
-
-    def __init__(self, until=None):
-        self.losses, self.until = {}, until
-
-    def start(self, step, steps):
-        self.first = step
-
-    def step(self, step, loss, lr):
-        self.losses[step] = loss
-        if step + 1 == self.until:
-            raise KeyboardInterrupt
-
-    def epoch(self, record):
-        pass
-
-
-def new_trainer(
-    output, *, images=None, validation=None, model=None, drop_path=0.3, resume=False, save_every=0, **options
-):
-    torch.manual_seed(0)
-    model = model or ConvNext(tiny_config(drop_path_rate=drop_path))
-    options = TrainingOptions(**{**OPTIONS, **options})
-    return Trainer(
-        model,
-        images or pictures(),
-        validation,
-        processor(),
-        options,
-        output,
-        process=Process(0, 1, CPU),
-        resume=resume,
-        save_every=save_every,
-    )
 
 
 @pytest.fixture
@@ -100,7 +61,7 @@ def test_training_learns_and_the_average_is_what_is_scored_and_exported(tmp_path
     history, _, weights = run_to_the_end(tmp_path, epochs=6, drop_path=0.0, mixup=0.0, cutmix=0.0)
     assert history[-1]["accuracy"] == 1.0
     assert history[-1]["loss"] < history[0]["loss"]
-    state = load_state(tmp_path)
+    state = stored(tmp_path)
     assert torch.equal(weights["classifier.weight"], state["model_ema"]["head.fc.weight"])
     assert not torch.equal(weights["classifier.weight"], state["model"]["head.fc.weight"])
     model = ConvNext.from_pretrained(tmp_path / "model")
@@ -115,9 +76,9 @@ def test_one_step_is_adamw_on_the_smoothed_cross_entropy(tmp_path):
     trainer = new_trainer(tmp_path, warmup_epochs=0, label_smoothing=0.2, layer_decay=0.9, **options)
     torch.manual_seed(0)
     model = ConvNext(tiny_config(), fused=False)
-    (pixels, targets), *_ = trainer.loader
+    (pixels, targets, _), *_ = trainer.loader
     trainer.model.train()
-    loss, lr = trainer._train_step(trainer.model, pixels, targets)
+    loss, lr = trainer._train_step(trainer.model, pixels, targets, Quiet())
     log = model(pixels).log_softmax(-1)
     expected = -((0.8 * targets + 0.2 / 2) * log).sum(-1).mean()
     expected.backward()
@@ -136,7 +97,7 @@ def test_one_step_is_adamw_on_the_smoothed_cross_entropy(tmp_path):
 
 
 def test_bf16_trains_float32_weights(tmp_path):
-    trainer = new_trainer(tmp_path / "a", bf16=True, drop_path=0.0)
+    trainer = new_trainer(tmp_path / "a", dtype="bfloat16", drop_path=0.0)
     narrow, exact = Quiet(), Quiet()
     trainer.run(narrow)
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
@@ -188,24 +149,36 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     for damaged in (content[: len(content) // 2], b"", b"words"):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="no whole checkpoint"):
-            load_state(tmp_path)
+            new_trainer(tmp_path, resume=True)
     torch.save({"step": 1}, path)
     with pytest.raises(ValueError, match="no checkpoint of a training run"):
-        load_state(tmp_path)
+        new_trainer(tmp_path, resume=True)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        load_state(tmp_path)
+        load_facts(path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    trainer = new_trainer(tmp_path)
+    trainer.run(Quiet())
+    target = {"model": {"stem.0.weight": torch.empty(8, 1, 2, 3)}}
+    with pytest.raises(ValueError, match=r"stem\.0\.weight has shape \(8, 1, 2, 2\): expected \(8, 1, 2, 3\)"):
+        load_tensors(tmp_path / "checkpoint.pt", target)
+    with pytest.raises(ValueError, match="lacks stem"):
+        load_tensors(tmp_path / "checkpoint.pt", {"model": {"stem": torch.empty(1)}})
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
     trainer = new_trainer(tmp_path)
     trainer.run(Quiet())
+    state = stored(tmp_path)
+    tensors = {name: state.pop(name) for name in TENSORS}
     before = (tmp_path / "checkpoint.pt").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
     try:
         with pytest.raises(OSError, match=r"checkpoint\.pt|too large"):
-            save_state(tmp_path, load_state(tmp_path))
+            save_state(tmp_path, tensors, state)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
@@ -278,7 +251,7 @@ def test_an_interrupted_run_says_how_to_go_on(image_folder, config_file, tmp_pat
     finally:
         signal.signal(signal.SIGINT, before)
     assert f"--resume goes on from {checkpoint}" in capsys.readouterr().err
-    assert load_state(tmp_path / "run")["step"] % 2 == 0
+    assert stored(tmp_path / "run")["step"] % 2 == 0
 
 
 def test_fine_tuning_keeps_the_classifier_of_the_same_classes_and_starts_others_anew(

@@ -146,7 +146,7 @@ def test_train_and_val_folders(image_folder, tmp_path):
     training, validation = load_data(tmp_path / "set", 0.5, seed=0)
     assert (len(training), len(validation), validation.classes) == (20, 1, ("dark", "light"))
     (dark.parent / "grey").mkdir()
-    with pytest.raises(ValueError, match=r"classes \['grey'\], which are not trained on"):
+    with pytest.raises(ValueError, match=r"classes \['grey'\], which the model does not have"):
         load_data(tmp_path / "set", 0.5, seed=0)
 
 

@@ -1,11 +1,24 @@
-"""A small model and small pictures to train it on."""
+"""A small model and small pictures to train it on, here or in processes that start at once."""
+
+import dataclasses
+import functools
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import PIL.Image
+import torch
 
-from convnext_fast import ConvNextConfig
+from convnext_fast import ConvNext, ConvNextConfig
 from convnext_fast.image_processor import ConvNextImageProcessor
-from convnext_fast.training import ImageSet
+from convnext_fast.training import ImageSet, Trainer, TrainingOptions
+from convnext_fast.training.distributed import Process
+
+ALONE = Process(0, 1, torch.device("cpu"))
+OPTIONS = {"epochs": 2, "batch_size": 8, "lr": 1e-2, "warmup_epochs": 1, "ema": 0.9, "seed": 3}
 
 
 def tiny_config(**fields):
@@ -32,3 +45,79 @@ def write_folder(folder, count=20):
         path.parent.mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(array).save(path)
     return folder
+
+
+class Quiet:
+    """A reporter that keeps the losses, and stops the run before step ``until``."""
+
+    def __init__(self, until=None):
+        self.losses, self.warnings, self.until = {}, [], until
+
+    def start(self, step, steps):
+        self.first = step
+
+    def step(self, step, loss, lr):
+        self.losses[step] = loss
+        if step + 1 == self.until:
+            raise KeyboardInterrupt
+
+    def epoch(self, record):
+        pass
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+
+def new_trainer(output, *, images=None, validation=None, model=None, drop_path=0.3, process=ALONE, **options):
+    """A run of the tiny model; ``options`` are those of `TrainingOptions` and of `Trainer`."""
+    torch.manual_seed(0)
+    model = model or ConvNext(tiny_config(drop_path_rate=drop_path))
+    of_training = {field.name for field in dataclasses.fields(TrainingOptions)} & options.keys()
+    chosen = TrainingOptions(**{**OPTIONS, **{name: options.pop(name) for name in of_training}})
+    return Trainer(model, images or pictures(), validation, processor(), chosen, output, process=process, **options)
+
+
+def stored(directory):
+    """What the checkpoint of a run holds."""
+    return torch.load(Path(directory) / "checkpoint.pt", weights_only=True)
+
+
+@functools.cache
+def _forks():
+    """A context whose processes are forked from one that has imported everything and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    modules = ["training_support", "convnext_fast.operators", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+    context.set_forkserver_preload(modules)
+    from multiprocessing import forkserver
+
+    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent), OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
+    return context
+
+
+def start(function, *arguments):
+    """A process that calls a function of a module; it is killed when its parent ends."""
+    process = _forks().Process(target=function, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def start_ranks(world, function, *arguments):
+    """``world`` processes that call a function under the environment that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(_rank, rank, world, port, function, arguments) for rank in range(world)]
+
+
+def _rank(rank, world, port, function, arguments):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    function(*arguments)
+
+
+def finish(processes, timeout=120):
+    """Wait for processes; their exit codes."""
+    for process in processes:
+        process.join(timeout)
+    return [process.exitcode for process in processes]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,9 +13,10 @@ from ..config import ConvNextConfig
 from ..console import Silence, TrainingProgress, new_console
 from ..image_processor import ConvNextImageProcessor
 from ..model import ConvNext
-from .data import load_data
-from .digits import digits_config, digits_processor
+from .data import ImageSet, evaluation_loader, load_data, load_evaluation_folder
+from .digits import digits_config, digits_processor, load_digits
 from .distributed import process_group
+from .evaluation import Score, evaluate
 from .loop import MODEL, Trainer
 from .options import TrainingOptions
 
@@ -36,12 +37,10 @@ def run(
     *,
     image_size: int | None,
     holdout: float,
-    resume: bool,
-    save_every: int,
-    workers: int,
     device: torch.device,
+    **how: Any,
 ) -> None:
-    """Train, and say where the model is.
+    """Train, and say where the model is; ``how`` are further arguments of `Trainer`.
 
     Raises:
         FileNotFoundError, ImportError, OSError, TypeError, ValueError: see `load_data`, `Trainer`, `load_model`.
@@ -67,9 +66,7 @@ def run(
             options,
             output,
             process=process,
-            resume=resume,
-            save_every=save_every,
-            workers=workers,
+            **how,
         )
         reporter = TrainingProgress(console) if process.rank == 0 else Silence()
         try:
@@ -122,6 +119,29 @@ def build(
     else:
         processor = default_processor(model.config)
     return model, processor
+
+
+def evaluate_checkpoint(
+    data: str, checkpoint: str, *, batch_size: int, workers: int, device: torch.device
+) -> tuple[Score, int]:
+    """The score of a checkpoint, and on how many pictures: ``val/`` of a folder, all of it, or the held-out digits.
+
+    Raises:
+        ChildProcessError, FileNotFoundError, ImportError, TypeError, ValueError: see `load_folder`, `load_model`,
+            `evaluate`; or the pictures have classes that the model does not know.
+    """
+    model = ConvNext.from_pretrained(checkpoint, device=device)
+    processor, _ = load_processor(checkpoint, model.config)
+    classes = tuple(model.config.id2label.values())
+    images = load_digits()[1] if data == "digits" else load_evaluation_folder(data, classes)
+    if set(images.classes) - set(classes):
+        unknown = sorted(set(images.classes) - set(classes))
+        raise ValueError(f"{data} has the classes {unknown}, which {checkpoint} does not know")
+    images = ImageSet(images.pictures, [classes.index(images.classes[label]) for label in images.labels], classes)
+    loader = evaluation_loader(
+        images, processor, channels=model.config.num_channels, batch_size=batch_size, workers=workers
+    )
+    return evaluate(model, loader, device), len(images)
 
 
 def read_config(source: str) -> ConvNextConfig:

@@ -70,7 +70,7 @@ def load_folder(folder: Path, classes: Sequence[str] | None = None) -> ImageSet:
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if classes is not None and set(names) - set(classes):
-        raise ValueError(f"{folder} has the classes {sorted(set(names) - set(classes))}, which are not trained on")
+        raise ValueError(f"{folder} has the classes {sorted(set(names) - set(classes))}, which the model does not have")
     if len(names) < 2 and classes is None:
         raise ValueError(f"{folder} has {len(names)} folders: expected one for each class, at least two")
     pictures, labels = [], []
@@ -109,10 +109,29 @@ def load_data(source: str | Path, holdout: float, seed: int) -> tuple[ImageSet, 
     if not (folder / "train").is_dir():
         return split(load_folder(folder), holdout, seed)
     training = load_folder(folder / "train")
-    for name in VALIDATION_FOLDERS:
-        if (folder / name).is_dir():
-            return training, load_folder(folder / name, training.classes)
-    return split(training, holdout, seed)
+    aside = _validation_folder(folder)
+    return (training, load_folder(aside, training.classes)) if aside else split(training, holdout, seed)
+
+
+def load_evaluation_folder(source: str | Path, classes: Sequence[str]) -> ImageSet:
+    """The pictures to score a model on: of ``val/`` (or ``validation/``) in a folder, or else of the folder.
+
+    Args:
+        source: laid out as for `load_data`.
+        classes: the model's; the folder may lack some.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is not laid out so, or has other classes.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{source} is no folder: expected one with a folder for each class, or 'digits'")
+    return load_folder(_validation_folder(folder) or folder, classes)
+
+
+def _validation_folder(folder: Path) -> Path | None:
+    return next((folder / name for name in VALIDATION_FOLDERS if (folder / name).is_dir()), None)
 
 
 def split(images: ImageSet, holdout: float, seed: int) -> tuple[ImageSet, ImageSet | None]:
@@ -134,10 +153,23 @@ def split(images: ImageSet, holdout: float, seed: int) -> tuple[ImageSet, ImageS
 
 
 class Batch(NamedTuple):
-    """pixels: (N, C, H, W) float32; targets: (N, classes) float32, the probability of each class."""
+    """pixels: (N, C, H, W) float32; targets: (N, classes) float32, the probability of each class.
+
+    unreadable: what was wrong with each picture that another stands in for (training), or that is left out.
+    """
 
     pixels: Tensor
     targets: Tensor
+    unreadable: tuple[str, ...] = ()
+
+
+class Sample(NamedTuple):
+    """One picture of a batch: pixels (C, H, W), None where it is left out; see `Batch`."""
+
+    pixels: np.ndarray | None
+    label: int
+    key: Key
+    unreadable: tuple[str, ...]
 
 
 class Key(NamedTuple):
@@ -183,47 +215,89 @@ class EpochSampler:
 
 
 class _Pictures(Dataset):
-    """Pictures ready for the model; an unreadable one is an error as a value, for the main process to raise."""
+    """Pictures ready for the model; an unreadable one is an error as a value, for the main process to raise.
 
-    def __init__(self, images: ImageSet, processor: ConvNextImageProcessor, channels: int, kind: str, seed: int):
+    With ``skip`` the next picture that can be read stands in for it, so that a batch stays as large as it was and does
+    not depend on the number of processes; without augmentation, that is for evaluation, it is left out instead.
+    """
+
+    def __init__(
+        self, images: ImageSet, processor: ConvNextImageProcessor, channels: int, kind: str, seed: int, skip: bool
+    ):
         self.images, self.processor, self.channels, self.kind, self.seed = images, processor, channels, kind, seed
+        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Key | int) -> tuple[np.ndarray, int, Key] | ValueError:
-        if not isinstance(key, Key):
+    def __getitem__(self, key: Key | int) -> Sample | ValueError:
+        training = isinstance(key, Key)
+        if not training:
             key = Key(0, key, key)
-        try:
-            image = self.images.open(key.index, self.channels)
-            options = {}
-            if self.kind != "none":
-                rng = _generator(self.seed, _AUGMENT, key.epoch, key.index)
-                image = augment(image, self.kind, edge(self.processor), self.processor.resample, rng)
-                options = {"do_resize": False}
-            pixels = self.processor(image, **options).pixel_values[0]
-        except ValueError as error:
-            return error
-        return pixels, self.images.labels[key.index], key
+        unreadable: list[str] = []
+        for ahead in range(len(self) if training else 1):
+            index = (key.index + ahead) % len(self)
+            try:
+                pixels = self._pixels(index, key.epoch)
+                return Sample(pixels, self.images.labels[index], key, tuple(unreadable))
+            except ValueError as error:
+                if not self.skip:
+                    return error
+                unreadable.append(str(error))
+        if training:
+            return ValueError(f"no picture can be read; the first: {unreadable[0]}")
+        return Sample(None, 0, key, tuple(unreadable))
+
+    def _pixels(self, index: int, epoch: int) -> np.ndarray:
+        image = self.images.open(index, self.channels)
+        options = {}
+        if self.kind != "none":
+            rng = _generator(self.seed, _AUGMENT, epoch, index)
+            image = augment(image, self.kind, edge(self.processor), self.processor.resample, rng)
+            options = {"do_resize": False}
+        return self.processor(image, **options).pixel_values[0]
 
 
 class _Collate:
-    def __init__(self, classes: int, mixup: float, cutmix: float, seed: int):
+    def __init__(self, shape: tuple[int, int, int], classes: int, mixup: float, cutmix: float, seed: int):
         self.classes, self.mixup, self.cutmix, self.seed = classes, mixup, cutmix, seed
+        self.nothing = Batch(torch.empty(0, *shape), torch.empty(0, classes))
 
-    def __call__(self, samples: list[tuple[np.ndarray, int, Key] | ValueError]) -> Batch | ValueError:
+    def __call__(self, samples: list[Sample | ValueError]) -> Batch | ValueError:
         for sample in samples:
             if isinstance(sample, ValueError):
                 return sample
-        pixels = np.stack([pixels for pixels, _, _ in samples])
-        targets = np.eye(self.classes, dtype=np.float32)[[label for _, label, _ in samples]]
-        epoch, position, _ = samples[0][2]
+        unreadable = tuple(text for sample in samples for text in sample.unreadable)
+        epoch, position, _ = samples[0].key
+        samples = [sample for sample in samples if sample.pixels is not None]
+        if not samples:
+            return self.nothing._replace(unreadable=unreadable)
+        pixels = np.stack([sample.pixels for sample in samples])
+        targets = np.eye(self.classes, dtype=np.float32)[[sample.label for sample in samples]]
 
         def generator_of_pair(i: int) -> np.random.Generator:
             return _generator(self.seed, _MIX, epoch, position // 2 + i)
 
         mix_pairs(pixels, targets, self.mixup, self.cutmix, generator_of_pair)
-        return Batch(torch.from_numpy(pixels), torch.from_numpy(targets))
+        return Batch(torch.from_numpy(pixels), torch.from_numpy(targets), unreadable)
+
+
+def batches(loader: DataLoader) -> Iterator[Batch | Exception]:
+    """What ``loader`` gives; a worker that died comes as a ChildProcessError in the place of its batch, the last."""
+    iterator = iter(loader)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            yield ChildProcessError(
+                f"a process that loads pictures has died, killed for memory perhaps: take fewer workers ({error})"
+            )
+            return
+        yield batch
 
 
 def edge(processor: ConvNextImageProcessor) -> int:
@@ -249,20 +323,23 @@ def training_loader(
     cutmix: float,
     workers: int,
     pin_memory: bool,
+    skip_unreadable: bool = False,
 ) -> DataLoader:
     """Batches for training, in the sampler's order; an unreadable picture comes as a ValueError in a batch's place.
+
+    With ``skip_unreadable`` the next picture stands in for it, and the batch says so.
 
     Raises:
         ValueError: a process's part of the batch is odd, so that it cannot be mixed in pairs.
     """
-    local = sampler.batch_size // sampler.world
+    local, side = sampler.batch_size // sampler.world, edge(processor)
     if (mixup or cutmix) and local % 2:
         raise ValueError(f"a process's batch is {local}: expected an even number, for mixup and cutmix mix pairs")
     return DataLoader(
-        _Pictures(images, processor, channels, augmentation, sampler.seed),
+        _Pictures(images, processor, channels, augmentation, sampler.seed, skip_unreadable),
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=_Collate(len(images.classes), mixup, cutmix, sampler.seed),
+        collate_fn=_Collate((channels, side, side), len(images.classes), mixup, cutmix, sampler.seed),
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
     )
@@ -278,13 +355,18 @@ def evaluation_loader(
     world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    skip_unreadable: bool = False,
 ) -> DataLoader:
-    """Batches for evaluation: every ``world``-th picture from ``rank`` on, through the processor alone."""
+    """Batches for evaluation: every ``world``-th picture from ``rank`` on, through the processor alone.
+
+    An unreadable picture comes as a ValueError in a batch's place; with ``skip_unreadable`` it is left out.
+    """
+    side = edge(processor)
     return DataLoader(
-        _Pictures(images.subset(range(rank, len(images), world)), processor, channels, "none", 0),
+        _Pictures(images.subset(range(rank, len(images), world)), processor, channels, "none", 0, skip_unreadable),
         batch_size=batch_size,
         num_workers=workers,
-        collate_fn=_Collate(len(images.classes), 0.0, 0.0, 0),
+        collate_fn=_Collate((channels, side, side), len(images.classes), 0.0, 0.0, 0),
         pin_memory=pin_memory,
     )
 

@@ -1,4 +1,4 @@
-"""The process group that ``torchrun`` sets up, or a single process without one."""
+"""The process group that ``torchrun`` sets up, or a single process without one, and what processes tell each other."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..model import ConvNext
+
+STRATEGIES = ("ddp", "fsdp")
 
 
 class Process(NamedTuple):
@@ -43,11 +47,56 @@ def process_group(device: torch.device) -> Iterator[Process]:
         dist.destroy_process_group()
 
 
+def shard(model: ConvNext, process: Process, dtype: torch.dtype) -> None:
+    """Split the parameters over all processes, in place, by FSDP2: gathered block by block, reduced in float32.
+
+    Args:
+        model: the same on every process, on the device of ``process``.
+        process: this process.
+        dtype: parameters are gathered in it and computed with; each process keeps its part in float32.
+    """
+    # Importing FSDP takes a second that no run without it should wait.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(process.device.type, (process.world,))
+    narrow = None if dtype == torch.float32 else dtype
+    # Inputs are left alone: the residual stream stays float32, as it does under autocast alone.
+    policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
+    for part in [*model.blocks(), model]:
+        # Gathered parameters that outlived a forward pass would be stale after the average's next update.
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
 def sum_over_processes(value: Tensor) -> Tensor:
     """The sum of ``value`` over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
+
+
+def largest_over_processes(value: int, device: torch.device) -> int:
+    """The largest ``value`` of all processes."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor(value, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def from_all_processes(value: object) -> list:
+    """What each process has passed, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def raise_together(fault: Exception | None, device: torch.device) -> None:
+    """Raise the fault of the first process that has one, on all of them, so that none waits for another in vain."""
+    if largest_over_processes(int(fault is not None), device):
+        raise next(fault for fault in from_all_processes(fault) if fault is not None)
 
 
 def wait_for_all() -> None:

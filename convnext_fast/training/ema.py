@@ -6,7 +6,7 @@ import copy
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,7 +26,12 @@ class Ema(Generic[Model]):
     def update(self, model: nn.Module, step: int) -> None:
         """Take in ``model`` after optimiser step number ``step``, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        mean, new = list(self.module.parameters()), [parameter.detach() for parameter in model.parameters()]
+        mean, new = ([_local(p.detach()) for p in m.parameters()] for m in (self.module, model))
         torch._foreach_lerp_(mean, new, 1 - decay)
         for buffer, value in zip(self.module.buffers(), model.buffers(), strict=True):
             buffer.copy_(value)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is split over processes: the average needs no word of the others."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

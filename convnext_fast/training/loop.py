@@ -1,57 +1,57 @@
 """The training loop: steps, evaluation, checkpoints that resume to the same numbers, and the exported model.
 
 A run is a function of its options, pictures and first weights. Step s draws its random numbers from (seed, s, rank)
-and its batch from (seed, epoch, place in it), so a checkpoint holds weights, moments, average and the step alone.
+and its batch from (seed, epoch, place in it), so a checkpoint holds weights, moments, average, loss scale and the step
+alone. Only drop path depends on the number of processes, for each draws its own samples.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from ..checkpoint_files import json_writer, write_files
 from ..image_processor import ConvNextImageProcessor
 from ..model import ConvNext
-from .data import EpochSampler, ImageSet, evaluation_loader, training_loader
-from .distributed import Process, sum_over_processes, wait_for_all
+from .data import Batch, EpochSampler, ImageSet, batches, evaluation_loader, training_loader
+from .distributed import (
+    STRATEGIES,
+    Process,
+    from_all_processes,
+    raise_together,
+    shard,
+    sum_over_processes,
+    wait_for_all,
+)
 from .ema import Ema
-from .optim import build_optimizer, learning_rate, set_learning_rate
+from .evaluation import Reporter, autocast, evaluate
+from .faults import bad_gradients, first_bad_layer
+from .optim import build_optimizer, learning_rate, moments, set_learning_rate
 from .options import TrainingOptions
-from .state import CHECKPOINT, load_state, save_state
+from .state import (
+    HISTORY,
+    find_checkpoint,
+    load_facts,
+    load_tensors,
+    remove_remains,
+    save_sharded_state,
+    save_state,
+)
 
-HISTORY = "history.json"
 MODEL = "model"
-
-
-class Score(NamedTuple):
-    """Of an evaluation: mean cross-entropy, and the part of the pictures that were recognised."""
-
-    loss: float
-    accuracy: float
-
-
-class Reporter(Protocol):
-    """What a run tells about its progress."""
-
-    def start(self, step: int, steps: int) -> None:
-        """Training begins at ``step`` of ``steps``."""
-
-    def step(self, step: int, loss: float, lr: float) -> None:
-        """Step number ``step``, from 0, is done."""
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        """An epoch is done; ``record`` is its entry in the history."""
 
 
 class Trainer:
@@ -62,11 +62,17 @@ class Trainer:
         training, validation: pictures; None for no evaluation.
         processor: makes pictures into input.
         options: see `TrainingOptions`.
-        output: the folder of the run: ``checkpoint.pt``, ``history.json``, and in the end ``model/``.
+        output: the folder of the run: the checkpoint (see `state`), ``history.json``, and in the end ``model/``. The
+            processes of all machines have to see the same one.
         process: this process.
+        strategy: what several processes do: "ddp", each holds the whole model (DistributedDataParallel), or "fsdp",
+            parameters, gradients, moments and average are split over them (FSDP2).
         resume: go on from the folder's checkpoint where it has one.
         save_every: steps between checkpoints; 0 for one at the end of each epoch.
         workers: processes that load pictures, for each training process.
+        skip_unreadable: put the next picture in the place of one that cannot be read, and leave those to evaluate on
+            out, instead of stopping.
+        skip_nonfinite: leave the weights as they are where the loss or its gradient is no number, instead of stopping.
 
     Raises:
         ValueError: the pictures, model and options do not fit together; the folder holds a run and ``resume`` is
@@ -83,16 +89,22 @@ class Trainer:
         output: str | Path,
         *,
         process: Process,
+        strategy: str = "ddp",
         resume: bool = False,
         save_every: int = 0,
         workers: int = 0,
+        skip_unreadable: bool = False,
+        skip_nonfinite: bool = False,
     ):
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy is {strategy!r}: expected one of {', '.join(STRATEGIES)}")
         if model.num_classes != len(training.classes):
             raise ValueError(f"the model has {model.num_classes} classes, the pictures {len(training.classes)}")
         self.model, self.processor, self.options, self.process = model, processor, options, process
-        self.output, self.save_every = Path(output), save_every
+        self.output, self.save_every, self.skip_nonfinite = Path(output), save_every, skip_nonfinite
+        self.dtype = getattr(torch, options.dtype)
         self.sampler = EpochSampler(len(training), options.batch_size, options.seed, process.rank, process.world)
-        common = {"channels": model.config.num_channels, "workers": workers}
+        common = {"channels": model.config.num_channels, "workers": workers, "skip_unreadable": skip_unreadable}
         common["pin_memory"] = process.device.type == "cuda"
         self.loader = training_loader(
             training,
@@ -113,19 +125,33 @@ class Trainer:
                 world=process.world,
                 **common,
             )
-        self.optimizer = build_optimizer(model, options)
         self.ema = Ema(model, options.ema) if options.ema else None
-        self.step, self.epoch_loss, self.history = 0, 0.0, []
+        self.sharded = strategy == "fsdp" and process.world > 1
+        if self.sharded:
+            self._skeleton = copy.deepcopy(model).to("meta")
+            for part in (model, self.ema.module) if self.ema else (model,):
+                shard(part, process, self.dtype)
+        self.optimizer = build_optimizer(model, options)
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.dtype == torch.float16)
+        self.step, self.history = 0, []
+        self.epoch = {"loss": 0.0, "skipped": 0}
+        self._warned: set[str] = set()
         self._identity = {
             "options": dataclasses.asdict(options) | {"betas": list(options.betas)},
             "config": json.dumps(model.config.to_dict(), sort_keys=True),
             "pictures": [len(training), *training.classes],
         }
         self.output.mkdir(parents=True, exist_ok=True)
-        if (self.output / CHECKPOINT).exists():
+        checkpoint = find_checkpoint(self.output)
+        if checkpoint is not None:
             if not resume:
                 raise ValueError(f"{self.output} holds a run already: resume it, or write to another folder")
-            self._restore()
+            self._restore(checkpoint)
+        self.saved = self.step
+        wait_for_all()
+        if process.rank == 0:
+            remove_remains(self.output)
+            remove_remains(self.output / MODEL)
         wait_for_all()
 
     @property
@@ -142,10 +168,12 @@ class Trainer:
         """Train to the end, export to ``output/model``, and return the history, a record for each epoch.
 
         Raises:
-            ValueError: a picture cannot be read, or the loss is no number; checkpoints written so far remain.
+            ChildProcessError: a process that loads pictures died; see ValueError.
+            ValueError: a picture cannot be read, or the loss or its gradient is no number; everything up to that step
+                has been saved.
         """
         model: nn.Module = self.model
-        if self.process.world > 1:
+        if self.process.world > 1 and not self.sharded:
             device = self.process.device
             model = DistributedDataParallel(
                 self.model, device_ids=None if device.type == "cpu" else [device], gradient_as_bucket_view=True
@@ -157,114 +185,161 @@ class Trainer:
             self.sampler.first = self.step % per_epoch
             self.model.train()
             started, first = time.perf_counter(), self.step
-            for batch in self.loader:
-                if isinstance(batch, ValueError):
-                    raise batch
-                loss, lr = self._train_step(model, *batch)
-                reporter.step(self.step, loss, lr)
-                self.epoch_loss += loss
-                self.step += 1
-                if self.save_every and self.step % self.save_every == 0 and self.step % per_epoch:
-                    self._save()
+            with self._saving_faults():
+                for batch in batches(self.loader):
+                    pixels, targets = self._checked(batch, reporter)
+                    loss, lr = self._train_step(model, pixels, targets, reporter)
+                    reporter.step(self.step, loss, lr)
+                    self.step += 1
+                    if self.save_every and self.step % self.save_every == 0 and self.step % per_epoch:
+                        self._save()
             seconds = time.perf_counter() - started
             self._finish_epoch(epoch, lr, (self.step - first) * self.options.batch_size / seconds, reporter)
         self.export(self.output / MODEL)
         return self.history
 
-    def _train_step(self, model: nn.Module, pixels: Tensor, targets: Tensor) -> tuple[float, float]:
+    @contextlib.contextmanager
+    def _saving_faults(self) -> Iterator[None]:
+        """Save the steps that are done before a fault, which all processes see alike, ends the run."""
+        try:
+            yield
+        except (ValueError, ChildProcessError):
+            if self.step > self.saved:
+                self._save()
+            raise
+
+    def _checked(self, batch: Batch | Exception, reporter: Reporter) -> tuple[Tensor, Tensor]:
+        """The batch, where no process has a fault in its place.
+
+        Raises:
+            ChildProcessError, ValueError: the fault of the first process that has one, on all of them.
+        """
+        raise_together(batch if isinstance(batch, Exception) else None, self.process.device)
+        for text in batch.unreadable:
+            if text not in self._warned:
+                self._warned.add(text)
+                reporter.warn(f"skipped {text}")
+        return batch.pixels, batch.targets
+
+    def _train_step(self, model: nn.Module, pixels: Tensor, targets: Tensor, reporter: Reporter) -> tuple[float, float]:
         """One optimiser step; the loss before it, of all processes, and its learning rate."""
         options, device = self.options, self.process.device
-        key = np.random.SeedSequence([options.seed, self.step, self.process.rank])
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        self._seed()
         lr = learning_rate(self.step, len(self.sampler), options)
         set_learning_rate(self.optimizer.param_groups, lr)
         pixels = pixels.to(device, non_blocking=True, memory_format=torch.channels_last)
         targets = targets.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+        with self._autocast():
             logits = model(pixels)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=options.label_smoothing)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         value = float(sum_over_processes(loss.detach().clone()) / self.process.world)
         if not math.isfinite(value):
-            raise ValueError(
-                f"the loss is {value} at step {self.step} of {self.steps}, learning rate {lr:.2e}: "
-                "lower the learning rate, or clip the gradient"
-            )
+            self._skip_or_raise(f"the loss is {value}", self._blame(model, pixels), lr, reporter)
+            return value, lr
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        norm = norm.full_tensor() if self.sharded else norm
+        # In float16 the scaler answers a gradient that overflows: it leaves the step out and lowers the scale.
+        if not self.scaler.is_enabled() and not math.isfinite(norm):
+            names = dict.fromkeys(name for names in from_all_processes(bad_gradients(self.model)) for name in names)
+            self._skip_or_raise(f"the norm of the gradient is {float(norm)}", ", ".join(names), lr, reporter)
+            return value, lr
         if options.clip_grad:
-            nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_grad)
-        self.optimizer.step()
+            nn.utils.clip_grads_with_norm_(parameters, options.clip_grad, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.epoch["loss"] += value
         if self.ema:
             self.ema.update(self.model, self.step)
         return value, lr
 
+    def _seed(self) -> None:
+        """Start this step's random numbers."""
+        key = np.random.SeedSequence([self.options.seed, self.step, self.process.rank])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+
+    def _autocast(self) -> torch.autocast:
+        return autocast(self.process.device, self.dtype)
+
+    def _blame(self, model: nn.Module, pixels: Tensor) -> str:
+        """The first layer of any process whose output is no number, for this step's batch."""
+        self._seed()
+        with self._autocast():
+            mine = first_bad_layer(self.model, model, pixels)
+        found = [bad for bad in from_all_processes(mine) if bad is not None]
+        return min(found)[1] if found else "the loss itself, for every layer's output is finite"
+
+    def _skip_or_raise(self, what: str, where: str, lr: float, reporter: Reporter) -> None:
+        text = f"{what} at step {self.step} of {self.steps}, learning rate {lr:.2e}, first in {where}"
+        if not self.skip_nonfinite:
+            raise ValueError(f"{text}: lower the learning rate, or clip the gradient, or skip such steps")
+        self.epoch["skipped"] += 1
+        reporter.warn(f"skipped a step: {text}")
+
     def _finish_epoch(self, epoch: int, lr: float, speed: float, reporter: Reporter) -> None:
+        done = len(self.sampler) - self.epoch["skipped"]
+        if not done:
+            raise ValueError(f"every step of epoch {epoch + 1} was skipped: the weights do not change any more")
         record = {"epoch": epoch + 1, "step": self.step, "lr": lr, "images_per_second": round(speed, 1)}
-        record["loss"] = self.epoch_loss / len(self.sampler)
+        record["loss"] = self.epoch["loss"] / done
+        if self.epoch["skipped"]:
+            record["skipped_steps"] = self.epoch["skipped"]
         if self.validation is not None:
-            score = evaluate(self.result, self.validation, self.process.device, self.options.bf16)
+            score = evaluate(self.result, self.validation, self.process.device, self.dtype, reporter)
             record |= {"validation_loss": score.loss, "accuracy": score.accuracy}
-        self.epoch_loss = 0.0
+        self.epoch = {"loss": 0.0, "skipped": 0}
         self.history.append(record)
         self._save()
         reporter.epoch(record)
 
     def export(self, directory: Path) -> None:
         """Write the model in transformers' layout, with ``preprocessor_config.json``; the first process does it."""
+        result = self.result
+        if self.sharded:
+            tensors = {name: tensor.full_tensor().cpu() for name, tensor in result.state_dict().items()}
+            result = self._skeleton
+            result.load_state_dict(tensors, assign=True)
         if self.process.rank == 0:
-            self.result.save_pretrained(directory, format="transformers")
+            # A run that was killed after its last checkpoint has none of that checkpoint's history.
+            write_files(self.output, {HISTORY: json_writer({"epochs": self.history})})
+            result.save_pretrained(directory, format="transformers")
             self.processor.save_pretrained(directory)
         wait_for_all()
 
+    def _tensors(self) -> dict[str, Any]:
+        return {
+            "model": dict(self.model.state_dict()),
+            "model_ema": dict(self.ema.module.state_dict()) if self.ema else {},
+            "optimizer": moments(self.optimizer),
+        }
+
     def _save(self) -> None:
-        if self.process.rank == 0:
-            state = {
-                "step": self.step,
-                "model": self.model.state_dict(),
-                "model_ema": self.ema.module.state_dict() if self.ema else {},
-                "optimizer": self.optimizer.state_dict(),
-                "epoch_loss": self.epoch_loss,
-                "history": self.history,
-                "identity": self._identity,
-            }
-            save_state(self.output, state)
-            write_files(self.output, {HISTORY: json_writer({"epochs": self.history})})
+        facts = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "history": self.history,
+            "scaler": self.scaler.state_dict(),
+            "identity": self._identity,
+        }
+        if self.sharded:
+            save_sharded_state(self.output, self._tensors(), facts)
+        elif self.process.rank == 0:
+            save_state(self.output, self._tensors(), facts)
+        self.saved = self.step
         wait_for_all()
 
-    def _restore(self) -> None:
-        state = load_state(self.output)
+    def _restore(self, checkpoint: Path) -> None:
+        facts = load_facts(checkpoint)
         for name, value in self._identity.items():
-            before = state["identity"][name]
+            before = facts["identity"][name]
             if before != value:
                 raise ValueError(f"cannot resume {self.output}: {_difference(name, before, value)}")
-        self.model.load_state_dict(state["model"])
-        if self.ema:
-            self.ema.module.load_state_dict(state["model_ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.epoch_loss, self.history = state["step"], state["epoch_loss"], state["history"]
-
-
-@torch.no_grad()
-def evaluate(model: ConvNext, loader: DataLoader, device: torch.device, bf16: bool = False) -> Score:
-    """The score of ``model`` over the pictures of all processes' loaders; sets evaluation mode.
-
-    Raises:
-        ValueError: a picture cannot be read.
-    """
-    model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
-    for batch in loader:
-        if isinstance(batch, ValueError):
-            raise batch
-        pixels = batch.pixels.to(device, memory_format=torch.channels_last)
-        labels = batch.targets.argmax(1).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(pixels).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        right = (logits.argmax(1) == labels).sum()
-        totals += torch.stack([loss.double(), right.double(), totals.new_tensor(len(labels))])
-    loss, right, count = sum_over_processes(totals).tolist()
-    return Score(loss / count, right / count)
+        load_tensors(checkpoint, self._tensors())
+        self.scaler.load_state_dict(facts["scaler"])
+        self.step, self.epoch, self.history = facts["step"], facts["epoch"], facts["history"]
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from ..model import ConvNext
 from .options import TrainingOptions
@@ -59,6 +60,19 @@ def build_optimizer(model: ConvNext, options: TrainingOptions) -> torch.optim.Ad
     """AdamW on `parameter_groups`."""
     groups = parameter_groups(model, options.weight_decay, options.layer_decay)
     return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
+
+
+def moments(optimizer: torch.optim.AdamW) -> dict[str, dict[str, Tensor]]:
+    """AdamW's state by the names of `parameter_groups`: the tensors themselves, made where no step was taken yet."""
+    found = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            found[name] = dict(state)
+    return found
 
 
 def learning_rate(step: int, steps_per_epoch: int, options: TrainingOptions) -> float:

@@ -7,6 +7,8 @@ import math
 
 from .augment import AUGMENTATIONS
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOptions:
@@ -26,7 +28,8 @@ class TrainingOptions:
         mixup, cutmix: α of the Beta distribution of the share; 0 for off.
         ema: decay of the exponential moving average of the weights, which is what is evaluated and exported; 0 for off.
         augmentation: one of ``augment.AUGMENTATIONS``.
-        bf16: compute under bfloat16 autocast; parameters stay float32.
+        dtype: one of ``DTYPES``; those of 16 bits by autocast, with float32 parameters, and for float16 a loss scale
+            that grows and shrinks by itself.
         seed: of initial weights, order, augmentation, mixing and drop path.
 
     Raises:
@@ -48,7 +51,7 @@ class TrainingOptions:
     cutmix: float = 1.0
     ema: float = 0.9999
     augmentation: str = "crop"
-    bf16: bool = False
+    dtype: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,8 +75,9 @@ class TrainingOptions:
             raise ValueError(f"warmup_epochs is {self.warmup_epochs}: expected at most epochs, {self.epochs}")
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}: expected two numbers in [0, 1)")
-        if self.augmentation not in AUGMENTATIONS:
-            raise ValueError(f"augmentation is {self.augmentation!r}: expected one of {', '.join(AUGMENTATIONS)}")
+        for name, known in (("augmentation", AUGMENTATIONS), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
 
     def _check(self, name: str, least: float, end: float) -> None:
         value = getattr(self, name)

@@ -1,26 +1,54 @@
-"""A run's checkpoint: whole or not there, and readable without running code.
+"""A run's checkpoint: whole or not there, and what resumes from it may have another number of processes.
 
-It keeps the weights under ``model`` and their average under ``model_ema``, as the official repository does, so that
-`checkpoint.load_checkpoint` reads it too.
+One process writes ``checkpoint.pt``, which can be read without running code; it keeps the weights under ``model`` and
+their average under ``model_ema``, as the official repository does, so that `checkpoint.load_checkpoint` reads it too.
+Where the parameters are split over processes, each writes its part, into a folder ``checkpoint-<step>`` in the format
+of `torch.distributed.checkpoint`. Either kind is loaded into a model that is split or whole.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
+import re
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from ..checkpoint_files import write_files
+from ..checkpoint_files import json_writer, read_json, write_files
+from .distributed import wait_for_all
 
-CHECKPOINT = "checkpoint.pt"
-ENTRIES = ("step", "model", "model_ema", "optimizer", "epoch_loss", "history", "identity")
-"""What a checkpoint holds."""
+CHECKPOINT, HISTORY, FACTS = "checkpoint.pt", "history.json", "run.json"
+FOLDER = re.compile(r"checkpoint-\d{8}")
+TENSORS = ("model", "model_ema", "optimizer")
+"""What a checkpoint holds by name, in tensors."""
+ENTRIES = ("step", "epoch", "history", "scaler", "identity")
+"""What it holds in plain values, which JSON can keep."""
+
+Tree = Mapping[str, Union[Tensor, "Tree"]]
 
 
-def save_state(directory: Path, state: dict[str, Any]) -> None:
-    """Write a run's state, of tensors and plain values, to ``directory``/checkpoint.pt.
+def find_checkpoint(directory: Path) -> Path | None:
+    """The latest whole checkpoint of a run, or None."""
+    file, folder = directory / CHECKPOINT, max(_folders(directory), default=None)
+    if folder is None or not file.exists():
+        return folder or (file if file.exists() else None)
+    # Both kinds are there only where a run was killed between writing one and removing the other.
+    return folder if load_facts(folder)["step"] > load_facts(file)["step"] else file
+
+
+def save_state(directory: Path, tensors: Tree, facts: Mapping[str, Any]) -> None:
+    """Write a run's state to ``directory``/checkpoint.pt, and its history beside it; for one process.
+
+    Args:
+        directory: the run's.
+        tensors: `TENSORS`, none of them split over processes.
+        facts: `ENTRIES`.
 
     Raises:
         OSError: it cannot be written; the checkpoint before it is untouched.
@@ -28,28 +56,135 @@ def save_state(directory: Path, state: dict[str, Any]) -> None:
 
     def write(path: Path) -> None:
         try:
-            torch.save(state, path)
+            torch.save({**tensors, **facts}, path)
         except RuntimeError as error:
             # torch's archive writer reports a failed write as a RuntimeError.
             raise OSError(f"cannot write {directory / CHECKPOINT}, is the disk full? ({error})") from error
 
-    write_files(directory, {CHECKPOINT: write})
+    write_files(directory, {CHECKPOINT: write, HISTORY: json_writer({"epochs": facts["history"]})})
+    _remove_folders(directory)
 
 
-def load_state(directory: Path) -> dict[str, Any]:
-    """What `save_state` wrote, on the CPU; no code in it is run.
+def save_sharded_state(directory: Path, tensors: Tree, facts: Mapping[str, Any]) -> None:
+    """Write a run's state to ``directory``/checkpoint-<step>, each process its part; all processes call it.
+
+    Args: as `save_state`, but that the tensors may be split over processes.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: the file is truncated, or holds something else.
+        OSError: it cannot be written; the checkpoint before it is untouched.
     """
-    path = directory / CHECKPOINT
+    import torch.distributed.checkpoint as dcp
+
+    first = dist.get_rank() == 0
+    target = directory / f"checkpoint-{facts['step']:08d}"
+    temporary = directory / f".{target.name}.tmp"
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+    wait_for_all()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
+    except dcp.api.CheckpointException as error:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"cannot write {target}, is the disk full? ({_reason(error)})") from error
+    if first:
+        write_files(temporary, {FACTS: json_writer(facts)})
+        os.replace(temporary, target)
+        write_files(directory, {HISTORY: json_writer({"epochs": facts["history"]})}, stale=[CHECKPOINT])
+        _remove_folders(directory, but=target)
+    wait_for_all()
+
+
+def load_facts(path: Path) -> dict[str, Any]:
+    """The plain values of the checkpoint that `find_checkpoint` found, `ENTRIES`.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is truncated, or something else.
+    """
+    content = read_json(path / FACTS) if path.is_dir() else _read_file(path)
+    if set(ENTRIES) - set(content):
+        raise ValueError(f"{path} is no checkpoint of a training run")
+    return {name: content[name] for name in ENTRIES}
+
+
+def load_tensors(path: Path, tensors: Tree) -> None:
+    """Fill ``tensors``, whole or split over processes, with those of the checkpoint `find_checkpoint` found.
+
+    Args:
+        path: a file, of which no code is run; or a folder, whose index is a pickle: load only what you trust.
+        tensors: `TENSORS`, as the run that loads has them.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is truncated, something else, or of another model.
+    """
+    if not path.is_dir():
+        _fill(tensors, _read_file(path), str(path))
+        return
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        dcp.load(dict(tensors), checkpoint_id=path, no_dist=not dist.is_initialized())
+    except (dcp.api.CheckpointException, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no whole checkpoint: {_reason(error)}") from error
+
+
+def remove_remains(directory: Path) -> None:
+    """Delete what processes that were killed while writing have left in a run's folder."""
+    for path in directory.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{directory} holds no {CHECKPOINT}") from None
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}") from None
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is no whole checkpoint: {error}") from error
-    if not isinstance(state, dict) or set(ENTRIES) - set(state):
+    if not isinstance(content, dict) or {*TENSORS, *ENTRIES} - set(content):
         raise ValueError(f"{path} is no checkpoint of a training run")
-    return state
+    return content
+
+
+@torch.no_grad()
+def _fill(target: Tree, source: Tree, name: str) -> None:
+    """Copy whole tensors into ``target``'s, by name; of one that is split, this process's part."""
+    for key, value in target.items():
+        if key not in source:
+            raise ValueError(f"{name} lacks {key}")
+        if isinstance(value, Mapping):
+            _fill(value, source[key], f"{name}: {key}")
+            continue
+        if value.shape != source[key].shape:
+            raise ValueError(f"{name}: {key} has shape {tuple(source[key].shape)}: expected {tuple(value.shape)}")
+        if hasattr(value, "placements"):
+            from torch.distributed.tensor import distribute_tensor
+
+            # Every process has read the file, so none has to send it.
+            mine = source[key].to(value.device)
+            value.copy_(distribute_tensor(mine, value.device_mesh, value.placements, src_data_rank=None))
+        else:
+            value.copy_(source[key])
+
+
+def _folders(directory: Path) -> list[Path]:
+    """The whole checkpoints that are folders, under names that sort by their steps."""
+    return [path for path in directory.glob("checkpoint-*") if FOLDER.fullmatch(path.name)]
+
+
+def _remove_folders(directory: Path, but: Path | None = None) -> None:
+    for path in _folders(directory):
+        if path != but:
+            shutil.rmtree(path)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, out of what `torch.distributed.checkpoint` wraps around it."""
+    failures = getattr(error, "failures", {})
+    first = next(iter(failures.values()), None)
+    return str(first[0] if first else error)

@@ -1,0 +1,84 @@
+"""What a model scores on labelled pictures, and what is told of a run."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from ..model import ConvNext
+from .data import batches
+from .distributed import largest_over_processes, raise_together, sum_over_processes
+
+
+class Score(NamedTuple):
+    """Of an evaluation: mean cross-entropy, and the part of the pictures that were recognised."""
+
+    loss: float
+    accuracy: float
+
+
+class Reporter(Protocol):
+    """What a run tells about its progress."""
+
+    def start(self, step: int, steps: int) -> None:
+        """Training begins at ``step`` of ``steps``."""
+
+    def step(self, step: int, loss: float, lr: float) -> None:
+        """Step number ``step``, from 0, is done."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch is done; ``record`` is its entry in the history."""
+
+    def warn(self, text: str) -> None:
+        """Something was skipped."""
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to ``dtype``; off for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@torch.no_grad()
+def evaluate(
+    model: ConvNext,
+    loader: DataLoader,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    reporter: Reporter | None = None,
+) -> Score:
+    """The score of ``model`` over the pictures of all processes' loaders; sets evaluation mode.
+
+    Args:
+        model: on ``device``.
+        loader: of `data.evaluation_loader`.
+        device: to compute on.
+        dtype: to compute in, one of 16 bits by autocast.
+        reporter: is told of pictures that are left out.
+
+    Raises:
+        ChildProcessError: a process that loads pictures died.
+        ValueError: a picture cannot be read, or none can.
+    """
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    feed = batches(loader)
+    # Where the model is split over processes, all have to call it equally often: one without pictures calls it on none.
+    for _ in range(largest_over_processes(len(loader), device)):
+        batch = next(feed, loader.collate_fn.nothing)
+        raise_together(batch if isinstance(batch, Exception) else None, device)
+        for text in batch.unreadable if reporter else ():
+            reporter.warn(f"left out {text}")
+        pixels = batch.pixels.to(device, memory_format=torch.channels_last)
+        labels = batch.targets.argmax(1).to(device)
+        with autocast(device, dtype):
+            logits = model(pixels).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        right = (logits.argmax(1) == labels).sum()
+        totals += torch.stack([loss.double(), right.double(), totals.new_tensor(len(labels))])
+    loss, right, count = sum_over_processes(totals).tolist()
+    if not count:
+        raise ValueError("none of the pictures to evaluate on can be read")
+    return Score(loss / count, right / count)

@@ -1,0 +1,64 @@
+"""What is wrong with a batch whose loss or gradient is no number: the first layer to blame, by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..model import ConvNext
+
+
+def first_bad_layer(model: ConvNext, call: nn.Module, pixels: Tensor) -> tuple[int, str] | None:
+    """(place in the order of execution, name and reason) of the first layer whose output is not finite, or None.
+
+    Runs the batch again. Layers are those that a block is one of: what is inside a block is one fused operator.
+
+    Args:
+        model: whose layers are watched.
+        call: what to call, ``model`` or a wrapper of it.
+        pixels: (N, C, H, W), on the model's device.
+    """
+    if not torch.isfinite(pixels).all():
+        return 0, "the batch itself"
+    found: list[tuple[int, str]] = []
+    place = 0
+
+    def watch(name: str, layer: nn.Module, output: object) -> None:
+        nonlocal place
+        place += 1
+        if not found and isinstance(output, Tensor) and not torch.isfinite(output).all():
+            found.append((place, _describe(name, layer)))
+
+    handles = []
+    for name, layer in _layers(model):
+        handles.append(layer.register_forward_hook(lambda layer, _, output, name=name: watch(name, layer, output)))
+    try:
+        with torch.no_grad():
+            call(pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def bad_gradients(model: nn.Module) -> list[str]:
+    """The parameters whose gradients are not finite, in the model's order."""
+    return [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
+
+
+def _layers(model: ConvNext) -> list[tuple[str, nn.Module]]:
+    """The layers whose own ``forward`` runs on the fused path too."""
+    blocks = set(model.blocks())
+    stages = [(f"stages.{i}.downsample", stage.downsample) for i, stage in enumerate(model.stages) if i]
+    inner = [(name, module) for name, module in model.named_modules() if module in blocks]
+    return [("stem", model.stem), *stages, *inner, ("head.norm", model.head.norm), ("head.fc", model.head.fc)]
+
+
+def _describe(name: str, layer: nn.Module) -> str:
+    wrong = [key for key, parameter in layer.named_parameters() if not _finite(parameter)]
+    return f"{name}, whose {', '.join(wrong)} is not finite" if wrong else f"{name}, whose input was finite"
+
+
+def _finite(tensor: Tensor) -> bool:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return bool(torch.isfinite(local).all())
