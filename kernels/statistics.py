@@ -53,12 +53,19 @@ def merge_statistics(stats_ptr, rows, rows_ok, P, C, eps, CB: tl.constexpr, NB: 
     C is the number of channels, CB those of a block, NB = ⌈C / CB⌉. Rows that are not ok give mean 0, rstd eps^-½.
     """
     rows = rows.to(tl.int64)
-    mean = tl.zeros(rows.shape, tl.float32)
-    m2 = tl.zeros(rows.shape, tl.float32)
     if NB <= 32:
-        for b in tl.static_range(NB):
-            mean, m2 = _merge_block(stats_ptr, rows, rows_ok, P, C, b, mean, m2, CB)
+        b = tl.arange(0, triton.next_power_of_2(NB))[None, :]
+        at = stats_ptr + rows[:, None] * 2 + b.to(tl.int64) * P * 2
+        ok = rows_ok[:, None] & (b < NB)
+        block_mean = tl.load(at, mask=ok, other=0.0)
+        block_m2 = tl.load(at + 1, mask=ok, other=0.0)
+        count = tl.maximum(tl.minimum(C - b * CB, CB), 0).to(tl.float32)
+        mean = tl.sum(block_mean * count, axis=1) / C
+        delta = block_mean - mean[:, None]
+        m2 = tl.sum(tl.fma(delta * delta, count, block_m2), axis=1)
     else:
+        mean = tl.zeros(rows.shape, tl.float32)
+        m2 = tl.zeros(rows.shape, tl.float32)
         for b in range(NB):
             mean, m2 = _merge_block(stats_ptr, rows, rows_ok, P, C, b, mean, m2, CB)
     return mean, tl.rsqrt(m2 / C + eps)

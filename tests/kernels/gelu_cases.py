@@ -8,6 +8,12 @@ import triton.language as tl
 from convnext_fast.kernels.gelu import gelu, gelu_and_grad
 
 BLOCK = 4096
+BELOW = {  # largest absolute error for x < -3
+    (torch.bfloat16, "GELU"): 2.2e-5,
+    (torch.bfloat16, "GELU'"): 3.3e-5,
+    (torch.float16, "GELU"): 2.0e-6,
+    (torch.float16, "GELU'"): 2.9e-5,
+}
 
 
 @triton.jit
@@ -60,4 +66,4 @@ def check_bounds(x: torch.Tensor, y: torch.Tensor, d: torch.Tensor) -> None:
         far = ulps(got, rounded) - allowed
         assert far[right].max() <= 0, f"{name}: {far[right].max()} ulp too far at {x[right][far[right].argmax()]}"
         error = (got.double() - want).abs()[finite & ~right].max()
-        assert error <= 2**-13, f"{name}: {error:.2e} absolute below -3"
+        assert error <= BELOW[x.dtype, name], f"{name}: {error:.2e} absolute below -3"
