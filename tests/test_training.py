@@ -1,11 +1,8 @@
 import _thread
 import json
 import math
-import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -197,42 +194,6 @@ def config_file(tmp_path):
 def train(data, output, *arguments):
     fixed = ["--epochs", "2", "--batch-size", "8", "--warmup-epochs", "1", "--lr", "1e-2", "--device", "cpu"]
     return cli.main(["train", str(data), "--output", str(output), *fixed, *map(str, arguments)])
-
-
-def test_two_processes_give_the_weights_of_one(image_folder, config_file, tmp_path):
-    arguments = ["--config", config_file, "--clip-grad", "1", "--ema", "0.9", "--layer-decay", "0.9"]
-    assert train(image_folder, tmp_path / "one", *arguments) == 0
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "convnext_fast",
-    ]
-    fixed = ["--epochs", "2", "--batch-size", "8", "--warmup-epochs", "1", "--lr", "1e-2", "--device", "cpu"]
-    done = subprocess.run(
-        [*command, "train", image_folder, "--output", tmp_path / "two", *fixed, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 processes on cpu" in done.stdout
-    assert done.stdout.count("epoch 1 ") == 1
-    states = [torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("one", "two")]
-    for part in ("model", "model_ema"):
-        for name, value in states[0][part].items():
-            torch.testing.assert_close(
-                states[1][part][name], value, rtol=0, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}"
-            )
-    for one, two in zip(*(state["history"] for state in states), strict=True):
-        for key in ("loss", "validation_loss", "accuracy"):
-            assert two[key] == pytest.approx(one[key], rel=1e-5)
-    assert ConvNext.from_pretrained(tmp_path / "two" / "model").config.id2label == {0: "dark", 1: "light"}
 
 
 def test_an_interrupted_run_says_how_to_go_on(image_folder, config_file, tmp_path, capsys):

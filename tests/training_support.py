@@ -96,8 +96,8 @@ def _forks():
 
 
 def start(function, *arguments):
-    """A process that calls a function of a module; it is killed when its parent ends."""
-    process = _forks().Process(target=function, args=arguments, daemon=True)
+    """A process that calls a function of a module."""
+    process = _forks().Process(target=function, args=arguments)
     process.start()
     return process
 
@@ -117,7 +117,9 @@ def _rank(rank, world, port, function, arguments):
 
 
 def finish(processes, timeout=120):
-    """Wait for processes; their exit codes."""
+    """Wait for processes, and kill those that take longer; their exit codes."""
     for process in processes:
         process.join(timeout)
+        process.kill()
+        process.join()
     return [process.exitcode for process in processes]

@@ -290,14 +290,24 @@ def batches(loader: DataLoader) -> Iterator[Batch | Exception]:
             batch = next(iterator)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            fault = dead_worker(error)
+            if fault is None:
                 raise
-            yield ChildProcessError(
-                f"a process that loads pictures has died, killed for memory perhaps: take fewer workers ({error})"
-            )
+            yield fault
             return
         yield batch
+
+
+def dead_worker(error: Exception) -> ChildProcessError | None:
+    """What an error of PyTorch's loader means where one of its processes died, or None for another error.
+
+    PyTorch raises a RuntimeError from a signal handler, wherever the program happens to be; where a batch was about to
+    be handed over, the connection breaks first. Errors about files never mean a picture here: those are ValueErrors.
+    """
+    if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+        return None
+    return ChildProcessError(f"a process that loads pictures has died; killed for lack of memory perhaps ({error})")
 
 
 def edge(processor: ConvNextImageProcessor) -> int:

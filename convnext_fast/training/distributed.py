@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -33,6 +34,9 @@ def process_group(device: torch.device) -> Iterator[Process]:
 
     Args:
         device: of the first process; a GPU without an index becomes the one of each process's local rank.
+
+    Raises:
+        ConnectionError: in place of the error that a call meets when another process has ended.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Process(0, 1, device)
@@ -43,6 +47,14 @@ def process_group(device: torch.device) -> Iterator[Process]:
     dist.init_process_group(_BACKENDS.get(device.type, "gloo"))
     try:
         yield Process(dist.get_rank(), dist.get_world_size(), device)
+    except RuntimeError as error:
+        # Gloo's errors have no class of their own.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise ConnectionError(
+            f"process {dist.get_rank()} of {dist.get_world_size()} has lost another, which has ended or cannot be "
+            f"reached; start again with --resume ({str(error).splitlines()[0]})"
+        ) from error
     finally:
         dist.destroy_process_group()
 
@@ -59,6 +71,8 @@ def shard(model: ConvNext, process: Process, dtype: torch.dtype) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # FSDP2 warns that changes in place of a block's output, which is a view, would break its hooks. There are none.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(process.device.type, (process.world,))
     narrow = None if dtype == torch.float32 else dtype
     # Inputs are left alone: the residual stream stays float32, as it does under autocast alone.

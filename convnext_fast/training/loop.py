@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoint_files import json_writer, write_files
 from ..image_processor import ConvNextImageProcessor
 from ..model import ConvNext
-from .data import Batch, EpochSampler, ImageSet, batches, evaluation_loader, training_loader
+from .data import Batch, EpochSampler, ImageSet, batches, dead_worker, evaluation_loader, training_loader
 from .distributed import (
     STRATEGIES,
     Process,
@@ -179,22 +179,9 @@ class Trainer:
                 self.model, device_ids=None if device.type == "cpu" else [device], gradient_as_bucket_view=True
             )
         reporter.start(self.step, self.steps)
-        per_epoch = len(self.sampler)
-        while self.step < self.steps:
-            epoch = self.sampler.epoch = self.step // per_epoch
-            self.sampler.first = self.step % per_epoch
-            self.model.train()
-            started, first = time.perf_counter(), self.step
+        while len(self.history) < self.options.epochs:
             with self._saving_faults():
-                for batch in batches(self.loader):
-                    pixels, targets = self._checked(batch, reporter)
-                    loss, lr = self._train_step(model, pixels, targets, reporter)
-                    reporter.step(self.step, loss, lr)
-                    self.step += 1
-                    if self.save_every and self.step % self.save_every == 0 and self.step % per_epoch:
-                        self._save()
-            seconds = time.perf_counter() - started
-            self._finish_epoch(epoch, lr, (self.step - first) * self.options.batch_size / seconds, reporter)
+                self._train_epoch(model, reporter)
         self.export(self.output / MODEL)
         return self.history
 
@@ -207,6 +194,24 @@ class Trainer:
             if self.step > self.saved:
                 self._save()
             raise
+        except RuntimeError as error:
+            # A loader process may die in the middle of a step, whose half is not worth keeping.
+            raise dead_worker(error) or error from error
+
+    def _train_epoch(self, model: nn.Module, reporter: Reporter) -> None:
+        """The steps of the epoch that are not done yet, none where only its record is missing; then its record."""
+        epoch, per_epoch = len(self.history), len(self.sampler)
+        self.sampler.epoch, self.sampler.first = epoch, self.step - epoch * per_epoch
+        self.model.train()
+        started, first = time.perf_counter(), self.step
+        for batch in batches(self.loader):
+            pixels, targets = self._checked(batch, reporter)
+            reporter.step(self.step, *self._train_step(model, pixels, targets, reporter))
+            self.step += 1
+            if self.save_every and self.step % self.save_every == 0 and self.step % per_epoch:
+                self._save()
+        seconds = time.perf_counter() - started
+        self._finish_epoch((self.step - first) * self.options.batch_size / seconds, reporter)
 
     def _checked(self, batch: Batch | Exception, reporter: Reporter) -> tuple[Tensor, Tensor]:
         """The batch, where no process has a fault in its place.
@@ -279,10 +284,11 @@ class Trainer:
         self.epoch["skipped"] += 1
         reporter.warn(f"skipped a step: {text}")
 
-    def _finish_epoch(self, epoch: int, lr: float, speed: float, reporter: Reporter) -> None:
-        done = len(self.sampler) - self.epoch["skipped"]
+    def _finish_epoch(self, speed: float, reporter: Reporter) -> None:
+        epoch, done = len(self.history), len(self.sampler) - self.epoch["skipped"]
         if not done:
             raise ValueError(f"every step of epoch {epoch + 1} was skipped: the weights do not change any more")
+        lr = learning_rate(self.step - 1, len(self.sampler), self.options)
         record = {"epoch": epoch + 1, "step": self.step, "lr": lr, "images_per_second": round(speed, 1)}
         record["loss"] = self.epoch["loss"] / done
         if self.epoch["skipped"]:

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Union
@@ -124,8 +125,12 @@ def load_tensors(path: Path, tensors: Tree) -> None:
         return
     import torch.distributed.checkpoint as dcp
 
+    alone = not dist.is_initialized()
     try:
-        dcp.load(dict(tensors), checkpoint_id=path, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            if alone:
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(dict(tensors), checkpoint_id=path, no_dist=alone)
     except (dcp.api.CheckpointException, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is no whole checkpoint: {_reason(error)}") from error
 

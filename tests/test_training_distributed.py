@@ -1,0 +1,205 @@
+"""Training in two and three processes on a CPU against one process on the joint batch, and from one number to another.
+
+The processes get the environment that torchrun gives; one test goes through torchrun itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_support import Quiet, finish, new_trainer, pictures, start_ranks, tiny_config, write_folder
+
+from convnext_fast import ConvNext, cli
+from convnext_fast.training.distributed import process_group
+
+CPU = torch.device("cpu")
+
+
+def train(output, options, until=None):
+    """In every process of a group: train, and have the first write the losses."""
+    torch.set_num_threads(1)
+    with process_group(CPU) as process:
+        trainer = new_trainer(output, validation=pictures(7), process=process, **options)
+        weight = trainer.model.stages[1].blocks[0].mlp.fc1.weight
+        if options.get("strategy") == "fsdp" and process.world > 1:
+            assert weight.to_local().numel() < weight.numel()
+            assert trainer.ema.module.stem[0].weight.to_local().numel() < 32
+        reporter = Quiet(until)
+        try:
+            trainer.run(reporter)
+        except KeyboardInterrupt:
+            assert reporter.until
+        if process.rank == 0:
+            path = output / f"losses-{reporter.first}.json"
+            path.write_text(json.dumps(reporter.losses))
+
+
+def losses(output):
+    found = {}
+    for path in output.glob("losses-*.json"):
+        found |= {int(step): loss for step, loss in json.loads(path.read_text()).items()}
+    return [found[step] for step in sorted(found)]
+
+
+# Drop path draws in each process for itself; all else is the same for any number of them.
+OPTIONS = {"batch_size": 12, "drop_path": 0.0, "clip_grad": 0.5, "layer_decay": 0.9, "epochs": 3}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone")
+    train(output, OPTIONS)
+    return output
+
+
+def check(output, alone):
+    """The same losses, parameters and scores as of one process."""
+    assert losses(output) == pytest.approx(losses(alone), rel=1e-5)
+    files = [load_file(folder / "model" / "model.safetensors") for folder in (output, alone)]
+    assert files[0].keys() == files[1].keys()
+    for name, value in files[1].items():
+        torch.testing.assert_close(files[0][name], value, rtol=0, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")
+    histories = [json.loads((folder / "history.json").read_text())["epochs"] for folder in (output, alone)]
+    for one, two in zip(*histories, strict=True):
+        for key in ("loss", "validation_loss", "accuracy"):
+            assert two[key] == pytest.approx(one[key], rel=1e-5)
+
+
+thorough = pytest.mark.thorough
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world"),
+    [("ddp", 2), ("ddp", 3), pytest.param("fsdp", 2, marks=thorough), pytest.param("fsdp", 3, marks=thorough)],
+)
+def test_processes_together_do_what_one_does(tmp_path, alone, strategy, world):
+    assert finish(start_ranks(world, train, tmp_path, OPTIONS | {"strategy": strategy})) == [0] * world
+    check(tmp_path, alone)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(3, "fsdp", 2), (2, "fsdp", 4)],
+        pytest.param([(2, "fsdp", 2), (3, "fsdp", 3), (2, "ddp", 4), (2, "fsdp", 5)], marks=thorough),
+    ],
+    ids=["3-2-1", "2-3-2-2-1"],
+)
+def test_a_run_goes_on_in_another_number_of_processes_and_by_another_strategy(tmp_path, alone, parts):
+    """Each part ends in step ``until``, some in the middle of an epoch; one process does the rest."""
+    for world, strategy, until in parts:
+        options = OPTIONS | {"strategy": strategy, "resume": True, "save_every": 1}
+        assert finish(start_ranks(world, train, tmp_path, options, until)) == [0] * world
+        kept = [path.name for path in tmp_path.glob("*checkpoint*")]
+        assert kept == [f"checkpoint-{until - 1:08d}" if strategy == "fsdp" else "checkpoint.pt"]
+    train(tmp_path, OPTIONS | {"resume": True})
+    firsts = [0, *(until - 1 for _, _, until in parts)]
+    assert sorted(path.name for path in tmp_path.glob("losses-*")) == [f"losses-{first}.json" for first in firsts]
+    check(tmp_path, alone)
+
+
+def lose_a_process(output, options):
+    """Train in a process of a group; write how the run ended."""
+    try:
+        train(output, options)
+    except ConnectionError as error:
+        (output / f"end-{os.environ['RANK']}").write_text(str(error))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=thorough)])
+def test_a_process_that_dies_ends_the_others_and_one_goes_on(tmp_path, alone, strategy):
+    options = OPTIONS | {"strategy": strategy, "save_every": 1}
+    survivor, victim = start_ranks(2, lose_a_process, tmp_path, options | {"epochs": 3000})
+    while not list(tmp_path.glob("checkpoint*")):
+        time.sleep(0.01)
+    victim.kill()
+    assert finish([survivor]) == [0]
+    assert "process 0 of 2 has lost another" in (tmp_path / "end-0").read_text()
+    trainer = new_trainer(tmp_path, resume=True, validation=pictures(7), **OPTIONS | {"epochs": 3000})
+    assert trainer.step > 0
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(Quiet(until=trainer.step + 1))
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=thorough), "float16"])
+def test_parameters_gathered_in_16_bits_train_as_well_as_autocast_does(tmp_path, alone, dtype):
+    options = OPTIONS | {"dtype": dtype}
+    train(tmp_path / "one", options)
+    assert finish(start_ranks(2, train, tmp_path / "two", options | {"strategy": "fsdp"})) == [0, 0]
+    exact, one, two = (torch.tensor(losses(path)) for path in (alone, tmp_path / "one", tmp_path / "two"))
+    assert 0 < (two - exact).norm() <= 2 * (one - exact).norm()
+
+
+# Through torchrun
+
+
+ARGUMENTS = ["--batch-size=8", "--warmup-epochs=1", "--lr=1e-2", "--device=cpu", "--clip-grad=1", "--ema=0.9"]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("torchrun")
+    tiny_config(num_channels=3).save_pretrained(folder / "config")
+    data = write_folder(folder / "data")
+    return ["train", str(data), "--config", str(folder / "config"), *ARGUMENTS]
+
+
+def torchrun(command, output, *arguments):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*launcher, "-m", "convnext_fast", *command, "--output", str(output), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_command_under_torchrun_gives_the_model_of_one_process(command, tmp_path):
+    assert cli.main([*command, "--epochs", "2", "--output", str(tmp_path / "one")]) == 0
+    run = torchrun(command, tmp_path / "two", "--epochs", "2")
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
+    assert "2 processes on cpu" in out
+    assert out.count("epoch 1 ") == 1
+    files = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")]
+    for name, value in files[0].items():
+        torch.testing.assert_close(files[1][name], value, rtol=0, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert ConvNext.from_pretrained(tmp_path / "two" / "model").config.id2label == {0: "dark", 1: "light"}
+
+
+@pytest.mark.thorough
+def test_a_rank_that_is_killed_ends_the_run_and_one_process_goes_on(command, tmp_path, capsys):
+    run = torchrun(command, tmp_path, "--epochs", "60", "--strategy", "fsdp", "--save-every", "1")
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("checkpoint-*"))) == 0:
+            assert run.poll() is None, run.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (first, _) = children(run.pid)
+        os.kill(first, signal.SIGKILL)
+        _, err = run.communicate(timeout=120)
+    finally:
+        run.kill()
+    assert run.returncode != 0
+    assert "SIGKILL" in err
+    assert (tmp_path / "history.json").exists()
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    step = int(checkpoint.name.partition("-")[2])
+    assert cli.main([*command, "--epochs", "60", "--output", str(tmp_path), "--resume"]) == 0
+    assert f"resumed at step {step} of 120" in capsys.readouterr().out
+
+
+def children(pid):
+    """The processes that a process has started."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
