@@ -86,9 +86,11 @@ def flops(launch: Launch, compiled: Compiled) -> int | None:
         "_mlp_fwd_kernel": 2,
         "_fc1_kernel": 1,
         "_fc2_kernel": 1,
-        "_hidden_kernel": 1 if saved else 2,
         "_input_kernel": 2 if saved else 3,
         "_weight_kernel": 3 if saved else 4,
+        "_hidden_grad_kernel": 1 if saved else 2,
+        "_input_grad_kernel": 1,
+        "_weight_grad_kernel": 2,
     }
     if name in products:
         return products[name] * 2 * given["P"] * given["C"] * given["K"]

@@ -39,10 +39,9 @@ def block_fwd(
     """(y, u, partial statistics of u, a); a is None from ``recompute`` 1 on, u and its statistics are from 2 on."""
     rows = (-1, x.shape[3])
     u, statistics = dwconv_fwd(x, dwconv_weight.contiguous(), dwconv_bias, dtype)
-    w1g, b1g = fold_fwd(w1.contiguous(), b1, ln_weight, ln_bias, dtype)
-    w2 = w2.to(dtype).contiguous()
+    folded = fold_fwd(w1.contiguous(), b1, ln_weight, ln_bias, w2.contiguous(), None, dtype)
     scale = _scale(drop_scale)
-    y, a = mlp_fwd(u.view(rows), statistics, x.view(rows), w1g, b1g, w2, b2, gamma, scale, eps, act, recompute == 0)
+    y, a = mlp_fwd(u.view(rows), statistics, x.view(rows), *folded, b2, gamma, scale, eps, act, recompute == 0)
     if recompute >= 2:
         return y.view(x.shape), None, None, None
     return y.view(x.shape), u, statistics, a
@@ -75,15 +74,13 @@ def block_bwd(
     dwconv_weight, w1, w2 = dwconv_weight.contiguous(), w1.contiguous(), w2.contiguous()
     if u is None:
         u, statistics = dwconv_fwd(x, dwconv_weight, dwconv_bias, dtype)
-    w1g, b1g = fold_fwd(w1, b1, ln_weight, ln_bias, dtype)
-    du, d, db1, e, t = mlp_bwd(
-        dy.view(rows), u.view(rows), statistics, a, w1g, b1g, w2.to(dtype), gamma, _scale(drop_scale), eps, act
-    )
-    dw1, dg, dbeta, dw2, db2, dgamma = fold_bwd(d, db1, e, t, w1, w2, b2, ln_weight, ln_bias, gamma)
+    folded = fold_fwd(w1, b1, ln_weight, ln_bias, w2, gamma, dtype)
+    du, sums = mlp_bwd(dy.view(rows), u.view(rows), statistics, a, *folded, _scale(drop_scale), eps, act)
+    grads = fold_bwd(sums, ln_weight, ln_bias, w1, b1, w2, b2, gamma)
     du = du.view(x.shape)
     dx = dwconv_dgrad(du, dwconv_weight, dy) if needs_x else None
     dweight, dbias = dwconv_wgrad(x, du, dwconv_weight.shape[3]) if needs_dwconv else (None, None)
-    return dx, dweight, dbias, dg, dbeta, dw1, db1, dw2, db2, dgamma
+    return dx, dweight, dbias, *grads
 
 
 def frozen_block_fwd(
@@ -153,11 +150,10 @@ def pointwise_mlp_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """(y, a); a is None from ``recompute`` 1 on. x, residual, y: (N, H, W, C)."""
     rows = (-1, x.shape[3])
-    w1g, b1g = fold_fwd(w1.contiguous(), b1, None, None, dtype)
-    w2 = w2.to(dtype).contiguous()
+    folded = fold_fwd(w1.contiguous(), b1, None, None, w2.contiguous(), None, dtype)
     residual = None if residual is None else residual.view(rows)
-    inputs = x.to(dtype).view(rows)
-    y, a = mlp_fwd(inputs, None, residual, w1g, b1g, w2, b2, gamma, _scale(drop_scale), 0.0, act, recompute == 0)
+    inputs, scale = x.to(dtype).view(rows), _scale(drop_scale)
+    y, a = mlp_fwd(inputs, None, residual, *folded, b2, gamma, scale, 0.0, act, recompute == 0)
     return y.view(x.shape), a
 
 
@@ -177,11 +173,9 @@ def pointwise_mlp_bwd(
     """Gradients of x, w1, b1, w2, b2 and gamma; the residual's is dy."""
     rows = (-1, x.shape[3])
     w1, w2 = w1.contiguous(), w2.contiguous()
-    w1g, b1g = fold_fwd(w1, b1, None, None, dtype)
-    inputs, scale = x.to(dtype).view(rows), _scale(drop_scale)
-    dx, d, db1, e, t = mlp_bwd(dy.view(rows), inputs, None, a, w1g, b1g, w2.to(dtype), gamma, scale, 0.0, act)
-    dw1, _, _, dw2, db2, dgamma = fold_bwd(d, db1, e, t, w1, w2, b2, None, None, gamma)
-    return dx.view(x.shape), dw1, db1, dw2, db2, dgamma
+    folded = fold_fwd(w1, b1, None, None, w2, gamma, dtype)
+    dx, sums = mlp_bwd(dy.view(rows), x.to(dtype).view(rows), None, a, *folded, _scale(drop_scale), 0.0, act)
+    return dx.view(x.shape), *fold_bwd(sums, None, None, w1, b1, w2, b2, gamma)[2:]
 
 
 def patchify_stem_fwd(

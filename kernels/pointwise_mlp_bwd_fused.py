@@ -21,6 +21,7 @@ from torch import Tensor
 from .activations import activation_and_grad
 from .gelu import gelu_form
 from .launching import launch
+from .parameters import Sums
 from .pointwise_mlp import load_fc1, load_fc2, load_rows, normalise, store_rows
 from .statistics import merge_statistics
 from .targets import target_of
@@ -206,16 +207,14 @@ def fused_bwd(
     a: Tensor | None,
     w1g: Tensor,
     b1g: Tensor,
-    w2: Tensor,
-    gamma: Tensor | None,
+    w2g: Tensor,
     drop_scale: Tensor | None,
     eps: float,
     act: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Sums]:
     """``mlp_bwd`` in two kernels, whatever the width; P > 0."""
     P, C = u.shape
     K = w1g.shape[0]
-    w2g = w2 if gamma is None else (w2 * gamma[:, None]).to(u.dtype)
     C0, C1 = split_width(C)
     CB, NB = norm_blocks(stats, C, u.dtype)
     per_sample = 1 if drop_scale is None else P // drop_scale.numel()
@@ -231,10 +230,11 @@ def fused_bwd(
     )  # fmt: skip
     config, share = weight_grad_config(P, C, K, target_of(u))
     splits = triton.cdiv(P, share)
-    D, E = torch.empty((2, splits, K, C), dtype=torch.float32, device=u.device)
+    products = torch.empty((2, splits, K, C), dtype=torch.float32, device=u.device)
     db1 = torch.empty((splits, K), dtype=torch.float32, device=u.device)
     launch(
         _weight_kernel, (triton.cdiv(K, config.BLOCK_K), splits),
-        dy, u, stats, a, w1g, b1g, w2g, drop_scale, D, E, db1, P, per_sample, share, eps, **shape, **config.meta(),
+        dy, u, stats, a, w1g, b1g, w2g, drop_scale, *products, db1, P, per_sample, share, eps,
+        **shape, **config.meta(),
     )  # fmt: skip
-    return du, D.sum(0), db1.sum(0), E.sum(0).t().contiguous(), dz_sum.sum(0)
+    return du, Sums(products, db1, None, dz_sum)

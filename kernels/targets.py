@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
+"""Streaming multiprocessors (compute units) of each target's usual chip, for the number of programs that fills it."""
 _planned: list[str] = []
 
 

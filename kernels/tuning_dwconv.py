@@ -10,8 +10,8 @@ import dataclasses
 import torch
 import triton
 
-# Streaming multiprocessors (compute units) of the target's usual chip, for the number of programs that fills it.
-_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
+from .targets import PROCESSORS
+
 _LANES = {"sm_80": 32, "sm_90": 32, "sm_100": 32, "sm_120": 32, "gfx942": 64}  # threads of a warp
 
 
@@ -53,7 +53,7 @@ def tensor_core_config(shape: tuple[int, int, int, int], taps: int, block: int, 
     amd = target == "gfx942"
     tile_width = 16 if amd else 8
     pairs = batch * triton.cdiv(width, tile_width)
-    segment = segment_rows(height, taps, pairs, triton.cdiv(channels, block), _PROCESSORS[target])
+    segment = segment_rows(height, taps, pairs, triton.cdiv(channels, block), PROCESSORS[target])
     return TensorCoreConfig(tile_width=tile_width, dot_channels=16, segment=segment, num_warps=4 if amd else 8)
 
 
@@ -72,7 +72,7 @@ def gluon_config(shape: tuple[int, int, int, int], taps: int, block: int, itemsi
     """
     batch, height, width, channels = shape
     pairs = batch * triton.cdiv(width, 8)
-    segment = segment_rows(height, taps, pairs, triton.cdiv(channels, block), _PROCESSORS[target])
+    segment = segment_rows(height, taps, pairs, triton.cdiv(channels, block), PROCESSORS[target])
     return GluonConfig(segment=segment, stages=4 if 256 * block * itemsize <= 16384 else 2)
 
 
@@ -116,7 +116,7 @@ def wgrad_config(shape: tuple[int, int, int, int], dtype: torch.dtype, target: s
     A program takes as many items as leave two programs for every processor, for each writes its own partial sums.
     """
     batch, height, width, channels = shape
-    programs = 2 * _PROCESSORS[target]
+    programs = 2 * PROCESSORS[target]
     if dtype == torch.float32:
         block = 64 if channels > 32 else 32
         block_rows = 4 * 4 * _LANES[target] // block

@@ -13,10 +13,10 @@ import triton
 from torch import Tensor
 
 from .statistics import stats_block
+from .targets import PROCESSORS
 
 _FUSED_FORWARD = 192
 _FUSED_BACKWARD = 128
-_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,16 +133,8 @@ def weight_grad_config(rows: int, channels: int, hidden: int, target: str) -> tu
     else:
         config = FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=2)
     chunks = triton.cdiv(hidden, config.BLOCK_K)
-    shares = max(1, 2 * _PROCESSORS[target] // chunks)
+    shares = max(1, 2 * PROCESSORS[target] // chunks)
     return config, triton.cdiv(triton.cdiv(rows, shares), config.BLOCK_M) * config.BLOCK_M
-
-
-def hidden_grad_config(rows: int, columns: int, depth: int, dtype: torch.dtype, target: str) -> GemmConfig:
-    """Configuration of the two products, a and dh, of one tile of hidden units: two sums a thread, so half the tile."""
-    if dtype == torch.float32:
-        return GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
-    warps = 8 if target in ("sm_80", "sm_120") else 4
-    return GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, num_warps=warps, num_stages=3)
 
 
 def stem_config(channels: int, depth: int, dtype: torch.dtype, target: str) -> GemmConfig:

@@ -1,8 +1,9 @@
 import pytest
 import torch
 from convnext_fast.kernels.pointwise_mlp import fused_fwd, gemm_fwd
-from convnext_fast.kernels.pointwise_mlp_bwd import gemm_bwd, mlp_bwd
+from convnext_fast.kernels.pointwise_mlp_bwd import mlp_bwd
 from convnext_fast.kernels.pointwise_mlp_bwd_fused import fused_bwd
+from convnext_fast.kernels.pointwise_mlp_bwd_gemm import gemm_bwd
 from mlp_cases import AWKWARD, EMPTY, OTHER_ACTS, OTHER_ACTS_BACKWARD, Case, check_backward, check_forward
 
 

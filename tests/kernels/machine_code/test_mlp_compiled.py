@@ -29,7 +29,7 @@ def mlp_launches(channels: int, backward: bool):
     gamma = meta(channels, dtype=f32)
     with recording() as launches:
         if backward:
-            mlp_bwd(meta(P, channels), meta(P, channels), stats, None, *folded, gamma, None, 1e-6, "gelu")
+            mlp_bwd(meta(P, channels), meta(P, channels), stats, None, *folded, None, 1e-6, "gelu")
         else:
             mlp_fwd(meta(P, channels), stats, meta(P, channels), *folded, gamma, gamma, None, 1e-6, "gelu", False)
     return [launch for launch in launches if not launch.name.startswith(("layernorm", "_scale"))]
