@@ -112,8 +112,9 @@ def _fold_bwd_kernel(
     if centre_ptr is not None:
         D -= _add_rows(centre_ptr, 0, T, k, k_ok, K, 8)[:, None]
     db1 = _add_rows(db1_sums_ptr, 0, T, k, k_ok, K, 8)
-    if db1_ptr is not None:
-        tl.store(db1_ptr + k, db1.to(db1_ptr.dtype.element_ty), mask=k_ok & (tl.program_id(1) == 0))
+    if db1_ptr is not None:  # noqa: SIM102 (decided at compile time)
+        if tl.program_id(1) == 0:
+            tl.store(db1_ptr + k, db1.to(db1_ptr.dtype.element_ty), mask=k_ok)
 
     w1 = tl.load(w1_ptr + at, mask=ok, other=0.0).to(tl.float32)
     dg = tl.sum(w1 * D, axis=0)
