@@ -10,8 +10,8 @@ P = N·H·W pixels, C channels, K hidden units, T the compute dtype, R the dtype
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,15 +48,10 @@ def _activation_bwd(dh: Tensor, a: Tensor, act: str) -> Tensor:
     return _aten.elu_backward(dh, 1.6732632423543772, 1.0507009873554805, 1.0, False, a)
 
 
-def _row_blocks(rows: Tensor, hidden: int) -> Iterator[slice]:
-    """Slices of rows for cache-sized work; one slice for a tensor that a compiler traces."""
-    count = rows.shape[0]
-    if type(rows) is not Tensor:
-        yield slice(0, count)
-        return
-    block = min(_MOST_ROWS, max(_LEAST_ROWS, _BLOCK_BYTES // (hidden * rows.element_size())))
-    for first in range(0, count, block):
-        yield slice(first, min(first + block, count))
+def _row_blocks(rows: int, hidden: int, itemsize: int) -> list[slice]:
+    """Slices of rows for cache-sized work."""
+    block = min(_MOST_ROWS, max(_LEAST_ROWS, _BLOCK_BYTES // (hidden * itemsize)))
+    return [slice(first, min(first + block, rows)) for first in range(0, rows, block)]
 
 
 def _dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -86,36 +81,72 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _affine(u: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """LayerNorm's affine in a dtype in which PyTorch also keeps the statistics."""
-    wide = _wide(u.dtype)
-    if wide != u.dtype and weight is None:
-        weight = u.new_ones(u.shape[1], dtype=wide)
-    return None if weight is None else weight.to(wide), None if bias is None else bias.to(wide)
+class _Norm(NamedTuple):
+    """LayerNorm: affine (C,), None for the identity, and epsilon."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """LayerNorm(u), μ and rstd for u (P, C)."""
+        return torch.native_layer_norm(u, [u.shape[1]], *self._affine(u), self.eps)
+
+    def backward(
+        self, dn: Tensor, u: Tensor, mean: Tensor, rstd: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(du, dg, dβ)."""
+        needs = [True, self.weight is not None, self.bias is not None]
+        return _aten.native_layer_norm_backward(dn, u, [u.shape[1]], mean, rstd, *self._affine(u), needs)
+
+    def _affine(self, u: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """In a dtype in which PyTorch also keeps the statistics."""
+        wide, weight, bias = _wide(u.dtype), self.weight, self.bias
+        if wide != u.dtype and weight is None:
+            weight = u.new_ones(u.shape[1], dtype=wide)
+        return None if weight is None else weight.to(wide), None if bias is None else bias.to(wide)
 
 
-def _normalise(u: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """LayerNorm of u (P, C), and its statistics (2, P, 1): μ and rstd."""
-    n, mean, rstd = torch.native_layer_norm(u, [u.shape[1]], *_affine(u, weight, bias), eps)
-    return n, torch.stack((mean, rstd))
+class _Mlp(NamedTuple):
+    """The parameters after LayerNorm; w1 (K, C), b1 (K,), w2 (C, K), b2 (C,), γ (C,) or None."""
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    gamma: Tensor | None
+    act: str
+
+    def to(self, dtype: torch.dtype) -> _Mlp:
+        """The linear layers in ``dtype``."""
+        return self._replace(**{name: getattr(self, name).to(dtype) for name in ("w1", "b1", "w2", "b2")})
+
+    def forward(self, n: Tensor, residual: Tensor | None, scale: Tensor | None, frozen: bool) -> Tensor:
+        """residual + scale·γ·(act(n·w1ᵀ + b1)·w2ᵀ + b2) for rows of n in T and of the residual in R; scale: (P, 1)."""
+        return self.second(_linear(n, self.w1, self.b1, self.act, frozen), residual, scale, frozen)
+
+    def second(self, h: Tensor, residual: Tensor | None, scale: Tensor | None, frozen: bool) -> Tensor:
+        """The same from h on."""
+        gamma = self.gamma
+        if residual is not None and gamma is None and scale is None and onednn.serves(h) and onednn.serves(residual):
+            return onednn.linear_add(h, self.w2, self.b2, residual, frozen)
+        z = _linear(h, self.w2, self.b2, None, frozen)
+        if scale is not None:
+            z *= scale
+        if residual is None:
+            return z if gamma is None else z * gamma
+        return residual + z if gamma is None else torch.addcmul(residual, z, gamma)
 
 
-def _normalise_bwd(
-    dn: Tensor, u: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(du, dg, dβ)."""
-    needs = [True, weight is not None, bias is not None]
-    affine = _affine(u, weight, bias)
-    return _aten.native_layer_norm_backward(dn, u, [u.shape[1]], *statistics.unbind(), *affine, needs)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str | None = None) -> Tensor:
-    """act(x·weightᵀ + bias) in the dtype of x."""
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str | None = None, frozen: bool = False
+) -> Tensor:
+    """act(x·weightᵀ + bias) in the dtype of x; ``frozen``: as in `onednn.linear`."""
+    inside = None
     if onednn.serves(x):
         inside = act if act is not None and onednn.fuses(act) else None
-        y = onednn.linear(x, weight, bias, inside)
+        y = onednn.linear(x, weight, bias, inside, frozen)
     else:
-        inside = None
         y = F.linear(x, weight, bias)
     return y if act == inside else _ACTIVATIONS_[act](y)
 
@@ -123,91 +154,82 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str | No
 def _mlp_fwd(
     x: Tensor,
     residual: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    gamma: Tensor | None,
+    norm: _Norm | None,
+    mlp: _Mlp,
     drop_scale: Tensor | None,
-    act: str,
-    save_hidden: bool,
+    save_hidden: bool = False,
+    frozen: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = residual + drop_scale·γ·(act(x·w1ᵀ + b1)·w2ᵀ + b2), and a = x·w1ᵀ + b1 if ``save_hidden``.
+    """y = residual + drop_scale·γ·(act(a)·w2ᵀ + b2), and a = norm(x)·w1ᵀ + b1 if ``save_hidden``.
 
     x: (P, C) in T; residual and y: (P, C) in R; drop_scale: (N,), for P/N rows each; a: (P, K) in T.
     """
-    w1, b1, w2, b2 = (t.to(x.dtype) for t in (w1, b1, w2, b2))
+    mlp = mlp.to(x.dtype)
     scale = _row_scale(drop_scale, x)
+    blocks = _row_blocks(x.shape[0], mlp.w1.shape[0], x.element_size())
     y = torch.empty_like(x if residual is None else residual)
-    saved = x.new_empty(x.shape[0], w1.shape[0]) if save_hidden else None
-    for rows in _row_blocks(x, w1.shape[0]):
+    saved = x.new_empty(x.shape[0], mlp.w1.shape[0]) if save_hidden else None
+    for rows in blocks:
+        n = x[rows] if norm is None else norm.forward(x[rows])[0]
+        rest = None if residual is None else residual[rows], None if scale is None else scale[rows]
         if saved is None:
-            h = _linear(x[rows], w1, b1, act)
+            z = mlp.forward(n, *rest, frozen)
         else:
-            saved[rows] = _linear(x[rows], w1, b1)
-            h = _ACTIVATIONS_[act](saved[rows].clone())
-        if residual is not None and gamma is None and scale is None and onednn.serves(h) and onednn.serves(residual):
-            y[rows] = onednn.linear_add(h, w2, b2, residual[rows])
-            continue
-        z = _linear(h, w2, b2)
-        if scale is not None:
-            z *= scale[rows]
-        if residual is None:
-            y[rows] = z if gamma is None else z * gamma
-        elif gamma is None:
-            torch.add(residual[rows], z, out=y[rows])
-        else:
-            torch.addcmul(residual[rows], z, gamma, out=y[rows])
+            saved[rows] = a = _linear(n, mlp.w1, mlp.b1)
+            z = mlp.second(_ACTIVATIONS_[mlp.act](a), *rest, frozen)
+        if len(blocks) == 1:
+            return z, saved
+        y[rows] = z
     return y, saved
 
 
 def _mlp_bwd(
-    dy: Tensor,
-    x: Tensor,
-    a: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
-    act: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """(dx, dw1, db1, dw2, db2, dγ) for dy (P, C) in R, x (P, C) in T and a (P, K) or None to compute it anew.
+    dy: Tensor, x: Tensor, a: Tensor | None, norm: _Norm | None, mlp: _Mlp, drop_scale: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """(dx, dg, dβ, dw1, db1, dw2, db2, dγ) for dy (P, C) in R, x (P, C) in T and a (P, K) or None to compute it anew.
 
     dx: (P, C) in T, the others in at least float32. γ's gradient needs no z: for E = Σ_p dz' ⊗ h and t = Σ_p dz', with
     dz' = drop_scale·dy, it is dγ = Σ_k w2∘E + b2·t; dw2 = γ∘E and db2 = γ·t.
     """
     dtype, wide = x.dtype, _wide(x.dtype)
-    compute = [t.to(dtype) for t in (w1, b1, w2)]
-    hidden, channels = w1.shape
-    dw1, e = x.new_zeros(hidden, channels, dtype=wide), x.new_zeros(channels, hidden, dtype=wide)
-    db1, t = x.new_zeros(hidden, dtype=wide), x.new_zeros(channels, dtype=wide)
+    original, mlp = mlp, mlp.to(dtype)
+    hidden, channels = mlp.w1.shape
+    sums = [x.new_zeros(shape, dtype=wide) for shape in ((hidden, channels), hidden, (channels, hidden), channels)]
+    dw1, db1, e, t = sums
+    affine = (None, None) if norm is None else (norm.weight, norm.bias)
+    dg, dbeta = (None if p is None else x.new_zeros(channels, dtype=wide) for p in affine)
     scale = _row_scale(drop_scale, x)
     dx = torch.empty_like(x)
-    for rows in _row_blocks(x, hidden):
+    for rows in _row_blocks(x.shape[0], hidden, x.element_size()):
+        n, *statistics = (x[rows],) if norm is None else norm.forward(x[rows])
         dz = dy[rows].to(dtype)
         if scale is not None:
             dz = dz * scale[rows]
-        pre = _linear(x[rows], compute[0], compute[1]) if a is None else a[rows]
-        dh = _linear(dz if gamma is None else (dz * gamma).to(dtype), compute[2].t())
-        da = _activation_bwd(dh, pre, act)
-        h = _ACTIVATIONS_[act](pre if a is None else pre.clone())
+        pre = _linear(n, mlp.w1, mlp.b1) if a is None else a[rows]
+        dh = _linear(dz if mlp.gamma is None else (dz * mlp.gamma).to(dtype), mlp.w2.t())
+        da = _activation_bwd(dh, pre, mlp.act)
+        h = _ACTIVATIONS_[mlp.act](pre if a is None else pre.clone())
         _accumulate(e, dz.t(), h)
-        _accumulate(dw1, da.t(), x[rows])
+        _accumulate(dw1, da.t(), n)
         t += dz.sum(0, dtype=wide)
         db1 += da.sum(0, dtype=wide)
-        dx[rows] = _linear(da, compute[0].t())
-    if gamma is None:
-        return dx, dw1, db1, e, t, None
-    gamma = gamma.to(wide)
-    dgamma = torch.addcmul((w2 * e).sum(1), b2.to(wide), t)
-    return dx, dw1, db1, e.mul_(gamma[:, None]), t * gamma, dgamma
+        dn = _linear(da, mlp.w1.t())
+        if norm is not None:
+            dn, *d_affine = norm.backward(dn, x[rows], *statistics)
+            for total, part in zip((dg, dbeta), d_affine, strict=True):
+                if total is not None:
+                    total += part
+        dx[rows] = dn
+    if mlp.gamma is None:
+        return dx, dg, dbeta, dw1, db1, e, t, None
+    gamma = mlp.gamma.to(wide)
+    dgamma = torch.addcmul((original.w2 * e).sum(1), original.b2.to(wide), t)
+    return dx, dg, dbeta, dw1, db1, e.mul_(gamma[:, None]), t * gamma, dgamma
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left·right. Products of bfloat16 sum in float32 and round once, as PyTorch's own weight gradients do;
-    those of float16 are float32, lest the sum, which γ does not make small yet, overflows."""
+    those of float16 stay float32, lest the sum, which γ has not made small yet, overflow."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif left.dtype == torch.float16:
@@ -241,23 +263,22 @@ def block_fwd(
     recompute: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(y, u, statistics of u, a); a is None from ``recompute`` 1 on, u and its statistics are from 2 on.
+    """(y, u, None, a); a is None from ``recompute`` 1 on, u is from 2 on.
 
-    x, y: (N, H, W, C) in R; u: (P, C), the convolution's output.
+    x, y: (N, H, W, C) in R; u: (P, C) in T, the convolution's output. Its LayerNorm statistics are cheaper to compute
+    anew, with the normalised activations, than to save.
     """
     u = _dwconv(x, dwconv_weight, dwconv_bias, dtype)
-    n, statistics = _normalise(u, ln_weight, ln_bias, eps)
-    y, a = _mlp_fwd(n, x.reshape(u.shape), w1, b1, w2, b2, gamma, drop_scale, act, recompute == 0)
-    if recompute >= 2:
-        return y.view(x.shape), None, None, None
-    return y.view(x.shape), u, statistics, a
+    norm, mlp = _Norm(ln_weight, ln_bias, eps), _Mlp(w1, b1, w2, b2, gamma, act)
+    y, a = _mlp_fwd(u, x.reshape(u.shape), norm, mlp, drop_scale, save_hidden=recompute == 0)
+    return y.view(x.shape), None if recompute >= 2 else u, None, a
 
 
 def block_bwd(
     dy: Tensor,
     x: Tensor,
     u: Tensor | None,
-    statistics: Tensor | None,
+    _: None,
     a: Tensor | None,
     dwconv_weight: Tensor,
     dwconv_bias: Tensor | None,
@@ -278,14 +299,13 @@ def block_bwd(
     """Gradients of x and of the nine parameters, in the order of `block_fwd`."""
     if u is None:
         u = _dwconv(x, dwconv_weight, dwconv_bias, dtype)
-    n, statistics = _normalise(u, ln_weight, ln_bias, eps)
-    dn, *d_mlp = _mlp_bwd(dy.reshape(n.shape), n, a, w1, b1, w2, b2, gamma, drop_scale, act)
-    du, dg, dbeta = _normalise_bwd(dn, u, statistics, ln_weight, ln_bias)
+    norm, mlp = _Norm(ln_weight, ln_bias, eps), _Mlp(w1, b1, w2, b2, gamma, act)
+    du, *d_parameters = _mlp_bwd(dy.reshape(u.shape), u, a, norm, mlp, drop_scale)
     needs_bias = needs_dwconv and dwconv_bias is not None
     dx, dweight, dbias = _dwconv_bwd(du, x, dwconv_weight, needs_x, needs_dwconv, needs_bias)
     if dx is not None:
         dx = dx.add_(dy) if dx.dtype == dy.dtype else dx + dy
-    return dx, dweight, dbias, dg, dbeta, *d_mlp
+    return dx, dweight, dbias, *d_parameters
 
 
 def frozen_block_fwd(
@@ -302,8 +322,8 @@ def frozen_block_fwd(
 ) -> Tensor:
     """`block_fwd` on the weights of `folding.FrozenBlock`."""
     u = _dwconv(x, dwconv_weight, dwconv_bias, dtype)
-    normalised, _ = _normalise(u, None, None, eps)
-    y, _ = _mlp_fwd(normalised, x.reshape(u.shape), w1, b1[0], w2, b2, None, None, act, False)
+    norm, mlp = _Norm(None, None, eps), _Mlp(w1, b1[0], w2, b2, None, act)
+    y, _ = _mlp_fwd(u, x.reshape(u.shape), norm, mlp, None, frozen=True)
     return y.view(x.shape)
 
 
@@ -318,8 +338,8 @@ def dwconv_layernorm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(n, u, statistics): LayerNorm(u) and u = dwconv(x), (N, H, W, C) in T; statistics (2, P, 1) hold μ and rstd."""
     u = _dwconv(x, weight, bias, dtype)
-    n, statistics = _normalise(u, ln_weight, ln_bias, eps)
-    return n.view(x.shape), u.view(x.shape), statistics
+    n, mean, rstd = _Norm(ln_weight, ln_bias, eps).forward(u)
+    return n.view(x.shape), u.view(x.shape), torch.stack((mean, rstd))
 
 
 def dwconv_layernorm_bwd(
@@ -336,7 +356,8 @@ def dwconv_layernorm_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, ln_weight and ln_bias."""
     rows = (-1, x.shape[3])
-    du, dg, dbeta = _normalise_bwd(dn.reshape(rows), u.view(rows), statistics, ln_weight, ln_bias)
+    norm = _Norm(ln_weight, ln_bias, eps)
+    du, dg, dbeta = norm.backward(dn.reshape(rows), u.view(rows), *statistics.unbind())
     return *_dwconv_bwd(du, x, weight, True, True, bias is not None), dg, dbeta
 
 
@@ -356,7 +377,8 @@ def pointwise_mlp_fwd(
     """(y, a); a is None from ``recompute`` 1 on. x, residual, y: (N, H, W, C)."""
     rows = (-1, x.shape[3])
     residual = None if residual is None else residual.reshape(rows)
-    y, a = _mlp_fwd(x.to(dtype).reshape(rows), residual, w1, b1, w2, b2, gamma, drop_scale, act, recompute == 0)
+    mlp = _Mlp(w1, b1, w2, b2, gamma, act)
+    y, a = _mlp_fwd(x.to(dtype).reshape(rows), residual, None, mlp, drop_scale, save_hidden=recompute == 0)
     return y.view(x.shape), a
 
 
@@ -375,5 +397,6 @@ def pointwise_mlp_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w1, b1, w2, b2 and gamma; the residual's is dy."""
     rows = (-1, x.shape[3])
-    dx, *d_mlp = _mlp_bwd(dy.reshape(rows), x.to(dtype).reshape(rows), a, w1, b1, w2, b2, gamma, drop_scale, act)
+    mlp = _Mlp(w1, b1, w2, b2, gamma, act)
+    dx, _, _, *d_mlp = _mlp_bwd(dy.reshape(rows), x.to(dtype).reshape(rows), a, None, mlp, drop_scale)
     return dx.view(x.shape), *d_mlp

@@ -29,12 +29,13 @@ def select(device: torch.device, dtype: torch.dtype) -> Backend:
 
     ``auto`` takes the Triton kernels on CUDA, ROCm and XPU devices, the ATen form on every other, and the reference
     for float64 on a GPU, which the kernels do not hold. Under ``TRITON_INTERPRET=1`` a CPU takes the kernels too.
-    Export to ONNX and `torch.jit.trace` always take the reference, so that a file needs no operator of ours.
+    Export to ONNX, `torch.jit.trace` and, on a CPU, `torch.export` take the reference, so that a file needs no operator
+    of ours, and so do the transforms of `torch.func` (grad, jvp, vmap, …), which see into it.
 
     Raises:
         ValueError: ``CONVNEXT_FAST_BACKEND=triton`` was asked for and the kernels cannot run this dtype.
     """
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active():
         return "reference"
     if REQUEST == "triton":
         if dtype not in KERNEL_DTYPES:
@@ -49,4 +50,4 @@ def select(device: torch.device, dtype: torch.dtype) -> Backend:
         return "triton" if dtype in KERNEL_DTYPES else "reference"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and dtype in KERNEL_DTYPES:
         return "triton"
-    return "aten"
+    return "reference" if torch.compiler.is_exporting() else "aten"

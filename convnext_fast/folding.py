@@ -1,16 +1,8 @@
-"""LayerNorm's affine and the layer scale folded into the linear layers, and the gradients folded back.
+"""LayerNorm's affine and the layer scale folded into the linear layers, for inference.
 
-With n = x̂·g + β and z scaled by γ (design: "A ConvNet for the 2020s", block of section 2.6), for x̂ the normalised
-activations:
+With n = x̂·g + β and z scaled by γ, for x̂ the normalised activations:
 
-    fc1(n)     = x̂·(w1∘g)ᵀ + (b1 + w1·β)             γ·fc2(h) = h·(γ∘w2)ᵀ + γ·b2
-
-and, for D = Σ_p da ⊗ x̂, E = Σ_p dz' ⊗ h (dz' = drop_scale·dy, summed over pixels p), t = Σ_p dz':
-
-    dw1 = D∘g + db1⊗β      dg = Σ_k w1∘D      dβ = w1ᵀ·db1
-    dw2 = γ∘E              db2 = γ·t          dγ = Σ_k w2∘E + b2·t
-
-so that no parameter gradient but the convolution's needs a pass over the pixels beside the two GEMMs for D and E.
+    fc1(n) = x̂·(w1∘g)ᵀ + (b1 + w1·β)             γ·fc2(h) = h·(γ∘w2)ᵀ + γ·b2
 """
 
 from __future__ import annotations
@@ -95,32 +87,3 @@ def freeze_downsample(ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: 
     shift = (taps * ln_bias.to(wide)).sum((1, 2, 3))
     folded = (taps * ln_weight.to(wide)).to(weight.dtype).contiguous()
     return FrozenDownsample(folded, shift if bias is None else shift + bias.to(wide))
-
-
-def unfold_gradients(
-    d: Tensor,
-    db1: Tensor,
-    e: Tensor,
-    t: Tensor,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    w1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    gamma: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
-    """(dg, dβ, dw1, dw2, db2, dγ) in the dtype of d, by the identities above."""
-    wide = d.dtype
-    dg = dbeta = dgamma = None
-    dw1, dw2, db2 = d, e, t
-    if ln_weight is not None:
-        dg = (w1.to(wide) * d).sum(0)
-        dw1 = d * ln_weight.to(wide)
-    if ln_bias is not None:
-        dbeta = torch.mv(w1.to(wide).t(), db1)
-        dw1 = torch.addr(dw1, db1, ln_bias.to(wide))
-    if gamma is not None:
-        gamma = gamma.to(wide)
-        dgamma = torch.addcmul((w2.to(wide) * e).sum(1), b2.to(wide), t)
-        dw2, db2 = e * gamma[:, None], t * gamma
-    return dg, dbeta, dw1, dw2, db2, dgamma

@@ -1,7 +1,7 @@
 """Registration of the fused ops with `torch.library`: forwards, backwards and the autograd between them.
 
-Each operator branches on the device inside its body, so that fake tensors, Inductor and `torch.export` trace the path
-that will run. `ops` is the public face.
+Each operator branches on the device inside its body, so that a compiler traces the path that will run. `ops` is the
+public face.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import aten, backend
+from . import aten, backend, fake
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -29,14 +31,39 @@ def _path(x: Tensor, dtype: torch.dtype) -> ModuleType:
 
 
 def _operator(function: Callable) -> Any:
-    """Register ``convnext_fast::<name of function>``, run with autocast off: the ops cast by themselves."""
+    """Register ``convnext_fast::<name of function>``, run with autocast off: the ops cast by themselves.
+
+    A compiler sees the kernels that a GPU runs. What a CPU runs it calls as one operator, ``<name>_cpu``: loops over
+    rows and samples, and calls of oneDNN that it cannot better.
+    """
+    name = function.__name__
 
     @functools.wraps(function)
     def without_autocast(x: Tensor, *args: object) -> object:
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args)
 
-    return torch.library.triton_op(f"convnext_fast::{function.__name__}", without_autocast, mutates_args=())
+    whole = torch.library.custom_op(f"convnext_fast::{name}_cpu", without_autocast, mutates_args=())
+    if hasattr(fake, name):
+        whole.register_fake(getattr(fake, name))
+
+    @functools.wraps(function)
+    def branched(x: Tensor, *args: object) -> object:
+        traced = isinstance(x, (FakeTensor, FunctionalTensor))
+        if traced and x.device.type == "cpu" and backend.select(x.device, torch.float32) == "aten":
+            return whole(x, *args)
+        return without_autocast(x, *args)
+
+    operator = torch.library.triton_op(f"convnext_fast::{name}", branched, mutates_args=())
+    if name.endswith("_bwd"):
+        operator.register_autograd(_no_second_derivative)
+    return operator
+
+
+def _no_second_derivative(ctx: Any, *_: object) -> Gradients:
+    raise NotImplementedError(
+        "the fused ops have no second derivatives: take the plain reference with fused=False, or torch.func, which does"
+    )
 
 
 def _present(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -257,19 +284,15 @@ def patchify_stem_fwd(
     ln_bias: Tensor,
     eps: float,
     dtype: torch.dtype,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, then what is saved: the convolution's output and its LayerNorm statistics. Kernels only."""
-    path = _path(image, dtype)
-    return _present(image, *path.patchify_stem_fwd(image, weight, bias, ln_weight, ln_bias, eps, dtype, save))
+) -> Tensor:
+    """LayerNorm of the patch convolution. Kernels only."""
+    return _path(image, dtype).patchify_stem_fwd(image, weight, bias, ln_weight, ln_bias, eps, dtype)
 
 
 @_operator
 def patchify_stem_bwd(
     dy: Tensor,
     image: Tensor,
-    u: Tensor,
-    statistics: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     ln_weight: Tensor,
@@ -280,20 +303,18 @@ def patchify_stem_bwd(
 ) -> list[Tensor]:
     """Gradients of the image and of the four parameters."""
     parameters = (weight, bias, ln_weight, ln_bias)
-    grads = _path(image, dtype).patchify_stem_bwd(dy, image, u, statistics, *parameters, eps, needs_image)
+    grads = _path(image, dtype).patchify_stem_bwd(dy, image, *parameters, eps, needs_image)
     return list(_as_inputs(image, grads, image, *parameters))
 
 
-def _patchify_stem_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    image, *parameters, ctx.eps, ctx.dtype, _ = inputs
-    ctx.save_for_backward(image, *output[1:], *parameters)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
+def _patchify_stem_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.eps, ctx.dtype = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _patchify_stem_autograd(ctx: Any, dy: Tensor, *_: object) -> Gradients:
+def _patchify_stem_autograd(ctx: Any, dy: Tensor) -> Gradients:
     grads = patchify_stem_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.dtype, ctx.needs_input_grad[0])
-    return (*_absent(*grads), None, None, None)
+    return (*_absent(*grads), None, None)
 
 
 patchify_stem_fwd.register_autograd(_patchify_stem_autograd, setup_context=_patchify_stem_setup)

@@ -1,0 +1,94 @@
+"""The calls of oneDNN behind the CPU path: values, shapes, non-finite inputs, and the lifetime of packed weights."""
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import relative_error
+from test_block_parity import block_parameters
+
+from convnext_fast import onednn, ops
+
+ACTIVATIONS = {None: lambda t: t, "gelu": F.gelu, "gelu_new": lambda t: F.gelu(t, approximate="tanh"), "silu": F.silu}
+needs_onednn = pytest.mark.skipif(not onednn.serves(torch.empty(0)), reason="PyTorch here has no oneDNN on x86")
+
+
+@needs_onednn
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@given(rows=st.integers(1, 40), channels=st.integers(1, 40), hidden=st.integers(1, 70), layout=st.integers(0, 3))
+@settings(max_examples=15, deadline=None)
+def test_linear(act, rows, channels, hidden, layout):
+    x = torch.randn(rows, channels)
+    weight = torch.randn(channels, hidden).t() if layout & 1 else torch.randn(hidden, channels)
+    bias = torch.randn(hidden) if layout & 2 else None
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
+    expected = ACTIVATIONS[act](F.linear(*wide))
+    eager = ACTIVATIONS[act](F.linear(x, weight, bias))
+    bound = 2 * relative_error(eager, expected) + 1e-6
+    for frozen in (False, True):
+        assert relative_error(onednn.linear(x, weight, bias, act, frozen), expected) <= bound
+    if act is None:
+        residual = torch.randn(rows, hidden)
+        got = onednn.linear_add(x, weight, bias, residual, frozen=True)
+        assert relative_error(got, expected + residual) <= bound
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu", "silu", "selu"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_pixel_stays_visible_and_alone(act, bad):
+    parameters = block_parameters(8, 32, 3, torch.float32)
+    x = torch.randn(1, 6, 6, 8)
+    x[0, 2, 2, 3] = bad
+    y = ops.convnext_block(x, **parameters, act=act)
+    finite = y.isfinite().all(-1)[0]
+    footprint = torch.zeros(6, 6, dtype=torch.bool)
+    footprint[1:4, 1:4] = True
+    assert torch.equal(~finite, footprint)
+
+
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 14), st.integers(1, 14), st.sampled_from([1, 3, 8, 20, 33])),
+    st.sampled_from([3, 5, 7]),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=25, deadline=None)
+def test_weight_gradient_of_the_depthwise_convolution(shape, side, dtype):
+    check_weight_gradient(shape, side, dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 57, 60, 8), (2, 130, 5, 16), (1, 3, 113, 4)])
+def test_weight_gradient_on_large_maps(shape):
+    check_weight_gradient(shape, 7, torch.float32)
+
+
+def check_weight_gradient(shape, side, dtype):
+    x, du = torch.randn(2, *shape, dtype=dtype)
+    channels = shape[3]
+
+    def eager(dtype):
+        nchw = [t.to(dtype).permute(0, 3, 1, 2) for t in (x, du)]
+        size = (channels, 1, side, side)
+        return torch.nn.grad.conv2d_weight(nchw[0], size, nchw[1], padding=side // 2, groups=channels)
+
+    expected = eager(torch.float64)
+    got = onednn.dwconv_weight_grad(x, du, side)
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    bound = 1e-13 if dtype == torch.float64 else 2 * relative_error(eager(dtype), expected) + 1e-6
+    assert relative_error(got, expected) <= bound
+
+
+@needs_onednn
+def test_packed_weights_die_with_their_weight():
+    before = len(onednn._PACKED)
+    weight = torch.randn(16, 8)
+    first = onednn.linear(torch.randn(4, 8), weight, None, None, True)
+    assert len(onednn._PACKED) == before + 1
+    onednn.linear(torch.randn(9, 8), weight, None, None, True)
+    assert len(onednn._PACKED) == before + 1
+    del weight, first
+    gc.collect()
+    assert len(onednn._PACKED) == before
