@@ -79,8 +79,11 @@ def flops(launch: Launch, compiled: Compiled) -> int | None:
         return 2 * given["TAPS"] ** 2 * given["x_ptr"].numel()
     if name == "_stem_kernel":
         return 2 * given["out_ptr"].numel() * given["w_ptr"].numel() // given["C"]
-    if name == "_downsample_kernel":
-        return 2 * given["P"] * given["w_ptr"].numel()
+    if name == "_stem_bwd_kernel":
+        return 2 * 2 * given["dout_ptr"].numel() * given["w_ptr"].numel() // given["C"]
+    if name in ("_downsample_kernel", "_downsample_input_kernel", "_downsample_weight_kernel"):
+        twice = name == "_downsample_input_kernel" and given["C"] > given["BLOCK_N"]
+        return (2 + 2 * twice) * given["P"] * given["w_ptr"].numel()
     saved = given.get("a_ptr") is not None
     products = {
         "_mlp_fwd_kernel": 2,

@@ -1,0 +1,188 @@
+"""What a study does, in order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from convnext_fast.kernels.targets import TARGETS
+
+from bench import cases, correctness, modelled, scaling, startup, variants
+from bench.environment import DTYPES, Roofline
+from bench.results import Results
+from bench.timing import Contender, Measured, failure, measure, rates
+from bench.variants import Cell, Subject
+from bench.work import Work, model_work
+
+SECTIONS = ("correctness", "models", "stages", "scaling", "alternating", "startup", "modelled")
+LONGEST_CALL = 10.0
+"""Seconds, by the roofline: what would take longer is not run, and has a row that says so."""
+# Batches of the quick study: for a CPU, and for an accelerator.
+_QUICK_BATCHES = {
+    True: {"inference": (1, 8), "training": (2,)},
+    False: {"inference": (1, 128), "training": (64,)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Part of a study: its section, a title, the keys of its rows where they are known, and what makes them.
+
+    Where ``keys`` is empty, a last row of section "finished" marks the step as done.
+    """
+
+    section: str
+    title: str
+    keys: tuple[str, ...]
+    run: Callable[[], Iterable[dict[str, Any]]]
+
+    def finished(self, results: Results) -> bool:
+        """Whether all rows are there."""
+        return all(key in results for key in self.keys or (f"{self.section}/finished",))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows, and the mark at the end."""
+        yield from self.run()
+        if not self.keys:
+            yield {"key": f"{self.section}/finished", "section": "finished", "failure": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What every step needs to know."""
+
+    device: torch.device
+    roofline: Roofline
+    quick: bool
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the device is a CPU."""
+        return self.device.type == "cpu"
+
+    @property
+    def budget(self) -> float:
+        """Seconds of sampling for each contender."""
+        return 2.0 if self.quick else 5.0
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of most rows."""
+        return "float32" if self.on_cpu else "bfloat16"
+
+    def steps(self, sections: tuple[str, ...] = SECTIONS) -> list[Step]:
+        """The plan, correctness first."""
+        device, targets = self.device, ("sm_90",) if self.quick else TARGETS
+        plan = [
+            Step("correctness", "every op on this device", (), lambda: correctness.rows(device)),
+            *(self._models(cell) for cell in self._cells()),
+            *(self._stage(case) for case in self._stage_cases()),
+            *(self._axis(axis, found) for axis, found in scaling.cells(self.quick, self.on_cpu).items()),
+            Step("alternating", "sizes that change", (), lambda: scaling.alternating_rows(device, self.on_cpu)),
+            Step("startup", "import and first calls", (), lambda: startup.rows(device)),
+            Step("modelled", "modelled figures", (), lambda: modelled.rows(targets)),
+        ]
+        return [step for step in plan if step.section in sections]
+
+    def _cells(self) -> list[Cell]:
+        if self.quick:
+            sizes = _QUICK_BATCHES[self.on_cpu]
+            return [Cell("tiny", n, 224, self.dtype, mode) for mode, batches in sizes.items() for n in batches]
+        grid = [
+            Cell(variant, batch, 224, self.dtype, mode)
+            for variant in ("tiny", "small", "base", "large")
+            for mode in ("inference", "training")
+            for batch in (1, 4, 8, 16, 32, 64, 128, 256)
+        ]
+        if self.on_cpu:
+            return grid
+        others = [Cell("tiny", 64, 224, d, m) for d in ("float32", "float16") for m in ("inference", "training")]
+        return grid + others
+
+    def _stage_cases(self) -> list[cases.OpCase]:
+        shapes = cases.stage_shapes("tiny", 1 if self.on_cpu else 64)
+        return [cases.OpCase("convnext_block", s, self.dtype, mode) for mode in ("forward", "both") for s in shapes]
+
+    def _models(self, cell: Cell) -> Step:
+        """All contenders of a cell."""
+        names = variants.contenders(cell.mode, self.device, self.quick)
+        key = _key("models", cell)
+        keys = {name: f"{key}/{name}" for name in names}
+
+        def prepare() -> dict[str, Contender]:
+            return variants.prepare(names, Subject(cell, self.device))
+
+        def run() -> Iterator[dict[str, Any]]:
+            for name, figures, _ in self._checked_time(names, prepare, work_of(cell), cell.dtype):
+                yield self._model_row("models", cell, keys[name], name, figures)
+
+        title = f"{cell.variant}, {cell.mode}, {cell.batch} × {cell.side}², {cell.dtype}"
+        return Step("models", title, tuple(keys.values()), run)
+
+    def _axis(self, axis: str, cells: list[Cell]) -> Step:
+        """The fused model at every size of an axis; on a CPU the sizes take turns."""
+        name = "fused"
+        keys = {_key(f"scaling/{axis}", cell): cell for cell in cells}
+
+        def prepare() -> dict[str, Contender]:
+            return {key: variants.prepare((name,), Subject(cell, self.device))[name] for key, cell in keys.items()}
+
+        def run() -> Iterator[dict[str, Any]]:
+            largest = max((work_of(cell) for cell in cells), key=lambda work: work.flops)
+            for key, figures, _ in self._checked_time(tuple(keys), prepare, largest, self.dtype):
+                row = self._model_row("scaling", keys[key], f"{key}/{name}", name, figures)
+                yield row | {"axis": axis, "size": scaling.size(axis, keys[key])}
+
+        return Step("scaling", f"along {axis}", tuple(f"{key}/{name}" for key in keys), run)
+
+    def _stage(self, case: cases.OpCase) -> Step:
+        """All contenders for one op."""
+        names = tuple(name for name in cases.CONTENDERS if not (self.quick and self.on_cpu and name == "compile"))
+        keys = {name: f"stages/{case.name}/{name}" for name in names}
+
+        def run() -> Iterator[dict[str, Any]]:
+            base = {"section": "stages", **dataclasses.asdict(case), "quick": self.quick}
+            prepare = lambda: cases.prepare(names, case, self.device)  # noqa: E731
+            for name, figures, _ in self._checked_time(names, prepare, case.work, case.dtype):
+                yield base | {"key": keys[name], "contender": name} | self._with_rates(figures, case.work, case.dtype)
+
+        return Step("stages", f"block, {case.mode}, {'×'.join(map(str, case.shape))}", tuple(keys.values()), run)
+
+    def _checked_time(
+        self, names: tuple[str, ...], prepare: Callable[[], dict[str, Contender]], work: Work, dtype: str
+    ) -> Iterator[Measured]:
+        """`measure`, or the same reason for all where the work is too much or has no reference."""
+        least = self.roofline.seconds(*work, dtype)
+        why = None
+        if least > LONGEST_CALL:
+            why = f"not run: a call takes {least:.0f} s or more, over {LONGEST_CALL:.0f} s"
+        else:
+            torch.compiler.reset()
+            try:
+                contenders = prepare()
+            except Exception as error:
+                why = f"no reference: {failure(error)}"
+        if why is not None:
+            yield from (Measured(name, {"failure": why}, []) for name in names)
+            return
+        yield from measure(contenders, self.device, self.budget)
+
+    def _model_row(self, section: str, cell: Cell, key: str, name: str, figures: dict[str, Any]) -> dict[str, Any]:
+        row = {"key": key, "section": section, "contender": name, **dataclasses.asdict(cell), "quick": self.quick}
+        row |= self._with_rates(figures, work_of(cell), cell.dtype)
+        return row | ({} if row["failure"] else {"images_per_s": 1e3 * cell.batch / row["p50_ms"]})
+
+    def _with_rates(self, figures: dict[str, Any], work: Work, dtype: str) -> dict[str, Any]:
+        return figures | ({} if figures["failure"] else rates(figures["p50_ms"] / 1e3, work, self.roofline, dtype))
+
+
+def work_of(cell: Cell) -> Work:
+    """Work of a cell. In training parameters are float32 and activations mostly the cell's dtype, which counts."""
+    return model_work(cell.config, cell.batch, cell.side, DTYPES[cell.dtype].itemsize, cell.mode == "training")
+
+
+def _key(section: str, cell: Cell) -> str:
+    depths = "" if cell.depths is None else "-" + "-".join(map(str, cell.depths))
+    return f"{section}/{cell.variant}{depths}/{cell.batch}x{cell.side}/{cell.dtype}/{cell.mode}"

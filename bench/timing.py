@@ -1,0 +1,188 @@
+"""From ways to run the same work to rows of results: check first, then time.
+
+A contender that fails, or whose result is wrong, gets a row that says so and no time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.environment import Roofline
+from bench.work import Work
+from convnext_fast.measuring import Call, peak_bytes, relative_error, saved_bytes, seconds
+
+# Least seconds of a sample: shorter calls are timed several in a row.
+LEAST_SAMPLE = {"cpu": 2e-3, "cuda": 5e-3}
+LEAST_ROUNDS, MOST_ROUNDS, MOST_REPEATS = 5, 50, 200
+LEAST_BOUNDS = {"float32": 1e-5, "float64": 1e-10}
+"""Relative errors that are never held against a contender."""
+
+
+@dataclasses.dataclass
+class Job:
+    """A contender made ready.
+
+    Attributes:
+        ready: does what is not timed and returns what is.
+        results: outputs and gradients of one run, in the order of the reference's.
+        owned: parameters and inputs, which are not counted as saved for the backward pass.
+        trains: whether autograd saves anything.
+        most_repeats: calls that may be made ready at a time.
+    """
+
+    ready: Callable[[], Call]
+    results: Callable[[], list[Tensor]]
+    owned: Iterable[Tensor] = ()
+    trains: bool = False
+    most_repeats: int = MOST_REPEATS
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Results in float64, and how far a contender may be from them.
+
+    Attributes:
+        expected: outputs, and gradients.
+        bound: largest relative error of any of them: twice eager's in the same dtype, at least ``LEAST_BOUNDS``.
+    """
+
+    expected: list[Tensor]
+    bound: float
+
+    @classmethod
+    def of(cls, expected: list[Tensor], eager: list[Tensor], dtype: str) -> Reference:
+        """With the bound that the error of eager's results gives."""
+        return cls(expected, max(2 * worst_error(eager, expected), LEAST_BOUNDS.get(dtype, 0.0)))
+
+
+class WrongResult(Exception):
+    """A contender computes something else than the reference."""
+
+
+def worst_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative error of any result."""
+    return max(relative_error(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def check(job: Job, reference: Reference) -> float:
+    """The error of a job against float64.
+
+    Raises:
+        WrongResult: it is over the bound.
+    """
+    error = worst_error(job.results(), reference.expected)
+    if not error <= reference.bound:
+        raise WrongResult(f"relative error {error:.1e} against float64 is over the bound {reference.bound:.1e}")
+    return error
+
+
+def quantiles(samples: Sequence[float]) -> dict[str, float]:
+    """20th, 50th and 80th percentile, milliseconds."""
+    cuts = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else [samples[0]] * 9
+    return {"p20_ms": 1e3 * cuts[1], "p50_ms": 1e3 * cuts[4], "p80_ms": 1e3 * cuts[7], "rounds": len(samples)}
+
+
+def rates(median: float, work: Work, roofline: Roofline, dtype: str) -> dict[str, Any]:
+    """GB/s and TFLOP/s of ``work`` done in ``median`` seconds, and the roofline's part of that time."""
+    return {
+        "gbs": work.bytes / median / 1e9,
+        "tflops": work.flops / median / 1e12,
+        "of_roofline": roofline.seconds(*work, dtype) / median,
+        "roofline": roofline.source,
+    }
+
+
+def failure(error: BaseException) -> str:
+    """What a row says of an error: its kind and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def samples(jobs: Sequence[Job], device: torch.device, budget: float) -> list[list[float]]:
+    """Seconds a call of each job, sampled in turns for about ``budget`` seconds a job, at least 5 rounds."""
+    repeats, costs = [], []
+    for job in jobs:
+        once = seconds([job.ready()], device)
+        least = LEAST_SAMPLE.get(device.type, LEAST_SAMPLE["cuda"])
+        repeats.append(max(1, min(job.most_repeats, round(least / max(once, 1e-9)))))
+        costs.append(once * repeats[-1])
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(budget * len(jobs) / sum(costs))))
+    taken: list[list[float]] = [[] for _ in jobs]
+    for _ in range(rounds):
+        for job, count, times in zip(jobs, repeats, taken, strict=True):
+            times.append(seconds([job.ready() for _ in range(count)], device))
+    return taken
+
+
+def memory(job: Job, device: torch.device) -> dict[str, float | None]:
+    """Peak MiB of a call, and MiB saved for the backward pass; None where the way to run does not tell."""
+    found: dict[str, float | None] = {"peak_mib": None, "saved_mib": None}
+    try:
+        # No byte at all: the way to run does not use PyTorch's allocator.
+        found["peak_mib"] = peak_bytes(lambda: job.ready()(), device) / 2**20 or None
+        found["saved_mib"] = saved_bytes(lambda: job.ready()(), job.owned) / 2**20 if job.trains else 0.0
+    except RuntimeError:
+        pass
+    return found
+
+
+class Contender(NamedTuple):
+    """What makes a job, and what its results are held against."""
+
+    build: Callable[[], Job]
+    reference: Reference
+
+
+class Measured(NamedTuple):
+    """A contender's figures for a row, among them "failure", and its samples in seconds a call (none if it failed)."""
+
+    name: str
+    figures: dict[str, Any]
+    times: list[float]
+
+
+def measure(contenders: dict[str, Contender], device: torch.device, budget: float) -> Iterator[Measured]:
+    """Check and time each contender for about ``budget`` seconds.
+
+    On a CPU all take turns, so that noise hits all alike; elsewhere each has the device's memory to itself.
+    """
+    if device.type == "cpu":
+        yield from _measure(contenders, device, budget)
+        return
+    for name, contender in contenders.items():
+        yield from _measure({name: contender}, device, budget)
+        gc.collect()
+        getattr(torch, device.type).empty_cache()
+
+
+def _measure(contenders: dict[str, Contender], device: torch.device, budget: float) -> list[Measured]:
+    jobs: dict[str, Job] = {}
+    found: dict[str, dict[str, Any]] = {}
+    taken: dict[str, list[float]] = {}
+    for name, (build, reference) in contenders.items():
+        begun = time.perf_counter()
+        try:
+            job = build()
+            error = check(job, reference)
+        except Exception as problem:
+            found[name] = {"failure": failure(problem)}
+            continue
+        first = time.perf_counter() - begun
+        found[name] = {"failure": None, "error": error, "error_bound": reference.bound, "first_call_s": first}
+        jobs[name] = job
+    try:
+        taken = dict(zip(jobs, samples(list(jobs.values()), device, budget), strict=True)) if jobs else {}
+        for name, times in taken.items():
+            found[name] |= quantiles(times) | memory(jobs[name], device)
+    except Exception as problem:
+        found |= {name: {"failure": failure(problem)} for name in jobs}
+        taken = {}
+    return [Measured(name, figures, taken.get(name, [])) for name, figures in found.items()]
