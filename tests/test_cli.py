@@ -294,6 +294,10 @@ def test_convert_there_and_back(run, checkpoint, tmp_path):
         ["convert", "a", "b", "--to", "keras"],
         ["info", "tiny", "small"],
         ["train"],
+        ["evaluate", "digits"],
+        ["export", "x"],
+        ["train", "digits", "--strategy", "zero"],
+        ["train", "digits", "--dtype", "float8"],
         ["train", "digits", "--variant", "huge"],
         ["train", "digits", "--variant", "tiny", "--config", "x"],
         ["train", "digits", "--holdout", "1"],
@@ -307,7 +311,9 @@ def test_wrong_usage_exits_with_2(argv, capsys):
     assert "usage: convnext-fast" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["classify"], ["convert"], ["info"], ["train"]])
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["classify"], ["convert"], ["info"], ["train"], ["evaluate"], ["export"]]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([*command, "--help"])
@@ -323,6 +329,8 @@ def test_help(command, capsys):
         (["info", "/no/such/folder"], "/no/such/folder"),
         (["demo", "--device", "abacus"], "device 'abacus' is not there"),
         (["train", "/no/such/folder", "--variant", "atto"], "/no/such/folder is no folder"),
+        (["evaluate", "digits", "--checkpoint", "/no/such/folder"], "/no/such/folder"),
+        (["export", "/no/such/folder", "x.onnx"], "/no/such/folder"),
     ],
 )
 def test_a_failure_is_one_line_and_status_1(run, tmp_path, monkeypatch, argv, words):

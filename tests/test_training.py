@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from training_support import Quiet, new_trainer, pictures, processor, stored, tiny_config, write_folder
 
 from convnext_fast import ConvNext, cli
+from convnext_fast.image_files import open_image
 from convnext_fast.image_processor import ConvNextImageProcessor
 from convnext_fast.training import evaluate
 from convnext_fast.training.data import evaluation_loader, load_folder
@@ -232,6 +233,70 @@ def test_fine_tuning_keeps_the_classifier_of_the_same_classes_and_starts_others_
     model = ConvNext.from_pretrained(tmp_path / "other" / "model")
     assert model.config.id2label == {0: "bright", 1: "dark"}
     assert ConvNextImageProcessor.from_pretrained(tmp_path / "other" / "model").size == {"shortest_edge": 8}
+
+
+def test_a_new_users_way_from_a_folder_of_images_to_an_exported_model(
+    image_folder, config_file, tmp_path, capsys, monkeypatch
+):
+    """Train, be interrupted, resume, evaluate, classify, export; each command reads what the one before has written."""
+    runtime = pytest.importorskip("onnxruntime", reason="needs the extra export")
+    monkeypatch.setenv("COLUMNS", "200")
+    data, run = tmp_path / "set", tmp_path / "run"
+    data.mkdir()
+    image_folder.rename(data / "train")
+    write_folder(data / "val", count=6)
+    options = ["--config", config_file, "--mixup", "0", "--cutmix", "0", "--ema", "0", "--epochs", "8"]
+    assert train(data, run, *options) == 0
+    capsys.readouterr()
+    assert train(data, run, *options) == 1
+    assert "holds a run already: resume it, or write to another folder" in capsys.readouterr().err
+    assert train(data, run, *options, "--resume") == 0
+    last = json.loads((run / "history.json").read_text())["epochs"][-1]
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(data), "--checkpoint", str(run / "model"), "--json"]) == 0
+    score = json.loads(capsys.readouterr().out)
+    assert score["images"] == 6
+    assert score["accuracy"] == last["accuracy"]
+    assert score["loss"] == pytest.approx(last["validation_loss"], rel=1e-5)
+    assert cli.main(["evaluate", str(data / "val"), "--checkpoint", str(run / "model")]) == 0
+    assert f"6 images: accuracy {score['accuracy']:.2%}, loss {score['loss']:.4f}" in capsys.readouterr().out
+    image = next((data / "val" / "light").iterdir())
+    assert cli.main(["classify", str(image), "--checkpoint", str(run / "model"), "--json"]) == 0
+    predictions = json.loads(capsys.readouterr().out)["predictions"]
+    assert cli.main(["export", str(run / "model"), str(tmp_path / "model.onnx")]) == 0
+    assert (
+        "pixel_values (N, 3, 8, 8) to logits (N, 2); onnxruntime differs from the model by" in capsys.readouterr().out
+    )
+    pixels = ConvNextImageProcessor.from_pretrained(run / "model")(open_image(image, 3)).pixel_values[0]
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"pixel_values": pixels[None].astype("float32")})
+    scores = torch.from_numpy(logits)[0].softmax(0)
+    assert {p["index"]: p["score"] for p in predictions} == pytest.approx(dict(enumerate(scores.tolist())), abs=1e-5)
+
+
+def test_classes_are_matched_by_name(image_folder, config_file, tmp_path, capsys):
+    arguments = ["--config", config_file, "--mixup", "0", "--cutmix", "0", "--ema", "0", "--epochs", "8"]
+    assert train(image_folder, tmp_path / "run", *arguments) == 0
+    model = ConvNext.from_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "data" / "light").rename(tmp_path / "data" / "bright")
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(image_folder), "--checkpoint", str(tmp_path / "run" / "model")]) == 1
+    assert "has the classes ['bright'], which the model does not have" in capsys.readouterr().err
+    (tmp_path / "data" / "bright").rename(tmp_path / "data" / "light")
+    # The same model with its classes in another order has the same score.
+    scores = []
+    for order in ([0, 1], [1, 0]):
+        with torch.no_grad():
+            for parameter in model.head.fc.parameters():
+                parameter.copy_(parameter[order])
+        names = [model.config.id2label[i] for i in order]
+        model.config = model.config.amended(id2label=dict(enumerate(names)))
+        model.save_pretrained(tmp_path / "other", format="transformers")
+        ConvNextImageProcessor.from_pretrained(tmp_path / "run" / "model").save_pretrained(tmp_path / "other")
+        assert cli.main(["evaluate", str(image_folder), "--checkpoint", str(tmp_path / "other"), "--json"]) == 0
+        scores.append(json.loads(capsys.readouterr().out))
+    assert scores[0] == pytest.approx(scores[1])
+    assert scores[0]["accuracy"] > 0.6
 
 
 @pytest.mark.parametrize(
