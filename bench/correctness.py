@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.cases import OPS, OpCase, reference_of, results
 from bench.environment import DTYPES
-from bench.timing import Reference, failure, worst_error
+from bench.timing import failure, worst_error
+from bench.variants import captured
 
 SHAPES = ((2, 9, 7, 40), (1, 14, 14, 96), (1, 7, 7, 384))
 STEM_SHAPES = ((2, 36, 28, 3), (1, 64, 64, 3))
+REPLAY, HUGE = "CUDA graph replay", "2³¹ elements"
 HUGE_OPS = ("dwconv_layernorm", "convnext_block")
 HUGE_MEMORY = 40 << 30
 """Free bytes that the cases of 2³¹ elements ask for: they hold x and three tensors of its size, in bfloat16."""
@@ -33,16 +34,16 @@ def cases(device: torch.device) -> list[OpCase]:
 def rows(device: torch.device) -> Iterator[dict[str, Any]]:
     """A row for each check: "passed" is True or False, or None with the reason in "failure" where it could not run."""
     for case in cases(device):
-        yield _row("against float64", case, lambda case=case: _against_float64(case, device))
-        yield _row("same bits twice", case, lambda case=case: _deterministic(case, device))
-        if device.type == "cuda":
-            yield _row("CUDA graph replay", case, lambda case=case: _replayed(case, device))
+        for check in CHECKS:
+            if check != REPLAY or device.type == "cuda":
+                yield row_of(check, case, device)
     if device.type != "cuda":
-        yield _not_run("CUDA graph replay", "all", "needs a CUDA device")
-    yield from _huge(device)
+        yield _not_run(REPLAY)
+    yield from huge_rows(device)
 
 
-def _row(check: str, case: OpCase, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def row_of(check: str, case: OpCase, device: torch.device) -> dict[str, Any]:
+    """``HUGE`` or one of ``CHECKS`` on one op."""
     row = {
         "key": f"correctness/{check}/{case.name}",
         "section": "correctness",
@@ -54,14 +55,13 @@ def _row(check: str, case: OpCase, run: Callable[[], dict[str, Any]]) -> dict[st
         "failure": None,
     }
     try:
-        return row | run()
+        return row | (_last_image if check == HUGE else CHECKS[check])(case, device)
     except Exception as error:
         return row | {"passed": False, "failure": failure(error)}
 
 
-def _not_run(check: str, op: str, why: str) -> dict[str, Any]:
-    key = f"correctness/{check}/{op}"
-    return {"key": key, "section": "correctness", "check": check, "op": op, "passed": None, "failure": why}
+def _not_run(check: str, why: str = "needs a CUDA device") -> dict[str, Any]:
+    return {"key": f"correctness/{check}", "section": "correctness", "check": check, "passed": None, "failure": why}
 
 
 def _against_float64(case: OpCase, device: torch.device) -> dict[str, Any]:
@@ -79,8 +79,6 @@ def _deterministic(case: OpCase, device: torch.device) -> dict[str, Any]:
 
 def _replayed(case: OpCase, device: torch.device) -> dict[str, Any]:
     """A forward captured on zeros, replayed on the inputs, gives the bits of a plain call."""
-    from bench.variants import captured
-
     inputs = case.inputs(device)
     with torch.no_grad():
         expected = case.form(True)(*inputs)
@@ -88,20 +86,18 @@ def _replayed(case: OpCase, device: torch.device) -> dict[str, Any]:
         return {"passed": torch.equal(replay(inputs[0]), expected)}
 
 
-def _huge(device: torch.device) -> Iterator[dict[str, Any]]:
+def huge_rows(device: torch.device) -> Iterator[dict[str, Any]]:
     """x of more than 2³¹ elements: the last image is right, which it is not where an offset overflows."""
-    check = "2³¹ elements"
     if device.type != "cuda":
-        yield _not_run(check, "all", "needs a CUDA device")
+        yield _not_run(HUGE)
         return
     free = torch.cuda.mem_get_info(device)[0]
     if free < HUGE_MEMORY:
-        yield _not_run(check, "all", f"needs {HUGE_MEMORY >> 30} GiB of free memory, found {free >> 30}")
+        yield _not_run(HUGE, f"needs {HUGE_MEMORY >> 30} GiB of free memory, found {free >> 30}")
         return
     images = 2**31 // (56 * 56 * 96) + 2
     for op in HUGE_OPS:
-        case = OpCase(op, (images, 56, 56, 96), "bfloat16", "forward")
-        yield _row(check, case, lambda case=case: _last_image(case, device))
+        yield row_of(HUGE, OpCase(op, (images, 56, 56, 96), "bfloat16", "forward"), device)
         torch.cuda.empty_cache()
 
 
@@ -110,8 +106,11 @@ def _last_image(case: OpCase, device: torch.device) -> dict[str, Any]:
     small = last.inputs(device)
     x = torch.zeros(case.shape, device=device, dtype=DTYPES[case.dtype])
     x[-1] = small[0][0]
-    reference: Reference = reference_of(last, small)
     with torch.no_grad():
-        out: Tensor = case.form(True)(x, *small[1:])
+        out = case.form(True)(x, *small[1:])
+    reference = reference_of(last, small)
     error = worst_error([out[-1:]], reference.expected)
     return {"passed": error <= reference.bound, "error": error, "error_bound": reference.bound}
+
+
+CHECKS = {"against float64": _against_float64, "same bits twice": _deterministic, REPLAY: _replayed}

@@ -132,6 +132,5 @@ def roofline(device: torch.device, measured: Roofline) -> Roofline:
 
 
 def _best(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of ten calls, as these make a limit."""
-    call()
-    return min(seconds([call], device) for _ in range(10))
+    """Seconds of the fastest of six calls, as these make a limit."""
+    return min(seconds([call], device) for _ in range(6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -51,21 +52,17 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What every step needs to know."""
+    """What every step needs to know. ``budget``: seconds of sampling for each contender, about."""
 
     device: torch.device
     roofline: Roofline
     quick: bool
+    budget: float
 
     @property
     def on_cpu(self) -> bool:
         """Whether the device is a CPU."""
         return self.device.type == "cpu"
-
-    @property
-    def budget(self) -> float:
-        """Seconds of sampling for each contender."""
-        return 2.0 if self.quick else 5.0
 
     @property
     def dtype(self) -> str:
@@ -108,18 +105,20 @@ class Study:
     def _models(self, cell: Cell) -> Step:
         """All contenders of a cell."""
         names = variants.contenders(cell.mode, self.device, self.quick)
-        key = _key("models", cell)
-        keys = {name: f"{key}/{name}" for name in names}
-
-        def prepare() -> dict[str, Contender]:
-            return variants.prepare(names, Subject(cell, self.device))
-
-        def run() -> Iterator[dict[str, Any]]:
-            for name, figures, _ in self._checked_time(names, prepare, work_of(cell), cell.dtype):
-                yield self._model_row("models", cell, keys[name], name, figures)
-
+        keys = tuple(f"{_key('models', cell)}/{name}" for name in names)
         title = f"{cell.variant}, {cell.mode}, {cell.batch} × {cell.side}², {cell.dtype}"
-        return Step("models", title, tuple(keys.values()), run)
+        prepare = functools.partial(self._subject_contenders, names, cell)
+        return Step("models", title, keys, lambda: self.model_rows(cell, names, prepare))
+
+    def _subject_contenders(self, names: tuple[str, ...], cell: Cell) -> dict[str, Contender]:
+        return variants.prepare(names, Subject(cell, self.device))
+
+    def model_rows(
+        self, cell: Cell, names: tuple[str, ...], prepare: Callable[[], dict[str, Contender]]
+    ) -> Iterator[dict[str, Any]]:
+        """A row of section "models" for each of ``names``, which ``prepare`` gives."""
+        for name, figures, _ in self._checked_time(names, prepare, work_of(cell), cell.dtype):
+            yield self._model_row("models", cell, f"{_key('models', cell)}/{name}", name, figures)
 
     def _axis(self, axis: str, cells: list[Cell]) -> Step:
         """The fused model at every size of an axis; on a CPU the sizes take turns."""
@@ -127,7 +126,7 @@ class Study:
         keys = {_key(f"scaling/{axis}", cell): cell for cell in cells}
 
         def prepare() -> dict[str, Contender]:
-            return {key: variants.prepare((name,), Subject(cell, self.device))[name] for key, cell in keys.items()}
+            return {key: self._subject_contenders((name,), cell)[name] for key, cell in keys.items()}
 
         def run() -> Iterator[dict[str, Any]]:
             largest = max((work_of(cell) for cell in cells), key=lambda work: work.flops)
@@ -144,7 +143,7 @@ class Study:
 
         def run() -> Iterator[dict[str, Any]]:
             base = {"section": "stages", **dataclasses.asdict(case), "quick": self.quick}
-            prepare = lambda: cases.prepare(names, case, self.device)  # noqa: E731
+            prepare = functools.partial(cases.prepare, names, case, self.device)
             for name, figures, _ in self._checked_time(names, prepare, case.work, case.dtype):
                 yield base | {"key": keys[name], "contender": name} | self._with_rates(figures, case.work, case.dtype)
 

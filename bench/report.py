@@ -24,7 +24,7 @@ def write(folder: Path) -> None:
 
 def line(row: Row) -> str:
     """A row for people, while the study runs."""
-    name = row["key"].removesuffix("/all")
+    name = row["key"]
     if row["failure"]:
         return f"{name}: {row['failure']}"
     if "p50_ms" in row:

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -65,28 +65,39 @@ def default_folder(device: torch.device, quick: bool) -> Path:
     return HOME / (name + ("-quick" if quick else ""))
 
 
-def run(
-    device: torch.device,
-    folder: Path,
-    quick: bool,
-    sections: tuple[str, ...],
-    say: Callable[[str], None] | None = None,
-) -> None:
-    """Do what is not done yet, and write every row; ``say`` gets a line for each row (default: a progress bar)."""
+def run(device: torch.device, folder: Path, quick: bool, sections: tuple[str, ...]) -> None:
+    """Measure what the folder does not hold yet."""
     results = Results(folder, environment.facts(device))
-    # Each contender of a cell compiles the same code anew, on purpose.
+    # Each contender compiles the same code anew, on purpose.
     torch._dynamo.config.recompile_limit = 64
-    rates = _rates(results, device)
-    steps = plan.Study(device, rates, quick).steps(sections)
+    steps = plan.Study(device, _rates(results, device), quick, 2.0 if quick else 5.0).steps(sections)
     with _Progress(len(steps)) as progress:
-        for step in steps:
-            progress.start(step)
-            if not step.finished(results):
-                for row in step.rows():
-                    results.add(row)
-                    (say or progress.say)(report.line(row))
-                _check_alive(device)
-            progress.finish()
+        follow(steps, results, progress, lambda: _check_alive(device))
+
+
+def follow(steps: Sequence[plan.Step], results: Results, progress: Progress, between: Callable[[], None]) -> None:
+    """Do the steps that are not finished, adding every row to the results; call ``between`` after each."""
+    for step in steps:
+        progress.start(step)
+        if not step.finished(results):
+            for row in step.rows():
+                results.add(row)
+                progress.say(report.line(row))
+            between()
+        progress.finish()
+
+
+class Progress(Protocol):
+    """Who is told how a study goes on."""
+
+    def start(self, step: plan.Step) -> None:
+        """A step begins."""
+
+    def say(self, text: str) -> None:
+        """A row was added."""
+
+    def finish(self) -> None:
+        """The step is done."""
 
 
 def _rates(results: Results, device: torch.device) -> environment.Roofline:

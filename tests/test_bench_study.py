@@ -1,0 +1,246 @@
+"""The study: what it plans, that it goes on after a kill, what it writes, and README's section."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bench_support import CPU, NAMES, ROOFLINE, measured_rows, stored, tiny_cell
+
+from bench import environment, plan, plots, readme, report, results, startup, study
+from bench.environment import ROOT
+from bench.plan import Step, Study
+from bench.results import Results
+from bench.variants import RECIPES
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from bench import environment, study
+from bench.plan import Step
+from bench.results import Results
+import torch
+
+class Lines:
+    def start(self, step): pass
+    def say(self, text): print(text, flush=True)
+    def finish(self): pass
+
+def rows(section):
+    for i in range(2):
+        yield {"key": f"{section}/{i}", "section": section, "failure": None, "at": time.time()}
+        time.sleep(float(sys.argv[2]))
+
+steps = [Step(s, s, (f"{s}/0", f"{s}/1"), lambda s=s: rows(s)) for s in "ab"]
+steps.append(Step("c", "c", (), lambda: rows("c")))
+results = Results(Path(sys.argv[1]), environment.facts(torch.device("cpu")))
+study.follow(steps, results, Lines(), lambda: None)
+"""
+
+
+def test_goes_on_after_a_kill(tmp_path):
+    """Rows of finished steps stay as they are; a step that was cut short is done anew; nothing is doubled."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    process = subprocess.Popen([*command, "0.5"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert [process.stdout.readline().split(":")[0] for _ in range(3)] == ["a/0", "a/1", "b/0"]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {row["key"]: row["at"] for row in results.read(tmp_path)}
+    assert list(before) == ["a/0", "a/1", "b/0"]
+    for _ in range(2):
+        done = subprocess.run([*command, "0"], cwd=ROOT, capture_output=True, text=True, check=True)
+        after = {row["key"]: row.get("at") for row in results.read(tmp_path)}
+        assert set(after) == {f"{s}/{i}" for s in "abc" for i in range(2)} | {"c/finished"}
+        assert {key: after[key] for key in ("a/0", "a/1")} == {key: before[key] for key in ("a/0", "a/1")}
+        assert after["b/0"] > before["b/0"]
+        assert len(results.read(tmp_path)) == 7
+    assert done.stdout == ""  # the third run has nothing to do
+
+
+def test_results_of_another_device_are_refused(tmp_path):
+    stored(tmp_path, [{"key": "k", "section": "models", "failure": None}])
+    facts = environment.facts(CPU)
+    assert "k" in Results(tmp_path, facts)
+    with pytest.raises(ValueError, match=r"holds results of device .*, this run is of device Other|choose another"):
+        Results(tmp_path, facts | {"device": "Other"})
+    (tmp_path / results.FILE).write_text("[1]")
+    with pytest.raises(ValueError, match="is not a file of results"):
+        Results(tmp_path, facts)
+
+
+def test_every_row_says_what_it_ran_on(tmp_path):
+    stored(tmp_path, [{"key": "k", "section": "models", "failure": None}])
+    (row,) = results.read(tmp_path)
+    assert row.keys() >= {"device", "commit", "torch", "threads", "triton", "python"}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plan(device, quick):
+    steps = Study(torch.device(device), ROOFLINE, quick, 1.0).steps()
+    assert list(plan.SECTIONS) == list(dict.fromkeys(step.section for step in steps))
+    keys = [key for step in steps for key in step.keys]
+    assert len(keys) == len(set(keys))
+    ran = {key.rsplit("/", 1)[1] for key in keys if key.startswith("models/")}
+    possible = {name for name, recipe in RECIPES.items() if recipe.only in (None, device)}
+    assert ran == {name for name in possible if RECIPES[name].quick or not quick}
+    cells = {tuple(key.split("/")[1:3]) for key in keys if key.startswith("models/")}
+    if quick:
+        assert {variant for variant, _ in cells} == {"tiny"}
+    else:
+        sizes = {(v, f"{n}x224") for v in ("tiny", "small", "base", "large") for n in (1, 8, 32, 64, 128, 256)}
+        assert sizes <= cells
+    assert [step.section for step in Study(CPU, ROOFLINE, quick, 1.0).steps(("startup",))] == ["startup"]
+
+
+def test_what_takes_too_long_is_not_run_and_says_so():
+    slow = Study(CPU, environment.Roofline({"float32": 1.0}, 1.0, "made up"), quick=True, budget=1.0)
+    rows = list(slow.model_rows(tiny_cell("inference"), NAMES, lambda: pytest.fail("prepared")))
+    assert [row["contender"] for row in rows] == list(NAMES)
+    assert all(row["failure"].startswith("not run: a call takes") for row in rows)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A study of tiny models, with a contender that failed."""
+    folder = tmp_path_factory.mktemp("results") / "here"
+    rows = [row for mode in ("inference", "training") for n in (1, 2) for row in measured_rows(mode, n)]
+    rows[1] = {k: v for k, v in rows[1].items() if k in ("key", "section", "contender", "variant", "batch", "side")} | {
+        "mode": "inference",
+        "dtype": "float32",
+        "failure": "OutOfMemoryError: no room",
+    }
+    correct = {"key": "c", "section": "correctness", "check": "against float64", "op": "o", "dtype": "float32"}
+    stored(folder, [*rows, correct | {"failure": None, "passed": True, "error": 1e-7, "error_bound": 1e-5}])
+    return folder
+
+
+def test_report_and_plots(folder):
+    report.write(folder)
+    text = (folder / report.FILE).read_text()
+    assert "1 of 1 checks passed" in text
+    assert "OutOfMemoryError: no room" in text
+    rows = [row for row in results.read(folder) if row["section"] == "models"]
+    for cell in report.cells(rows).values():
+        fastest = min(row["p50_ms"] for row in cell if row["contender"] != "fused" and not row["failure"])
+        for row in cell:
+            if row["failure"] is None:
+                ratio = f"{fastest / row['p50_ms']:.2f}"
+                name = "**fused**" if row["contender"] == "fused" else row["contender"]
+                assert re.search(rf"\| {re.escape(name)} \| {row['p50_ms']:.2f} .*\| {ratio} \|", text)
+    for name in ("throughput.png", "memory.png", "speedup.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+        assert f"({name})" in text
+    assert "![](stages.png)" not in text
+
+
+def test_what_is_modelled_stands_apart():
+    """Modelled figures are in their own section, marked, and never in a table of measured ones."""
+    row = {"key": "modelled/sm_90/inference", "section": "modelled", "target": "sm_90", "mode": "inference"}
+    row |= {"chip": "H100 SXM", "sheet_bandwidth": 3.35e12, "sheet_flops": 989.4e12, "failure": None}
+    row |= {"modelled_ms": 12.25, "megabytes_an_image": 40.0, "launches": 60, "saved_mb_an_image": None}
+    row |= environment.facts(CPU)
+    text = report.text([row], [])
+    before, after = text.split("## Modelled, not measured")
+    assert "12.25" not in before
+    assert "12.25" in after
+    assert "3.35" in after
+    assert "989" in after
+    assert "Nothing in this section ran" in after
+
+
+def test_one_command_writes_the_readme(folder, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("# Title\n\n<!-- performance:  -->\n\n<!-- end -->\n\nAfter.\n")
+    (tmp_path / "bench").mkdir()
+    target = tmp_path / "bench" / "here"
+    target.mkdir()
+    (target / results.FILE).write_text((folder / results.FILE).read_text())
+    readme.update([target], path)
+    text = path.read_text()
+    assert text.startswith("# Title\n\n<!-- performance: bench/here -->\n")
+    assert text.endswith("<!-- end -->\n\nAfter.\n")
+    names, body = readme.stated(path)
+    assert names == ["bench/here"]
+    assert body == readme.section(names, tmp_path)
+    for row in results.read(target):
+        if row["section"] == "models" and row["contender"] == "fused":
+            assert f"{row['p50_ms']:.1f} (fused)" in body
+    readme.update([target], path)
+    assert path.read_text() == text
+    with pytest.raises(ValueError, match="is not below"):
+        readme.update([folder.parent], path)
+
+
+def test_readme_agrees_with_the_committed_results():
+    """`python -m bench.study --readme FOLDER …` with the folders that it names would change nothing."""
+    names, body = readme.stated()
+    assert body == readme.section(names)
+
+
+def test_exit_status_tells_of_our_failures(tmp_path):
+    def failing(**row):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        stored(folder, [{"key": "k", "section": "models", "failure": None, **row}])
+        return bool(study.failed(folder))
+
+    assert not failing(contender="fused")
+    assert failing(contender="fused", failure="WrongResult: x")
+    assert failing(contender="frozen + compile", failure="RuntimeError: x")
+    assert not failing(contender="fused", failure="OutOfMemoryError: x")
+    assert not failing(contender="compile", failure="RuntimeError: x")
+    assert failing(section="correctness", passed=False)
+    assert not failing(section="correctness", passed=None, failure="needs a CUDA device")
+
+
+def test_wrong_use_is_refused(capsys, tmp_path):
+    assert study.main(["--report", "--output", str(tmp_path / "none")]) == 1
+    assert "results.json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        study.main(["--only", "nothing"])
+
+
+def test_start_up_is_measured():
+    assert 0 < startup.import_seconds(1)[0] < 10
+    taken = startup.calls(CPU)
+    assert set(taken) == set(startup.OPS)
+    assert all(found["first_call_s"] > 0 < found["cached_call_s"] for found in taken.values())
+
+
+def test_pytest_benchmark_rows(tmp_path):
+    """The numbers in pytest-benchmark's table are the measured ones, and each carries a whole row."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/test_kernels.py"]
+    command += ["--benchmark-only", "-k", "patchify_stem", f"--benchmark-json={tmp_path / 'rows.json'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    found = json.loads((tmp_path / "rows.json").read_text())["benchmarks"]
+    assert {each["extra_info"]["contender"] for each in found} == {"eager", "eager channels_last", "fused"}
+    for each in found:
+        info = each["extra_info"]
+        assert each["stats"]["median"] == pytest.approx(info["p50_ms"] / 1e3)
+        assert info.keys() >= {"device", "commit", "torch", "shape", "dtype", "mode", "p20_ms", "p80_ms", "gbs"}
+        assert info.keys() >= {"tflops", "of_roofline", "peak_mib", "saved_mib", "error"}
+
+
+def test_step_without_keys_is_marked(tmp_path):
+    step = Step("startup", "t", (), lambda: [{"key": "startup/x", "section": "startup", "failure": None}])
+    held = Results(tmp_path, environment.facts(CPU))
+    assert not step.finished(held)
+    held.add(*step.rows())
+    assert step.finished(held)
+
+
+def test_colours_differ():
+    for ours in (False, True):
+        names = [name for name in RECIPES if plots.is_ours(name) == ours]
+        assert len({plots._colour(name) for name in names}) == len(names)
+
+
+def test_folders_are_named_by_device_and_date():
+    assert re.fullmatch(r"[a-z0-9-]+-\d{4}-\d\d-\d\d-quick", Path(study.default_folder(CPU, True)).name)
