@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import backend, reference
 from .config import ACTIVATIONS
+from .downsampling import Downsample
 
 __all__ = [
     "convnext_block",
@@ -206,7 +207,7 @@ def downsample(
     """The layer between stages: LayerNorm, then a convolution of non-overlapping patches.
 
     x: (N, H, W, C); weight: (C', C, kh, kw). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C').
-    Off a GPU the reference already is what there is to do: two calls without a copy.
+    Off a GPU this is the reference, two calls without a copy, but that for backward x alone is saved.
 
     Raises:
         TypeError, ValueError: as `convnext_block`.
@@ -216,7 +217,10 @@ def downsample(
     _check(x, "ln_weight", ln_weight, (x.shape[3],))
     _check(x, "ln_bias", ln_bias, (x.shape[3],))
     dtype = _compute_dtype(x, weight=weight)
-    if backend.select(x.device, dtype) != "triton":
+    path = backend.select(x.device, dtype)
+    if path == "aten" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return Downsample.apply(x, ln_weight, ln_bias, weight, bias, eps, dtype)
+    if path != "triton":
         return reference.downsample(x, ln_weight, ln_bias, weight, bias, eps)
     return _operators().downsample_fwd(x.contiguous(), ln_weight, ln_bias, weight, bias, eps, dtype)
 
