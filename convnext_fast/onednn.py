@@ -24,6 +24,8 @@ _FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "s
 # Filters are at most so high and wide: larger ones gain nothing and sum all products in one chain.
 _LARGEST_FILTER = 56
 
+_X86 = platform.machine() in ("x86_64", "AMD64")
+
 _PACKED = WeakTensorKeyDictionary()
 
 
@@ -34,7 +36,7 @@ def serves(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
-        and platform.machine() in ("x86_64", "AMD64")
+        and _X86
     )
 
 

@@ -76,7 +76,8 @@ def convnext_block(
     dtype = _compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
     if gamma is not None:
         x = x.to(torch.promote_types(x.dtype, gamma.dtype))
-    if backend.select(x.device, dtype) == "reference":
+    path = backend.select(x.device, dtype)
+    if path == "reference":
         ln_weight, ln_bias = _affine(x, ln_weight, ln_bias)
         return reference.convnext_block(
             x, dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma, drop_scale, eps, act
@@ -84,7 +85,7 @@ def convnext_block(
     if not torch.is_grad_enabled():
         recompute = 2
     args = (dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma, drop_scale)
-    return _operators().block_fwd(x.contiguous(), *args, eps, act, recompute, dtype)[0]
+    return _implementation(x, path).block_fwd(x.contiguous(), *args, eps, act, recompute, dtype)[0]
 
 
 def frozen_block(
@@ -112,13 +113,14 @@ def frozen_block(
     _check(x, "b1", b1, (2, hidden))
     dtype = _compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
     tensors = (x, dwconv_weight, dwconv_bias, w1, b1, w2, b2)
-    if w1.dtype != dtype or _wants_gradient(*tensors) or backend.select(x.device, dtype) == "reference":
+    path = backend.select(x.device, dtype)
+    if w1.dtype != dtype or _wants_gradient(*tensors) or path == "reference":
         mlp = (w1, b1[0].to(w1.dtype), w2, b2.to(w1.dtype))
         return convnext_block(x, dwconv_weight, dwconv_bias, None, None, *mlp, eps=eps, act=act)
     _check_dwconv(x, dwconv_weight, dwconv_bias)
     _check_mlp(x, w1, b1[0], w2, b2, None, None, channels, hidden)
     _check_options(act, 2)
-    return _operators().frozen_block_fwd(x.contiguous(), *tensors[1:], eps, act, dtype)
+    return _implementation(x, path).frozen_block_fwd(x.contiguous(), *tensors[1:], eps, act, dtype)
 
 
 def dwconv_layernorm(
@@ -134,9 +136,11 @@ def dwconv_layernorm(
     _check(x, "ln_weight", ln_weight, (x.shape[3],))
     _check(x, "ln_bias", ln_bias, (x.shape[3],))
     dtype = _compute_dtype(x, weight=weight)
-    if backend.select(x.device, dtype) == "reference":
+    path = backend.select(x.device, dtype)
+    if path == "reference":
         return reference.dwconv_layernorm(x, weight, bias, ln_weight, ln_bias, eps)
-    return _operators().dwconv_layernorm_fwd(x.contiguous(), weight, bias, ln_weight, ln_bias, eps, dtype)[0]
+    arguments = (x.contiguous(), weight, bias, ln_weight, ln_bias, eps, dtype)
+    return _implementation(x, path).dwconv_layernorm_fwd(*arguments)[0]
 
 
 def pointwise_mlp(
@@ -165,7 +169,8 @@ def pointwise_mlp(
     _check_mlp(x, w1, b1, w2, b2, gamma, drop_scale, x.shape[3], _rows_of(w1, "w1"))
     _check_options(act, recompute)
     dtype = _compute_dtype(x, w1=w1, w2=w2)
-    if backend.select(x.device, dtype) == "reference":
+    path = backend.select(x.device, dtype)
+    if path == "reference":
         return reference.pointwise_mlp(x, residual, w1, b1, w2, b2, gamma, drop_scale, act)
     if residual is None:
         x = x.to(dtype)
@@ -174,7 +179,7 @@ def pointwise_mlp(
     if not torch.is_grad_enabled():
         recompute = 2
     residual = None if residual is None else residual.contiguous()
-    return _operators().pointwise_mlp_fwd(
+    return _implementation(x, path).pointwise_mlp_fwd(
         x.contiguous(), residual, w1, b1, w2, b2, gamma, drop_scale, act, recompute, dtype
     )[0]
 
@@ -197,8 +202,7 @@ def patchify_stem(
     dtype = _compute_dtype(image, weight=weight)
     if backend.select(image.device, dtype) != "triton":
         return reference.patchify_stem(image, weight, bias, ln_weight, ln_bias, eps)
-    save = torch.is_grad_enabled()
-    return _operators().patchify_stem_fwd(image, weight, bias, ln_weight, ln_bias, eps, dtype, save)[0]
+    return _implementation(image, "triton").patchify_stem_fwd(image, weight, bias, ln_weight, ln_bias, eps, dtype)
 
 
 def downsample(
@@ -222,7 +226,7 @@ def downsample(
         return Downsample.apply(x, ln_weight, ln_bias, weight, bias, eps, dtype)
     if path != "triton":
         return reference.downsample(x, ln_weight, ln_bias, weight, bias, eps)
-    return _operators().downsample_fwd(x.contiguous(), ln_weight, ln_bias, weight, bias, eps, dtype)
+    return _implementation(x, "triton").downsample_fwd(x.contiguous(), ln_weight, ln_bias, weight, bias, eps, dtype)
 
 
 def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -240,11 +244,26 @@ def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1
     dtype = _compute_dtype(x, weight=weight)
     if weight.dtype != dtype or _wants_gradient(x, weight, bias) or backend.select(x.device, dtype) != "triton":
         return downsample(x, *_affine(x, None, None), taps, bias.to(weight.dtype), eps=eps)
-    return _operators().frozen_downsample_fwd(x.contiguous(), weight, bias, eps, dtype)
+    return _implementation(x, "triton").frozen_downsample_fwd(x.contiguous(), weight, bias, eps, dtype)
 
 
-def _operators() -> ModuleType:
-    """The registered operators, loaded on first use: registration imports PyTorch's compiler, a second of start-up."""
+def _implementation(x: Tensor, path: backend.Backend) -> ModuleType:
+    """The registered operators; where only values are wanted of a CPU, the functions that they would call.
+
+    An operator's machinery costs up to 0.1 ms a call there, and loading it imports PyTorch's compiler, a second.
+    """
+    values_only = (
+        path == "aten"
+        and type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+    if values_only:
+        from . import aten
+
+        return aten
     from . import operators
 
     return operators
