@@ -73,6 +73,12 @@ def gelu(x, FORM: tl.constexpr):
 
 
 @triton.jit
+def twice_gelu(x, FORM: tl.constexpr):
+    """2·GELU of float32 ``x`` in a short form, an instruction less: for a product whose sum is halved."""
+    return tl.fma(tl.abs(x), 1.0 - tl.exp2(_tail_log2(tl.abs(x), FORM)), x)
+
+
+@triton.jit
 def gelu_and_grad(x, FORM: tl.constexpr):
     """(GELU(x), GELU′(x)) of float32 ``x``; what the caller drops costs nothing. The short forms are one here."""
     t = x * x

@@ -8,7 +8,7 @@ du = rstd·(dx̂ − mean(dx̂) − x̂·mean(dx̂·x̂)). ``_weight_kernel`` ow
     D = daᵀ·x̂ (K, C)    Eᵀ = hᵀ·dz' (K, C)    db1 = Σ_p da
 
 It computes aᵀ and dhᵀ, so that daᵀ and hᵀ are already the left operands of the second products. The shares' sums are
-added in a second pass, in a fixed order. C is cut into C0 + C1 as in the forward.
+added in a second pass, in a fixed order. C is cut into parts as in the forward.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _along(dx, u_ptr, mean, rstd, rows, rows_ok, C: tl.constexpr, FIRST: tl.cons
 def _input_kernel(
     dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, du_ptr, dz_sum_ptr,
     P, rows_per_sample, eps,
-    C: tl.constexpr, K: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr,
     ACT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = u_ptr.dtype.element_ty
@@ -82,50 +82,49 @@ def _input_kernel(
         mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
     if drop_scale_ptr is not None:
         s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0)
-    wide, dz0 = _scaled(dy_ptr, s, rows, rows_ok, dtype, C, 0, C0)
-    _store_column_sums(dz_sum_ptr, wide, C, 0, C0)
-    x0 = normalise(load_rows(u_ptr, rows, rows_ok, C, 0, C0), mean, rstd, NB > 0)
-    dx0 = tl.zeros((BLOCK_M, C0), tl.float32)
-    if C1 > 0:
-        wide, dz1 = _scaled(dy_ptr, s, rows, rows_ok, dtype, C, C0, C1)
-        _store_column_sums(dz_sum_ptr, wide, C, C0, C1)
-        x1 = normalise(load_rows(u_ptr, rows, rows_ok, C, C0, C1), mean, rstd, NB > 0)
-        dx1 = tl.zeros((BLOCK_M, C1), tl.float32)
+    x, dz, dx = (), (), ()
+    for i in tl.static_range(len(PARTS)):
+        wide, narrow = _scaled(dy_ptr, s, rows, rows_ok, dtype, C, PARTS[i][0], PARTS[i][1])
+        _store_column_sums(dz_sum_ptr, wide, C, PARTS[i][0], PARTS[i][1])
+        dz += (narrow,)
+        x += (normalise(load_rows(u_ptr, rows, rows_ok, C, PARTS[i][0], PARTS[i][1]), mean, rstd, NB > 0),)
+        dx += (tl.zeros((BLOCK_M, PARTS[i][1]), tl.float32),)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        w1_0 = load_fc1(w1_ptr, k, K, C, 0, C0, BLOCK_K)
-        if C1 > 0:
-            w1_1 = load_fc1(w1_ptr, k, K, C, C0, C1, BLOCK_K)
+        w1 = ()
+        for i in tl.static_range(len(PARTS)):
+            w1 += (load_fc1(w1_ptr, k, K, C, PARTS[i][0], PARTS[i][1], BLOCK_K),)
         if a_ptr is not None:
             at = first * K + rows[:, None] * K + k[None, :]
             a = tl.load(a_ptr + at, mask=rows_ok[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
         else:
-            bias = tl.load(b1_ptr + k, mask=k < K, other=0.0)
-            a = tl.dot(x0, w1_0.T, tl.broadcast_to(bias[None, :], (BLOCK_M, BLOCK_K)), input_precision=PRECISION)
-            if C1 > 0:
-                a = tl.dot(x1, w1_1.T, a, input_precision=PRECISION)
-        dh = tl.dot(dz0, load_fc2(w2_ptr, k, K, C, 0, C0, BLOCK_K), input_precision=PRECISION)
-        if C1 > 0:
-            dh = tl.dot(dz1, load_fc2(w2_ptr, k, K, C, C0, C1, BLOCK_K), dh, input_precision=PRECISION)
+            a = tl.broadcast_to(tl.load(b1_ptr + k, mask=k < K, other=0.0)[None, :], (BLOCK_M, BLOCK_K))
+            for i in tl.static_range(len(PARTS)):
+                a = tl.dot(x[i], w1[i].T, a, input_precision=PRECISION)
+        dh = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        for i in tl.static_range(len(PARTS)):
+            w2 = load_fc2(w2_ptr, k, K, C, PARTS[i][0], PARTS[i][1], BLOCK_K)
+            dh = tl.dot(dz[i], w2, dh, input_precision=PRECISION)
         _, slope = activation_and_grad(a, ACT, FORM)
         da = (dh * slope).to(dtype)
-        dx0 = tl.dot(da, w1_0, dx0, input_precision=PRECISION)
-        if C1 > 0:
-            dx1 = tl.dot(da, w1_1, dx1, input_precision=PRECISION)
+        sums = ()
+        for i in tl.static_range(len(PARTS)):
+            sums += (tl.dot(da, w1[i], dx[i], input_precision=PRECISION),)
+        dx = sums
     if NB > 0:
-        total = tl.sum(dx0, axis=1)
-        along = _along(dx0, u_ptr, mean, rstd, rows, rows_ok, C, 0, C0)
-        if C1 > 0:
-            total += tl.sum(dx1, axis=1)
-            along += _along(dx1, u_ptr, mean, rstd, rows, rows_ok, C, C0, C1)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        along = tl.zeros((BLOCK_M,), tl.float32)
+        for i in tl.static_range(len(PARTS)):
+            total += tl.sum(dx[i], axis=1)
+            along += _along(dx[i], u_ptr, mean, rstd, rows, rows_ok, C, PARTS[i][0], PARTS[i][1])
         total, along = total * (1.0 / C), along * (1.0 / C)
-        _layernorm_bwd(dx0, u_ptr, mean, rstd, total, along, du_ptr, rows, rows_ok, C, 0, C0)
-        if C1 > 0:
-            _layernorm_bwd(dx1, u_ptr, mean, rstd, total, along, du_ptr, rows, rows_ok, C, C0, C1)
+        for i in tl.static_range(len(PARTS)):
+            _layernorm_bwd(
+                dx[i], u_ptr, mean, rstd, total, along, du_ptr, rows, rows_ok, C, PARTS[i][0], PARTS[i][1]
+            )  # fmt: skip
     else:
-        store_rows(du_ptr, dx0, rows, rows_ok, C, 0, C0)
-        if C1 > 0:
-            store_rows(du_ptr, dx1, rows, rows_ok, C, C0, C1)
+        for i in tl.static_range(len(PARTS)):
+            store_rows(du_ptr, dx[i], rows, rows_ok, C, PARTS[i][0], PARTS[i][1])
 
 
 @triton.jit
@@ -138,21 +137,18 @@ def _store_weights(ptr, value, k, K: tl.constexpr, C: tl.constexpr, FIRST: tl.co
 def _weight_kernel(
     dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr,
     P, rows_per_sample, share, eps,
-    C: tl.constexpr, K: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr,
     ACT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     split = tl.program_id(1).to(tl.int64)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    w1_0 = load_fc1(w1_ptr, k, K, C, 0, C0, BLOCK_K)
-    w2_0 = load_fc2(w2_ptr, k, K, C, 0, C0, BLOCK_K).T
-    D0 = tl.zeros((BLOCK_K, C0), tl.float32)
-    E0 = tl.zeros((BLOCK_K, C0), tl.float32)
-    if C1 > 0:
-        w1_1 = load_fc1(w1_ptr, k, K, C, C0, C1, BLOCK_K)
-        w2_1 = load_fc2(w2_ptr, k, K, C, C0, C1, BLOCK_K).T
-        D1 = tl.zeros((BLOCK_K, C1), tl.float32)
-        E1 = tl.zeros((BLOCK_K, C1), tl.float32)
+    w1, w2, D, E = (), (), (), ()
+    for i in tl.static_range(len(PARTS)):
+        w1 += (load_fc1(w1_ptr, k, K, C, PARTS[i][0], PARTS[i][1], BLOCK_K),)
+        w2 += (load_fc2(w2_ptr, k, K, C, PARTS[i][0], PARTS[i][1], BLOCK_K).T,)
+        D += (tl.zeros((BLOCK_K, PARTS[i][1]), tl.float32),)
+        E += (tl.zeros((BLOCK_K, PARTS[i][1]), tl.float32),)
     bias = tl.load(b1_ptr + k, mask=k < K, other=0.0)
     db1 = tl.zeros((BLOCK_K,), tl.float32)
     rows = tl.arange(0, BLOCK_M)
@@ -166,38 +162,36 @@ def _weight_kernel(
             mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
         if drop_scale_ptr is not None:
             s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0)
-        x0 = normalise(load_rows(u, rows, rows_ok, C, 0, C0), mean, rstd, NB > 0)
-        _, dz0 = _scaled(dy, s, rows, rows_ok, dtype, C, 0, C0)
-        dh = tl.dot(w2_0, dz0.T, input_precision=PRECISION)
-        if C1 > 0:
-            x1 = normalise(load_rows(u, rows, rows_ok, C, C0, C1), mean, rstd, NB > 0)
-            _, dz1 = _scaled(dy, s, rows, rows_ok, dtype, C, C0, C1)
-            dh = tl.dot(w2_1, dz1.T, dh, input_precision=PRECISION)
+        x, dz = (), ()
+        dh = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+        for i in tl.static_range(len(PARTS)):
+            x += (normalise(load_rows(u, rows, rows_ok, C, PARTS[i][0], PARTS[i][1]), mean, rstd, NB > 0),)
+            _, narrow = _scaled(dy, s, rows, rows_ok, dtype, C, PARTS[i][0], PARTS[i][1])
+            dz += (narrow,)
+            dh = tl.dot(w2[i], narrow.T, dh, input_precision=PRECISION)
         if a_ptr is not None:
             at = first * K + rows[:, None] * K + k[None, :]
             a = tl.load(a_ptr + at, mask=rows_ok[:, None] & (k < K)[None, :], other=0.0).T.to(tl.float32)
         else:
-            a = tl.dot(w1_0, x0.T, tl.broadcast_to(bias[:, None], (BLOCK_K, BLOCK_M)), input_precision=PRECISION)
-            if C1 > 0:
-                a = tl.dot(w1_1, x1.T, a, input_precision=PRECISION)
+            a = tl.broadcast_to(bias[:, None], (BLOCK_K, BLOCK_M))
+            for i in tl.static_range(len(PARTS)):
+                a = tl.dot(w1[i], x[i].T, a, input_precision=PRECISION)
         h, slope = activation_and_grad(a, ACT, FORM)
         da = dh * slope
         db1 += tl.sum(da, axis=1)
         da = da.to(dtype)
         h = h.to(dtype)
-        D0 = tl.dot(da, x0, D0, input_precision=PRECISION)
-        E0 = tl.dot(h, dz0, E0, input_precision=PRECISION)
-        if C1 > 0:
-            D1 = tl.dot(da, x1, D1, input_precision=PRECISION)
-            E1 = tl.dot(h, dz1, E1, input_precision=PRECISION)
+        D_sums, E_sums = (), ()
+        for i in tl.static_range(len(PARTS)):
+            D_sums += (tl.dot(da, x[i], D[i], input_precision=PRECISION),)
+            E_sums += (tl.dot(h, dz[i], E[i], input_precision=PRECISION),)
+        D, E = D_sums, E_sums
     tl.store(db1_ptr + split * K + k, db1, mask=k < K)
     D_ptr += split * K * C
     E_ptr += split * K * C
-    _store_weights(D_ptr, D0, k, K, C, 0, C0)
-    _store_weights(E_ptr, E0, k, K, C, 0, C0)
-    if C1 > 0:
-        _store_weights(D_ptr, D1, k, K, C, C0, C1)
-        _store_weights(E_ptr, E1, k, K, C, C0, C1)
+    for i in tl.static_range(len(PARTS)):
+        _store_weights(D_ptr, D[i], k, K, C, PARTS[i][0], PARTS[i][1])
+        _store_weights(E_ptr, E[i], k, K, C, PARTS[i][0], PARTS[i][1])
 
 
 def fused_bwd(
@@ -215,20 +209,20 @@ def fused_bwd(
     """``mlp_bwd`` in two kernels, whatever the width; P > 0."""
     P, C = u.shape
     K = w1g.shape[0]
-    C0, C1 = split_width(C)
+    target = target_of(u)
     CB, NB = norm_blocks(stats, C, u.dtype)
     per_sample = 1 if drop_scale is None else P // drop_scale.numel()
-    shape = {"C": C, "K": K, "C0": C0, "C1": C1, "CB": CB, "NB": NB}
+    shape = {"C": C, "K": K, "PARTS": split_width(C, target), "CB": CB, "NB": NB}
     shape |= {"ACT": act, "FORM": gelu_form(u.dtype), "PRECISION": dot_precision(u)}
     du = torch.empty_like(u)
-    config = input_grad_config(C, target_of(u))
+    config = input_grad_config(C, target)
     programs = triton.cdiv(P, config.BLOCK_M)
     dz_sum = torch.empty((programs, C), dtype=torch.float32, device=u.device)
     launch(
         _input_kernel, (programs,),
         dy, u, stats, a, w1g, b1g, w2g, drop_scale, du, dz_sum, P, per_sample, eps, **shape, **config.meta(),
     )  # fmt: skip
-    config, share = weight_grad_config(P, C, K, target_of(u))
+    config, share = weight_grad_config(P, C, K, target)
     splits = triton.cdiv(P, share)
     products = torch.empty((2, splits, K, C), dtype=torch.float32, device=u.device)
     db1 = torch.empty((splits, K), dtype=torch.float32, device=u.device)

@@ -15,6 +15,7 @@ from torch import Tensor
 from .statistics import stats_block
 from .targets import PROCESSORS
 
+WARP_GROUPS = ("sm_90", "sm_100")  # targets that multiply matrices by warp groups or larger
 _FUSED_FORWARD = 192
 _FUSED_BACKWARD = 128
 
@@ -48,13 +49,21 @@ class GemmConfig:
         return dataclasses.asdict(self)
 
 
-def split_width(channels: int) -> tuple[int, int]:
-    """(C0, C1): C0 + C1 ≥ ``channels``, powers of two of at least 16 (the depth of an MMA), C1 may be 0."""
-    first = max(16, 1 << (channels.bit_length() - 1))
-    if channels <= first:
-        return first, 0
-    second = max(16, triton.next_power_of_2(channels - first))
-    return (2 * first, 0) if second == first else (first, second)
+def split_width(channels: int, target: str) -> tuple[tuple[int, int], ...]:
+    """Parts (first channel, width) that cover ``channels``; widths are powers of two of at least 16, an MMA's depth.
+
+    Warp groups multiply best by few wide parts: a power of two and one for the rest. Elsewhere parts of one width, at
+    most 64, share their addresses: 192 channels as 3·64 take 70 registers fewer than as 128 + 64.
+    """
+    padded = triton.cdiv(channels, 16) * 16
+    if target not in WARP_GROUPS:
+        width = min(64, padded & -padded)
+        return tuple((first, width) for first in range(0, padded, width))
+    first = 1 << (padded.bit_length() - 1)
+    if padded == first:
+        return ((0, first),)
+    second = triton.next_power_of_2(padded - first)
+    return ((0, 2 * first),) if second == first else ((0, first), (first, second))
 
 
 def is_fused(channels: int, dtype: torch.dtype) -> bool:
@@ -87,16 +96,16 @@ def dot_precision(tensor: Tensor) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def fused_config(channels: int, target: str, lean: bool) -> FusedConfig:
+def fused_config(channels: int, hidden: int, target: str, lean: bool) -> FusedConfig:
     """Configuration of the one-kernel forward; ``lean``: a is not saved and the residual has 16 bits.
 
     Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
-    as 8 warps would. Else 16 rows a warp, and steps of 32 where 64 would spill (192 channels without warp-group MMA).
+    as 8 warps would. Else 16 rows a warp. Steps of 64 hidden units, or 32 where a step of 64 would be half empty or
+    would spill.
     """
-    if channels <= 96 and lean:
-        return FusedConfig(BLOCK_M=128, BLOCK_K=32, num_warps=4, num_stages=2)
-    deep = channels <= 160 or target in ("sm_90", "sm_100")
-    return FusedConfig(BLOCK_M=128, BLOCK_K=64 if deep else 32, num_warps=8, num_stages=2)
+    warps = 4 if channels <= 96 and lean else 8
+    deep = hidden % 64 == 0 and (lean or channels <= 160)
+    return FusedConfig(BLOCK_M=128, BLOCK_K=64 if deep else 32, num_warps=warps, num_stages=2)
 
 
 def gemm_config(rows: int, columns: int, depth: int, dtype: torch.dtype, target: str) -> GemmConfig:
@@ -121,15 +130,14 @@ def input_grad_config(channels: int, target: str) -> FusedConfig:
 def weight_grad_config(rows: int, channels: int, hidden: int, target: str) -> tuple[FusedConfig, int]:
     """(configuration, rows of a share) of the backward kernel that owns hidden units.
 
-    The sums take 2·C registers-worth a hidden unit: without warp-group MMA fewer pixels (16 a step), and beyond 96
-    channels fewer hidden units, keep them from spilling. As many shares as give every processor about two programs; a
-    share is a multiple of BLOCK_M.
+    The sums take 2·C registers-worth a hidden unit: without warp-group MMA no loads ahead, and beyond 96 channels fewer
+    hidden units, keep them from spilling. As many shares as give every processor about two programs; a share is a
+    multiple of BLOCK_M.
     """
-    if target in ("sm_90", "sm_100", "gfx942"):
+    if target in WARP_GROUPS or target == "gfx942":
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2)
     elif channels <= 96:
-        tight = target == "sm_120"
-        config = FusedConfig(BLOCK_M=16, BLOCK_K=64, num_warps=8 if tight else 4, num_stages=1 if tight else 2)
+        config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=1)
     else:
         config = FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=2)
     chunks = triton.cdiv(hidden, config.BLOCK_K)

@@ -4,6 +4,7 @@ from convnext_fast.kernels.pointwise_mlp import fused_fwd, gemm_fwd
 from convnext_fast.kernels.pointwise_mlp_bwd import mlp_bwd
 from convnext_fast.kernels.pointwise_mlp_bwd_fused import fused_bwd
 from convnext_fast.kernels.pointwise_mlp_bwd_gemm import gemm_bwd
+from convnext_fast.kernels.targets import planned_for
 from mlp_cases import AWKWARD, EMPTY, OTHER_ACTS, OTHER_ACTS_BACKWARD, Case, check_backward, check_forward
 
 
@@ -11,6 +12,15 @@ from mlp_cases import AWKWARD, EMPTY, OTHER_ACTS, OTHER_ACTS_BACKWARD, Case, che
 @pytest.mark.parametrize("case", [*AWKWARD, *EMPTY, *OTHER_ACTS], ids=str)
 def test_forward(case, forward):
     check_forward(case, forward)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_parts_of_other_targets(target):
+    """C = 40 is 32 + 16 channels for warp groups and 3·16 elsewhere."""
+    case = Case(2, 25, 40, 72, torch.float16)
+    with planned_for(target):
+        check_forward(case, fused_fwd)
+        check_backward(case, fused_bwd)
 
 
 @pytest.mark.parametrize("forward", [fused_fwd, gemm_fwd])

@@ -57,7 +57,7 @@ def test_forward_under_autocast_and_of_nothing(emulating):
             check_forward(case)
 
 
-@pytest.mark.parametrize(("channels", "allowed"), [(96, 16.0), (192, 21.5)])
+@pytest.mark.parametrize(("channels", "allowed"), [(40, 14.5), (96, 12.3), (192, 15.8)])
 def test_instructions_of_the_fused_forward(emulating, channels, allowed):
     """Thread instructions per hidden element beside the MMAs, all of the kernel counted, GELU included."""
     given = inputs(Case(1, 256, channels, 4 * channels, torch.bfloat16)) | {"drop_scale": None}
