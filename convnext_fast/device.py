@@ -12,9 +12,10 @@ from torch import Tensor
 from .kernels.dwconv import dwconv_dgrad, dwconv_fwd, dwconv_wgrad
 from .kernels.layernorm import layernorm_bwd, layernorm_fwd
 from .kernels.parameters import fold_bwd, fold_fwd
-from .kernels.patchify import downsample_bwd as _downsample_bwd
 from .kernels.patchify import downsample_fwd as _downsample_fwd
-from .kernels.patchify import fold_downsample, stem_bwd, stem_fwd
+from .kernels.patchify import fold_downsample, stem_fwd
+from .kernels.patchify_bwd import downsample_bwd as _downsample_bwd
+from .kernels.patchify_bwd import stem_bwd
 from .kernels.pointwise_mlp import mlp_fwd
 from .kernels.pointwise_mlp_bwd import mlp_bwd
 
@@ -186,17 +187,14 @@ def patchify_stem_fwd(
     ln_bias: Tensor,
     eps: float,
     dtype: torch.dtype,
-    save: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(LayerNorm(u), u, statistics of u) for u the patch convolution, (N, H', W', C) in T; the last two if ``save``."""
-    return stem_fwd(image, weight.contiguous(), bias, ln_weight, ln_bias, eps, dtype, save)
+) -> Tensor:
+    """LayerNorm of the patch convolution, (N, H', W', C) in T."""
+    return stem_fwd(image, weight.contiguous(), bias, ln_weight, ln_bias, eps, dtype)
 
 
 def patchify_stem_bwd(
     dy: Tensor,
     image: Tensor,
-    u: Tensor,
-    statistics: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     ln_weight: Tensor,
@@ -205,7 +203,7 @@ def patchify_stem_bwd(
     needs_image: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of image, weight, bias, ln_weight and ln_bias."""
-    return stem_bwd(dy, image, u, statistics, weight.contiguous(), ln_weight, eps, needs_image)
+    return stem_bwd(dy, image, weight.contiguous(), bias, ln_weight, ln_bias, eps, needs_image)
 
 
 def downsample_fwd(
@@ -238,7 +236,7 @@ def downsample_bwd(
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, ln_weight, ln_bias, weight and bias."""
-    dx, dweight, dbias, dg, dbeta = _downsample_bwd(dy, x, weight.contiguous(), ln_weight, ln_bias, eps, dtype)
+    dx, dweight, dbias, dg, dbeta = _downsample_bwd(dy, x, weight.contiguous(), bias, ln_weight, ln_bias, eps, dtype)
     return dx, dg, dbeta, dweight, dbias
 
 

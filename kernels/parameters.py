@@ -79,7 +79,7 @@ def _fold_fwd_kernel(
 
 
 @triton.jit
-def _add_rows(ptr, first, end, j, j_ok, N, ROWS: tl.constexpr):
+def add_rows(ptr, first, end, j, j_ok, N, ROWS: tl.constexpr):
     """Σ of the rows ``first`` to ``end`` of a (·, N) matrix, at the columns ``j``."""
     total = tl.zeros((ROWS, j.shape[0]), tl.float32)
     for start in range(first, end, ROWS):
@@ -110,8 +110,8 @@ def _fold_bwd_kernel(
         D += tl.load(products_ptr + s * size + at, mask=ok, other=0.0)
         E += tl.load(products_ptr + (S + s) * size + at, mask=ok, other=0.0)
     if centre_ptr is not None:
-        D -= _add_rows(centre_ptr, 0, T, k, k_ok, K, 8)[:, None]
-    db1 = _add_rows(db1_sums_ptr, 0, T, k, k_ok, K, 8)
+        D -= add_rows(centre_ptr, 0, T, k, k_ok, K, 8)[:, None]
+    db1 = add_rows(db1_sums_ptr, 0, T, k, k_ok, K, 8)
     if db1_ptr is not None:  # noqa: SIM102 (decided at compile time)
         if tl.program_id(1) == 0:
             tl.store(db1_ptr + k, db1.to(db1_ptr.dtype.element_ty), mask=k_ok)
@@ -133,7 +133,7 @@ def _fold_bwd_kernel(
     tl.store(dw2_ptr + at, E.to(dw2_ptr.dtype.element_ty), mask=ok)
 
     rows = tl.cdiv(R, tl.num_programs(0))
-    dz_sum = _add_rows(dz_ptr, tile * rows, tl.minimum(tile * rows + rows, R), c, c_ok, C, 8)
+    dz_sum = add_rows(dz_ptr, tile * rows, tl.minimum(tile * rows + rows, R), c, c_ok, C, 8)
     partial_ptr += tile.to(tl.int64) * 4 * C + c
     tl.store(partial_ptr, dg, mask=c_ok)
     tl.store(partial_ptr + C, dbeta, mask=c_ok)
@@ -149,13 +149,13 @@ def _vectors_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     ok = c < C
     if dg_ptr is not None:
-        tl.store(dg_ptr + c, _add_rows(partial_ptr, 0, TILES, c, ok, 4 * C, 8).to(dg_ptr.dtype.element_ty), mask=ok)
+        tl.store(dg_ptr + c, add_rows(partial_ptr, 0, TILES, c, ok, 4 * C, 8).to(dg_ptr.dtype.element_ty), mask=ok)
     if dbeta_ptr is not None:
-        dbeta = _add_rows(partial_ptr + C, 0, TILES, c, ok, 4 * C, 8)
+        dbeta = add_rows(partial_ptr + C, 0, TILES, c, ok, 4 * C, 8)
         tl.store(dbeta_ptr + c, dbeta.to(dbeta_ptr.dtype.element_ty), mask=ok)
-    dz_sum = _add_rows(partial_ptr + 3 * C, 0, TILES, c, ok, 4 * C, 8)
+    dz_sum = add_rows(partial_ptr + 3 * C, 0, TILES, c, ok, 4 * C, 8)
     if dgamma_ptr is not None:
-        dgamma = _add_rows(partial_ptr + 2 * C, 0, TILES, c, ok, 4 * C, 8)
+        dgamma = add_rows(partial_ptr + 2 * C, 0, TILES, c, ok, 4 * C, 8)
         if b2_ptr is not None:
             dgamma = tl.fma(tl.load(b2_ptr + c, mask=ok, other=0.0).to(tl.float32), dz_sum, dgamma)
         tl.store(dgamma_ptr + c, dgamma.to(dgamma_ptr.dtype.element_ty), mask=ok)

@@ -9,8 +9,8 @@ weights, its statistics are taken from the rows that a program is about to multi
 
     out = Σ_taps x̂[n, k·y + dy, k·x + dx]·wg[tap]ᵀ + bg        wg = w∘g        bg = b + Σ w·β
 
-H and W that k does not divide lose their last rows and columns, as in the strided convolution. The backwards are
-library GEMMs on the patches as rows, and LayerNorm's kernels.
+H and W that k does not divide lose their last rows and columns, as in the strided convolution. The backwards are in
+``patchify_bwd.py``.
 """
 
 from __future__ import annotations
@@ -21,57 +21,70 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import launch
-from .layernorm import layernorm_bwd, layernorm_fwd
-from .matmul import matmul_fp32
 from .targets import target_of
-from .tuning_mlp import dot_precision, downsample_config, row_tile, stem_config
+from .tuning_mlp import dot_precision, downsample_config, stem_config
 
 
-@triton.jit(do_not_specialize=["P"])
-def _stem_kernel(
-    image_ptr, w_ptr, b_ptr, g_ptr, beta_ptr, out_ptr, u_ptr, stats_ptr,
-    P, HO, WO, stride_n, stride_i, stride_h, stride_w, eps,
+@triton.jit
+def stem_corners(rows, HO, WO, stride_n, stride_h, stride_w, KH: tl.constexpr, KW: tl.constexpr):
+    """Offsets of the first pixels of the patches ``rows``, 64-bit indices into (N, HO, WO)."""
+    return rows // WO // HO * stride_n + rows // WO % HO * KH * stride_h + rows % WO * KW * stride_w
+
+
+@triton.jit
+def stem_taps(k, stride_i, stride_h, stride_w, KH: tl.constexpr, KW: tl.constexpr):
+    """Offsets within a patch of its elements ``k``, indices into (CIN, KH, KW)."""
+    return (k // (KH * KW)).to(tl.int64) * stride_i + (k // KW % KH) * stride_h + (k % KW) * stride_w
+
+
+@triton.jit
+def stem_activations(
+    image_ptr, w_ptr, b_ptr, corner, rows_ok, c, c_ok, stride_i, stride_h, stride_w, dtype: tl.constexpr,
     C: tl.constexpr, CIN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out, u: (P, C), P = N·HO·WO; w: (C, CIN·KH·KW); stats: (1, P, 2). u and stats are written if wanted."""
+    """(u − μ, Σ (u − μ)²) of the patches at the offsets ``corner``, float32; columns past C are 0."""
     DEPTH: tl.constexpr = CIN * KH * KW
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_ok = rows < P
-    x = rows % WO
-    y = rows // WO % HO
-    n = rows // WO // HO
-    corner = n * stride_n + y * KH * stride_h + x * KW * stride_w
-    c = tl.arange(0, BLOCK_N)
-    c_ok = c < C
     u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in tl.static_range(0, DEPTH, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         k_ok = k < DEPTH
-        tap = (k // (KH * KW)).to(tl.int64) * stride_i + (k // KW % KH) * stride_h + (k % KW) * stride_w
-        patch = tl.load(image_ptr + corner[:, None] + tap[None, :], mask=rows_ok[:, None] & k_ok[None, :], other=0.0)
+        at = corner[:, None] + stem_taps(k, stride_i, stride_h, stride_w, KH, KW)[None, :]
+        patch = tl.load(image_ptr + at, mask=rows_ok[:, None] & k_ok[None, :], other=0.0)
         w = tl.load(w_ptr + c[None, :] * DEPTH + k[:, None], mask=k_ok[:, None] & c_ok[None, :], other=0.0)
         u = tl.dot(patch.to(dtype), w.to(dtype), u, input_precision=PRECISION)
     if b_ptr is not None:
         u += tl.load(b_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
     mean = tl.sum(u, axis=1) * (1.0 / C)
     centred = tl.where(c_ok[None, :], u - mean[:, None], 0.0)
-    m2 = tl.sum(centred * centred, axis=1)
-    at = rows[:, None] * C + c[None, :]
-    ok = rows_ok[:, None] & c_ok[None, :]
-    if u_ptr is not None:
-        tl.store(u_ptr + at, u.to(dtype), mask=ok)
-        tl.store(stats_ptr + rows * 2, mean, mask=rows_ok)
-        tl.store(stats_ptr + rows * 2 + 1, m2, mask=rows_ok)
+    return centred, tl.sum(centred * centred, axis=1)
+
+
+@triton.jit(do_not_specialize=["P"])
+def _stem_kernel(
+    image_ptr, w_ptr, b_ptr, g_ptr, beta_ptr, out_ptr, P, HO, WO, stride_n, stride_i, stride_h, stride_w, eps,
+    C: tl.constexpr, CIN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out: (P, C), P = N·HO·WO; w: (C, CIN·KH·KW)."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_ok = rows < P
+    corner = stem_corners(rows, HO, WO, stride_n, stride_h, stride_w, KH, KW)
+    c = tl.arange(0, BLOCK_N)
+    c_ok = c < C
+    centred, m2 = stem_activations(
+        image_ptr, w_ptr, b_ptr, corner, rows_ok, c, c_ok, stride_i, stride_h, stride_w, dtype,
+        C, CIN, KH, KW, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     out = centred * tl.rsqrt(m2 * (1.0 / C) + eps)[:, None]
     out *= tl.load(g_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
     out += tl.load(beta_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_ptr + at, out.to(dtype), mask=ok)
+    tl.store(out_ptr + rows[:, None] * C + c[None, :], out.to(dtype), mask=rows_ok[:, None] & c_ok[None, :])
 
 
 @triton.jit
-def _row_statistics(ptr, rows_ok, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def row_statistics(ptr, rows_ok, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """(mean, M2) of the BLOCK_M rows of C channels at the addresses ``ptr``, chunks merged as in statistics.py."""
     mean = tl.zeros((BLOCK_M,), tl.float32)
     m2 = tl.zeros((BLOCK_M,), tl.float32)
@@ -86,15 +99,6 @@ def _row_statistics(ptr, rows_ok, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
         mean += delta * share
         m2 += tl.sum(centred * centred, axis=1) + delta * delta * (first * share)
     return mean, m2
-
-
-@triton.jit(do_not_specialize=["P"])
-def _statistics_kernel(x_ptr, stats_ptr, P, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_ok = rows < P
-    mean, m2 = _row_statistics(x_ptr + rows * C, rows_ok, C, BLOCK_M, BLOCK_C)
-    tl.store(stats_ptr + rows * 2, mean, mask=rows_ok)
-    tl.store(stats_ptr + rows * 2 + 1, m2, mask=rows_ok)
 
 
 @triton.jit
@@ -137,7 +141,7 @@ def _downsample_kernel(
     for dy in range(KH):
         for dx in range(KW):
             pixel = corner + (dy * W + dx) * C
-            mean, m2 = _row_statistics(pixel, rows_ok, C, BLOCK_M, BLOCK_K)
+            mean, m2 = row_statistics(pixel, rows_ok, C, BLOCK_M, BLOCK_K)
             rstd = tl.rsqrt(m2 * (1.0 / C) + eps)
             for k0 in range(0, C, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
@@ -160,9 +164,8 @@ def stem_fwd(
     ln_bias: Tensor,
     eps: float,
     dtype: torch.dtype,
-    save: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(out (N, ⌊H/kh⌋, ⌊W/kw⌋, C) in ``dtype``, u like it and its statistics (1, P, 2) if ``save``, else None).
+) -> Tensor:
+    """out (N, ⌊H/kh⌋, ⌊W/kw⌋, C) in ``dtype``.
 
     image (N, Cin, H, W) of any strides and float dtype; weight (C, Cin, kh, kw) contiguous; the vectors (C,).
     """
@@ -171,44 +174,13 @@ def stem_fwd(
     HO, WO = H // KH, W // KW
     P = N * HO * WO
     out = torch.empty((N, HO, WO, C), dtype=dtype, device=image.device)
-    u = torch.empty_like(out) if save else None
-    stats = torch.empty((1, P, 2), dtype=torch.float32, device=image.device) if save else None
     config = stem_config(C, CIN * KH * KW, dtype, target_of(image))
     launch(
         _stem_kernel, (triton.cdiv(P, config.BLOCK_M),),
-        image, weight, bias, ln_weight, ln_bias, out, u, stats, P, HO, WO, *image.stride(), eps,
+        image, weight, bias, ln_weight, ln_bias, out, P, HO, WO, *image.stride(), eps,
         C=C, CIN=CIN, KH=KH, KW=KW, PRECISION=dot_precision(out), **config.meta(),
     )  # fmt: skip
-    return out, u, stats
-
-
-def stem_bwd(
-    dout: Tensor,
-    image: Tensor,
-    u: Tensor,
-    stats: Tensor,
-    weight: Tensor,
-    ln_weight: Tensor,
-    eps: float,
-    needs_image: bool,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """(dimage in image's dtype or None, dweight, dbias, dln_weight, dln_bias), the parameters' gradients in float32.
-
-    dout (N, HO, WO, C) contiguous, in u's dtype; u and stats as ``stem_fwd`` saved them.
-    """
-    C, CIN, KH, KW = weight.shape
-    N, HO, WO, _ = dout.shape
-    du, dln_weight, dln_bias = layernorm_bwd(dout, u, stats, ln_weight, eps)
-    du = du.view(-1, C)
-    taken = image[:, :, : HO * KH, : WO * KW].to(u.dtype).reshape(N, CIN, HO, KH, WO, KW)
-    patches = taken.permute(0, 2, 4, 1, 3, 5).reshape(N * HO * WO, CIN * KH * KW)
-    dweight = matmul_fp32(du.t(), patches).view(weight.shape)
-    dimage = None
-    if needs_image:
-        grads = (du @ weight.to(u.dtype).view(C, -1)).view(N, HO, WO, CIN, KH, KW)
-        dimage = torch.zeros_like(image)
-        dimage[:, :, : HO * KH, : WO * KW] = grads.permute(0, 3, 1, 4, 2, 5).reshape(N, CIN, HO * KH, WO * KW)
-    return dimage, dweight, du.sum(0, dtype=torch.float32), dln_weight, dln_bias
+    return out
 
 
 def fold_downsample(
@@ -239,34 +211,3 @@ def downsample_fwd(x: Tensor, wg: Tensor, bg: Tensor, eps: float, out_dtype: tor
         C=C, N=N, KH=KH, KW=KW, PRECISION=dot_precision(wg), **config.meta(),
     )  # fmt: skip
     return out
-
-
-def downsample_bwd(
-    dout: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx in x's dtype, dweight (C', C, kh, kw), dbias, dln_weight, dln_bias), the parameters' gradients in float32.
-
-    dout (N, HO, WO, C') contiguous; x as in ``downsample_fwd``; weight (C', C, kh, kw); ``dtype`` the compute dtype.
-    """
-    B, H, W, C = x.shape
-    N, _, KH, KW = weight.shape
-    _, HO, WO, _ = dout.shape
-    P, taps = B * HO * WO, KH * KW
-    stats = torch.empty((1, B * H * W, 2), dtype=torch.float32, device=x.device)
-    BLOCK_M, BLOCK_C = row_tile(C)
-    launch(
-        _statistics_kernel, (triton.cdiv(B * H * W, BLOCK_M),),
-        x, stats, B * H * W, C=C, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, num_warps=4,
-    )  # fmt: skip
-    dz = dout.to(dtype).view(P, N)
-    n = layernorm_fwd(x, stats, ln_weight, ln_bias, eps).to(dtype)[:, : HO * KH, : WO * KW]
-    patches = n.reshape(B, HO, KH, WO, KW, C).permute(0, 1, 3, 2, 4, 5).reshape(P, taps * C)
-    dweight = matmul_fp32(dz.t(), patches).view(N, KH, KW, C).permute(0, 3, 1, 2).contiguous()
-    rows = weight.to(dtype).permute(0, 2, 3, 1).reshape(N, taps * C)
-    grads = (dz @ rows).view(B, HO, WO, KH, KW, C).permute(0, 1, 3, 2, 4, 5).reshape(B, HO * KH, WO * KW, C)
-    if (HO * KH, WO * KW) != (H, W):
-        whole = torch.zeros((B, H, W, C), dtype=dtype, device=x.device)
-        whole[:, : HO * KH, : WO * KW] = grads
-        grads = whole
-    dx, dln_weight, dln_bias = layernorm_bwd(grads, x, stats, ln_weight, eps)
-    return dx, dweight, dz.sum(0, dtype=torch.float32), dln_weight, dln_bias

@@ -1,4 +1,4 @@
-"""Launch configurations of the wide pointwise MLP's backward: pure functions of shape, dtype and target.
+"""Launch configurations of the backward of the wide MLP and of patchify: pure functions of shape, dtype and target.
 
 Numbers come from compiled code (registers, spills, warp-group MMA) and from counts of bytes; none was timed.
 """
@@ -44,3 +44,41 @@ def weight_grad_config(
     tiles = 2 * triton.cdiv(hidden, config.BLOCK_M) * triton.cdiv(channels, config.BLOCK_N)
     shares = max(1, 2 * PROCESSORS[target] // tiles)
     return config, triton.cdiv(triton.cdiv(rows, shares), config.BLOCK_K) * config.BLOCK_K
+
+
+def stem_bwd_config(
+    rows: int, channels: int, depth: int, dtype: torch.dtype, target: str
+) -> tuple[GemmConfig, int, int]:
+    """(configuration, elements of a patch of a program, patches of a share) of the stem's backward.
+
+    All channels in a program, as in ``stem_config``, and of the weight's gradient what spills no register.
+    """
+    width = max(16, triton.next_power_of_2(channels))
+    small = width > 128 or target == "gfx942"
+    config = GemmConfig(BLOCK_M=16 if small else 32, BLOCK_N=width, BLOCK_K=16, num_warps=8, num_stages=1)
+    block = min(32 if small else 64, max(16, triton.next_power_of_2(depth)), max(16, 8192 // width))
+    shares = max(1, 2 * PROCESSORS[target] // triton.cdiv(depth, block))
+    return config, block, triton.cdiv(triton.cdiv(max(rows, 1), shares), config.BLOCK_M) * config.BLOCK_M
+
+
+def downsample_input_config(channels: int, dtype: torch.dtype, target: str) -> GemmConfig:
+    """Configuration of the downsampling's input gradient: a row's channels in one tile, up to 256, else in several."""
+    width = max(16, triton.next_power_of_2(channels))
+    if dtype == torch.float32:
+        return GemmConfig(BLOCK_M=32, BLOCK_N=min(64, width), BLOCK_K=16, num_warps=4, num_stages=2)
+    return GemmConfig(BLOCK_M=64, BLOCK_N=width if width <= 256 else 128, BLOCK_K=32, num_warps=8, num_stages=2)
+
+
+def downsample_weight_config(
+    rows: int, channels: int, columns: int, taps: int, dtype: torch.dtype, target: str
+) -> tuple[GemmConfig, int]:
+    """(configuration, patches of a share) of the downsampling's weight gradient, BLOCK_K patches a step."""
+    if dtype == torch.float32:
+        config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
+    else:
+        config = GemmConfig(
+            BLOCK_M=64, BLOCK_N=128 if channels % 128 == 0 else 64, BLOCK_K=32, num_warps=4, num_stages=2
+        )
+    tiles = triton.cdiv(columns, config.BLOCK_M) * taps * triton.cdiv(channels, config.BLOCK_N)
+    shares = max(1, 2 * PROCESSORS[target] // tiles)
+    return config, triton.cdiv(triton.cdiv(max(rows, 1), shares), config.BLOCK_K) * config.BLOCK_K

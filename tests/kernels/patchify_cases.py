@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from convnext_fast.kernels.patchify import downsample_bwd, downsample_fwd, fold_downsample, stem_bwd, stem_fwd
+from convnext_fast.kernels.patchify import downsample_fwd, fold_downsample, stem_fwd
+from convnext_fast.kernels.patchify_bwd import downsample_bwd, stem_bwd
 from kernel_support import assert_as_good_as_eager, layer_norm_reference, to_nchw
 
 EPS = 1e-6
@@ -48,13 +49,17 @@ def check_stem(case: tuple[int, ...], dtype: torch.dtype, strided: bool = False)
     def reference(image, weight, bias, ln_weight, ln_bias):
         return layer_norm_reference(_conv(image, weight, bias, k), ln_weight, ln_bias, EPS)
 
-    out, u, stats = stem_fwd(*given.values(), EPS, dtype, save=True)
-    assert torch.equal(out, stem_fwd(*given.values(), EPS, dtype, save=False)[0])
+    out = stem_fwd(*given.values(), EPS, dtype)
     dout = torch.randn(out.shape, generator=g).to(dtype)
-    grads = stem_bwd(dout, given["image"], u, stats, given["weight"], given["ln_weight"], EPS, needs_image=True)
+    grads = stem_bwd(dout, *given.values(), EPS, needs_image=True)
+    again = stem_bwd(dout, *given.values(), EPS, needs_image=True)
+    assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
+    without, *grads_without = stem_bwd(dout, *given.values(), EPS, needs_image=False)
+    assert without is None
     want_out, want = _gradients(reference, given, torch.float64, dout)
     eager_out, eager = _gradients(reference, given, dtype, dout)
     _compare(("out", *given), (out, *grads), (eager_out, *eager), (want_out, *want))
+    _compare(list(given)[1:], grads_without, eager[1:], want[1:])
 
 
 def check_downsample(case: tuple[int, ...], dtype: torch.dtype, x_dtype: torch.dtype | None = None) -> None:
@@ -75,7 +80,9 @@ def check_downsample(case: tuple[int, ...], dtype: torch.dtype, x_dtype: torch.d
     wg, bg = fold_downsample(given["weight"], given["bias"], *affine, dtype)
     out = downsample_fwd(given["x"], wg, bg, EPS, dtype)
     dout = torch.randn(out.shape, generator=g).to(dtype)
-    grads = downsample_bwd(dout, given["x"], given["weight"], *affine, EPS, dtype)
+    grads = downsample_bwd(dout, *given.values(), EPS, dtype)
+    again = downsample_bwd(dout, *given.values(), EPS, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
     assert grads[0].dtype == given["x"].dtype
     want_out, want = _gradients(reference, given, torch.float64, dout)
     eager_out, eager = _gradients(reference, given, dtype, dout)
