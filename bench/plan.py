@@ -43,6 +43,10 @@ class Step:
         """Whether all rows are there."""
         return all(key in results for key in self.keys or (f"{self.section}/finished",))
 
+    def belongs_to(self, part: str) -> bool:
+        """Whether ``part`` is the section or the beginning of a key."""
+        return part == self.section or any(key.startswith(part) for key in self.keys)
+
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows, and the mark at the end."""
         yield from self.run()
@@ -52,10 +56,17 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What every step needs to know. ``budget``: seconds of sampling for each contender, about."""
+    """What every step needs to know.
+
+    Attributes:
+        device: what is measured.
+        roofline: gives what times are held against; called when a time is there.
+        quick: few sizes.
+        budget: seconds of sampling for each contender, about.
+    """
 
     device: torch.device
-    roofline: Roofline
+    roofline: Callable[[], Roofline]
     quick: bool
     budget: float
 
@@ -69,8 +80,12 @@ class Study:
         """The dtype of most rows."""
         return "float32" if self.on_cpu else "bfloat16"
 
-    def steps(self, sections: tuple[str, ...] = SECTIONS) -> list[Step]:
-        """The plan, correctness first."""
+    def steps(self, only: tuple[str, ...] = ()) -> list[Step]:
+        """The plan, correctness first; ``only`` those parts: sections, or the beginnings of rows' keys.
+
+        Raises:
+            ValueError: a part is not in the plan.
+        """
         device, targets = self.device, ("sm_90",) if self.quick else TARGETS
         plan = [
             Step("correctness", "every op on this device", (), lambda: correctness.rows(device)),
@@ -81,7 +96,12 @@ class Study:
             Step("startup", "import and first calls", (), lambda: startup.rows(device)),
             Step("modelled", "modelled figures", (), lambda: modelled.rows(targets)),
         ]
-        return [step for step in plan if step.section in sections]
+        for part in only:
+            if not any(step.belongs_to(part) for step in plan):
+                raise ValueError(
+                    f"no part of the study is called {part!r}: expected {', '.join(SECTIONS)} or a key's start"
+                )
+        return [step for step in plan if not only or any(step.belongs_to(part) for part in only)]
 
     def _cells(self) -> list[Cell]:
         if self.quick:
@@ -153,7 +173,7 @@ class Study:
         self, names: tuple[str, ...], prepare: Callable[[], dict[str, Contender]], work: Work, dtype: str
     ) -> Iterator[Measured]:
         """`measure`, or the same reason for all where the work is too much or has no reference."""
-        least = self.roofline.seconds(*work, dtype)
+        least = self.roofline().seconds(*work, dtype)
         why = None
         if least > LONGEST_CALL:
             why = f"not run: a call takes {least:.0f} s or more, over {LONGEST_CALL:.0f} s"
@@ -174,7 +194,7 @@ class Study:
         return row | ({} if row["failure"] else {"images_per_s": 1e3 * cell.batch / row["p50_ms"]})
 
     def _with_rates(self, figures: dict[str, Any], work: Work, dtype: str) -> dict[str, Any]:
-        return figures | ({} if figures["failure"] else rates(figures["p50_ms"] / 1e3, work, self.roofline, dtype))
+        return figures | ({} if figures["failure"] else rates(figures["p50_ms"] / 1e3, work, self.roofline(), dtype))
 
 
 def work_of(cell: Cell) -> Work:

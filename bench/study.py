@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -29,7 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser("python -m bench.study", description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="ConvNeXt-T alone, few sizes: under 8 minutes")
-    parser.add_argument("--only", choices=plan.SECTIONS, action="append", help="a section; may be given several times")
+    parser.add_argument(
+        "--only",
+        metavar="PART",
+        action="append",
+        help=f"{', '.join(plan.SECTIONS)}, or the start of rows' keys (models/base/8x224); may be given several times",
+    )
     parser.add_argument("--output", type=Path, help="folder of the results; one that holds some is gone on with")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if it is there)")
     parser.add_argument("--report", action="store_true", help="measure nothing, write report and plots of --output")
@@ -42,11 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             readme.update(chosen.readme)
             return 0
         device = torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)
         if chosen.report and chosen.output is None:
             parser.error("--report needs --output")
         folder = chosen.output or default_folder(device, chosen.quick)
         if not chosen.report:
-            run(device, folder, chosen.quick, tuple(chosen.only or plan.SECTIONS))
+            run(device, folder, chosen.quick, tuple(chosen.only or ()))
         report.write(folder)
         print(f"wrote {folder / report.FILE}")
         return 1 if failed(folder) else 0
@@ -65,12 +73,17 @@ def default_folder(device: torch.device, quick: bool) -> Path:
     return HOME / (name + ("-quick" if quick else ""))
 
 
-def run(device: torch.device, folder: Path, quick: bool, sections: tuple[str, ...]) -> None:
-    """Measure what the folder does not hold yet."""
+def run(device: torch.device, folder: Path, quick: bool, only: tuple[str, ...] = ()) -> None:
+    """Measure what the folder does not hold yet; ``only``: see `plan.Study.steps`.
+
+    Raises:
+        ValueError: nothing is to be done, or the folder holds results of another device.
+    """
     results = Results(folder, environment.facts(device))
     # Each contender compiles the same code anew, on purpose.
     torch._dynamo.config.recompile_limit = 64
-    steps = plan.Study(device, _rates(results, device), quick, 2.0 if quick else 5.0).steps(sections)
+    roofline = functools.cache(lambda: _rates(results, device))
+    steps = plan.Study(device, roofline, quick, 2.0 if quick else 5.0).steps(only)
     with _Progress(len(steps)) as progress:
         follow(steps, results, progress, lambda: _check_alive(device))
 
@@ -101,7 +114,7 @@ class Progress(Protocol):
 
 
 def _rates(results: Results, device: torch.device) -> environment.Roofline:
-    """The roofline; measured rates go to the results first."""
+    """The roofline of the results; measured first, if they have none."""
     key = "rates/measured"
     if key not in results:
         dtypes = ("float32",) if device.type == "cpu" else ("float32", "bfloat16", "float16")

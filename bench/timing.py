@@ -159,6 +159,7 @@ def measure(contenders: dict[str, Contender], device: torch.device, budget: floa
         return
     for name, contender in contenders.items():
         yield from _measure({name: contender}, device, budget)
+        torch.compiler.reset()  # which also frees the CUDA graphs that a compiled model keeps
         gc.collect()
         getattr(torch, device.type).empty_cache()
 

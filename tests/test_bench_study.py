@@ -83,7 +83,7 @@ def test_every_row_says_what_it_ran_on(tmp_path):
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_plan(device, quick):
-    steps = Study(torch.device(device), ROOFLINE, quick, 1.0).steps()
+    steps = Study(torch.device(device), lambda: ROOFLINE, quick, 1.0).steps()
     assert list(plan.SECTIONS) == list(dict.fromkeys(step.section for step in steps))
     keys = [key for step in steps for key in step.keys]
     assert len(keys) == len(set(keys))
@@ -96,11 +96,20 @@ def test_plan(device, quick):
     else:
         sizes = {(v, f"{n}x224") for v in ("tiny", "small", "base", "large") for n in (1, 8, 32, 64, 128, 256)}
         assert sizes <= cells
-    assert [step.section for step in Study(CPU, ROOFLINE, quick, 1.0).steps(("startup",))] == ["startup"]
+
+
+def test_parts_of_the_plan():
+    def chosen(*only):
+        return Study(CPU, lambda: ROOFLINE, quick=False, budget=1.0).steps(only)
+
+    assert [step.section for step in chosen("startup", "correctness")] == ["correctness", "startup"]
+    (step,) = chosen("models/base/8x224/float32/inference")
+    assert len(step.keys) > 5
+    assert {step.section for step in chosen("models/base/8x224", "modelled")} == {"models", "modelled"}
 
 
 def test_what_takes_too_long_is_not_run_and_says_so():
-    slow = Study(CPU, environment.Roofline({"float32": 1.0}, 1.0, "made up"), quick=True, budget=1.0)
+    slow = Study(CPU, lambda: environment.Roofline({"float32": 1.0}, 1.0, "made up"), quick=True, budget=1.0)
     rows = list(slow.model_rows(tiny_cell("inference"), NAMES, lambda: pytest.fail("prepared")))
     assert [row["contender"] for row in rows] == list(NAMES)
     assert all(row["failure"].startswith("not run: a call takes") for row in rows)
@@ -202,8 +211,8 @@ def test_exit_status_tells_of_our_failures(tmp_path):
 def test_wrong_use_is_refused(capsys, tmp_path):
     assert study.main(["--report", "--output", str(tmp_path / "none")]) == 1
     assert "results.json" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        study.main(["--only", "nothing"])
+    assert study.main(["--quick", "--only", "nothing", "--device", "cpu", "--output", str(tmp_path / "made")]) == 1
+    assert "no part of the study is called 'nothing'" in capsys.readouterr().err
 
 
 def test_start_up_is_measured():
