@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -37,15 +39,19 @@ def export_onnx(model: ConvNext, path: Path, height: int, width: int) -> float:
     except ImportError as error:
         raise ImportError(f"ONNX needs more packages ({error}): pip install 'convnext-fast[export]'") from error
     images = torch.randn(2, model.config.num_channels, height, width)
-    program = torch.onnx.export(
-        model.eval(),
-        (images,),
-        dynamo=True,
-        input_names=["pixel_values"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("N")},),
-        verbose=False,
-    )
+    # PyTorch says that torchvision's operators, of which a ConvNeXt has none, are missing, and warns of its own calls.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.onnx.export(
+            model.eval(),
+            (images,),
+            dynamo=True,
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("N")},),
+            verbose=False,
+        )
 
     def write(file: Path) -> None:
         program.save(file, external_data=False)
