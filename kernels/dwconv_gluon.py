@@ -34,18 +34,28 @@ except ImportError:
 if AVAILABLE:
 
     @gluon.jit
-    def _fetch(rows, x_ptr, x_off, x_ok, h, h_first, H, pitch, STAGES: gl.constexpr, SPLIT: gl.constexpr):
-        """Start the copy of input row ``h`` of every pair's segment; zeros outside the image.
+    def _row_here(h):
+        """``h``, in a way that keeps the compiler from computing the addresses of later rows early, in registers.
 
-        Below a whole image nothing is used, so the last row comes again.
+        The mask of active lanes, all ones, is asked for where it stands; adding 1 makes zero of it.
         """
-        if SPLIT:
-            ok = x_ok & ((h_first + h >= 0) & (h_first + h < H))[:, None]
-            row_ptr = x_ptr + h * pitch
-        else:
-            ok = x_ok
-            row_ptr = x_ptr + gl.minimum(h, H - 1) * pitch
-        async_copy.async_load(rows.index(h % STAGES), row_ptr + x_off, mask=ok)
+        zero = gl.inline_asm_elementwise(
+            "activemask.b32 $0; add.u32 $0, $0, 1;", "=r,r", [h], dtype=gl.int32, is_pure=False, pack=1
+        )
+        return h + zero
+
+    @gluon.jit
+    def _fetch(row, x_ptr, x_off, x_ok, h, h_first, H, pitch, C: gl.constexpr):
+        """Start the copy of input row ``h`` of the segment for every pair; zeros outside the image.
+
+        A quarter of a row is the pixels with k = 0, 2, 4, 6; the others are those of k + 1, 8, 9, constants away.
+        """
+        inside = (h_first + h >= 0) & (h_first + h < H)
+        row_ptr = x_ptr + h * pitch
+        for i in gl.static_range(4):
+            async_copy.async_load(
+                row.slice(64 * i, 64), row_ptr + x_off + (i % 2 + i // 2 * 8) * C, mask=x_ok[i] & inside
+            )
         async_copy.commit_group()
 
     @gluon.jit
@@ -80,105 +90,75 @@ if AVAILABLE:
         return done, rows
 
     @gluon.jit
-    def _store_statistics(u, stats_ptr, at, ok, c_ok, count, WARPS: gl.constexpr, EVEN_C: gl.constexpr):
-        """(mean, M2) of each row of u (128 pixels, 4·WARPS channels) to the pairs ``at``.
+    def _store_statistics(u, stats_ptr, at, held, ok, share, WARPS: gl.constexpr):
+        """(mean, M2) of each pixel of u (16, 2, 2, 2, 4·WARPS) to the pair ``at + held``; ``share`` is 1/channels.
 
-        bfloat16: Σu and Σu² are products of the matrix unit with ones and with uᵀ (the diagonal), for a thread holds u
-        as an operand already, up to the order of the channels, which no sum minds. M2 = Σu² − (Σu)²/n then errs by
-        about 2^-23 of the squared mean, a tenth of what rounding u to bfloat16 has put there. float16 takes two passes.
+        Σu and Σu² are products of the matrix unit with ones and with uᵀ (the diagonal), for a thread holds u as an
+        operand already, up to the order of the channels, which no sum minds. M2 = Σu² − (Σu)²/n then errs by about
+        2^-23 of the squared mean. Rounding u has moved M2 by more wherever |mean| is below some hundreds of standard
+        deviations (float16; thousands in bfloat16), and beyond that it has left u next to no digits.
         """
-        if u.dtype == gl.bfloat16:
-            CB: gl.constexpr = WARPS * 4
-            MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
-            A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-            B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-            bits = gl.reshape(u, [8 // WARPS, 2, WARPS, 8, 4, CB // 8, 2])
-            tiles = gl.reshape(gl.permute(bits, [0, 2, 1, 3, 5, 4, 6]), [8, 16, CB])
-            a = gl.convert_layout(tiles, A, assert_trivial=True)
-            zero = gl.full([8, 16, 16], 0.0, gl.float32, layout=MMA)
-            half = mma_v2(
-                a,
-                gl.full([8, CB, 8], 1.0, gl.bfloat16, layout=B),
-                gl.full([8, 16, 8], 0.0, gl.float32, layout=MMA),
-            )
-            twice = gl.reshape(gl.permute(gl.join(half, half), [0, 1, 3, 2]), [8, 16, 16])
-            total = gl.convert_layout(twice, MMA, assert_trivial=True)
-            square = mma_v2(a, gl.convert_layout(gl.permute(tiles, [0, 2, 1]), B, assert_trivial=True), zero)
-            total_even, total_odd = gl.split(gl.reshape(total, [8, 16, 8, 2]))
-            square_even, square_odd = gl.split(gl.reshape(square, [8, 16, 8, 2]))
-            HALVES: gl.constexpr = total_even.type.layout
-            row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, HALVES)))[None, :, None]
-            column = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, HALVES)))[None, None, :]
-            total = gl.where(row % 2 == 0, total_even, total_odd)
-            square = gl.where(row % 2 == 0, square_even, square_odd)
-            mean = total * (1.0 / count)
-            m2 = square - total * mean
-            pixels = gl.permute(gl.reshape(at, [8 // WARPS, 2, WARPS, 8]), [0, 2, 1, 3])
-            inside = gl.permute(gl.reshape(ok, [8 // WARPS, 2, WARPS, 8]), [0, 2, 1, 3])
-            at = gl.convert_layout(gl.reshape(pixels, [8, 16]), gl.SliceLayout(2, HALVES), assert_trivial=True)
-            ok = gl.convert_layout(gl.reshape(inside, [8, 16]), gl.SliceLayout(2, HALVES), assert_trivial=True)
-            at = at[:, :, None] * 2
-            ok = ok[:, :, None] & (row // 2 == column)
-            gl.store(stats_ptr + at + column * 0, mean, mask=ok)
-            gl.store(stats_ptr + at + 1 + column * 0, gl.where(m2 < 0.0, 0.0, m2), mask=ok)
-        else:
-            u = u.to(gl.float32)
-            mean = gl.sum(u, 1) * (1.0 / count)
-            centred = u - mean[:, None]
-            if not EVEN_C:
-                centred = gl.where(c_ok[None, :], centred, 0.0)
-            m2 = gl.sum(centred * centred, 1)
-            gl.store(stats_ptr + at * 2, mean, mask=ok)
-            gl.store(stats_ptr + at * 2 + 1, m2, mask=ok)
+        CB: gl.constexpr = WARPS * 4
+        MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+        A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+        B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+        bits = gl.reshape(u, [WARPS, 16 // WARPS, 2, 8 // WARPS, WARPS // 2, 4, CB // 8, 2])  # pair, pair, j, j, j, c
+        tiles = gl.reshape(gl.permute(bits, [3, 0, 2, 1, 4, 6, 5, 7]), [8, 16, CB])
+        a = gl.convert_layout(tiles, A, assert_trivial=True)
+        ones = gl.full([8, CB, 8], 1.0, u.dtype, layout=B)
+        half = mma_v2(a, ones, gl.full([8, 16, 8], 0.0, gl.float32, layout=MMA))
+        twice = gl.reshape(gl.permute(gl.join(half, half), [0, 1, 3, 2]), [8, 16, 16])
+        total = gl.convert_layout(twice, MMA, assert_trivial=True)
+        transposed = gl.convert_layout(gl.permute(tiles, [0, 2, 1]), B, assert_trivial=True)
+        square = mma_v2(a, transposed, gl.full([8, 16, 16], 0.0, gl.float32, layout=MMA))
+        total_even, total_odd = gl.split(gl.reshape(total, [8, 16, 8, 2]))
+        square_even, square_odd = gl.split(gl.reshape(square, [8, 16, 8, 2]))
+        HALVES: gl.constexpr = total_even.type.layout
+        row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, HALVES)))[None, :, None]
+        column = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, HALVES)))[None, None, :]
+        mean = gl.where(row % 2 == 0, total_even, total_odd) * share
+        m2 = gl.maximum(gl.where(row % 2 == 0, square_even, square_odd) - mean * mean / share, 0.0)
+        to = stats_ptr + _as_rows(at, HALVES, WARPS)[:, :, None] * 2 + column * 0
+        to += _as_rows(held, HALVES, WARPS)[:, :, None] * 2
+        ok = _as_rows(ok, HALVES, WARPS)[:, :, None] & (row // 2 == column)
+        gl.store(to, mean, mask=ok)
+        gl.store(to + 1, m2, mask=ok)
+
+    @gluon.jit
+    def _as_rows(pixels, HALVES: gl.constexpr, WARPS: gl.constexpr):
+        """Values of pixels (16, 2, 2, 2) -> (8, 16), the rows of _store_statistics."""
+        bits = gl.reshape(pixels, [WARPS, 16 // WARPS, 2, 8 // WARPS, WARPS // 2])
+        rows = gl.reshape(gl.permute(bits, [3, 0, 2, 1, 4]), [8, 16])
+        return gl.convert_layout(rows, gl.SliceLayout(2, HALVES), assert_trivial=True)
 
     @gluon.jit
     def _store_row(
-        done, u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, c_ok, count, o, o_first, SEGMENT, H, W, pitch,
-        WARPS: gl.constexpr, STORE: gl.constexpr, SPLIT: gl.constexpr, RESIDUAL: gl.constexpr, STATS: gl.constexpr,
-        EVEN_C: gl.constexpr, MAY_PRECEDE: gl.constexpr, dtype: gl.constexpr,
+        done, u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, o, W, pitch, C: gl.constexpr,
+        WARPS: gl.constexpr, STORE: gl.constexpr, RESIDUAL: gl.constexpr, STATS: gl.constexpr, dtype: gl.constexpr,
     ):  # fmt: skip
-        """Round four channels' (WARPS, 16, 8) sums, bring them to (128 pixels, 4·WARPS channels) and store."""
+        """Round four channels' (WARPS, 16, 8) sums, bring them to (16, 2, 2, 2, 4·WARPS), pair, j and c, and store."""
         quads = gl.join(gl.join(done[0].to(dtype), done[2].to(dtype)), gl.join(done[1].to(dtype), done[3].to(dtype)))
         rows = gl.permute(gl.reshape(quads, [WARPS, 16, 8, 4]), [1, 2, 0, 3])
-        u = gl.convert_layout(gl.reshape(rows, [128, WARPS * 4]), STORE)
-        if MAY_PRECEDE:
-            u_ok = u_ok & (o >= 0)
-            s_ok = s_ok & (o >= 0)
-        if SPLIT:
-            u_ok = u_ok & ((o < SEGMENT) & (o_first + o < H))[:, None]
-            s_ok = s_ok & (o < SEGMENT) & (o_first + o < H)
-        to = u_ptr + o * pitch + u_off
+        u = gl.convert_layout(gl.reshape(rows, [16, 2, 2, 2, WARPS * 4]), STORE)
+        shift = (held * C)[:, :, :, :, None]
+        to = u_ptr + o * pitch + u_off + shift
         if RESIDUAL:
-            sum = u.to(gl.float32) + gl.load(r_ptr + o * pitch + u_off, mask=u_ok, other=0.0).to(gl.float32)
-            gl.store(to, sum.to(u_ptr.dtype.element_ty), mask=u_ok)
+            residual = gl.load(r_ptr + o * pitch + u_off + shift, mask=u_ok, other=0.0)
+            gl.store(to, (u.to(gl.float32) + residual.to(gl.float32)).to(u_ptr.dtype.element_ty), mask=u_ok)
         else:
             gl.store(to, u.to(u_ptr.dtype.element_ty), mask=u_ok)
         if STATS:
-            _store_statistics(u, stats_ptr + o * W * 2, s_off, s_ok, c_ok, count, WARPS, EVEN_C)
+            _store_statistics(u, stats_ptr + o * W * 2, s_off, held, s_ok, share, WARPS)
 
-    @gluon.jit
-    def _pixels(pixel, pair_first, n_first, N, H, W, WT, SEGMENT, SEGMENTS, SPLIT: gl.constexpr, WIDE: gl.constexpr):
-        """Of output pixels 8·pair + j: (offset from image n_first, whether inside, first row of the segment)."""
-        pair = pair_first + pixel // 8
-        n = pair // (WT * SEGMENTS)
-        j = pair % WT * 8 + pixel % 8
-        o_first = pair * 0
-        if SPLIT:
-            o_first = pair // WT % SEGMENTS * SEGMENT
-        n_off = n - n_first
-        if WIDE:
-            n_off = n_off.to(gl.int64)
-        return (n_off * H + o_first) * W + j, (n < N) & (j < W), o_first
-
-    @gluon.jit
+    @gluon.jit(do_not_specialize=("N", "H", "W", "WT", "SEGMENT", "SEGMENTS"))
     def dwconv_gluon_kernel(
-        x_ptr, w_ptr, b_ptr, r_ptr, u_ptr, stats_ptr, N, H, W, C8, WT, SEGMENT, SEGMENTS, GROUPS,
-        TAPS: gl.constexpr, WARPS: gl.constexpr, TAIL: gl.constexpr, SPLIT: gl.constexpr, FLIP: gl.constexpr,
-        BIAS: gl.constexpr, RESIDUAL: gl.constexpr, STATS: gl.constexpr, EVEN_C: gl.constexpr, STAGES: gl.constexpr,
+        x_ptr, w_ptr, b_ptr, r_ptr, u_ptr, stats_ptr, N, H, W, WT, SEGMENT, SEGMENTS, GROUPS,
+        C: gl.constexpr, TAPS: gl.constexpr, WARPS: gl.constexpr, TAIL: gl.constexpr, SPLIT: gl.constexpr,
+        FLIP: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, STATS: gl.constexpr, STAGES: gl.constexpr,
         WIDE_ROW: gl.constexpr, WIDE: gl.constexpr, COPY: gl.constexpr, SHARED: gl.constexpr, READ: gl.constexpr,
         STORE: gl.constexpr, dtype: gl.constexpr,
     ):  # fmt: skip
-        """As dwconv_tensor_core_kernel, with C = 8·C8 and CB = 4·WARPS; WIDE_ROW: x is float32."""
+        """As dwconv_tensor_core_kernel, with CB = 4·WARPS; WIDE_ROW: x is float32."""
         HALF: gl.constexpr = TAPS // 2
         LAG: gl.constexpr = 2 * HALF if SPLIT else HALF
         CB: gl.constexpr = WARPS * 4
@@ -187,48 +167,46 @@ if AVAILABLE:
         )
         A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
         B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-        C = C8 * 8
-        NB = gl.cdiv(C, CB)
+        NB: gl.constexpr = (C + CB - 1) // CB
         block = gl.program_id(0) % NB
         c_first = block * CB
-        pair_first = gl.program_id(0) // NB * 16
-        n_first = pair_first // (WT * SEGMENTS)
+        o_first = gl.program_id(0) // NB % SEGMENTS * SEGMENT
+        o_end = gl.minimum(SEGMENT, H - o_first)
+        h_first = o_first - (LAG - HALF)
+        pair_first = gl.program_id(0) // (NB * SEGMENTS) * 16
+        n_first = pair_first // WT
         zero64 = gl.to_tensor(0).to(gl.int64)
         pitch = W * C
         if WIDE:
             pitch = (zero64 + W) * C
-        pixels = (zero64 + n_first) * H * W
-        x_ptr += pixels * C
+        pixels = ((zero64 + n_first) * H + o_first) * W
+        x_ptr += (pixels - (LAG - HALF) * W) * C
         u_ptr += pixels * C
         r_ptr += pixels * C
         stats_ptr += ((zero64 + block) * N * H * W + pixels) * 2
 
-        r = gl.arange(0, 256, layout=gl.SliceLayout(1, COPY))
+        r = gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
         if WIDE_ROW:
             p = (r & 1) | (((r >> 3) & 7) << 1)
-            k = (((r >> 1) & 3) << 1) | ((r >> 6) & 1) | ((r >> 7) << 3)
+            k = ((r >> 1) & 3) << 1
         else:
             p = (r & 3) | (((r >> 4) & 3) << 2)
-            k = (((r >> 2) & 3) << 1) | ((r >> 6) & 1) | ((r >> 7) << 3)
+            k = ((r >> 2) & 3) << 1
         pair = pair_first + p
-        n = pair // (WT * SEGMENTS)
-        iw = pair % WT * 8 + k - HALF
-        x_ok = ((n < N) & (iw >= 0) & (iw < W) & (k < 8 + TAPS - 1))[:, None]
+        n = pair // WT
         c = c_first + gl.arange(0, CB, layout=gl.SliceLayout(0, COPY))
-        if EVEN_C:
-            x_ok = x_ok & (c >= 0)[None, :]
-        else:
-            x_ok = x_ok & (c < C)[None, :]
-        h_first = pair * 0
-        if SPLIT:
-            h_first = pair // WT % SEGMENTS * SEGMENT - HALF
-        row_in = (n - n_first) * H + h_first
+        x_ok = ()
+        for i in gl.static_range(4):
+            ki = k + (i % 2 + i // 2 * 8)
+            iw = pair % WT * 8 + ki - HALF
+            x_ok = x_ok + (((n < N) & (iw >= 0) & (iw < W) & (ki < 8 + TAPS - 1))[:, None] & (c < C)[None, :],)
+        image = (n - n_first) * H
         if WIDE:
-            row_in = (n - n_first).to(gl.int64) * H + h_first
-        x_off = ((row_in * W + iw) * C)[:, None] + c[None, :]
+            image = (n - n_first).to(gl.int64) * H
+        x_off = ((image * W + pair % WT * 8 + k - HALF) * C)[:, None] + c[None, :]
         rows = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, 256, CB], SHARED)
         for d in gl.static_range(STAGES - 1):
-            _fetch(rows, x_ptr, x_off, x_ok, d, h_first, H, pitch, STAGES, SPLIT)
+            _fetch(rows.index(d), x_ptr, x_off, x_ok, d, h_first, H, pitch, C)
 
         bw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None]
         bk = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, B)))[None, :, None]
@@ -244,35 +222,53 @@ if AVAILABLE:
             else:
                 at = first_tap + (i // TAPS * TAPS + i % TAPS) * TAPS
             ok = tap_ok
-            if not EVEN_C:
+            if C % CB != 0:
                 ok = tap_ok & (c_first + bw * 4 + i // TAPS < C)
             tap = gl.load(w_ptr + at, mask=ok, other=0.0)
             band = band + (tap.to(dtype),)
-        m_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None, None]
-        flat = gl.full([WARPS, 16, 8], 0, gl.int32, layout=MMA)
+        zero = gl.full([WARPS, 16, 8], 0.0, gl.float32, layout=MMA)
         start = ()
         for i in gl.static_range(4):
+            value = zero
             if BIAS:
-                at = c_first + m_warp * 4 + i + flat
-                ok = at >= 0
-                if not EVEN_C:
-                    ok = at < C
-                start = start + (gl.load(b_ptr + at, mask=ok, other=0.0).to(gl.float32),)
-            else:
-                start = start + (flat.to(gl.float32),)
+                at = (
+                    c_first
+                    + gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None, None] * 4
+                    + i
+                )
+                value, _ = gl.broadcast(gl.load(b_ptr + at, mask=at < C, other=0.0).to(gl.float32), zero)
+            start = start + (value,)
         acc = ()
         for i in gl.static_range(4 * TAPS):
             acc = acc + (start[i // TAPS],)
 
-        o_pixel = gl.arange(0, 128, layout=gl.SliceLayout(1, STORE))
-        o_c = c_first + gl.arange(0, CB, layout=gl.SliceLayout(0, STORE))
-        c_ok = o_c < C
-        u_off, u_ok, o_first = _pixels(o_pixel, pair_first, n_first, N, H, W, WT, SEGMENT, SEGMENTS, SPLIT, WIDE)
-        s_off = u_off
-        s_ok = u_ok
-        u_off = (u_off * C)[:, None] + o_c[None, :]
-        u_ok = u_ok[:, None] & c_ok[None, :]
-        count = gl.minimum(C - c_first, CB).to(gl.float32)
+        # A thread's pixels are j + 4 (and j + 2) apart: what is held in registers is a constant to add to one address.
+        PIXELS: gl.constexpr = gl.SliceLayout(4, STORE)
+        J0: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, PIXELS)))
+        J1: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, PIXELS)))
+        J2: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, PIXELS)))
+        PAIR: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, PIXELS)))
+        o_pair = pair_first + gl.arange(0, 16, layout=PAIR)[:, None, None, None]
+        j0 = gl.arange(0, 2, layout=J0)[None, None, None, :]
+        j1 = gl.arange(0, 2, layout=J1)[None, None, :, None] * 2
+        held = gl.arange(0, 2, layout=J2)[None, :, None, None] * 4 + (j1 + j0 + o_pair) * 0
+        if WARPS == 4 and STATS:
+            held += j1
+            j1 *= 0
+        o_n = o_pair // WT
+        o_w = o_pair % WT * 8 + j1 + j0
+        CHANNEL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, STORE))))
+        o_c = c_first + gl.arange(0, CB, layout=CHANNEL)
+        o_image = (o_n - n_first) * H
+        if WIDE:
+            o_image = (o_n - n_first).to(gl.int64) * H
+        s_off = o_image * W + o_w + held * 0
+        s_ok = (o_n < N) & (o_w + held < W)
+        u_off = (s_off * C)[:, :, :, :, None] + o_c[None, None, None, None, :]
+        u_ok = s_ok[:, :, :, :, None] & (o_c < C)[None, None, None, None, :]
+        share = 1.0 / CB
+        if C % CB != 0:
+            share = 1.0 / gl.minimum(C - c_first, CB).to(gl.float32)
 
         for g in range(GROUPS):
             for s in gl.static_range(TAPS):
@@ -280,41 +276,42 @@ if AVAILABLE:
                 async_copy.wait_group(STAGES - 2)
                 a = _operands(rows.index(h % STAGES).load(READ), WIDE_ROW, WARPS, A, dtype)
                 done, acc = _accumulate(a, acc, band, start, s, TAPS)
-                _fetch(rows, x_ptr, x_off, x_ok, h + STAGES - 1, h_first, H, pitch, STAGES, SPLIT)
-                if s >= LAG:
+                o = _row_here(h) - LAG
+                ahead = rows.index((h + STAGES - 1) % STAGES)
+                _fetch(ahead, x_ptr, x_off, x_ok, o + (LAG + STAGES - 1), h_first, H, pitch, C)
+                if (o >= 0) & (o < o_end):
                     _store_row(
-                        done, u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, c_ok, count, h - LAG, o_first,
-                        SEGMENT, H, W, pitch, WARPS, STORE, SPLIT, RESIDUAL, STATS, EVEN_C, False, dtype,
+                        done, u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, o, W, pitch, C, WARPS,
+                        STORE, RESIDUAL, STATS, dtype,
                     )  # fmt: skip
-                else:
-                    if g > 0:
-                        _store_row(
-                            done, u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, c_ok, count, h - LAG, o_first,
-                            SEGMENT, H, W, pitch, WARPS, STORE, SPLIT, RESIDUAL, STATS, EVEN_C, False, dtype,
-                        )  # fmt: skip
         for s in gl.static_range(TAIL):
             h = GROUPS * TAPS + s
             async_copy.wait_group(STAGES - 2)
             a = _operands(rows.index(h % STAGES).load(READ), WIDE_ROW, WARPS, A, dtype)
-            _fetch(rows, x_ptr, x_off, x_ok, h + STAGES - 1, h_first, H, pitch, STAGES, SPLIT)
             done, acc = _accumulate(a, acc, band, start, s, TAPS)
-            _store_row(
-                done, u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, c_ok, count, h - LAG, o_first,
-                SEGMENT, H, W, pitch, WARPS, STORE, SPLIT, RESIDUAL, STATS, EVEN_C, True, dtype,
-            )  # fmt: skip
+            o = _row_here(h) - LAG
+            ahead = rows.index((h + STAGES - 1) % STAGES)
+            _fetch(ahead, x_ptr, x_off, x_ok, o + (LAG + STAGES - 1), h_first, H, pitch, C)
+            if (o >= 0) & (o < o_end):
+                _store_row(
+                    done, u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, o, W, pitch, C, WARPS,
+                    STORE, RESIDUAL, STATS, dtype,
+                )  # fmt: skip
         async_copy.wait_group(0)
         if not SPLIT:
             for s in gl.static_range(HALF):
                 done = ()
                 for i in gl.static_range(4):
                     done = done + (acc[i * TAPS + (TAIL + s) % TAPS],)
-                _store_row(
-                    done, u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, c_ok, count, H - HALF + s, o_first,
-                    SEGMENT, H, W, pitch, WARPS, STORE, SPLIT, RESIDUAL, STATS, EVEN_C, True, dtype,
-                )  # fmt: skip
+                o = _row_here(H) - HALF + s
+                if o >= 0:
+                    _store_row(
+                        done, u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, o, W, pitch, C, WARPS,
+                        STORE, RESIDUAL, STATS, dtype,
+                    )  # fmt: skip
 
 
-def _layouts(warps: int, itemsize: int) -> dict[str, object]:
+def _layouts(warps: int, itemsize: int, statistics: bool) -> dict[str, object]:
     """How threads copy rows (COPY), how shared memory is swizzled, who reads (READ) and who stores (STORE) what.
 
     A row of shared memory is one pixel's 4·warps channels. The index of a pixel has its bits in the order that puts the
@@ -331,7 +328,15 @@ def _layouts(warps: int, itemsize: int) -> dict[str, object]:
     lanes = [[bit, 0] for bit in (*lane_k, *lane_pair)]
     owners = [[0, 4 << i] for i in range(warps.bit_length() - 1)]
     read = gl.DistributedLinearLayout(registers, lanes, owners, [], [256, block])
-    store = gl.BlockedLayout([1, warps], [8, 4], [warps, 1], [1, 0])
+    # Dimensions pair, j/4, j/2%2, j%2, channel. 8 channels a piece, but the statistics want a pixel in 4 lanes.
+    pair = [[1 << i, 0, 0, 0, 0] for i in range(4)]
+    j0, j1, j2 = ([0] * (3 - i) + [1] + [0] * (1 + i) for i in range(3))
+    channel = [[0, 0, 0, 0, 1 << i] for i in range(block.bit_length() - 1)]
+    if block == 16 and statistics:
+        held, across = [*channel[:2], j2, j1], [*channel[2:], j0, *pair]
+    else:
+        held, across = [*channel[:3], j2], [*channel[3:], j0, j1, *pair]
+    store = gl.DistributedLinearLayout(held, across[:5], across[5:], [], [16, 2, 2, 2, block])
     return {"COPY": copy, "SHARED": shared, "READ": read, "STORE": store}
 
 
@@ -370,17 +375,17 @@ def dwconv_gluon(
     split = config.segment < height
     segments = triton.cdiv(height, config.segment)
     rows = config.segment + taps - 1 if split else height
-    images = 16 // (tiles * segments) + 2
+    images = 16 // tiles + 2
     launch(
         dwconv_gluon_kernel,
-        (blocks * triton.cdiv(batch * segments * tiles, 16),),
+        (blocks * segments * triton.cdiv(batch * tiles, 16),),
         x, weight, weight if bias is None else bias, x if residual is None else residual, u,
         u if stats is None else stats,
-        batch, height, width, channels // 8, tiles, config.segment, segments, rows // taps,
-        TAPS=taps, WARPS=block // 4, TAIL=rows % taps, SPLIT=split, FLIP=flip, BIAS=bias is not None,
-        RESIDUAL=residual is not None, STATS=statistics, EVEN_C=channels % block == 0, STAGES=config.stages,
+        batch, height, width, tiles, config.segment, segments, rows // taps,
+        C=channels, TAPS=taps, WARPS=block // 4, TAIL=rows % taps, SPLIT=split, FLIP=flip, BIAS=bias is not None,
+        RESIDUAL=residual is not None, STATS=statistics, STAGES=config.stages,
         WIDE_ROW=x.element_size() == 4, WIDE=images * height * width * channels >= 2**31,
         dtype=gl.bfloat16 if dtype == torch.bfloat16 else gl.float16, num_warps=block // 4,
-        **_layouts(block // 4, x.element_size()),
+        **_layouts(block // 4, x.element_size(), statistics),
     )  # fmt: skip
     return u, stats
