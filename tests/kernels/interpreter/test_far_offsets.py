@@ -4,31 +4,9 @@ import pytest
 import torch
 from convnext_fast.kernels import dwconv_scalar, dwconv_tensor_core, dwconv_wgrad
 from kernel_support import assert_as_good_as_eager, dwconv_gradients, dwconv_reference
-from triton.runtime.interpreter import interpreter_builder
 
 SHAPE = (2**31 // (7 * 7 * 16) + 40, 7, 7, 16)
 TAIL = 8  # images that hold data
-
-
-@pytest.fixture
-def last_program(monkeypatch):
-    """Launches run their last program only, on memory that is reserved and never filled."""
-    reserve = torch._C._VariableFunctions.empty
-    monkeypatch.setattr(torch, "empty", reserve)
-    set_grid_idx = interpreter_builder.set_grid_idx
-    grids = []
-
-    def launch(kernel, grid, *args, **meta):
-        grids.append(grid)
-        if len(grids) == 1:
-            kernel[(1,)](*args, **meta)
-
-    set_grid_dim = interpreter_builder.set_grid_dim
-    monkeypatch.setattr(interpreter_builder, "set_grid_dim", lambda *_: set_grid_dim(grids[0][0], 1, 1))
-    monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda *_: set_grid_idx(grids[0][0] - 1, 0, 0))
-    for module in (dwconv_scalar, dwconv_tensor_core, dwconv_wgrad):
-        monkeypatch.setattr(module, "launch", launch)
-    return reserve
 
 
 def _far(reserve, seed):
