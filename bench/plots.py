@@ -10,7 +10,8 @@ from bench.variants import RECIPES, is_ours
 
 Row = dict[str, Any]
 # Colours that stay apart for colour-blind readers (Okabe and Ito), ours in the warm ones.
-_PEERS = ("#999999", "#000000", "#0072B2", "#56B4E9", "#009E73", "#7F7FBF", "#5A5A5A", "#88AACC")
+_PEERS = ("#999999", "#000000", "#0072B2", "#56B4E9", "#009E73", "#7F7FBF", "#5D3A9B", "#1A6B3C")
+_PANELS_ACROSS = 3
 _OURS = ("#D55E00", "#E69F00", "#CC79A7", "#F0E442", "#B22222", "#8B4513")
 
 
@@ -40,9 +41,12 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
         if not chosen:
             continue
         groups = _groups(chosen)
-        figure = Figure(figsize=(5.5 * len(groups), 4.2), layout="constrained")
+        across = min(len(groups), _PANELS_ACROSS)
+        down = -(-len(groups) // across)
+        figure = Figure(figsize=(5.5 * across, 4.2 * down), layout="constrained")
         FigureCanvasAgg(figure)
-        for axes, (title, group) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+        for i, (title, group) in enumerate(groups.items()):
+            axes = figure.add_subplot(down, across, i + 1)
             plot(axes, group)
             axes.set_title(title, fontsize=10)
         figure.savefig(folder / name, dpi=110, metadata={"Software": None})
@@ -78,7 +82,9 @@ def _lines(axes: Any, rows: list[Row], value: str, label: str) -> None:
         points = sorted((row["batch"], row[value]) for row in group if row[value] is not None)
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, color=_colour(name))
+    batches = sorted({row["batch"] for row in rows})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [str(n) for n in batches])
     axes.set_xlabel("batch")
     axes.set_ylabel(label)
     axes.legend(fontsize=7)
@@ -86,7 +92,7 @@ def _lines(axes: Any, rows: list[Row], value: str, label: str) -> None:
 
 def _throughput(axes: Any, rows: list[Row]) -> None:
     _lines(axes, rows, "images_per_s", "images/s")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * max(row["images_per_s"] for row in rows))
 
 
 def _memory(axes: Any, rows: list[Row]) -> None:
