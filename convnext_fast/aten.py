@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import onednn
+from .reference import ACTIVATION_FUNCTIONS
 
 _aten = torch.ops.aten
 
@@ -208,7 +209,7 @@ def _mlp_bwd(
         pre = _linear(n, mlp.w1, mlp.b1) if a is None else a[rows]
         dh = _linear(dz if mlp.gamma is None else (dz * mlp.gamma).to(dtype), mlp.w2.t())
         da = _activation_bwd(dh, pre, mlp.act)
-        h = _ACTIVATIONS_[mlp.act](pre if a is None else pre.clone())
+        h = ACTIVATION_FUNCTIONS[mlp.act](pre)
         _accumulate(e, dz.t(), h)
         _accumulate(dw1, da.t(), n)
         t += dz.sum(0, dtype=wide)
