@@ -4,7 +4,7 @@ Formula, tiles, pairs, segments, the band matrices T and what NaNs reach are as 
 is how the rows are fed. A warp owns 4 channels. Rows of x come by cp.async, STAGES − 1 rows early, into shared memory,
 whose order lets every thread read its fragments of the matrix product, 4 channels at a time, without bank conflicts;
 registers are renamed, never shuffled. A finished row goes through shared memory once, to leave in whole sectors and to
-have its statistics taken where 8 channels of a pixel sit in one thread.
+have its statistics taken by the matrix unit, for a thread then holds it as an operand.
 
 Needs C to be a multiple of 8, x aligned to 16 bytes, and Gluon as Triton 3.9 has it (``AVAILABLE``).
 """
@@ -37,12 +37,11 @@ if AVAILABLE:
     def _row_here(h):
         """``h``, in a way that keeps the compiler from computing the addresses of later rows early, in registers.
 
-        The mask of active lanes, all ones, is asked for where it stands; adding 1 makes zero of it.
+        It is the first lane's, all having the same, and an exchange between lanes stays where it stands.
         """
-        zero = gl.inline_asm_elementwise(
-            "activemask.b32 $0; add.u32 $0, $0, 1;", "=r,r", [h], dtype=gl.int32, is_pure=False, pack=1
+        return gl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [h], dtype=gl.int32, is_pure=False, pack=1
         )
-        return h + zero
 
     @gluon.jit
     def _fetch(row, x_ptr, x_off, x_ok, h, h_first, H, pitch, C: gl.constexpr):
