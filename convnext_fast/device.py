@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .kernels.dwconv import dwconv_dgrad, dwconv_fwd, dwconv_wgrad
+from .kernels.dwconv_wgrad import dwconv_wgrad_partials
 from .kernels.layernorm import layernorm_bwd, layernorm_fwd
 from .kernels.parameters import fold_bwd, fold_fwd
 from .kernels.patchify import downsample_fwd as _downsample_fwd
@@ -77,30 +78,12 @@ def block_bwd(
         u, statistics = dwconv_fwd(x, dwconv_weight, dwconv_bias, dtype)
     folded = fold_fwd(w1, b1, ln_weight, ln_bias, w2, gamma, dtype)
     du, sums = mlp_bwd(dy.view(rows), u.view(rows), statistics, a, *folded, _scale(drop_scale), eps, act)
-    grads = fold_bwd(sums, ln_weight, ln_bias, w1, b1, w2, b2, gamma)
     du = du.view(x.shape)
     dx = dwconv_dgrad(du, dwconv_weight, dy) if needs_x else None
-    dweight, dbias = dwconv_wgrad(x, du, dwconv_weight.shape[3]) if needs_dwconv else (None, None)
-    return dx, dweight, dbias, *grads
-
-
-def frozen_block_fwd(
-    x: Tensor,
-    dwconv_weight: Tensor,
-    dwconv_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    eps: float,
-    act: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`block_fwd` on the weights of `folding.FrozenBlock`, w1 and w2 in T."""
-    rows = (-1, x.shape[3])
-    u, statistics = dwconv_fwd(x, dwconv_weight.contiguous(), dwconv_bias, dtype)
-    y, _ = mlp_fwd(u.view(rows), statistics, x.view(rows), w1, b1, w2, b2, None, None, eps, act, False)
-    return y.view(x.shape)
+    dwconv = None
+    if needs_dwconv:
+        dwconv = (dwconv_wgrad_partials(x, du, dwconv_weight.shape[3]), dwconv_weight, dwconv_bias)
+    return dx, *fold_bwd(sums, ln_weight, ln_bias, w1, b1, w2, b2, gamma, dwconv)
 
 
 def dwconv_layernorm_fwd(
@@ -132,7 +115,7 @@ def dwconv_layernorm_bwd(
     """Gradients of x, weight, bias, ln_weight and ln_bias."""
     du, dg, dbeta = layernorm_bwd(dn, u, statistics, ln_weight, eps)
     dx = dwconv_dgrad(du, weight.contiguous(), None)
-    dweight, dbias = dwconv_wgrad(x, du, weight.shape[3])
+    dweight, dbias = dwconv_wgrad(x, du, weight.shape[3], weight.dtype)
     return dx, dweight, dbias, dg, dbeta
 
 
@@ -176,7 +159,7 @@ def pointwise_mlp_bwd(
     w1, w2 = w1.contiguous(), w2.contiguous()
     folded = fold_fwd(w1, b1, None, None, w2, gamma, dtype)
     dx, sums = mlp_bwd(dy.view(rows), x.to(dtype).view(rows), None, a, *folded, _scale(drop_scale), 0.0, act)
-    return dx.view(x.shape), *fold_bwd(sums, None, None, w1, b1, w2, b2, gamma)[2:]
+    return dx.view(x.shape), *fold_bwd(sums, None, None, w1, b1, w2, b2, gamma)[4:]
 
 
 def patchify_stem_fwd(

@@ -43,6 +43,8 @@ def dwconv_dgrad(du: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor 
     return form(du, weight, None, residual, dtype=du.dtype, **mode)[0]
 
 
-def dwconv_wgrad(x: torch.Tensor, du: torch.Tensor, taps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dweight (C, 1, k, k), dbias (C,)), float32, k = ``taps``, from x (T or R) and ``du`` (T), both (N, H, W, C)."""
-    return _wgrad(x, du, taps)
+def dwconv_wgrad(
+    x: torch.Tensor, du: torch.Tensor, taps: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dweight (C, 1, k, k), dbias (C,)) in ``dtype``, k = ``taps``, from x (T or R) and ``du`` (T), (N, H, W, C)."""
+    return _wgrad(x, du, taps, dtype=dtype)

@@ -204,50 +204,49 @@ def dwconv_wgrad_scalar_kernel(
 
 
 @triton.jit
-def dwconv_wgrad_sum_kernel(
-    partial_ptr,
-    dw_ptr,
-    db_ptr,
-    C,
-    SPLITS,
-    TAPS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    CB: tl.constexpr,
-    BS: tl.constexpr,
-):
-    """partial: (SPLITS, TAPS, SLOTS, C); dw: (C, TAPS, TAPS); db: (C,), all float32. Grid (⌈C/CB⌉, TAPS · SLOTS)."""
-    c = tl.program_id(0) * CB + tl.arange(0, CB)
-    ky = tl.program_id(1) // SLOTS
-    kx = tl.program_id(1) % SLOTS
+def add_taps(
+    partial_ptr, dw_ptr, db_ptr, c, slot, C, SPLITS,
+    TAPS: tl.constexpr, SLOTS: tl.constexpr, CB: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Add up slot ``slot`` of TAPS · SLOTS of partial (SPLITS, TAPS, SLOTS, C), at the CB channels ``c``.
+
+    dw: (C, TAPS, TAPS); db: (C,) or None.
+    """
+    ky = slot // SLOTS
+    kx = slot % SLOTS
     is_tap = tl.zeros((CB,), tl.int32) + kx < TAPS
-    is_bias = tl.zeros((CB,), tl.int32) + tl.program_id(1) == TAPS // 2 * SLOTS + SLOTS - 1
+    is_bias = tl.zeros((CB,), tl.int32) + slot == TAPS // 2 * SLOTS + SLOTS - 1
     ok = (c < C) & (is_tap | is_bias)
     total = tl.zeros((BS, CB), tl.float32)
     for first in range(0, SPLITS, BS):
         split = first + tl.arange(0, BS)
-        at = (split.to(tl.int64) * (TAPS * SLOTS) + tl.program_id(1))[:, None] * C + c[None, :]
+        at = (split.to(tl.int64) * (TAPS * SLOTS) + slot)[:, None] * C + c[None, :]
         total += tl.load(partial_ptr + at, mask=(split < SPLITS)[:, None] & ok[None, :], other=0.0)
     out = tl.sum(total, 0)
-    tl.store(dw_ptr + c * (TAPS * TAPS) + ky * TAPS + kx, out, mask=ok & is_tap)
-    tl.store(db_ptr + c, out, mask=ok & is_bias)
+    tl.store(dw_ptr + c * (TAPS * TAPS) + ky * TAPS + kx, out.to(dw_ptr.dtype.element_ty), mask=ok & is_tap)
+    if db_ptr is not None:
+        tl.store(db_ptr + c, out.to(db_ptr.dtype.element_ty), mask=ok & is_bias)
 
 
-def dwconv_wgrad(
+@triton.jit
+def dwconv_wgrad_sum_kernel(
+    partial_ptr, dw_ptr, db_ptr, C, SPLITS, TAPS: tl.constexpr, SLOTS: tl.constexpr, CB: tl.constexpr, BS: tl.constexpr
+):
+    """Grid (⌈C/CB⌉, TAPS · SLOTS)."""
+    c = tl.program_id(0) * CB + tl.arange(0, CB)
+    add_taps(partial_ptr, dw_ptr, db_ptr, c, tl.program_id(1), C, SPLITS, TAPS, SLOTS, CB, BS)
+
+
+def dwconv_wgrad_partials(
     x: torch.Tensor, du: torch.Tensor, taps: int, config: WgradConfig | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dweight (C, 1, k, k), dbias (C,)), float32, of a depthwise convolution with k = ``taps``.
+) -> torch.Tensor:
+    """Partial sums of the gradients, (splits, k, SLOTS, C) float32 with k = ``taps``, for ``add_taps``.
 
     ``x`` (N, H, W, C) is of any float dtype, ``du`` (N, H, W, C) of the compute dtype: float16 and bfloat16 round x to
     it and multiply on tensor cores, float32 does not. ``config`` replaces the configuration of tuning_dwconv.py.
     """
     batch, height, width, channels = x.shape
     config = config or wgrad_config(tuple(x.shape), du.dtype, target_of(x))
-    empty = x.numel() == 0
-    make = torch.zeros if empty else torch.empty
-    dw = make((channels, 1, taps, taps), dtype=torch.float32, device=x.device)
-    db = make((channels,), dtype=torch.float32, device=x.device)
-    if empty:
-        return dw, db
     tiles = triton.cdiv(width, config.tile_width)
     items = batch * height if du.dtype == torch.float32 else batch * tiles
     splits = triton.cdiv(items, config.split)
@@ -271,6 +270,20 @@ def dwconv_wgrad(
             WIDE=images * height * width * channels >= 2**31, SLOTS=SLOTS, dtype=TL_DTYPES[du.dtype],
             num_warps=config.num_warps, num_stages=1,
         )  # fmt: skip
+    return partial
+
+
+def dwconv_wgrad(
+    x: torch.Tensor, du: torch.Tensor, taps: int, config: WgradConfig | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dweight (C, 1, k, k), dbias (C,)) in ``dtype``, of a depthwise convolution with k = ``taps``.
+
+    The other arguments as in ``dwconv_wgrad_partials``.
+    """
+    partial = dwconv_wgrad_partials(x, du, taps, config)
+    splits, _, _, channels = partial.shape
+    dw = torch.empty((channels, 1, taps, taps), dtype=dtype, device=x.device)
+    db = torch.empty((channels,), dtype=dtype, device=x.device)
     launch(
         dwconv_wgrad_sum_kernel, (triton.cdiv(channels, 32), taps * SLOTS),
         partial, dw, db, channels, splits, TAPS=taps, SLOTS=SLOTS, CB=32, BS=4, num_warps=1,

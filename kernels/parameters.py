@@ -14,8 +14,8 @@ without γ, and dz_sum = Σ_p dz'_c:
     dw2 = γ_c·E            db2 = γ_c·dz_sum                  dγ_c = Σ_k w2[c, k]·E[c, k] + b2_c·dz_sum_c
 
 The sums over p come as partial sums (``Sums``). One launch adds them up and writes dw1, db1 and dw2, and a tile of
-hidden units leaves its part of the sums over k; a second one adds those. Every gradient is rounded once, to the dtype
-of its parameter.
+hidden units leaves its part of the sums over k; a second one adds those, and beside them the partial sums of the
+depthwise convolution's gradients. Every gradient is rounded once, to the dtype of its parameter.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dwconv_wgrad import SLOTS, add_taps
 from .launching import launch
 
 BLOCK_K = 32  # hidden units of a tile of the backward
@@ -142,11 +143,10 @@ def _fold_bwd_kernel(
 
 
 @triton.jit
-def _vectors_kernel(
-    partial_ptr, b2_ptr, gamma_ptr, dg_ptr, dbeta_ptr, db2_ptr, dgamma_ptr, C, TILES, BLOCK_C: tl.constexpr
+def _vectors(
+    partial_ptr, b2_ptr, gamma_ptr, dg_ptr, dbeta_ptr, db2_ptr, dgamma_ptr, c, C, TILES
 ):  # fmt: skip
-    """Grid (⌈C/BLOCK_C⌉,). partial: (TILES, 4, C) of ``_fold_bwd_kernel``."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """The gradients that are vectors, at the channels ``c``; partial: (TILES, 4, C) of ``_fold_bwd_kernel``."""
     ok = c < C
     if dg_ptr is not None:
         tl.store(dg_ptr + c, add_rows(partial_ptr, 0, TILES, c, ok, 4 * C, 8).to(dg_ptr.dtype.element_ty), mask=ok)
@@ -163,6 +163,20 @@ def _vectors_kernel(
         if gamma_ptr is not None:
             dz_sum *= tl.load(gamma_ptr + c, mask=ok, other=0.0).to(tl.float32)
         tl.store(db2_ptr + c, dz_sum.to(db2_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _finish_kernel(
+    partial_ptr, b2_ptr, gamma_ptr, dg_ptr, dbeta_ptr, db2_ptr, dgamma_ptr, dwconv_ptr, dw_ptr, db_ptr,
+    C, TILES, SPLITS, TAPS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (⌈C/BLOCK_C⌉, 1 + TAPS·SLOTS), or (⌈C/BLOCK_C⌉, 1) without the depthwise convolution."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    slot = tl.program_id(1) - 1
+    if slot < 0:
+        _vectors(partial_ptr, b2_ptr, gamma_ptr, dg_ptr, dbeta_ptr, db2_ptr, dgamma_ptr, c, C, TILES)
+    elif dwconv_ptr is not None:
+        add_taps(dwconv_ptr, dw_ptr, db_ptr, c, slot, C, SPLITS, TAPS, SLOTS, BLOCK_C, 4)
 
 
 def fold_fwd(
@@ -200,15 +214,18 @@ def fold_bwd(
     w2: Tensor,
     b2: Tensor | None,
     gamma: Tensor | None,
+    dwconv: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ln_weight, ln_bias, w1, b1, w2, b2 and gamma, each like its parameter, None where that is None.
+    """Gradients of the depthwise weight and bias, ln_weight, ln_bias, w1, b1, w2, b2 and gamma.
 
-    w1 (K, C), w2 (C, K) and the vectors in any float dtypes, contiguous. Two launches.
+    w1 (K, C), w2 (C, K) and the vectors in any float dtypes, contiguous. ``dwconv``: ``dwconv_wgrad_partials`` and the
+    convolution's weight (C, 1, k, k) and bias. A gradient is like its parameter, None where that is None. Two launches.
     """
     K, C = w1.shape
     _, S, *_ = sums.products.shape
-    dg, dbeta, dw1, db1, dw2, db2, dgamma = (
-        None if p is None else torch.empty_like(p) for p in (ln_weight, ln_bias, w1, b1, w2, b2, gamma)
+    dwconv_sums, *convolution = (None, None, None) if dwconv is None else dwconv
+    ddw, ddb, dg, dbeta, dw1, db1, dw2, db2, dgamma = grads = tuple(
+        None if p is None else torch.empty_like(p) for p in (*convolution, ln_weight, ln_bias, w1, b1, w2, b2, gamma)
     )
     tiles = triton.cdiv(K, BLOCK_K)
     partial = torch.empty((tiles, 4, C), dtype=torch.float32, device=w1.device)
@@ -217,8 +234,10 @@ def fold_bwd(
         *sums, w1, w2, ln_weight, ln_bias, gamma, dw1, db1, dw2, partial,
         K, C, S, sums.db1.shape[0], sums.dz.shape[0], BLOCK_K=BLOCK_K, BLOCK_C=64, num_warps=4,
     )  # fmt: skip
+    splits, taps = (0, 0) if dwconv_sums is None else dwconv_sums.shape[:2]
     launch(
-        _vectors_kernel, (triton.cdiv(C, 32),),
-        partial, b2, gamma, dg, dbeta, db2, dgamma, C, tiles, BLOCK_C=32, num_warps=1,
+        _finish_kernel, (triton.cdiv(C, 32), 1 + taps * SLOTS),
+        partial, b2, gamma, dg, dbeta, db2, dgamma, dwconv_sums, ddw, ddb, C, tiles, splits,
+        TAPS=taps, SLOTS=SLOTS, BLOCK_C=32, num_warps=1,
     )  # fmt: skip
-    return dg, dbeta, dw1, db1, dw2, db2, dgamma
+    return grads

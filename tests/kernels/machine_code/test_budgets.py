@@ -71,9 +71,8 @@ SPILLS = {
 # What is reached, per pass of ConvNeXt-T at batch 128, where BUDGETS are missed or not set.
 REACHED = {
     ("inference", None): {"megabytes": 38.2},  # misses 37
-    ("training", 0): {"megabytes": 187.5, "launches": 291, "saved": 27.5},
-    ("training", 1): {"launches": 291},  # misses 260
-    ("training", 2): {"megabytes": 158.1, "launches": 309},  # misses 260
+    ("training", 0): {"megabytes": 187.5, "launches": 237, "saved": 27.5},
+    ("training", 2): {"megabytes": 158.1},
 }
 
 
@@ -139,7 +138,7 @@ def narrow_accesses(launch, made, target):
 def test_counts_of_a_pass(mode, recompute):
     counts = count_tiny(mode, recompute)
     assert not counts.uncounted, f"no formula for the FLOPs of {counts.uncounted}"
-    missed = counts.missed(BUDGETS[mode, recompute] | REACHED[mode, recompute])
+    missed = counts.missed(BUDGETS[mode, recompute] | REACHED.get((mode, recompute), {}))
     assert not missed, ", ".join(f"{name}: {got:.1f} exceeds {most}" for name, (got, most) in missed.items())
     # 4.45 G multiply-adds an image forward; twice that backward.
     least = 8.9 if mode == "inference" else 26.6
