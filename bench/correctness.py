@@ -9,7 +9,7 @@ import torch
 
 from bench.cases import OPS, OpCase, reference_of, results
 from bench.environment import DTYPES
-from bench.timing import failure, worst_error
+from bench.timing import failure
 from bench.variants import captured
 
 SHAPES = ((2, 9, 7, 40), (1, 14, 14, 96), (1, 7, 7, 384))
@@ -67,8 +67,8 @@ def _not_run(check: str, why: str = "needs a CUDA device") -> dict[str, Any]:
 def _against_float64(case: OpCase, device: torch.device) -> dict[str, Any]:
     inputs = case.inputs(device)
     reference = reference_of(case, inputs)
-    error = worst_error(results(case, case.form(True), inputs), reference.expected)
-    return {"passed": error <= reference.bound, "error": error, "error_bound": reference.bound}
+    error, bound = reference.worst(results(case, case.form(True), inputs))
+    return {"passed": error <= bound, "error": error, "error_bound": bound}
 
 
 def _deterministic(case: OpCase, device: torch.device) -> dict[str, Any]:
@@ -108,9 +108,8 @@ def _last_image(case: OpCase, device: torch.device) -> dict[str, Any]:
     x[-1] = small[0][0]
     with torch.no_grad():
         out = case.form(True)(x, *small[1:])
-    reference = reference_of(last, small)
-    error = worst_error([out[-1:]], reference.expected)
-    return {"passed": error <= reference.bound, "error": error, "error_bound": reference.bound}
+    error, bound = reference_of(last, small).worst([out[-1:]])
+    return {"passed": error <= bound, "error": error, "error_bound": bound}
 
 
 CHECKS = {"against float64": _against_float64, "same bits twice": _deterministic, REPLAY: _replayed}

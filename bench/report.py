@@ -109,8 +109,9 @@ def _head(rows: Sequence[Row]) -> str:
     found.append(
         "Times are medians, with the 20th and 80th percentile. GB/s and TFLOP/s count what the work cannot do without: "
         "each block's input, output and parameters once, and the products of convolutions and linear layers, nothing "
-        "that is computed anew. A contender whose result is further from float64 than twice eager's error in the same "
-        "dtype (in float32: than 1e-5, if that is more) has no time."
+        "that is computed anew. A contender of which an output or gradient is further from float64 than twice eager's "
+        "error in the same dtype (in float32: than 1e-5, if that is more) has no time; the error given is the one "
+        "nearest to its bound."
     )
     return "\n\n".join(found)
 
@@ -169,7 +170,7 @@ def _models(rows: list[Row], drawn: Sequence[str]) -> list[str]:
     found = [
         "## Models",
         "Ours are bold. Training is forward and backward, without the optimiser. Saved: for the backward pass. "
-        "The first call includes making the model and compiling.",
+        "The first call includes making the model and compiling, or reading PyTorch's cache on disk where that has it.",
         *(f"![]({name})" for name in drawn if not name.startswith("stages")),
     ]
     for cell in cells(rows).values():

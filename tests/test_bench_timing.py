@@ -71,7 +71,7 @@ def test_a_failure_is_a_row():
     def late():
         raise ValueError("only when timed")
 
-    reference = Reference([torch.ones(1)], 0.0)
+    reference = Reference([torch.ones(1)], [0.0])
     right = Job(lambda: lambda: None, lambda: [torch.ones(1)])
     found = list(timing.measure({"a": Contender(out_of_memory, reference)}, CPU, 0.01))
     assert found == [("a", {"failure": "OutOfMemoryError: no room"}, [])]
@@ -82,6 +82,19 @@ def test_a_failure_is_a_row():
 def test_training_saves_less_than_eager():
     rows = {row["contender"]: row for row in measured_rows("training", 2, ("eager", "fused"))}
     assert 0 < rows["fused"]["saved_mib"] < rows["eager"]["saved_mib"] <= rows["eager"]["peak_mib"]
+
+
+def test_each_result_has_its_own_bound():
+    """A gradient that bfloat16 can hardly tell allows nothing to the others; nothing is held against an overflow."""
+    expected = [torch.ones(8).double(), torch.ones(8).double(), torch.ones(8).double()]
+    eager = [expected[0] * 1.5, expected[1] * 1.01, expected[2] * 1.001]
+    reference = Reference.of(expected, eager, "bfloat16")
+    assert reference.bounds == pytest.approx([1.0, 0.02, 0.02])
+    assert reference.worst([expected[0] * 1.9, expected[1] * 1.03, expected[2]]) == pytest.approx((0.03, 0.02))
+    assert reference.worst([expected[0] * 1.9, expected[1], expected[2]]) == pytest.approx((0.9, 1.0))
+    assert Reference.of(expected, expected, "float32").bounds == pytest.approx([1e-5] * 3)
+    with pytest.raises(ValueError, match="not finite"):
+        Reference.of(expected, [expected[0] * math.inf, *eager[1:]], "float16")
 
 
 def test_missing_package_says_how_to_install(monkeypatch):
