@@ -328,6 +328,31 @@ def frozen_block_fwd(
     return y.view(x.shape)
 
 
+def patchify_stem_fwd(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """LayerNorm of the patch convolution as one matrix product on copied patches, (N, H', W', C) in T.
+
+    oneDNN's convolution of an image of three channels is slower, and its result not NHWC.
+    """
+    kernel = weight.shape[2:]
+    height, width = image.shape[2] // kernel[0], image.shape[3] // kernel[1]
+    whole = image[:, :, : height * kernel[0], : width * kernel[1]].to(dtype)
+    patches = whole.unflatten(3, (width, kernel[1])).unflatten(2, (height, kernel[0])).permute(0, 2, 4, 1, 3, 5)
+    bias = None if bias is None else bias.to(dtype)
+    out = (image.shape[0], height, width, weight.shape[0])
+    if out[0] == 0:
+        return image.new_empty(out, dtype=dtype)
+    u = _linear(patches.reshape(-1, weight[0].numel()), weight.flatten(1).to(dtype), bias)
+    return _Norm(ln_weight, ln_bias, eps).forward(u)[0].view(out)
+
+
 def dwconv_layernorm_fwd(
     x: Tensor,
     weight: Tensor,

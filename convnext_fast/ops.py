@@ -190,7 +190,7 @@ def patchify_stem(
     """The stem: convolution of non-overlapping patches, then LayerNorm.
 
     image: (N, C, H, W), any strides; weight: (C', C, kh, kw). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C').
-    Off a GPU the reference already is what there is to do: two calls without a copy.
+    Off a GPU this is the reference where a gradient is wanted, otherwise one matrix product on copied patches.
 
     Raises:
         TypeError, ValueError: as `convnext_block`.
@@ -200,9 +200,11 @@ def patchify_stem(
     _check(image, "ln_weight", ln_weight, (weight.shape[0],))
     _check(image, "ln_bias", ln_bias, (weight.shape[0],))
     dtype = _compute_dtype(image, weight=weight)
-    if backend.select(image.device, dtype) != "triton":
-        return reference.patchify_stem(image, weight, bias, ln_weight, ln_bias, eps)
-    return _implementation(image, "triton").patchify_stem_fwd(image, weight, bias, ln_weight, ln_bias, eps, dtype)
+    path = backend.select(image.device, dtype)
+    if path == "triton" or _wants_values_of_cpu(image, path):
+        arguments = (image, weight, bias, ln_weight, ln_bias, eps, dtype)
+        return _implementation(image, path).patchify_stem_fwd(*arguments)
+    return reference.patchify_stem(image, weight, bias, ln_weight, ln_bias, eps)
 
 
 def downsample(
@@ -252,7 +254,17 @@ def _implementation(x: Tensor, path: backend.Backend) -> ModuleType:
 
     An operator's machinery costs up to 0.1 ms a call there, and loading it imports PyTorch's compiler, a second.
     """
-    values_only = (
+    if _wants_values_of_cpu(x, path):
+        from . import aten
+
+        return aten
+    from . import operators
+
+    return operators
+
+
+def _wants_values_of_cpu(x: Tensor, path: backend.Backend) -> bool:
+    return (
         path == "aten"
         and type(x) is Tensor
         and not torch.is_grad_enabled()
@@ -260,13 +272,6 @@ def _implementation(x: Tensor, path: backend.Backend) -> ModuleType:
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
     )
-    if values_only:
-        from . import aten
-
-        return aten
-    from . import operators
-
-    return operators
 
 
 def _check_activation(x: Tensor, name: str) -> None:
