@@ -16,8 +16,14 @@ Row = dict[str, Any]
 
 
 def write(folder: Path) -> None:
-    """Write ``report.md`` and the plots beside the results."""
+    """Write ``report.md`` and the plots beside the results.
+
+    Raises:
+        ValueError: the folder holds no rows.
+    """
     rows = read(folder)
+    if not rows:
+        raise ValueError(f"{folder} holds no rows")
     drawn = plots.draw(rows, folder)
     write_whole(folder / FILE, text(rows, drawn))
 
