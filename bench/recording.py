@@ -19,11 +19,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from convnext_fast.kernels import dwconv, dwconv_gluon
 from convnext_fast.kernels.targets import planned_for
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from triton.backends.compiler import GPUTarget
@@ -196,15 +195,9 @@ class _Recorder(TorchDispatchMode):
 def _as_on_cuda() -> Iterator[None]:
     """Fake CPU tensors take the paths of real CUDA ones (PyTorch's CPU build cannot make fake CUDA tensors)."""
 
-    def serves(x: torch.Tensor) -> bool:
-        """The choice for a plain tensor: a fake one stands for what a compiler traces."""
-        with _disable_current_modes():
-            return dwconv_gluon.serves(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
-
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(FakeTensor, "is_cuda", property(lambda _: True), create=True))
         stack.enter_context(mock.patch.object(backend, "REQUEST", "triton"))
-        stack.enter_context(mock.patch.object(dwconv, "serves", serves))
         yield
 
 

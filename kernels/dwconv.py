@@ -4,16 +4,23 @@ float16 and bfloat16 run on tensor cores: on NVIDIA in the form with explicit la
 elsewhere in the portable one (dwconv_tensor_core.py). float32 runs on scalar multiply-adds (dwconv_scalar.py). The
 weight gradient is dwconv_wgrad.py. All tensors are contiguous and NHWC; k is 3, 5 or 7, stride 1, padding k//2.
 The compute dtype T and the dtype R of the residual stream may differ: under autocast x and y are float32.
+
+Inductor writes the Triton kernels that it finds in a graph anew, as ``triton.jit`` functions, which a Gluon kernel is
+not. So the form with explicit layouts enters a traced graph as the operator ``convnext_fast::dwconv``, which Inductor
+calls as it is: compiled models run the kernel that eager ones run.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
 
 from .dwconv_gluon import dwconv_gluon, serves
 from .dwconv_scalar import dwconv_scalar
 from .dwconv_tensor_core import dwconv_tensor_core
 from .dwconv_wgrad import dwconv_wgrad as _wgrad
+from .launching import traced
+from .statistics import stats_block
 
 
 def dwconv_fwd(
@@ -26,8 +33,7 @@ def dwconv_fwd(
     """
     if dtype == torch.float32:
         return dwconv_scalar(x, weight, bias, None, out_dtype=dtype, flip=False, statistics=True)
-    form = dwconv_gluon if serves(x) else dwconv_tensor_core
-    return form(x, weight, bias, None, dtype=dtype, out_dtype=dtype, flip=False, statistics=True)
+    return _tensor_cores(x, weight, bias, None, dtype, dtype, False, True)
 
 
 def dwconv_dgrad(du: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -36,11 +42,10 @@ def dwconv_dgrad(du: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor 
     ``du`` (N, H, W, C) is the gradient at the convolution's output in T; ``residual`` (N, H, W, C), the gradient of the
     block's output, reaches x unchanged through the skip connection. Without one nothing is added and dx is in T.
     """
-    mode = {"out_dtype": du.dtype if residual is None else residual.dtype, "flip": True, "statistics": False}
+    out_dtype = du.dtype if residual is None else residual.dtype
     if du.dtype == torch.float32:
-        return dwconv_scalar(du, weight, None, residual, **mode)[0]
-    form = dwconv_gluon if serves(du) else dwconv_tensor_core
-    return form(du, weight, None, residual, dtype=du.dtype, **mode)[0]
+        return dwconv_scalar(du, weight, None, residual, out_dtype=out_dtype, flip=True, statistics=False)[0]
+    return _tensor_cores(du, weight, None, residual, du.dtype, out_dtype, True, False)[0]
 
 
 def dwconv_wgrad(
@@ -48,3 +53,47 @@ def dwconv_wgrad(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dweight (C, 1, k, k), dbias (C,)) in ``dtype``, k = ``taps``, from x (T or R) and ``du`` (T), (N, H, W, C)."""
     return _wgrad(x, du, taps, dtype=dtype)
+
+
+def _tensor_cores(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    flip: bool,
+    statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(u, stats or None) in the form that serves ``x``, as a launch or, where a compiler traces, as an operator."""
+    if traced(x) and serves(x):
+        u, stats = dwconv(x, weight, bias, residual, dtype, out_dtype, flip, statistics)
+        return u, stats if statistics else None
+    form = dwconv_gluon if serves(x) else dwconv_tensor_core
+    return form(x, weight, bias, residual, dtype=dtype, out_dtype=out_dtype, flip=flip, statistics=statistics)
+
+
+@torch.library.custom_op("convnext_fast::dwconv", mutates_args=())
+def dwconv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    flip: bool,
+    statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a compiler calls; a tensor that is not aligned for explicit layouts shows only now. No stats: empty."""
+    form = dwconv_gluon if serves(x) else dwconv_tensor_core
+    u, stats = form(x, weight, bias, residual, dtype=dtype, out_dtype=out_dtype, flip=flip, statistics=statistics)
+    return u, x.new_empty(0) if stats is None else stats
+
+
+@dwconv.register_fake
+def _(x, weight, bias, residual, dtype, out_dtype, flip, statistics):
+    batch, height, width, channels = x.shape
+    blocks = triton.cdiv(channels, stats_block(channels, dtype))
+    u = x.new_empty(x.shape, dtype=out_dtype)
+    shape = (blocks, batch * height * width, 2) if statistics else (0,)
+    return u, x.new_empty(shape, dtype=torch.float32 if statistics else x.dtype)

@@ -17,7 +17,7 @@ import os
 import torch
 import triton
 
-from .launching import launch
+from .launching import launch, traced
 from .statistics import stats_block
 from .targets import target_of
 from .tuning_dwconv import GluonConfig, gluon_config
@@ -340,10 +340,10 @@ def _layouts(warps: int, itemsize: int, statistics: bool) -> dict[str, object]:
 
 
 def serves(x: torch.Tensor) -> bool:
-    """Whether this form can take ``x`` (N, H, W, C); a tensor that a compiler traces cannot show its address."""
-    if not AVAILABLE or type(x) not in (torch.Tensor, torch.nn.Parameter) or not target_of(x).startswith("sm_"):
+    """Whether this form can take ``x`` (N, H, W, C); a tensor without an address is taken to be aligned."""
+    if not AVAILABLE or not target_of(x).startswith("sm_") or x.shape[3] % 8 != 0:
         return False
-    return x.shape[3] % 8 == 0 and (x.is_meta or x.data_ptr() % 16 == 0)
+    return traced(x) or x.is_meta or x.data_ptr() % 16 == 0
 
 
 def dwconv_gluon(

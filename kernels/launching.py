@@ -10,6 +10,11 @@ import torch
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def traced(tensor: torch.Tensor) -> bool:
+    """Whether a compiler traces ``tensor``: it is no plain one."""
+    return type(tensor) not in _PLAIN
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch ``kernel[grid](*args, **meta)`` on the device of its first tensor argument.
 
@@ -19,7 +24,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if 0 in grid:
         return
     tensors = [arg for arg in (*args, *meta.values()) if isinstance(arg, torch.Tensor)]
-    if any(type(tensor) not in _PLAIN for tensor in tensors):
+    if any(map(traced, tensors)):
         torch.library.wrap_triton(kernel)[grid](*args, **meta)
         return
     device = tensors[0].device

@@ -30,10 +30,10 @@ def segment_rows(height: int, taps: int, pairs: int, blocks: int, slots: int) ->
 
     ``pairs`` (image, width-tile) of a whole height, 16 a program, times ``blocks`` of channels; ``slots`` programs run
     at a time. A program of s rows takes s + taps − 1 input rows (height when whole), plus about 4 rows' time to set up.
-    Segments of m·taps + 1 rows fill their groups of ``taps`` input rows exactly.
+    Segments of m·taps + 1 rows fill their groups of ``taps`` input rows exactly; those of 2 and 4 serve few images.
     """
     best, best_time = height, triton.cdiv(triton.cdiv(pairs, 16) * blocks, slots) * (height + 4)
-    for segment in range(height // taps * taps + 1, 0, -taps):
+    for segment in (*range(height // taps * taps + 1, 0, -taps), 4, 2):
         if segment >= height:
             continue
         programs = triton.cdiv(pairs * triton.cdiv(height, segment), 16) * blocks
@@ -46,15 +46,15 @@ def segment_rows(height: int, taps: int, pairs: int, blocks: int, slots: int) ->
 def tensor_core_config(shape: tuple[int, int, int, int], taps: int, block: int, target: str) -> TensorCoreConfig:
     """Configuration of dwconv_tensor_core.py for x of ``shape`` (N, H, W, C) and ``block`` channels a program.
 
-    AMD's matrix instructions are 16 wide, hence tiles of 16, and 4 wavefronts so that each may have 512 registers.
-    Elsewhere 16 channels on 8 warps leave every target without spills.
+    AMD's matrix instructions are 16 wide, hence tiles of 16, and 4 wavefronts so that each may have 512 registers, of
+    which 8 channels leave enough. Elsewhere 16 channels on 8 warps leave every target without spills.
     """
     batch, height, width, channels = shape
     amd = target == "gfx942"
     tile_width = 16 if amd else 8
     pairs = batch * triton.cdiv(width, tile_width)
     segment = segment_rows(height, taps, pairs, triton.cdiv(channels, block), PROCESSORS[target])
-    return TensorCoreConfig(tile_width=tile_width, dot_channels=16, segment=segment, num_warps=4 if amd else 8)
+    return TensorCoreConfig(tile_width, dot_channels=8 if amd else 16, segment=segment, num_warps=4 if amd else 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +68,11 @@ class GluonConfig:
 def gluon_config(shape: tuple[int, int, int, int], taps: int, block: int, itemsize: int, target: str) -> GluonConfig:
     """Configuration of dwconv_gluon.py for x of ``shape`` (N, H, W, C), ``itemsize`` bytes an element.
 
-    A row in shared memory is 256·block elements; four of them, three ahead, where they fit in 64 KiB, else two.
+    A row in shared memory is 256·block elements; four of them, three ahead, where they fit in 64 KiB, else two. A
+    program's 16 pairs share one segment.
     """
     batch, height, width, channels = shape
-    pairs = batch * triton.cdiv(width, 8)
+    pairs = triton.cdiv(batch * triton.cdiv(width, 8), 16) * 16
     segment = segment_rows(height, taps, pairs, triton.cdiv(channels, block), PROCESSORS[target])
     return GluonConfig(segment=segment, stages=4 if 256 * block * itemsize <= 16384 else 2)
 
