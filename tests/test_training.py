@@ -94,6 +94,18 @@ def test_one_step_is_adamw_on_the_smoothed_cross_entropy(tmp_path):
         torch.testing.assert_close(moved[name][clear], step[clear], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_gradient_is_clipped_at_its_own_scale(tmp_path, dtype):
+    """The first moment after one step is a tenth of the clipped gradient, not of one times the loss scale."""
+    trainer = new_trainer(tmp_path, dtype=dtype, clip_grad=0.01)
+    batch, *_ = trainer.loader
+    trainer.model.train()
+    trainer._train_step(trainer.model, batch.pixels, batch.targets, Quiet())
+    state = trainer.optimizer.state.values()
+    norm = torch.cat([moment["exp_avg"].flatten() for moment in state]).norm()
+    assert norm.item() == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
 def test_bf16_trains_float32_weights(tmp_path):
     trainer = new_trainer(tmp_path / "a", dtype="bfloat16", drop_path=0.0)
     narrow, exact = Quiet(), Quiet()
