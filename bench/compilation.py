@@ -5,8 +5,7 @@
     for item in launches:
         print(compile_launch(item, "sm_90"))
 
-A launch is compiled with the specialisation that it would have on a device: pointers and integers divisible by 16 say
-so, integers equal to 1 and Nones are constants.
+A launch is compiled with the specialisation that it would have on a device: `specialise`.
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,16 +29,6 @@ GPU_TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-_TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float64: "*fp64",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.bool: "*i1",
-    torch.uint8: "*u8",
 }
 
 
@@ -94,47 +82,53 @@ def recording() -> Iterator[list[Launch]]:
         JITFunction.run = run
 
 
-def _integer_type(value: int) -> str:
-    if -(2**31) <= value < 2**31:
-        return "i32"
-    return "i64" if value < 2**63 else "u64"
+@dataclasses.dataclass(frozen=True)
+class Specialised:
+    """A launch as Triton compiles it for a target: what ``triton.compiler.ASTSource`` takes, and the options."""
+
+    kernel: Any
+    target: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Equal for launches that share one compiled kernel."""
+        kernel = f"{self.kernel.fn.__module__}.{self.kernel.fn.__qualname__}"
+        return repr((kernel, self.target, self.signature, self.constants, self.attributes, self.options))
+
+    @property
+    def gpu(self) -> GPUTarget:
+        """The target as Triton names it."""
+        return GPU_TARGETS[self.target]
+
+    def source(self) -> ASTSource:
+        """What ``triton.compile`` takes."""
+        made: Any = ASTSource
+        if self.kernel.is_gluon():
+            from triton.experimental.gluon._runtime import GluonASTSource as made
+        return made(fn=self.kernel, signature=self.signature, constexprs=self.constants, attrs=self.attributes)
 
 
-def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """(signature, constants, attributes) of a launch, in the form that ``triton.compiler.ASTSource`` takes."""
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-            continue
-        aligned = False
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = _TYPES[value.dtype]
-            aligned = value.is_meta or value.data_ptr() % 16 == 0
-        elif isinstance(value, bool):
-            signature[parameter.name] = "u1"
-        elif isinstance(value, int):
-            signature[parameter.name] = _integer_type(value)
-            aligned = value % 16 == 0
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            raise TypeError(f"{launch.name}: cannot compile for argument {parameter.name} of {type(value).__name__}")
-        if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
+def specialise(launch: Launch, target: str) -> Specialised:
+    """The specialisation of a recorded launch, by the function with which Triton binds arguments on a device.
+
+    Alignment, integers equal to 1, ``do_not_specialize`` and AMD's pointer ranges are therefore as on a device.
+    """
+    gpu = make_backend(GPU_TARGETS[target])
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, gpu)
+    bound, specialisation, _ = bind(**launch.arguments, **launch.options)
+    packed = launch.kernel._pack_args(gpu, dict(launch.options), bound, specialisation, None)
+    options, signature, constants, attributes = packed
+    return Specialised(launch.kernel, target, signature, constants, attributes, dict(options.__dict__))
 
 
 def compile_kernel(launch: Launch, target: str) -> Any:
     """Triton's compiled kernel (``.asm``, ``.metadata``) of a recorded launch for one of ``GPU_TARGETS``."""
-    signature, constants, attributes = specialise(launch)
-    source: Any = ASTSource
-    if launch.kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource as source
-    made = source(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(made, target=GPU_TARGETS[target], options=launch.options)
+    specialised = specialise(launch, target)
+    return triton.compile(specialised.source(), target=specialised.gpu, options=specialised.options)
 
 
 def disassemble(compiled: Any) -> str:

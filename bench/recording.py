@@ -6,7 +6,7 @@
     made.saved          # bytes kept for the backward pass
 
 Tensors are fake: they have shapes, strides and storages, but no values. Launches of Triton kernels are listed with a
-`Buffer` in place of each tensor. `specialise` turns a launch into the source that Triton would compile on a device.
+`Buffer` in place of each tensor.
 """
 
 from __future__ import annotations
@@ -25,11 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
 
-from bench.compilation import GPU_TARGETS, Launch
+from bench.compilation import Launch, Specialised, specialise
 from convnext_fast import ConvNext, backend
 
 MODES = ("inference", "training")
@@ -258,46 +255,6 @@ def record(
             logits.backward(torch.empty_like(logits))
     kept = unique_bytes(buffer for buffer in saved if buffer.storage not in given)
     return Recording(recorder.steps, kept, batch, given)
-
-
-@dataclasses.dataclass(frozen=True)
-class Specialised:
-    """A launch as Triton compiles it for a target: what ``triton.compiler.ASTSource`` takes, and the options."""
-
-    kernel: Any
-    target: str
-    signature: dict[str, str]
-    constants: dict[tuple[int, ...], Any]
-    attributes: dict[tuple[int, ...], Any]
-    options: dict[str, Any]
-
-    @property
-    def key(self) -> str:
-        """Equal for launches that share one compiled kernel."""
-        kernel = f"{self.kernel.fn.__module__}.{self.kernel.fn.__qualname__}"
-        return repr((kernel, self.target, self.signature, self.constants, self.attributes, self.options))
-
-    @property
-    def gpu(self) -> GPUTarget:
-        """The target as Triton names it."""
-        return GPU_TARGETS[self.target]
-
-    def source(self) -> ASTSource:
-        """What ``triton.compile`` takes."""
-        made: Any = ASTSource
-        if self.kernel.is_gluon():
-            from triton.experimental.gluon._runtime import GluonASTSource as made
-        return made(fn=self.kernel, signature=self.signature, constexprs=self.constants, attrs=self.attributes)
-
-
-def specialise(launch: Launch, target: str) -> Specialised:
-    """The specialisation of a recorded launch, by the function with which Triton binds arguments on a device."""
-    gpu = make_backend(GPU_TARGETS[target])
-    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, gpu)
-    bound, specialisation, _ = bind(**launch.arguments, **launch.options)
-    packed = launch.kernel._pack_args(gpu, dict(launch.options), bound, specialisation, None)
-    options, signature, constants, attributes = packed
-    return Specialised(launch.kernel, target, signature, constants, attributes, dict(options.__dict__))
 
 
 def unique(recording: Recording, target: str) -> dict[str, tuple[Specialised, list[Launch]]]:

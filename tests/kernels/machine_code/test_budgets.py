@@ -61,11 +61,7 @@ NARROW = {
 
 # Instructions that access local memory where 16-bit launches have some; the budget is none, so these miss it.
 SPILLS = {
-    ("dwconv_gluon_kernel", "sm_80"): 16,
-    ("dwconv_gluon_kernel", "sm_90"): 10,
-    ("dwconv_gluon_kernel", "sm_100"): 18,
     ("layernorm_fwd_kernel", "sm_100"): 2,
-    ("dwconv_tensor_core_kernel", "gfx942"): 73,  # the data gradient
 }
 
 # What is reached, per pass of ConvNeXt-T at batch 128, where BUDGETS are missed or not set.

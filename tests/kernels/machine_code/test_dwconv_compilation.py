@@ -12,9 +12,6 @@ sys.path.append(str(Path(__file__).resolve().parents[3]))  # bench/ is not insta
 from bench.compilation import GPU_TARGETS, compile_kernel, compile_launch, recording
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
-# The form with explicit layouts keeps 168 sums and band values a thread; with statistics a few values spill around its
-# loop, where each is touched once in 7 rows.
-GLUON_SPILLS = 64
 
 
 def _launches(target, dtype):
@@ -34,8 +31,7 @@ def test_bfloat16_on_every_target(target):
     for launch in launches:
         made = compile_launch(launch, target)
         assert made.shared <= SHARED_LIMIT[target], made
-        with_statistics = launch.name == "dwconv_gluon_kernel" and launch.arguments["STATS"]
-        assert made.spills <= (GLUON_SPILLS if with_statistics else 0), made
+        assert made.spills == 0, made
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
