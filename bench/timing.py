@@ -10,7 +10,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ class Job:
 
     ready: Callable[[], Call]
     results: Callable[[], list[Tensor]]
-    owned: Iterable[Tensor] = ()
+    owned: Sequence[Tensor] = ()
     trains: bool = False
     most_repeats: int = MOST_REPEATS
 
@@ -135,6 +135,8 @@ def samples(jobs: Sequence[Job], device: torch.device, budget: float) -> list[li
 def memory(job: Job, device: torch.device) -> dict[str, float | None]:
     """Peak MiB of a call, and MiB saved for the backward pass; None where the way to run does not tell."""
     found: dict[str, float | None] = {"peak_mib": None, "saved_mib": None}
+    for tensor in job.owned:
+        tensor.grad = None  # gradients of the call before are not part of this one's
     try:
         # No byte at all: the way to run does not use PyTorch's allocator.
         found["peak_mib"] = peak_bytes(lambda: job.ready()(), device) / 2**20 or None

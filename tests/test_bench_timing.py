@@ -164,6 +164,16 @@ def test_peak_and_saved_bytes():
     assert measuring.saved_bytes(lambda: layer(x), [*layer.parameters(), x]) == 0
 
 
+def test_memory_does_not_depend_on_the_calls_before():
+    subject = variants.Subject(tiny_cell("training"), CPU)
+    job = variants.build(variants.RECIPES["fused"], subject)
+    first = timing.memory(job, CPU)
+    job.ready()()
+    assert timing.memory(job, CPU) == first
+    parameters = sum(p.numel() * 4 for p in subject.model(fused=True).parameters())
+    assert first["peak_mib"] > parameters / 2**20  # every gradient is made anew
+
+
 def test_quantiles_and_deviation():
     found = timing.quantiles([t / 1e3 for t in range(1, 12)])
     assert found == {"p20_ms": pytest.approx(3), "p50_ms": pytest.approx(6), "p80_ms": pytest.approx(9), "rounds": 11}
