@@ -15,6 +15,11 @@ def traced(tensor: torch.Tensor) -> bool:
     return type(tensor) not in _PLAIN
 
 
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` stands for one in a compiler's graph: a fake or functional tensor, say."""
+    return type(tensor) not in _PLAIN
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch ``kernel[grid](*args, **meta)`` on the device of its first tensor argument.
 

@@ -20,12 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activation
+from .autotuning import fastest
 from .gelu import gelu_form, twice_gelu
 from .launching import launch
 from .pointwise_mlp_gemm import fc1, fc2
 from .statistics import merge_statistics
 from .targets import target_of
-from .tuning_mlp import dot_precision, fused_config, is_fused, norm_blocks, split_width
+from .tuning_mlp import FusedConfig, dot_precision, fused_configs, is_fused, norm_blocks, split_width
 
 
 @triton.jit
@@ -188,16 +189,20 @@ def fused_fwd(
     if P == 0:
         return y, a
     lean = not save_hidden and y.dtype == u.dtype
-    config = fused_config(C, K, target_of(u), lean)
     CB, NB = norm_blocks(stats, C, u.dtype)
-    launch(
-        _mlp_fwd_kernel, (triton.cdiv(P, config.BLOCK_M),),
-        u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, y, a,
-        P, 1 if drop_scale is None else P // drop_scale.numel(), eps,
-        C=C, K=K, PARTS=split_width(C, target_of(u)), CB=CB, NB=NB,
-        ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u),
-        **config.meta(),
-    )  # fmt: skip
+
+    def run(config: FusedConfig) -> None:
+        launch(
+            _mlp_fwd_kernel, (triton.cdiv(P, config.BLOCK_M),),
+            u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, y, a,
+            P, 1 if drop_scale is None else P // drop_scale.numel(), eps,
+            C=C, K=K, PARTS=split_width(C, target_of(u)), CB=CB, NB=NB,
+            ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u),
+            **config.meta(),
+        )  # fmt: skip
+
+    candidates = fused_configs(C, K, lean)
+    run(fastest(_mlp_fwd_kernel, run, candidates, u, P, (C, K, act, save_hidden, y.dtype)))
     return y, a
 
 

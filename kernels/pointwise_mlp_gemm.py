@@ -18,11 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activation
+from .autotuning import fastest
 from .gelu import gelu_form
 from .launching import launch
 from .statistics import merge_statistics
 from .targets import target_of
-from .tuning_mlp import dot_precision, gemm_config, norm_blocks, statistics_first
+from .tuning_mlp import GemmConfig, dot_precision, gemm_configs, norm_blocks, statistics_first
 
 
 @triton.jit
@@ -136,15 +137,18 @@ def fc1(
     K = w1g.shape[0]
     h = torch.empty((P, K), dtype=u.dtype, device=u.device)
     a = torch.empty_like(h) if save_hidden else None
-    config = gemm_config(P, K, C, u.dtype, target_of(u))
     CB, NB = norm_blocks(stats, C, u.dtype)
-    launch(
-        _fc1_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),),
-        u, stats, w1g, b1g, h, a, P, C, eps,
-        C=C, K=K, CB=CB, NB=NB,
-        ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u), EARLY=statistics_first(target_of(u)),
-        **config.meta(),
-    )  # fmt: skip
+
+    def run(config: GemmConfig) -> None:
+        launch(
+            _fc1_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),),
+            u, stats, w1g, b1g, h, a, P, C, eps,
+            C=C, K=K, CB=CB, NB=NB,
+            ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u), EARLY=statistics_first(target_of(u)),
+            **config.meta(),
+        )  # fmt: skip
+
+    run(fastest(_fc1_kernel, run, gemm_configs(K, u.dtype), u, P, (C, K, act, save_hidden)))
     return h, a
 
 
@@ -157,11 +161,14 @@ def fc2(
     y = torch.empty((P, C), dtype=h.dtype, device=h.device) if residual is None else torch.empty_like(residual)
     if P == 0:
         return y
-    config = gemm_config(P, C, K, h.dtype, target_of(h))
-    launch(
-        _fc2_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(C, config.BLOCK_N),),
-        h, w2, residual, b2, gamma, drop_scale, y, P, 1 if drop_scale is None else P // drop_scale.numel(), K,
-        C=C, K=K, PRECISION=dot_precision(h),
-        **config.meta(),
-    )  # fmt: skip
+
+    def run(config: GemmConfig) -> None:
+        launch(
+            _fc2_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(C, config.BLOCK_N),),
+            h, w2, residual, b2, gamma, drop_scale, y, P, 1 if drop_scale is None else P // drop_scale.numel(), K,
+            C=C, K=K, PRECISION=dot_precision(h),
+            **config.meta(),
+        )  # fmt: skip
+
+    run(fastest(_fc2_kernel, run, gemm_configs(C, h.dtype), h, P, (C, K, y.dtype)))
     return y

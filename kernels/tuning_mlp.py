@@ -96,25 +96,38 @@ def dot_precision(tensor: Tensor) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def fused_config(channels: int, hidden: int, target: str, lean: bool) -> FusedConfig:
-    """Configuration of the one-kernel forward; ``lean``: a is not saved and the residual has 16 bits.
+def fused_configs(channels: int, hidden: int, lean: bool) -> tuple[FusedConfig, ...]:
+    """Configurations of the one-kernel forward, the default first; ``lean``: a is not saved, the residual has 16 bits.
 
     Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
     as 8 warps would. Else 16 rows a warp. Steps of 64 hidden units, or 32 where a step of 64 would be half empty or
     would spill.
     """
-    warps = 4 if channels <= 96 and lean else 8
-    deep = hidden % 64 == 0 and (lean or channels <= 160)
-    return FusedConfig(BLOCK_M=128, BLOCK_K=64 if deep else 32, num_warps=warps, num_stages=2)
+    deep = 64 if hidden % 64 == 0 and (lean or channels <= 160) else 32
+    wide = FusedConfig(BLOCK_M=128, BLOCK_K=deep, num_warps=8, num_stages=2)
+    others = (
+        dataclasses.replace(wide, BLOCK_K=32, num_stages=3),
+        FusedConfig(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2),
+    )
+    if channels <= 96 and lean:
+        return dataclasses.replace(wide, num_warps=4), wide, *others
+    return wide, *others
 
 
-def gemm_config(rows: int, columns: int, depth: int, dtype: torch.dtype, target: str) -> GemmConfig:
-    """Configuration of a (rows, depth) · (depth, columns) GEMM with a fused epilogue."""
+def gemm_configs(columns: int, dtype: torch.dtype) -> tuple[GemmConfig, ...]:
+    """Configurations of a GEMM of ``columns`` columns with a fused epilogue, the default first."""
     if dtype == torch.float32:
-        return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
+        return (GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),)
+    narrow = GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)
     if columns <= 64:
-        return GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)
-    return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+        return narrow, dataclasses.replace(narrow, BLOCK_K=32, num_stages=4)
+    square = GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+    return (
+        square,
+        dataclasses.replace(square, num_stages=2),
+        dataclasses.replace(square, BLOCK_K=32, num_stages=4),
+        narrow,
+    )
 
 
 def statistics_first(target: str) -> bool:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from convnext_fast.kernels import pointwise_mlp, pointwise_mlp_gemm, tuning_mlp
 from convnext_fast.kernels.pointwise_mlp import fused_fwd, gemm_fwd
 from convnext_fast.kernels.pointwise_mlp_bwd import mlp_bwd
 from convnext_fast.kernels.pointwise_mlp_bwd_fused import fused_bwd
@@ -12,6 +13,16 @@ from mlp_cases import AWKWARD, EMPTY, OTHER_ACTS, OTHER_ACTS_BACKWARD, Case, che
 @pytest.mark.parametrize("case", [*AWKWARD, *EMPTY, *OTHER_ACTS], ids=str)
 def test_forward(case, forward):
     check_forward(case, forward)
+
+
+@pytest.mark.parametrize("number", range(1, 4))
+def test_every_candidate_of_the_autotuner(number, monkeypatch):
+    fused, gemm = tuning_mlp.fused_configs, tuning_mlp.gemm_configs
+    monkeypatch.setattr(pointwise_mlp, "fused_configs", lambda *a: fused(*a)[: number + 1][-1:])
+    monkeypatch.setattr(pointwise_mlp_gemm, "gemm_configs", lambda *a: gemm(*a)[: number + 1][-1:])
+    case = Case(1, 70, 80, 96, torch.float16)
+    check_forward(case, fused_fwd)
+    check_forward(case, gemm_fwd)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from convnext_fast.kernels import pointwise_mlp, pointwise_mlp_gemm
 from convnext_fast.kernels.patchify import downsample_fwd, stem_fwd
 from convnext_fast.kernels.pointwise_mlp import mlp_fwd
 from convnext_fast.kernels.pointwise_mlp_bwd import mlp_bwd
@@ -68,3 +69,19 @@ def test_resources(what, target):
         if target == "sm_90":
             assert "HGMMA" in code, launch.name
             assert "HMMA." not in code, launch.name
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("channels", [96, 192, 384])
+def test_candidates_of_the_autotuner_do_not_spill(channels, target, monkeypatch):
+    module, name = (pointwise_mlp, "fused_configs") if channels <= 192 else (pointwise_mlp_gemm, "gemm_configs")
+    configs = getattr(module, name)
+    for number in range(1, 4):
+        monkeypatch.setattr(module, name, lambda *a, at=number: configs(*a)[: at + 1][-1:])
+        with planned_for(target):
+            launches = mlp_launches(channels, backward=False)
+        for launch in launches:
+            resources = compile_launch(launch, target)
+            assert resources.spills == 0, resources
+            assert resources.shared <= 163 * 1024, resources

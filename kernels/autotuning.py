@@ -1,0 +1,115 @@
+"""Opt-in choice of launch configurations by measurement: ``CONVNEXT_FAST_AUTOTUNE=1``, read at import.
+
+By default a configuration is a pure function of shape, dtype and target (the ``tuning_*`` files). With the variable set
+the first launch of a kernel at a new shape on a GPU times a few candidates (``triton.testing.do_bench``) and keeps the
+fastest, in memory and in Triton's cache directory, for each device, kernel source, dtype and shape; rows, that is
+pixels, are rounded up to a power of two. Nothing is timed while a CUDA graph is captured or a compiler traces, for that
+would break either: there a choice made earlier is used, else the default. The interpreter and other CPU runs take the
+default. Candidates differ in the order of their sums, so results may differ in the last bits from machine to machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import triton
+from triton.runtime.cache import get_cache_manager
+from triton.runtime.errors import OutOfResources
+
+from .launching import is_traced
+
+Config = TypeVar("Config")
+_FILE = "convnext_fast.autotune.json"
+
+
+def _read_environment() -> bool:
+    value = os.environ.get("CONVNEXT_FAST_AUTOTUNE", "0").strip() or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"CONVNEXT_FAST_AUTOTUNE is {value!r}: expected 0 or 1")
+    return value == "1"
+
+
+ENABLED = _read_environment()
+_chosen: dict[str, Any] = {}
+
+
+def fastest(
+    kernel: Any,
+    run: Callable[[Config], None],
+    candidates: Sequence[Config],
+    tensor: torch.Tensor,
+    rows: int,
+    shape: tuple,
+) -> Config:
+    """The candidate to launch ``kernel`` with; the first, which is the default, unless autotuning is on.
+
+    ``run`` launches with a candidate, a dataclass, into outputs that may be written again and again. ``tensor`` is the
+    main operand; ``rows`` and ``shape`` are what the kernel's time depends on beside its device and dtype.
+    """
+    if not ENABLED or len(candidates) == 1 or tensor.device.type != "cuda":
+        return candidates[0]
+    device = torch.cuda.get_device_properties(tensor.device).name
+    key = key_of(kernel.cache_key, device, tensor.dtype, triton.next_power_of_2(rows), shape, *candidates)
+    may_measure = not (is_traced(tensor) or torch.cuda.is_current_stream_capturing())
+
+    def measure(candidate: Config) -> float:
+        with torch.cuda.device(tensor.device):
+            return triton.testing.do_bench(lambda: run(candidate), warmup=10, rep=40, return_mode="median")
+
+    return choose(key, candidates, measure if may_measure else None)
+
+
+@functools.cache
+def key_of(*parts: Hashable) -> str:
+    """A digest of everything that a choice depends on, Triton's version included."""
+    return hashlib.sha256(repr((triton.__version__, *map(str, parts))).encode()).hexdigest()
+
+
+def choose(key: str, candidates: Sequence[Config], measure: Callable[[Config], float] | None) -> Config:
+    """The choice made for ``key`` in this process or in an earlier one, else that of least ``measure`` (milliseconds).
+
+    A candidate that needs more of the chip than there is loses. Without ``measure`` an unknown choice is the first
+    candidate, and is not kept.
+    """
+    if key not in _chosen:
+        found = load(key, candidates)
+        if found is None:
+            if measure is None:
+                return candidates[0]
+            times = [_time(measure, candidate) for candidate in candidates]
+            found = candidates[times.index(min(times))]
+            store(key, found)
+        _chosen[key] = found
+    return _chosen[key]
+
+
+def _time(measure: Callable[[Config], float], candidate: Config) -> float:
+    try:
+        return measure(candidate)
+    except OutOfResources:
+        return float("inf")
+
+
+def load(key: str, candidates: Sequence[Config]) -> Config | None:
+    """The stored choice, None where there is none among ``candidates`` or its file cannot be read."""
+    path = get_cache_manager(key).get_file(_FILE)
+    if path is None:
+        return None
+    try:
+        fields = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+    return next((each for each in candidates if dataclasses.asdict(each) == fields), None)
+
+
+def store(key: str, choice: Any) -> None:
+    """Keep the choice in Triton's cache directory (``TRITON_CACHE_DIR``)."""
+    get_cache_manager(key).put(json.dumps(dataclasses.asdict(choice)), _FILE, binary=False)
