@@ -17,7 +17,7 @@ from convnext_fast.image_processor import ConvNextImageProcessor
 from convnext_fast.training import evaluate
 from convnext_fast.training.data import evaluation_loader, load_folder
 from convnext_fast.training.optim import layer_ids
-from convnext_fast.training.state import TENSORS, load_facts, load_tensors, save_state
+from convnext_fast.training.state import TENSORS, find_checkpoint, load_facts, load_tensors, save_state
 
 CPU = torch.device("cpu")
 
@@ -177,6 +177,18 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         load_tensors(tmp_path / "checkpoint.pt", target)
     with pytest.raises(ValueError, match="lacks stem"):
         load_tensors(tmp_path / "checkpoint.pt", {"model": {"stem": torch.empty(1)}})
+
+
+def test_of_two_checkpoints_that_a_kill_has_left_the_later_one_counts(tmp_path):
+    new_trainer(tmp_path).run(Quiet())
+    facts = load_facts(tmp_path / "checkpoint.pt")
+    for step, latest in ((4, "checkpoint.pt"), (8, "checkpoint-00000008")):
+        folder = tmp_path / f"checkpoint-{step:08d}"
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps(facts | {"step": step}))
+        assert find_checkpoint(tmp_path).name == latest
+    (tmp_path / "checkpoint.pt").unlink()
+    assert find_checkpoint(tmp_path).name == "checkpoint-00000008"
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
