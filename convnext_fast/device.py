@@ -86,6 +86,25 @@ def block_bwd(
     return dx, *fold_bwd(sums, ln_weight, ln_bias, w1, b1, w2, b2, gamma, dwconv)
 
 
+def frozen_block_fwd(
+    x: Tensor,
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    eps: float,
+    act: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`block_fwd` on the weights of `folding.FrozenBlock`, w1 and w2 in T."""
+    rows = (-1, x.shape[3])
+    u, statistics = dwconv_fwd(x, dwconv_weight.contiguous(), dwconv_bias, dtype)
+    y, _ = mlp_fwd(u.view(rows), statistics, x.view(rows), w1, b1, w2, b2, None, None, eps, act, False)
+    return y.view(x.shape)
+
+
 def dwconv_layernorm_fwd(
     x: Tensor,
     weight: Tensor,

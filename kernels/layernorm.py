@@ -98,7 +98,7 @@ def layernorm_wgrad_kernel(
 
 @triton.jit
 def layernorm_wgrad_sum_kernel(partial_ptr, dg_ptr, db_ptr, C, SPLITS, BS: tl.constexpr, BC: tl.constexpr):
-    """partial: (SPLITS, 2, C); dg, db: (C,), float32. Grid (⌈C/BC⌉,)."""
+    """partial: (SPLITS, 2, C); dg, db: (C,). Grid (⌈C/BC⌉,)."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     dg = tl.zeros((BS, BC), tl.float32)
     db = tl.zeros((BS, BC), tl.float32)
@@ -108,8 +108,8 @@ def layernorm_wgrad_sum_kernel(partial_ptr, dg_ptr, db_ptr, C, SPLITS, BS: tl.co
         at = split.to(tl.int64)[:, None] * 2 * C + c[None, :]
         dg += tl.load(partial_ptr + at, mask=ok, other=0.0)
         db += tl.load(partial_ptr + at + C, mask=ok, other=0.0)
-    tl.store(dg_ptr + c, tl.sum(dg, 0), mask=c < C)
-    tl.store(db_ptr + c, tl.sum(db, 0), mask=c < C)
+    tl.store(dg_ptr + c, tl.sum(dg, 0).to(dg_ptr.dtype.element_ty), mask=c < C)
+    tl.store(db_ptr + c, tl.sum(db, 0).to(db_ptr.dtype.element_ty), mask=c < C)
 
 
 def _tile(channels: int) -> tuple[int, int]:
@@ -153,11 +153,15 @@ def layernorm_fwd(
 def layernorm_bwd(
     dn: torch.Tensor, u: torch.Tensor, stats: torch.Tensor, weight: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(du in u's dtype, dweight (C,) float32, dbias (C,) float32) of ``layernorm_fwd`` from ``dn``, shaped like u."""
+    """(du in u's dtype, dweight (C,), dbias (C,)) of ``layernorm_fwd`` from ``dn``, shaped like u.
+
+    The gradients of the parameters are in the dtype of ``weight``, float32 where it is None.
+    """
     channels = u.shape[-1]
     du = torch.empty_like(u)
+    dtype = torch.float32 if weight is None else weight.dtype
     if u.numel() == 0:
-        zero = torch.zeros(channels, dtype=torch.float32, device=u.device)
+        zero = torch.zeros(channels, dtype=dtype, device=u.device)
         return du, zero, zero.clone()
     pixels = u.numel() // channels
     rows, width = _tile(channels)
@@ -175,7 +179,7 @@ def layernorm_bwd(
         dn, u, stats, partial, pixels, channels, eps, split,
         CB=block, NB=stats.shape[0], BR=rows, BC=width, num_warps=4,
     )  # fmt: skip
-    dweight = torch.empty(channels, dtype=torch.float32, device=u.device)
+    dweight = torch.empty(channels, dtype=dtype, device=u.device)
     dbias = torch.empty_like(dweight)
     launch(
         layernorm_wgrad_sum_kernel, (triton.cdiv(channels, 64),),

@@ -84,12 +84,6 @@ def norm_blocks(stats: Tensor | None, channels: int, dtype: torch.dtype) -> tupl
     return (channels if blocks == 1 else stats_block(channels, dtype)), blocks
 
 
-def row_tile(channels: int) -> tuple[int, int]:
-    """(rows, channels) of a tile of a row-wise kernel: 2,048 elements, at most 256 channels wide."""
-    width = min(256, triton.next_power_of_2(channels))
-    return max(1, 2048 // width), width
-
-
 def dot_precision(tensor: Tensor) -> str:
     """Triton's ``input_precision``: "tf32" for float32 where PyTorch's switch allows it, else "ieee"."""
     allowed = tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
@@ -132,7 +126,7 @@ def gemm_configs(columns: int, dtype: torch.dtype) -> tuple[GemmConfig, ...]:
 
 def statistics_first(target: str) -> bool:
     """Whether fc1 merges LayerNorm's statistics before its product or after: the order that spills no register."""
-    return target == "sm_90"
+    return target in WARP_GROUPS
 
 
 def input_grad_config(channels: int, target: str) -> FusedConfig:
