@@ -5,12 +5,14 @@ import resource
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_support import Quiet, new_trainer, pictures, processor, stored, tiny_config, write_folder
 
+import convnext_fast
 from convnext_fast import ConvNext, cli
 from convnext_fast.image_files import open_image
 from convnext_fast.image_processor import ConvNextImageProcessor
@@ -322,6 +324,14 @@ def test_classes_are_matched_by_name(image_folder, config_file, tmp_path, capsys
         scores.append(json.loads(capsys.readouterr().out))
     assert scores[0] == pytest.approx(scores[1])
     assert scores[0]["accuracy"] > 0.6
+    assert cli.main(["evaluate", "digits", "--checkpoint", str(tmp_path / "other")]) == 1
+    assert "has 2 classes, 'light' first: expected the ten digits" in capsys.readouterr().err
+
+
+def test_the_shipped_models_score(capsys):
+    digits = Path(convnext_fast.__file__).parent / "assets" / "digits"
+    assert cli.main(["evaluate", "digits", "--checkpoint", str(digits)]) == 0
+    assert "596 images: accuracy 98.83%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

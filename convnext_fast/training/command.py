@@ -13,7 +13,7 @@ from ..config import ConvNextConfig
 from ..console import Silence, TrainingProgress, new_console
 from ..image_processor import ConvNextImageProcessor
 from ..model import ConvNext
-from .data import ImageSet, evaluation_loader, load_data, load_evaluation_folder
+from .data import evaluation_loader, load_data, load_evaluation_folder
 from .digits import digits_config, digits_processor, load_digits
 from .distributed import process_group
 from .evaluation import Score, evaluate
@@ -128,16 +128,17 @@ def evaluate_checkpoint(
 
     Raises:
         ChildProcessError, FileNotFoundError, ImportError, TypeError, ValueError: see `load_folder`, `load_model`,
-            `evaluate`; or the pictures have classes that the model does not know.
+            `evaluate`; or the pictures have other classes than the model.
     """
     model = ConvNext.from_pretrained(checkpoint, device=device)
     processor, _ = load_processor(checkpoint, model.config)
     classes = tuple(model.config.id2label.values())
-    images = load_digits()[1] if data == "digits" else load_evaluation_folder(data, classes)
-    if set(images.classes) - set(classes):
-        unknown = sorted(set(images.classes) - set(classes))
-        raise ValueError(f"{data} has the classes {unknown}, which {checkpoint} does not know")
-    images = ImageSet(images.pictures, [classes.index(images.classes[label]) for label in images.labels], classes)
+    if data != "digits":
+        images = load_evaluation_folder(data, classes)
+    else:
+        images = load_digits()[1]
+        if classes != images.classes:
+            raise ValueError(f"{checkpoint} has {len(classes)} classes, {classes[0]!r} first: expected the ten digits")
     loader = evaluation_loader(
         images, processor, channels=model.config.num_channels, batch_size=batch_size, workers=workers
     )
