@@ -90,15 +90,18 @@ def dwconv_wgrad_tensor_core_kernel(
     for _ in tl.static_range(TAPS):
         acc = acc + (tl.zeros((DB, 2 * TW, TW), tl.float32),)
 
+    inverse_tiles = 1.0 / WT
     for pair_first in range(split * SPLIT_PAIRS, tl.minimum((split + 1) * SPLIT_PAIRS, PAIRS), 16):
-        pair = pair_first + tl.arange(0, 16)
         n_first = pair_first // WT
-        n = pair // WT
-        tile = pair % WT
+        pair = pair_first - n_first * WT + tl.arange(0, 16)
+        # pair // WT, exact below 2^20: a product is a tenth of an integer division's instructions.
+        image = ((pair.to(tl.float32) + 0.5) * inverse_tiles).to(tl.int32)
+        tile = pair - image * WT
+        n = n_first + image
         origin = (tl.zeros((), tl.int64) + n_first) * H * W * C
-        row_off = (n - n_first) * H
+        row_off = image * H
         if WIDE:
-            row_off = (n - n_first).to(tl.int64) * H
+            row_off = image.to(tl.int64) * H
         iw = tile[:, None] * TW + i[None, :] - HALF
         x_ok = ((n[:, None] < N) & (iw >= 0) & (iw < W) & (i[None, :] < TW + TAPS - 1))[:, :, None]
         x_off = (row_off[:, None] * W + iw)[:, :, None] * C + c[None, None, :]
@@ -132,11 +135,15 @@ def dwconv_wgrad_tensor_core_kernel(
             acc = _correlate(row, ring, acc, s, TAPS)
 
     kx = tl.arange(0, SLOTS)
-    diagonal = tl.where(kx[:, None] < TAPS, kx[:, None] + j[None, :], 2 * TW - 1)
-    diagonal = tl.broadcast_to(tl.minimum(diagonal, 2 * TW - 1)[None, :, :], (DB, SLOTS, TW))
+    diagonal = tl.broadcast_to(((kx[:, None] + j[None, :]) % TW)[None, :, :], (DB, SLOTS, TW))
     partial_ptr += (tl.zeros((), tl.int64) + split) * TAPS * SLOTS * C
     for ky in tl.static_range(TAPS):
-        taps = tl.sum(tl.gather(acc[ky], diagonal, 1), 2)
+        # Of rows i and i + TW one is on a diagonal that is a tap, so half the matrix holds them all.
+        upper, lower = tl.split(tl.permute(tl.reshape(acc[ky], (DB, 2, TW, TW)), (0, 2, 3, 1)))
+        taps = tl.sum(tl.gather(tl.where(j[:, None] >= j[None, :], upper, lower), diagonal, 1), 2)
+        if ky == HALF:
+            bias = tl.sum(tl.sum(tl.where(j[:, None] == TW - 1, lower, 0.0), 2), 1)
+            taps = tl.where(kx[None, :] == SLOTS - 1, bias[:, None], taps)
         at = (ky * SLOTS + kx)[None, :] * C + c[:, None]
         tl.store(partial_ptr + at, taps, mask=c_ok[:, None] & (kx >= 0)[None, :])
 
