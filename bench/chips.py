@@ -1,8 +1,19 @@
 """Data-sheet figures of one chip for each target, for modelled times and occupancy. Nothing here was measured.
 
-The figures and the sources named were written from memory and are still to be checked against the sheets themselves.
+Tensor figures are dense (no sparsity) with float32 sums. The sheets themselves could not be fetched; the figures were
+compared in November 2026 with pages that quote them:
 
-Tensor figures are dense (no sparsity) with float32 sums.
+- A100, H100: glennklockwood.com/garden/processors (all rates, processors, bandwidths; H100's tensor figures are at
+  1.83 GHz, not at the clock below), hmc-tech.com (A100's clock).
+- B200: the same two sites (2.25 PFLOP/s, 75 TFLOP/s, 148 processors, 1.98 GHz). They give TF32 as 1.10 and 1.13
+  PFLOP/s, and the bandwidth as 8 and 7.7 TB/s.
+- RTX 5090: 170 processors, 2.407 GHz, 104.8 TFLOP/s in float32, 1.792 TB/s and 838 TFLOP/s for sparse products with
+  float16 sums agree everywhere (Linux Format, May 2025). A quarter of that, with dense products and float32 sums, and
+  TF32 at the rate of float32 follow from how GeForce cards are made; no page was found that prints them.
+- MI300X: 304 processors and 5.3 TB/s (gpu.blog); 2,615 TFLOP/s of sparse 16-bit products are twice the figure below
+  (codesota.com, which calls them dense). TF32 was not found; float32 is printed as 163.4 and 164.6 TFLOP/s.
+- What a processor holds: registers and 228 KiB of a B200 (mortalapps.com), threads of sm_120 (docs.rs/oxicuda-launch).
+  The other limits are unchecked.
 """
 
 from __future__ import annotations
