@@ -61,13 +61,12 @@ NARROW = {
 
 # Instructions that access local memory where 16-bit launches have some; the budget is none, so these miss it.
 SPILLS = {
-    ("layernorm_fwd_kernel", "sm_100"): 2,
 }
 
 # What is reached, per pass of ConvNeXt-T at batch 128, where BUDGETS are missed or not set.
 REACHED = {
     ("inference", None): {"megabytes": 38.2},  # misses 37
-    ("training", 0): {"megabytes": 187.5, "launches": 237, "saved": 27.5},
+    ("training", 0): {"megabytes": 187.8, "launches": 237, "saved": 27.5},
     ("training", 2): {"megabytes": 158.1},
 }
 
