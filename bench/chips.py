@@ -7,11 +7,12 @@ compared in November 2026 with pages that quote them:
   1.83 GHz, not at the clock below), hmc-tech.com (A100's clock).
 - B200: the same two sites (2.25 PFLOP/s, 75 TFLOP/s, 148 processors, 1.98 GHz). They give TF32 as 1.10 and 1.13
   PFLOP/s, and the bandwidth as 8 and 7.7 TB/s.
-- RTX 5090: 170 processors, 2.407 GHz, 104.8 TFLOP/s in float32, 1.792 TB/s and 838 TFLOP/s for sparse products with
-  float16 sums agree everywhere (Linux Format, May 2025). A quarter of that, with dense products and float32 sums, and
-  TF32 at the rate of float32 follow from how GeForce cards are made; no page was found that prints them.
-- MI300X: 304 processors and 5.3 TB/s (gpu.blog); 2,615 TFLOP/s of sparse 16-bit products are twice the figure below
-  (codesota.com, which calls them dense). TF32 was not found; float32 is printed as 163.4 and 164.6 TFLOP/s.
+- RTX 5090: 170 processors, 2.407 GHz, 1.792 TB/s and 838 TFLOP/s for sparse products with float16 sums (Linux Format,
+  May 2025; float32, printed as 104 to 105 TFLOP/s, is processors · 128 FMA · clock). A quarter of 838, with dense
+  products and float32 sums, and TF32 at the rate of float32 follow the ratios of earlier GeForce cards (hmc-tech.com);
+  no page was found that prints them.
+- MI300X: 304 processors, 5.3 TB/s and 164.6 TFLOP/s in float32 (gpu.blog; ours, 163.4, is processors · 256 · clock);
+  2,615 TFLOP/s in 16 bits (codesota.com, which calls them dense) are twice the figure below. TF32 was not found.
 - What a processor holds: registers and 228 KiB of a B200 (mortalapps.com), threads of sm_120 (docs.rs/oxicuda-launch).
   The other limits are unchecked.
 """
