@@ -1,12 +1,16 @@
 import pytest
 import torch
+from convnext_fast.kernels.dwconv import dwconv_fwd
+from convnext_fast.kernels.statistics import stats_block
 from dwconv_cases import (
     check_data_gradient,
     check_forward,
     check_layer_norm,
     check_non_finite,
     check_weight_gradient,
+    draw,
 )
+from kernel_support import dwconv_reference, merged_statistics
 
 SHAPES = [((3, 1, 3, 5), 3), ((2, 6, 13, 33), 5), ((3, 14, 14, 48), 7), ((1, 7, 57, 40), 7)]
 DTYPES = [
@@ -44,3 +48,16 @@ def test_non_finite_values_stay_in_their_tile(dtype, exact):
 @pytest.mark.parametrize(("pixels", "channels", "affine"), [(37, 40, True), (70, 335, False)])
 def test_layer_norm(pixels, channels, affine, dtype):
     check_layer_norm(pixels, channels, dtype, affine)
+
+
+@pytest.mark.parametrize("offset", [10.0, 100.0])
+def test_variance_of_activations_far_from_zero(offset):
+    """Statistics taken in one pass err no more than the rounding of the activations does, against unrounded ones."""
+    dtype = torch.float16
+    x, weight, bias, _, _ = draw((2, 9, 10, 40), 7, dtype)
+    bias = bias + offset
+    u, stats = dwconv_fwd(x, weight, bias, dtype)
+    _, got = merged_statistics(stats, stats_block(40, dtype), 40)
+    rounded = u.double().reshape(-1, 40).var(1, correction=0)
+    exact = dwconv_reference(x.double(), weight.double(), bias.double()).reshape(-1, 40).var(1, correction=0)
+    assert (got - rounded).square().mean() <= (rounded - exact).square().mean()
