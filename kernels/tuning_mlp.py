@@ -52,18 +52,16 @@ class GemmConfig:
 def split_width(channels: int, target: str) -> tuple[tuple[int, int], ...]:
     """Parts (first channel, width) that cover ``channels``; widths are powers of two of at least 16, an MMA's depth.
 
-    Warp groups multiply best by few wide parts: a power of two and one for the rest. Elsewhere parts of one width, at
-    most 64, share their addresses: 192 channels as 3·64 take 70 registers fewer than as 128 + 64.
+    Warp groups multiply best by few wide parts: a power of two and one for the rest. Elsewhere, and for powers of two,
+    parts of one width, at most 64, share their addresses: 192 channels as 3·64 take 70 registers fewer than as
+    128 + 64.
     """
     padded = triton.cdiv(channels, 16) * 16
-    if target not in WARP_GROUPS:
-        width = min(64, padded & -padded)
-        return tuple((first, width) for first in range(0, padded, width))
     first = 1 << (padded.bit_length() - 1)
-    if padded == first:
-        return ((0, first),)
-    second = triton.next_power_of_2(padded - first)
-    return ((0, 2 * first),) if second == first else ((0, first), (first, second))
+    if target in WARP_GROUPS and padded > first:
+        return (0, first), (first, triton.next_power_of_2(padded - first))
+    width = min(64, padded & -padded)
+    return tuple((start, width) for start in range(0, padded, width))
 
 
 def is_fused(channels: int, dtype: torch.dtype) -> bool:
