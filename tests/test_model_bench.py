@@ -25,7 +25,7 @@ def test_compares_and_changes_nothing(model):
     state, mode = copy.deepcopy(model.state_dict()), model.training
     found = compare(model, torch.randn(2, 3, 32, 32), rounds=1)
     assert len(found.report.fused) == 2
-    assert 0 < found.output_error <= FLOAT32_BOUND
+    assert found.output_error <= FLOAT32_BOUND
     assert 0 < found.gradient_error <= 10 * FLOAT32_BOUND
     assert found.path == "aten"
     assert all(cost.seconds > 0 for cost in (*found.forward, *found.training))
@@ -39,9 +39,10 @@ def test_compares_and_changes_nothing(model):
 
 
 def test_disagreement_shows(model):
-    """Of a model whose fused copy is not the same: the error is measured, not assumed."""
+    """In bfloat16 the fused backward rounds elsewhere: the error is measured, not assumed."""
     found = compare(model, torch.randn(2, 3, 32, 32), torch.bfloat16, rounds=1)
-    assert 1e-4 < found.output_error < 0.1
+    assert found.output_error < 0.1
+    assert 1e-4 < found.gradient_error < 0.1
 
 
 def test_command(model, tmp_path, capsys, monkeypatch):
