@@ -54,7 +54,7 @@ def stem_bwd_config(
     All channels in a program, as in ``stem_config``, and of the weight's gradient what spills no register.
     """
     width = max(16, triton.next_power_of_2(channels))
-    small = width > 128 or target == "gfx942"
+    small = channels > 96 or target == "gfx942"
     config = GemmConfig(BLOCK_M=16 if small else 32, BLOCK_N=width, BLOCK_K=16, num_warps=8, num_stages=1)
     block = min(32 if small else 64, max(16, triton.next_power_of_2(depth)), max(16, 8192 // width))
     shares = max(1, 2 * PROCESSORS[target] // triton.cdiv(depth, block))
