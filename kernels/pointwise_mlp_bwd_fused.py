@@ -222,7 +222,7 @@ def fused_bwd(
         _input_kernel, (programs,),
         dy, u, stats, a, w1g, b1g, w2g, drop_scale, du, dz_sum, P, per_sample, eps, **shape, **config.meta(),
     )  # fmt: skip
-    config, share = weight_grad_config(P, C, K, target)
+    config, share = weight_grad_config(P, C, K, target, a is None and dy.dtype == u.dtype)
     splits = triton.cdiv(P, share)
     products = torch.empty((2, splits, K, C), dtype=torch.float32, device=u.device)
     db1 = torch.empty((splits, K), dtype=torch.float32, device=u.device)

@@ -132,17 +132,21 @@ def input_grad_config(channels: int, target: str) -> FusedConfig:
     return FusedConfig(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2)
 
 
-def weight_grad_config(rows: int, channels: int, hidden: int, target: str) -> tuple[FusedConfig, int]:
+def weight_grad_config(rows: int, channels: int, hidden: int, target: str, lean: bool) -> tuple[FusedConfig, int]:
     """(configuration, rows of a share) of the backward kernel that owns hidden units.
 
-    The sums take 2·C registers-worth a hidden unit: without warp-group MMA no loads ahead, and beyond 96 channels fewer
+    ``lean``: a was not saved and dy has 16 bits. The sums take 2·C registers-worth a hidden unit: without warp-group MMA no loads ahead, and beyond 96 channels fewer
     hidden units, keep them from spilling. As many shares as give every processor about two programs; a share is a
     multiple of BLOCK_M.
     """
     if target in WARP_GROUPS or target == "gfx942":
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2)
-    elif channels <= 96:
+    elif channels <= 64:
+        config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2)
+    elif channels <= 96 and lean:
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=1)
+    elif channels <= 96:
+        config = FusedConfig(BLOCK_M=16, BLOCK_K=64, num_warps=8, num_stages=1)
     else:
         config = FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=2)
     chunks = triton.cdiv(hidden, config.BLOCK_K)
