@@ -93,19 +93,24 @@ def run_forward(case: Case, given: dict, forward, save_hidden: bool = False):
     return *forward(given["u"], stats, given["residual"], *rest), stats
 
 
-def eager_reference(case: Case, given: dict) -> dict[str, torch.Tensor]:
-    """What eager operators give in the case's dtype; with TF32 allowed in float16, which has TF32's ten bits."""
-    tf32 = case.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return mlp_reference(case, given, torch.float16 if tf32 else case.dtype)
+def eager_reference(case: Case, given: dict) -> tuple[dict[str, torch.Tensor], float]:
+    """What eager operators give in the case's dtype, and how many times its error is allowed.
+
+    With TF32 allowed it is float16's, which has TF32's ten bits: but the matrix units cut off a float32 operand after
+    them, where float16 is rounded, so that twice its error is one in TF32.
+    """
+    if case.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return mlp_reference(case, given, torch.float16), 4.0
+    return mlp_reference(case, given, case.dtype), 2.0
 
 
 def check_forward(case: Case, forward=mlp_fwd) -> None:
     given = inputs(case)
     y, a, *_ = run_forward(case, given, forward, save_hidden=True)
     want = mlp_reference(case, given, torch.float64)
-    eager = eager_reference(case, given)
+    eager, factor = eager_reference(case, given)
     assert y.dtype == (given["residual"].dtype if case.full else case.dtype)
-    assert_as_good_as_eager(y, eager["y"], want["y"], "y")
+    assert_as_good_as_eager(y, eager["y"], want["y"], "y", factor)
     assert a.shape == (case.samples * case.pixels, case.hidden)
     assert a.dtype == case.dtype
     assert not a.isnan().any()
@@ -124,13 +129,13 @@ def check_backward(case: Case, backward=mlp_bwd, save_hidden: bool = False) -> N
 
     grads = run()
     want = mlp_reference(case, given, torch.float64)
-    eager = eager_reference(case, given)
+    eager, factor = eager_reference(case, given)
     assert grads[0].dtype == case.dtype
     for name, grad in zip(("u", *parameters), grads, strict=True):
         if given[name] is None:
             assert grad is None
             continue
-        assert_as_good_as_eager(grad, eager[f"d{name}"], want[f"d{name}"], f"d{name}")
+        assert_as_good_as_eager(grad, eager[f"d{name}"], want[f"d{name}"], f"d{name}", factor)
     if INTERPRETING:
         return
     for first, second in zip(grads, run(), strict=True):
