@@ -33,7 +33,7 @@ _ACTIVATIONS_ = {
 # Rows of a block: enough for a matrix product at full speed, few enough for their hidden activations to stay in the
 # last-level cache.
 _MOST_ROWS, _LEAST_ROWS = 2048, 256
-_BLOCK_BYTES = 16 << 20
+_CACHE_BYTES = 24 << 20
 
 
 def _activation_bwd(dh: Tensor, a: Tensor, act: str) -> Tensor:
@@ -49,10 +49,12 @@ def _activation_bwd(dh: Tensor, a: Tensor, act: str) -> Tensor:
     return _aten.elu_backward(dh, 1.6732632423543772, 1.0507009873554805, 1.0, False, a)
 
 
-def _row_blocks(rows: int, hidden: int, itemsize: int) -> list[slice]:
-    """Slices of rows for cache-sized work."""
-    block = min(_MOST_ROWS, max(_LEAST_ROWS, _BLOCK_BYTES // (hidden * itemsize)))
-    return [slice(first, min(first + block, rows)) for first in range(0, rows, block)]
+def _row_blocks(rows: int, row_bytes: int) -> list[slice]:
+    """Slices of rows for cache-sized work, ``row_bytes`` a row, alike in size; one empty slice of no rows."""
+    most = min(_MOST_ROWS, max(_LEAST_ROWS, _CACHE_BYTES // row_bytes))
+    count = max(1, -(-rows // most))
+    size = -(-rows // count)
+    return [slice(i * size, min((i + 1) * size, rows)) for i in range(count)]
 
 
 def _dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -167,7 +169,7 @@ def _mlp_fwd(
     """
     mlp = mlp.to(x.dtype)
     scale = _row_scale(drop_scale, x)
-    blocks = _row_blocks(x.shape[0], mlp.w1.shape[0], x.element_size())
+    blocks = _row_blocks(x.shape[0], mlp.w1.shape[0] * x.element_size())
     y = torch.empty_like(x if residual is None else residual)
     saved = x.new_empty(x.shape[0], mlp.w1.shape[0]) if save_hidden else None
     for rows in blocks:
@@ -194,14 +196,11 @@ def _mlp_bwd(
     """
     dtype, wide = x.dtype, _wide(x.dtype)
     original, mlp = mlp, mlp.to(dtype)
-    hidden, channels = mlp.w1.shape
-    sums = [x.new_zeros(shape, dtype=wide) for shape in ((hidden, channels), hidden, (channels, hidden), channels)]
-    dw1, db1, e, t = sums
-    affine = (None, None) if norm is None else (norm.weight, norm.bias)
-    dg, dbeta = (None if p is None else x.new_zeros(channels, dtype=wide) for p in affine)
+    dw1 = db1 = e = t = dg = dbeta = None
     scale = _row_scale(drop_scale, x)
     dx = torch.empty_like(x)
-    for rows in _row_blocks(x.shape[0], hidden, x.element_size()):
+    # dh, a, h and da of a block are used together.
+    for rows in _row_blocks(x.shape[0], 4 * mlp.w1.shape[0] * x.element_size()):
         n, *statistics = (x[rows],) if norm is None else norm.forward(x[rows])
         dz = dy[rows].to(dtype)
         if scale is not None:
@@ -210,16 +209,12 @@ def _mlp_bwd(
         dh = _linear(dz if mlp.gamma is None else (dz * mlp.gamma).to(dtype), mlp.w2.t())
         da = _activation_bwd(dh, pre, mlp.act)
         h = ACTIVATION_FUNCTIONS[mlp.act](pre)
-        _accumulate(e, dz.t(), h)
-        _accumulate(dw1, da.t(), n)
-        t += dz.sum(0, dtype=wide)
-        db1 += da.sum(0, dtype=wide)
+        e, dw1 = _plus_product(e, dz.t(), h), _plus_product(dw1, da.t(), n)
+        t, db1 = _plus(t, dz.sum(0, dtype=wide)), _plus(db1, da.sum(0, dtype=wide))
         dn = _linear(da, mlp.w1.t())
         if norm is not None:
-            dn, *d_affine = norm.backward(dn, x[rows], *statistics)
-            for total, part in zip((dg, dbeta), d_affine, strict=True):
-                if total is not None:
-                    total += part
+            dn, d_weight, d_bias = norm.backward(dn, x[rows], *statistics)
+            dg, dbeta = _plus(dg, d_weight), _plus(dbeta, d_bias)
         dx[rows] = dn
     if mlp.gamma is None:
         return dx, dg, dbeta, dw1, db1, e, t, None
@@ -228,15 +223,22 @@ def _mlp_bwd(
     return dx, dg, dbeta, dw1, db1, e.mul_(gamma[:, None]), t * gamma, dgamma
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left·right. Products of bfloat16 sum in float32 and round once, as PyTorch's own weight gradients do;
-    those of float16 stay float32, lest the sum, which γ has not made small yet, overflow."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    elif left.dtype == torch.float16:
-        total.addmm_(left.float(), right.float())
-    else:
-        total += left @ right
+def _plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """total + part, in place; the part itself where there is no total yet."""
+    return part if total is None or part is None else total.add_(part)
+
+
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left·right in at least float32.
+
+    Products of bfloat16 sum in float32 and round once, as PyTorch's own weight gradients do; those of float16 stay
+    float32, lest the sum, which γ has not made small yet, overflow.
+    """
+    if left.dtype == torch.float16:
+        left, right = left.float(), right.float()
+    if total is not None and total.dtype == left.dtype:
+        return total.addmm_(left, right)
+    return _plus(total, (left @ right).to(_wide(left.dtype)))
 
 
 def _row_scale(drop_scale: Tensor | None, x: Tensor) -> Tensor | None:

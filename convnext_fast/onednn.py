@@ -30,9 +30,13 @@ _PACKED = WeakTensorKeyDictionary()
 
 
 def serves(x: Tensor) -> bool:
-    """Whether oneDNN computes for tensors like x: float32 on an x86 CPU, unless ``torch.backends.mkldnn`` is off."""
+    """Whether oneDNN computes for tensors like x: float32 on an x86 CPU, unless ``torch.backends.mkldnn`` is off.
+
+    It takes no empty ones.
+    """
     return (
-        x.dtype == torch.float32
+        x.numel() > 0
+        and x.dtype == torch.float32
         and x.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
