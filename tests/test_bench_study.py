@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -226,8 +227,10 @@ def test_pytest_benchmark_rows(tmp_path):
     """The numbers in pytest-benchmark's table are the measured ones, and each carries a whole row."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/test_kernels.py"]
     command += ["--benchmark-only", "-k", "patchify_stem", f"--benchmark-json={tmp_path / 'rows.json'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    # In a worker of pytest-xdist pytest-benchmark measures nothing, and a child would take itself for one.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "rows.json").read_text())["benchmarks"]
     assert {each["extra_info"]["contender"] for each in found} == {"eager", "eager channels_last", "fused"}
     for each in found:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-import timm
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convnext_fast import ConvNext
+
+timm = pytest.importorskip("timm")
 
 
 class Operators(TorchDispatchMode):
