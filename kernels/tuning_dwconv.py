@@ -123,7 +123,7 @@ def wgrad_config(shape: tuple[int, int, int, int], dtype: torch.dtype, target: s
         block_rows = 4 * 4 * _LANES[target] // block
         splits = max(1, programs // (triton.cdiv(channels, block) * 7))
         split = triton.cdiv(triton.cdiv(batch * height, splits), block_rows) * block_rows
-        return WgradConfig(min(7, width), block, split, block_rows, 4)
+        return WgradConfig(min(7, width), block, max(split, block_rows), block_rows, 4)
     # One channel a warp leaves NVIDIA's 128 registers a thread without spills; two fit AMD's 256.
     tile_width, block = (16, 16) if target == "gfx942" else (8, 8)
     splits = max(1, programs // triton.cdiv(channels, block))
