@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -92,6 +93,39 @@ def assert_as_good_as_eager(
     for kind, got, allowed in zip(("rms", "peak"), errors(actual, reference), errors(eager, reference), strict=True):
         bound = factor * max(allowed, floor)
         assert got <= bound, f"{name}: {kind} error {got:.3e} exceeds {bound:.3e} (eager's own: {allowed:.3e})"
+
+
+class TruncatedProducts(TorchDispatchMode):
+    """Eager TF32 on the CPU: matrix products and dense convolutions, backward ones too, of what tensor cores see.
+
+    Triton hands float32 operands over as they are (no ``cvt.rna`` in its PTX), and the tensor cores take no more than
+    ten bits of each mantissa. Sums stay in float32; depthwise convolutions are exact products, as ours are.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if func in (aten.mm.default, aten.bmm.default):
+            return func(truncated(args[0]), truncated(args[1]))
+        if func is aten.addmm.default:
+            return func(args[0], truncated(args[1]), truncated(args[2]), **(kwargs or {}))
+        if func is aten.convolution.default and args[8] == 1:
+            return func(truncated(args[0]), truncated(args[1]), *args[2:])
+        if func is aten.convolution_backward.default and args[9] == 1:
+            dy, x, weight, *rest = args
+            dx, dweight, dbias = func(truncated(dy), truncated(x), truncated(weight), *rest)
+            return dx, dweight, None if dbias is None else dy.sum((0, 2, 3))
+        return func(*args, **(kwargs or {}))
+
+
+def truncated(x: torch.Tensor) -> torch.Tensor:
+    """Float32 ``x`` without the 13 bits of its mantissa that TF32 lacks; other dtypes as they are."""
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) if x.dtype == torch.float32 else x
+
+
+def eager_products(dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Within, eager operators multiply as PyTorch would on a GPU in ``dtype``: with TF32 where its switch allows it."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return TruncatedProducts() if allowed else contextlib.nullcontext()
 
 
 def to_nchw(x: torch.Tensor) -> torch.Tensor:

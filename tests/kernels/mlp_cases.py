@@ -10,7 +10,7 @@ from convnext_fast.kernels.parameters import fold_bwd, fold_fwd
 from convnext_fast.kernels.pointwise_mlp import mlp_fwd
 from convnext_fast.kernels.pointwise_mlp_bwd import mlp_bwd
 from convnext_fast.kernels.statistics import stats_block
-from kernel_support import INTERPRETING, assert_as_good_as_eager, layer_norm_reference
+from kernel_support import INTERPRETING, assert_as_good_as_eager, eager_products, layer_norm_reference
 from statistics_cases import partial_statistics
 
 EPS = 1e-6
@@ -93,24 +93,19 @@ def run_forward(case: Case, given: dict, forward, save_hidden: bool = False):
     return *forward(given["u"], stats, given["residual"], *rest), stats
 
 
-def eager_reference(case: Case, given: dict) -> tuple[dict[str, torch.Tensor], float]:
-    """What eager operators give in the case's dtype, and how many times its error is allowed.
-
-    With TF32 allowed it is float16's, which has TF32's ten bits: but the matrix units cut off a float32 operand after
-    them, where float16 is rounded, so that twice its error is one in TF32.
-    """
-    if case.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return mlp_reference(case, given, torch.float16), 4.0
-    return mlp_reference(case, given, case.dtype), 2.0
+def eager_reference(case: Case, given: dict) -> dict[str, torch.Tensor]:
+    """What eager operators give in the case's dtype."""
+    with eager_products(case.dtype):
+        return mlp_reference(case, given, case.dtype)
 
 
 def check_forward(case: Case, forward=mlp_fwd) -> None:
     given = inputs(case)
     y, a, *_ = run_forward(case, given, forward, save_hidden=True)
     want = mlp_reference(case, given, torch.float64)
-    eager, factor = eager_reference(case, given)
+    eager = eager_reference(case, given)
     assert y.dtype == (given["residual"].dtype if case.full else case.dtype)
-    assert_as_good_as_eager(y, eager["y"], want["y"], "y", factor)
+    assert_as_good_as_eager(y, eager["y"], want["y"], "y")
     assert a.shape == (case.samples * case.pixels, case.hidden)
     assert a.dtype == case.dtype
     assert not a.isnan().any()
@@ -129,13 +124,13 @@ def check_backward(case: Case, backward=mlp_bwd, save_hidden: bool = False) -> N
 
     grads = run()
     want = mlp_reference(case, given, torch.float64)
-    eager, factor = eager_reference(case, given)
+    eager = eager_reference(case, given)
     assert grads[0].dtype == case.dtype
     for name, grad in zip(("u", *parameters), grads, strict=True):
         if given[name] is None:
             assert grad is None
             continue
-        assert_as_good_as_eager(grad, eager[f"d{name}"], want[f"d{name}"], f"d{name}", factor)
+        assert_as_good_as_eager(grad, eager[f"d{name}"], want[f"d{name}"], f"d{name}")
     if INTERPRETING:
         return
     for first, second in zip(grads, run(), strict=True):

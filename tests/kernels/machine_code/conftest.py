@@ -7,6 +7,7 @@ The emulator is a folder ``sass_emulator`` under the path in CONVNEXT_FAST_SASS_
 import os
 
 import pytest
+import torch
 from kernel_support import emulator_path, import_emulator
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -19,3 +20,12 @@ def emulating():
     if emulator_path() is None:
         pytest.skip("sass_emulator not found: set CONVNEXT_FAST_SASS_EMULATOR to the folder that holds it")
     return import_emulator().emulating
+
+
+@pytest.fixture(params=["ieee", "tf32"])
+def precision(request):
+    """float32 products with and without TF32, which PyTorch's switch allows."""
+    switch = torch.backends.cuda.matmul
+    before, switch.allow_tf32 = switch.allow_tf32, request.param == "tf32"
+    yield request.param
+    switch.allow_tf32 = before

@@ -30,22 +30,13 @@ def name(value):
     return getattr(value, "__name__", str(value))
 
 
-@pytest.fixture
-def tf32(request):
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = request.param
-    yield request.param
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 @pytest.mark.parametrize(("forward", "case"), FORWARD, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_forward(emulating, forward, case):
     with emulating(arch=80, detect_races="rw"):
         check_forward(case, forward)
 
 
-@pytest.mark.parametrize("tf32", [False, True], indirect=True, ids=["ieee", "tf32"])
-def test_forward_in_float32(emulating, tf32):
+def test_forward_in_float32(emulating, precision):
     with emulating(arch=80, detect_races="rw"):
         check_forward(Case(1, 50, 37, 77, torch.float32))
 
@@ -74,8 +65,7 @@ def test_backward(emulating, backward, case):
         check_backward(case, backward)
 
 
-@pytest.mark.parametrize("tf32", [False, True], indirect=True, ids=["ieee", "tf32"])
-def test_backward_in_float32(emulating, tf32):
+def test_backward_in_float32(emulating, precision):
     with emulating(arch=80, detect_races="rw"):
         check_backward(Case(1, 130, 37, 77, torch.float32))
 

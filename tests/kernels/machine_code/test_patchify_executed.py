@@ -3,16 +3,22 @@ import torch
 from patchify_cases import DOWNSAMPLES, STEMS, check_downsample, check_stem
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stem(emulating, dtype):
     with emulating(arch=80, detect_races="rw"):
         check_stem(STEMS[0], dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_downsample(emulating, dtype):
     with emulating(arch=80, detect_races="rw"):
         check_downsample(DOWNSAMPLES[0], dtype)
+
+
+def test_float32(emulating, precision):
+    with emulating(arch=80, detect_races="rw"):
+        check_stem(STEMS[0], torch.float32)
+        check_downsample(DOWNSAMPLES[0], torch.float32)
 
 
 def test_nothing(emulating):

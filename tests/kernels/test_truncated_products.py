@@ -1,0 +1,44 @@
+"""The eager TF32 that kernels are held against multiplies what tensor cores would see, and nothing else changes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_support import TruncatedProducts, truncated
+
+
+def test_truncation_keeps_ten_bits_of_the_mantissa():
+    x = torch.tensor([1 + 2**-10, 1 + 2**-10 + 2**-11, -1 - 2**-11 - 2**-23, 2.0**-120, float("inf")])
+    assert torch.equal(truncated(x), torch.tensor([1 + 2**-10, 1 + 2**-10, -1.0, 2.0**-120, float("inf")]))
+
+
+@pytest.mark.parametrize("dims", [2, 4])
+def test_linear_forward_and_backward(dims):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(*(2,) * (dims - 2), 9, 24), torch.randn(16, 24), torch.randn(16)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    dy = torch.randn(*x.shape[:-1], 16)
+    with TruncatedProducts():
+        y = F.linear(*leaves)
+        dx, dweight, dbias = torch.autograd.grad(y, leaves, dy)
+    x, weight, dz = (truncated(t.detach()) for t in (x, weight, dy))
+    assert torch.equal(y, F.linear(x, weight, bias))
+    torch.testing.assert_close(dx, dz @ weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(dweight, dz.flatten(0, -2).t() @ x.flatten(0, -2), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(dbias, dy.flatten(0, -2).sum(0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_dense_convolutions_are_truncated_and_depthwise_ones_exact(groups):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 8, 6, 6), torch.randn(8, 8 // groups, 2, 2)
+    leaves = [t.requires_grad_() for t in (x, weight, torch.randn(8))]
+    with TruncatedProducts():
+        y = F.conv2d(*leaves, stride=2, groups=groups)
+        grads = torch.autograd.grad(y, leaves, y.detach())
+    cut = truncated if groups == 1 else torch.clone
+    twins = [cut(t.detach()).requires_grad_() for t in leaves[:2]]
+    again = F.conv2d(*twins, leaves[2], stride=2, groups=groups)
+    assert torch.equal(y, again)
+    want = torch.autograd.grad(again, twins, cut(y.detach()))
+    for got, expected in zip(grads, (*want, y.sum((0, 2, 3))), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
