@@ -38,8 +38,26 @@ def test_compares_and_changes_nothing(model):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+class LargerOnceFused(torch.nn.Module):
+    """Multiplies its model's logits by 1.01 once that is fused."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).logits * (1.01 if "fused by" in repr(self.model) else 1.0)
+
+
 def test_disagreement_shows(model):
-    """In bfloat16 the fused backward rounds elsewhere: the error is measured, not assumed."""
+    """The error is measured, not assumed: of outputs that are 1 % larger, and gradients of their squares."""
+    found = compare(LargerOnceFused(model), torch.randn(2, 3, 32, 32), rounds=1)
+    assert found.output_error == pytest.approx(0.01, rel=1e-3)
+    assert found.gradient_error == pytest.approx(0.0201, rel=1e-3)
+
+
+def test_autocast_is_compared(model):
+    """In bfloat16 the fused backward rounds elsewhere."""
     found = compare(model, torch.randn(2, 3, 32, 32), torch.bfloat16, rounds=1)
     assert found.output_error < 0.1
     assert 1e-4 < found.gradient_error < 0.1
