@@ -29,8 +29,8 @@ def test_stem_without_gradient(shape, patch, channels_last, dtype, has_bias):
         expected = reference.patchify_stem(image.double(), *(t if t is None else t.double() for t in arguments), 1e-3)
     assert got.dtype == dtype
     assert got.is_contiguous()
-    # A LayerNorm of few channels divides by what may be small: the error is measured against its largest factor.
-    assert relative_error(got, expected, least=30.0) <= 10 * BOUNDS[dtype]
+    # LayerNorm of one or two channels divides by what may be small: the error is measured against its largest factor.
+    assert relative_error(got, expected, least=30.0 if channels <= 2 else 0.0) <= BOUNDS[dtype]
 
 
 def test_stem_with_and_without_gradient_agree():
