@@ -17,11 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
-from training_support import Quiet, finish, new_trainer, pictures, start_ranks, tiny_config, write_folder
+from support import relative_error
+from training_support import ALONE, Quiet, finish, new_trainer, pictures, start_ranks, tiny_config, write_folder
 
 from convnext_fast import ConvNext, cli
-from convnext_fast.training.distributed import process_group
+from convnext_fast.training import Trainer, TrainingOptions
+from convnext_fast.training.command import Start, build
+from convnext_fast.training.data import load_data
+from convnext_fast.training.distributed import process_group, sum_over_processes
+from convnext_fast.training.optim import moments
 from convnext_fast.training.state import (
     ENTRIES,
     TENSORS,
@@ -34,14 +40,14 @@ from convnext_fast.training.state import (
 CPU = torch.device("cpu")
 
 
-def train(output, options, until=None):
+def train(output, options, until=None, model=None):
     """In every process of a group: train, and have the first write the losses.
 
     The 13 pictures to evaluate on are more batches for the first process than for the last.
     """
     torch.set_num_threads(1)
     with process_group(CPU) as process:
-        trainer = new_trainer(output, validation=pictures(13), process=process, **options)
+        trainer = new_trainer(output, validation=pictures(13), model=model, process=process, **options)
         weight = trainer.model.stages[1].blocks[0].mlp.fc1.weight
         if options.get("strategy") == "fsdp" and process.world > 1:
             assert weight.to_local().numel() < weight.numel()
@@ -63,8 +69,45 @@ def losses(output):
     return [found[step] for step in sorted(found)]
 
 
-# Drop path draws in each process for itself; all else is the same for any number of them.
-OPTIONS = {"batch_size": 12, "drop_path": 0.0, "clip_grad": 0.5, "layer_decay": 0.9, "epochs": 3}
+# Drop path draws in each process for itself; all else is the same for any number of them. The gradient is clipped
+# in the first half of the steps alone: were it clipped in all or in none, AdamW would not answer to its scale.
+OPTIONS = {"batch_size": 12, "drop_path": 0.0, "clip_grad": 1.5, "layer_decay": 0.9, "epochs": 3}
+
+
+def new_model():
+    """That of ``new_trainer``."""
+    torch.manual_seed(0)
+    return ConvNext(tiny_config(drop_path_rate=0.0))
+
+
+def plain(model, dtype):
+    """The model as eager PyTorch computes it in ``dtype``."""
+    model.fused = False
+    model.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(dtype),))
+    return model.to(dtype)
+
+
+def results(output, model=None):
+    """Of a run that is done: its losses, the scores of each epoch, the exported tensors, and AdamW's first moments."""
+    epochs = json.loads((output / "history.json").read_text())["epochs"]
+    scores = [[epoch[key] for key in ("loss", "validation_loss", "accuracy")] for epoch in epochs]
+    trainer = new_trainer(output, model=model, resume=True, **OPTIONS)
+    of_adamw = {name: state["exp_avg"] for name, state in moments(trainer.optimizer).items()}
+    tensors = load_file(output / "model" / "model.safetensors")
+    return {"losses": torch.tensor(losses(output)), "scores": torch.tensor(scores), **tensors, **of_adamw}
+
+
+def assert_as_good_as(eager, found, exact):
+    """``found`` errs as little against float64's ``exact`` as the plain ``eager`` run of one process does.
+
+    In root mean square over all results at most twice as much, and none more than twice that run's largest: AdamW blows
+    up the rounding of the smallest gradients, and it is a matter of luck which result that is seen in.
+    """
+    assert found.keys() == eager.keys() == exact.keys()
+    ours, theirs = (torch.tensor([relative_error(x[name], exact[name]) for name in exact]) for x in (found, eager))
+    worst = f"{list(exact)[ours.argmax()]} errs by {ours.max():.2e}, the plain run by {theirs.max():.2e} at most"
+    assert ours.max() <= 2 * theirs.max(), worst
+    assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt(), worst
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +117,25 @@ def alone(tmp_path_factory):
     return output
 
 
-def check(output, alone):
-    """The same losses, parameters and scores as of one process."""
-    assert losses(output) == pytest.approx(losses(alone), rel=1e-5)
-    files = [load_file(folder / "model" / "model.safetensors") for folder in (output, alone)]
-    assert files[0].keys() == files[1].keys()
-    for name, value in files[1].items():
-        torch.testing.assert_close(files[0][name], value, rtol=0, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")
-    histories = [json.loads((folder / "history.json").read_text())["epochs"] for folder in (output, alone)]
-    for one, two in zip(*histories, strict=True):
-        for key in ("loss", "validation_loss", "accuracy"):
-            assert two[key] == pytest.approx(one[key], rel=1e-5)
+@pytest.fixture(scope="module")
+def check(tmp_path_factory):
+    """Says whether a run, of however many processes, is as good as a plain one of one process."""
+    known = []
+    for dtype in (torch.float32, torch.float64):
+        output = tmp_path_factory.mktemp("plain")
+        train(output, OPTIONS, model=plain(new_model(), dtype))
+        known.append(results(output, plain(new_model(), dtype)))
+    return lambda output: assert_as_good_as(known[0], results(output), known[1])
+
+
+def test_the_comparison_sees_one_percent_of_the_gradient(tmp_path, check, alone):
+    check(alone)
+    model = new_model()
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: 1.01 * gradient)
+    train(tmp_path, OPTIONS, model=model)
+    with pytest.raises(AssertionError, match="the plain run"):
+        check(tmp_path)
 
 
 thorough = pytest.mark.thorough
@@ -94,9 +145,9 @@ thorough = pytest.mark.thorough
     ("strategy", "world"),
     [("ddp", 2), ("ddp", 3), pytest.param("fsdp", 2, marks=thorough), pytest.param("fsdp", 3, marks=thorough)],
 )
-def test_processes_together_do_what_one_does(tmp_path, alone, strategy, world):
+def test_processes_together_do_what_one_does(tmp_path, check, strategy, world):
     assert finish(start_ranks(world, train, tmp_path, OPTIONS | {"strategy": strategy})) == [0] * world
-    check(tmp_path, alone)
+    check(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +158,7 @@ def test_processes_together_do_what_one_does(tmp_path, alone, strategy, world):
     ],
     ids=["3-2-1", "2-3-2-2-1"],
 )
-def test_a_run_goes_on_in_another_number_of_processes_and_by_another_strategy(tmp_path, alone, parts):
+def test_a_run_goes_on_in_another_number_of_processes_and_by_another_strategy(tmp_path, check, parts):
     """Each part ends in step ``until``, some in the middle of an epoch; one process does the rest."""
     for world, strategy, until in parts:
         options = OPTIONS | {"strategy": strategy, "resume": True, "save_every": 1}
@@ -117,7 +168,7 @@ def test_a_run_goes_on_in_another_number_of_processes_and_by_another_strategy(tm
     train(tmp_path, OPTIONS | {"resume": True})
     firsts = [0, *(until - 1 for _, _, until in parts)]
     assert sorted(path.name for path in tmp_path.glob("losses-*")) == [f"losses-{first}.json" for first in firsts]
-    check(tmp_path, alone)
+    check(tmp_path)
 
 
 def lose_a_process(output, options):
@@ -129,7 +180,7 @@ def lose_a_process(output, options):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=thorough)])
-def test_a_process_that_dies_ends_the_others_and_one_goes_on(tmp_path, alone, strategy):
+def test_a_process_that_dies_ends_the_others_and_one_goes_on(tmp_path, strategy):
     options = OPTIONS | {"strategy": strategy, "save_every": 1}
     survivor, victim = start_ranks(2, lose_a_process, tmp_path, options | {"epochs": 3000})
     while not list(tmp_path.glob("checkpoint*")):
@@ -226,10 +277,30 @@ def test_parameters_gathered_in_16_bits_train_as_well_as_autocast_does(tmp_path,
     assert 0 < (two - exact).norm() <= 2 * (one - exact).norm()
 
 
+def join_late(output, port):
+    """Join over a store that outlives its processes, as torchrun's does; the first process comes last."""
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    if os.environ["RANK"] == "0":
+        time.sleep(1)
+    with process_group(CPU) as process:
+        value = sum_over_processes(torch.tensor(2.0**process.rank))
+        (output / f"sum-{process.rank}").write_text(str(value.item()))
+
+
+def test_processes_started_again_do_not_look_for_those_that_have_ended(tmp_path):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    for world in (3, 3, 2):
+        assert finish(start_ranks(world, join_late, tmp_path, store.port)) == [0] * world
+        sums = [tmp_path / f"sum-{rank}" for rank in range(world)]
+        assert [float(path.read_text()) for path in sums] == [2**world - 1] * world
+        for path in sums:
+            path.unlink()
+
+
 # Through torchrun
 
 
-ARGUMENTS = ["--batch-size=8", "--warmup-epochs=1", "--lr=1e-2", "--device=cpu", "--clip-grad=1", "--ema=0.9"]
+CHOSEN = {"batch_size": 8, "warmup_epochs": 1, "lr": 1e-2, "clip_grad": 1.0, "ema": 0.9}
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +308,8 @@ def command(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
     tiny_config(num_channels=3).save_pretrained(folder / "config")
     data = write_folder(folder / "data")
-    return ["train", str(data), "--config", str(folder / "config"), *ARGUMENTS]
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in CHOSEN.items()]
+    return ["train", str(data), "--config", str(folder / "config"), "--device=cpu", *arguments]
 
 
 def torchrun(command, output, *arguments):
@@ -260,20 +332,30 @@ def torchrun(command, output, *arguments):
     )
 
 
+def plain_run(command, output, dtype):
+    """What the command does, on the plain model."""
+    options = TrainingOptions(**CHOSEN, epochs=2)
+    training, validation = load_data(command[1], 0.1, options.seed)
+    torch.manual_seed(options.seed)
+    model, processor = build(Start(config=command[3]), training.classes, options, None, digits=False)
+    Trainer(plain(model, dtype), training, validation, processor, options, output, process=ALONE).run(Quiet())
+    return load_file(output / "model" / "model.safetensors")
+
+
 def test_the_command_under_torchrun_gives_the_model_of_one_process(command, tmp_path):
-    assert cli.main([*command, "--epochs", "2", "--output", str(tmp_path / "one")]) == 0
     run = torchrun(command, tmp_path / "two", "--epochs", "2")
+    eager, exact = (plain_run(command, tmp_path / str(dtype), dtype) for dtype in (torch.float32, torch.float64))
     out, err = run.communicate(timeout=300)
     assert run.returncode == 0, err
     assert "2 processes on cpu" in out
     assert out.count("epoch 1 ") == 1
-    files = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")]
-    for name, value in files[0].items():
-        torch.testing.assert_close(files[1][name], value, rtol=0, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert cli.main([*command, "--epochs", "2", "--output", str(tmp_path / "one")]) == 0
+    for name in ("one", "two"):
+        assert_as_good_as(eager, load_file(tmp_path / name / "model" / "model.safetensors"), exact)
     assert ConvNext.from_pretrained(tmp_path / "two" / "model").config.id2label == {0: "dark", 1: "light"}
 
 
-@pytest.mark.exhaustive  # gloo sometimes connects to the address of the killed process, and that restart fails too
+@thorough
 def test_torchrun_starts_a_run_again_that_lost_a_process(command, tmp_path):
     run = torchrun(command, tmp_path, "--epochs", "60", "--strategy", "fsdp", "--save-every", "1", "--resume")
     try:

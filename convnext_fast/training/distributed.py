@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +39,7 @@ def process_group(device: torch.device) -> Iterator[Process]:
 
     Raises:
         ConnectionError: in place of the error that a call meets when another process has ended.
+        TimeoutError: the first process has not come within PyTorch's time limit for joining, half an hour.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Process(0, 1, device)
@@ -44,7 +47,9 @@ def process_group(device: torch.device) -> Iterator[Process]:
     if device.type in _BACKENDS:
         device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.accelerator.set_device_index(device.index)
-    dist.init_process_group(_BACKENDS.get(device.type, "gloo"))
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = _part_of_this_start(store, rank, world)
+    dist.init_process_group(_BACKENDS.get(device.type, "gloo"), store=store, rank=rank, world_size=world)
     try:
         yield Process(dist.get_rank(), dist.get_world_size(), device)
     except RuntimeError as error:
@@ -57,6 +62,30 @@ def process_group(device: torch.device) -> Iterator[Process]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _part_of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """A part of ``store`` that only the processes started together read and write.
+
+    torchrun keeps one store through all restarts of a run: a process started again would find the addresses, or the
+    NCCL id, of processes that have ended (https://github.com/pytorch/pytorch/issues/135712). The restart count that
+    workers are told is kept by each machine for itself and stays when machines come or go, so it cannot name the part.
+    Instead the first process draws a name, and the others answer to the name they find, until the first has seen their
+    answer: one that an earlier first process left behind is never confirmed.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("name", own)
+        for other in range(1, world):
+            store.set(store.get(f"{own}/{other}").decode(), own)
+        return dist.PrefixStore(own, store)
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while not store.check([own]):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"process {rank} of {world}: the first has not come within {store.timeout}")
+        store.set(f"{store.get('name').decode()}/{rank}", own)
+        time.sleep(0.1)
+    return dist.PrefixStore(store.get(own).decode(), store)
 
 
 def shard(model: ConvNext, process: Process, dtype: torch.dtype) -> None:
