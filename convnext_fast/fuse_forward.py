@@ -1,4 +1,4 @@
-"""The forward of a fused block: the host's live parameters, the host's stochastic depth, our ops."""
+"""The forward of a fused block or patch layer: the host's live parameters, the host's stochastic depth, our ops."""
 
 from __future__ import annotations
 
@@ -7,14 +7,29 @@ import torch.fx
 from torch import Tensor, nn
 
 from . import ops, reference
-from .fuse_hosts import Plan, follow
+from .fuse_hosts import Plan
+from .fuse_layers import follow
+from .fuse_patches import PatchPlan
 
 
-def run(block: nn.Module, plan: Plan, x: Tensor, fused: bool = True) -> Tensor:
-    """What ``block`` computes by its ``plan``, with the fused ops or by the plain reference.
+def run(module: nn.Module, plan: Plan | PatchPlan, x: Tensor, fused: bool = True) -> Tensor:
+    """What ``module`` computes by its ``plan``, with the fused ops or by the plain reference.
 
     x and the result: (N, C, H, W); the result lies in memory as channels_last.
     """
+    return _run_block(module, plan, x, fused) if isinstance(plan, Plan) else _run_patches(module, plan, x, fused)
+
+
+def _run_patches(runner: nn.Module, plan: PatchPlan, x: Tensor, fused: bool) -> Tensor:
+    norm, conv = follow(runner, plan.norm), follow(runner, plan.conv)
+    layer = patchify_stem if plan.stem else downsample
+    x = layer(x, (norm.weight, norm.bias), (conv.weight, conv.bias), plan.eps, fused)
+    for module in () if plan.following is None else follow(runner, plan.following):
+        x = module(x)
+    return x
+
+
+def _run_block(block: nn.Module, plan: Plan, x: Tensor, fused: bool) -> Tensor:
     dwconv, norm = follow(block, plan.dwconv), follow(block, plan.norm)
     gamma = None if plan.gamma is None else getattr(block, plan.gamma).reshape(-1)
     if plan.tail:
@@ -26,7 +41,7 @@ def run(block: nn.Module, plan: Plan, x: Tensor, fused: bool = True) -> Tensor:
         w1, w2 = w1.flatten(1), w2.flatten(1)
     parameters = (dwconv.weight, dwconv.bias, norm.weight, norm.bias, w1, fc1.bias, w2, fc2.bias, gamma)
     scale = _drop_scale(block, plan, x, gamma)
-    return convnext_block(x, parameters, scale, plan.eps, plan.act, fused)
+    return convnext_block(x, parameters, scale, plan.eps, plan.act, plan.recompute, fused)
 
 
 def _tail(block: nn.Module, plan: Plan, n: Tensor, gamma: Tensor | None) -> Tensor:
@@ -65,11 +80,21 @@ def branch_ones(x: Tensor, gamma: Tensor | None) -> Tensor:
 
 @torch.fx.wrap
 def convnext_block(
-    x: Tensor, parameters: tuple[Tensor | None, ...], scale: Tensor | None, eps: float, act: str, fused: bool
+    x: Tensor,
+    parameters: tuple[Tensor | None, ...],
+    scale: Tensor | None,
+    eps: float,
+    act: str,
+    recompute: int,
+    fused: bool,
 ) -> Tensor:
     """`ops.convnext_block` or `reference.convnext_block` on (N, C, H, W)."""
-    block = ops.convnext_block if fused else reference.convnext_block
-    return block(x.permute(0, 2, 3, 1), *parameters, scale, eps=eps, act=act).permute(0, 3, 1, 2)
+    args = (x.permute(0, 2, 3, 1), *parameters, scale)
+    if fused:
+        y = ops.convnext_block(*args, eps=eps, act=act, recompute=recompute)
+    else:
+        y = reference.convnext_block(*args, eps=eps, act=act)
+    return y.permute(0, 3, 1, 2)
 
 
 @torch.fx.wrap
@@ -77,6 +102,26 @@ def dwconv_layernorm(x: Tensor, parameters: tuple[Tensor | None, ...], eps: floa
     """`ops.dwconv_layernorm` or `reference.dwconv_layernorm`, (N, C, H, W) to (N, H, W, C)."""
     function = ops.dwconv_layernorm if fused else reference.dwconv_layernorm
     return function(x.permute(0, 2, 3, 1), *parameters, eps=eps)
+
+
+@torch.fx.wrap
+def patchify_stem(
+    image: Tensor, norm: tuple[Tensor, Tensor], conv: tuple[Tensor, Tensor | None], eps: float, fused: bool
+) -> Tensor:
+    """`ops.patchify_stem` or `reference.patchify_stem`, (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
+    function = ops.patchify_stem if fused else reference.patchify_stem
+    y = function(image, *conv, *norm, eps=eps).permute(0, 3, 1, 2)
+    # Autocast has LayerNorm, and with it the host's residual stream, in float32 on every device but a CPU.
+    return y.float() if _autocasts(image) and image.device.type != "cpu" else y
+
+
+@torch.fx.wrap
+def downsample(
+    x: Tensor, norm: tuple[Tensor, Tensor], conv: tuple[Tensor, Tensor | None], eps: float, fused: bool
+) -> Tensor:
+    """`ops.downsample` or `reference.downsample`, (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
+    function = ops.downsample if fused else reference.downsample
+    return function(x.permute(0, 2, 3, 1), *norm, *conv, eps=eps).permute(0, 3, 1, 2)
 
 
 def _autocasts(x: Tensor) -> bool:

@@ -8,40 +8,32 @@ running the block. Nothing here changes a module.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .fuse_layers import (
+    DTYPES,
+    Path,
+    Unfusable,
+    Watched,
+    check_forward,
+    check_norm,
+    check_untouched,
+    check_weights,
+    dotted,
+    follow,
+    kind_of,
+    watch,
+)
 from .reference import ACTIVATION_FUNCTIONS
 
-Path = tuple[str, ...]
-
 KERNEL_SIZES = (3, 5, 7)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RATES = ("drop_prob", "p", "rate")
 """Names under which libraries keep the rate of their stochastic depth."""
-
-
-class Unfusable(Exception):
-    """Why a block is left alone."""
-
-
-class Watched(NamedTuple):
-    """A layer that the fused forward does not call, as it was when the block was fused.
-
-    Attributes:
-        path: attribute names that lead to it from the block.
-        kind: its class.
-        settings: its plain attributes and their values, such as a convolution's stride.
-    """
-
-    path: Path
-    kind: type
-    settings: tuple[tuple[str, Any], ...]
 
 
 class Plan(NamedTuple):
@@ -58,6 +50,7 @@ class Plan(NamedTuple):
             host's layers to call one after another after the norm. Empty where the whole block is fused.
         channels_first: whether the tail takes (N, C, H, W).
         watched: the layers that are not called, to notice when they change.
+        recompute: what the backward pass computes anew (see `ops.convnext_block`); no effect where there is a tail.
     """
 
     dwconv: Path
@@ -72,14 +65,17 @@ class Plan(NamedTuple):
     tail: tuple[Path, ...]
     channels_first: bool
     watched: tuple[Watched, ...]
+    recompute: int = 1
 
+    @property
+    def weighted(self) -> tuple[Path, ...]:
+        """Of `AnyPlan`."""
+        return (self.dwconv,) if self.tail else (self.dwconv, self.fc1, self.fc2)
 
-def follow(block: nn.Module, path: Path) -> Any:
-    """The layer at ``path``; None where there is none."""
-    module: Any = block
-    for name in path:
-        module = getattr(module, name, None)
-    return module
+    @property
+    def pair(self) -> None:
+        """Of `AnyPlan`."""
+        return None
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -110,24 +106,24 @@ def make_plan(block: nn.Module) -> Plan:
     Raises:
         Unfusable: with the reason, where the fused ops cannot stand in for it.
     """
-    _check_forward(block)
+    check_forward(block)
     if parametrize.is_parametrized(block):
         raise Unfusable("its layer scale is parametrised")
-    _check_untouched(block)
+    check_untouched((name, module) for name, module in block.named_modules() if module is not block)
     everything = list(_layers(block))
     layers = [(path, layer) for path, layer in everything if not isinstance(layer, nn.Identity)]
     places = [i for i, (_, layer) in enumerate(layers) if _is_pointwise(layer)]
     dwconv, norm = [(path, layer) for path, layer in layers if _holds_tensors(layer)][:2]
     fc1, fc2 = layers[places[0]], layers[places[1]]
     channels = _check_dwconv(*dwconv)
-    eps = _check_norm(*norm, channels)
+    eps = check_norm(*norm, channels)
     between, outside = layers[places[0] + 1 : places[1]], layers[: places[0]] + layers[places[1] + 1 :]
     hidden = _check_linear(fc1, fc2, channels)
     drop_path = _find_drop_path(outside)
     known = {id(layer) for _, layer in (dwconv, norm)}
     for path, layer in outside:
         if id(layer) not in known and _holds_tensors(layer):
-            raise Unfusable(f"it holds {_dotted(path)} ({_kind(layer)}) besides the layers of a ConvNeXt block")
+            raise Unfusable(f"it holds {dotted(path)} ({kind_of(layer)}) besides the layers of a ConvNeXt block")
     act, tail = _find_activation(between, hidden)
     tail_paths = tuple(path for path, _ in layers[places[0] : places[1] + 1]) if tail else ()
     watched = [(path, layer) for path, layer in everything if path not in tail_paths]
@@ -151,51 +147,10 @@ def make_plan(block: nn.Module) -> Plan:
         tail=tail_paths,
         channels_first=isinstance(fc1[1], nn.Conv2d),
         watched=tuple(
-            Watched(path, type(layer), settings_of(layer, rate if drop_path and path == drop_path[0] else ""))
+            watch(path, layer, rate if drop_path and path == drop_path[0] else "")
             for path, layer in [*containers.items(), *watched]
         ),
     )
-
-
-def changed(block: nn.Module, plan: Plan) -> str | None:
-    """Why the plan of a fused block no longer holds, or None: hooks, other layers, other settings, other weights."""
-    for path, kind, settings in plan.watched:
-        layer = follow(block, path)
-        if type(layer) is not kind:
-            return f"{_dotted(path)} is now {_kind(layer)}, not {kind.__name__}"
-        if has_hooks(layer):
-            return f"hooks on {_dotted(path)}, which the fused forward does not call"
-        if "forward" in layer.__dict__:
-            return f"the forward of {_dotted(path)} was replaced"
-        for name, value in settings:
-            if getattr(layer, name, None) != value:
-                return f"{name} of {_dotted(path)} is now {getattr(layer, name, None)!r}, not {value!r}"
-    for path in (plan.dwconv,) if plan.tail else (plan.dwconv, plan.fc1, plan.fc2):
-        if not _is_plain(follow(block, path).weight):
-            return f"the weight of {_dotted(path)} is now {_kind(follow(block, path).weight)}"
-    return None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook waits for a call of ``module`` or for its gradients."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def settings_of(module: nn.Module, skip: str = "") -> tuple[tuple[str, Any], ...]:
-    """The plain attributes of ``module`` but ``training``, private ones and ``skip``."""
-    return tuple(
-        (name, value)
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name not in ("training", skip) and _is_setting(value)
-    )
-
-
-def _is_setting(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_setting(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _layers(module: nn.Module, path: Path = ()) -> Iterator[tuple[Path, nn.Module]]:
@@ -214,7 +169,8 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _is_depthwise(module: nn.Module) -> bool:
     groups, kernel = getattr(module, "groups", None), getattr(module, "kernel_size", None)
-    return isinstance(groups, int) and 1 < groups == getattr(module, "in_channels", None) and len(kernel or ()) == 2
+    two = isinstance(kernel, tuple) and len(kernel) == 2
+    return two and isinstance(groups, int) and 1 < groups == getattr(module, "in_channels", None)
 
 
 def _is_pointwise(module: nn.Module) -> bool:
@@ -240,35 +196,11 @@ def _looks_like_block(module: nn.Module) -> bool:
     )
 
 
-def _check_forward(block: nn.Module) -> None:
-    if "forward" in vars(block):
-        raise Unfusable("its forward was replaced")
-    owners = [kind for kind in type(block).__mro__ if kind is not nn.Module and "forward" in vars(kind)]
-    if len(owners) > 1:
-        raise Unfusable(f"{owners[0].__name__} overrides the forward of {owners[1].__name__}")
-    parameters = list(inspect.signature(owners[0].forward).parameters.values())
-    if len(parameters) != 2 or parameters[1].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
-        raise Unfusable("its forward takes more than the activations")
-
-
-def _check_untouched(block: nn.Module) -> None:
-    """No hooks, parametrisations or replaced forwards inside, which the fused forward would pass by."""
-    for name, module in block.named_modules():
-        if module is block:
-            continue
-        if parametrize.is_parametrized(module):
-            raise Unfusable(f"{name} is parametrised")
-        if has_hooks(module):
-            raise Unfusable(f"hooks on {name}, which the fused forward does not call")
-        if "forward" in vars(module):
-            raise Unfusable(f"the forward of {name} was replaced")
-
-
 def _check_dwconv(path: Path, conv: nn.Module) -> int:
     """The channels of a depthwise convolution that the fused ops can run."""
-    where = f"its depthwise convolution {_dotted(path)}"
+    where = f"its depthwise convolution {dotted(path)}"
     if type(conv).forward is not nn.Conv2d.forward:
-        raise Unfusable(f"{where} is {_kind(conv)}, not a torch.nn.Conv2d")
+        raise Unfusable(f"{where} is {kind_of(conv)}, not a torch.nn.Conv2d")
     if conv.out_channels != conv.in_channels:
         raise Unfusable(f"{where} makes {conv.out_channels} channels of {conv.in_channels}")
     if tuple(conv.stride) != (1, 1):
@@ -281,17 +213,6 @@ def _check_dwconv(path: Path, conv: nn.Module) -> int:
     if conv.padding not in ("same", (side // 2, side // 2)) or conv.padding_mode != "zeros":
         raise Unfusable(f"{where} has padding {conv.padding!r} of mode {conv.padding_mode!r}: expected the same size")
     return conv.in_channels
-
-
-def _check_norm(path: Path, norm: nn.Module, channels: int) -> float:
-    """The epsilon of a LayerNorm over the channels."""
-    # A norm without weight and bias has them as None; RMSNorm has no attribute "bias" at all.
-    affine = [getattr(norm, name, "missing") for name in ("weight", "bias")]
-    fits = all(value is None or (isinstance(value, Tensor) and value.shape == (channels,)) for value in affine)
-    shape = getattr(norm, "normalized_shape", None)
-    if not fits or shape is None or tuple(shape) != (channels,) or not isinstance(norm.eps, float):
-        raise Unfusable(f"its norm {_dotted(path)} is {_kind(norm)}, not a LayerNorm over the {channels} channels")
-    return norm.eps
 
 
 def _check_linear(fc1: tuple[Path, nn.Module], fc2: tuple[Path, nn.Module], channels: int) -> int:
@@ -312,21 +233,12 @@ def _check_plain_weights(*layers: tuple[Path, nn.Module]) -> None:
     """Weights that the fused ops can read: floating, ordinary tensors on ordinary layers."""
     plain = (nn.Linear.forward, nn.Conv2d.forward)
     for path, layer in layers:
-        where = f"{_dotted(path)} ({_kind(layer)})"
+        where = f"{dotted(path)} ({kind_of(layer)})"
         if _is_pointwise(layer) and type(layer).forward not in plain:
             raise Unfusable(f"{where} is quantised or adapted: neither a torch.nn.Linear nor a torch.nn.Conv2d")
-        for name, parameter in layer.named_parameters(recurse=False):
-            if not _is_plain(parameter) or parameter.dtype not in DTYPES:
-                kind = f"{_kind(parameter)} of {parameter.dtype}"
-                raise Unfusable(f"{name} of {where} is quantised or not floating: {kind}")
+        check_weights(path, layer)
         if _is_pointwise(layer) and layer.bias is None:
             raise Unfusable(f"{where} has no bias")
-
-
-def _is_plain(weight: Any) -> bool:
-    """Whether a weight is PyTorch's own kind of tensor (also when sharded, traced or faked), not a quantised one."""
-    kind = type(weight)
-    return kind in (nn.Parameter, Tensor) or kind.__module__.split(".")[0] == "torch"
 
 
 def _find_gamma(block: nn.Module, channels: int) -> str | None:
@@ -348,7 +260,7 @@ def _find_drop_path(layers: list[tuple[Path, nn.Module]]) -> tuple[Path, nn.Modu
             continue
         if any(isinstance(getattr(layer, name, None), (int, float)) for name in RATES):
             if found is not None:
-                raise Unfusable(f"it has two stochastic depths, {_dotted(found[0])} and {_dotted(path)}")
+                raise Unfusable(f"it has two stochastic depths, {dotted(found[0])} and {dotted(path)}")
             found = path, layer
     return found
 
@@ -357,14 +269,14 @@ def _is_idle_dropout(path: Path, layer: nn.Module) -> bool:
     if not isinstance(layer, nn.modules.dropout._DropoutNd):
         return False
     if layer.p > 0:
-        raise Unfusable(f"{_dotted(path)} drops activations at rate {layer.p}")
+        raise Unfusable(f"{dotted(path)} drops activations at rate {layer.p}")
     return True
 
 
 def _find_activation(between: list[tuple[Path, nn.Module]], hidden: int) -> tuple[str, bool]:
     """The activation between the linear layers, and whether a global response norm follows it."""
     layers = [(path, layer) for path, layer in between if not _is_idle_dropout(path, layer)]
-    names = ", ".join(f"{_dotted(path)} ({_kind(layer)})" for path, layer in layers) or "nothing"
+    names = ", ".join(f"{dotted(path)} ({kind_of(layer)})" for path, layer in layers) or "nothing"
     if len(layers) == 2 and [p.numel() for p in layers[1][1].parameters()] == [hidden, hidden]:
         return _recognise_activation(*layers[0], optional=True), True
     if len(layers) != 1:
@@ -387,12 +299,4 @@ def _recognise_activation(path: Path, layer: nn.Module, optional: bool = False) 
     if optional:
         return ""
     known = ", ".join(ACTIVATION_FUNCTIONS)
-    raise Unfusable(f"its activation {_dotted(path)} ({_kind(layer)}) is none of {known}")
-
-
-def _dotted(path: Path) -> str:
-    return ".".join(path)
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
+    raise Unfusable(f"its activation {dotted(path)} ({kind_of(layer)}) is none of {known}")

@@ -1,9 +1,9 @@
-"""Confirm by running it that a block computes what its plan says: `reference.convnext_block` on its own parameters.
+"""Confirm by running it that a module computes what its plan says: a formula of `reference` on its own parameters.
 
-The block runs as a copy on the CPU in float32 (PyTorch's depthwise convolution in float64 takes seconds), with every
+It runs as a copy on the CPU in float32 (PyTorch's depthwise convolution in float64 takes seconds), with every
 tensor drawn from N(0, 1), so that nothing small (a layer scale of 1e-6) hides a difference; outside and in training,
-where its stochastic depth must drop the same samples for one seed. Neither the block nor the caller's random streams
-change.
+where its stochastic depth must drop the same samples for one seed. A stage runs with two stand-ins for its blocks.
+Neither the module nor the caller's random streams change.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .fuse_forward import run
-from .fuse_hosts import Plan, Unfusable, follow
+from .fuse_hosts import Plan
+from .fuse_layers import Unfusable, follow
+from .fuse_patches import PatchPlan
 
 SAMPLES, HEIGHT, WIDTH = 8, 2, 3
 RATE = 0.4
@@ -53,9 +55,20 @@ def _random_like(tensor: Tensor) -> Tensor:
     return nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
 
 
+class _StandIn(nn.Module):
+    """In the place of a block: (2·x − 1)·step, which does not commute with itself for another step."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (2 * x - 1) * self.step
+
+
 @torch.no_grad()
-def confirm(block: nn.Module, plan: Plan) -> None:
-    """Run ``block`` and the plan.
+def confirm(module: nn.Module, plan: Plan | PatchPlan) -> None:
+    """Run ``module`` and the plan.
 
     Raises:
         Unfusable: they compute different things.
@@ -63,21 +76,37 @@ def confirm(block: nn.Module, plan: Plan) -> None:
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         # `torch.manual_seed` would seed the accelerators' streams too.
         torch.default_generator.manual_seed(0)
-        copy = probe_copy(block)
-        channels = follow(block, plan.dwconv).in_channels
-        x = torch.randn(SAMPLES, channels, HEIGHT, WIDTH, dtype=torch.float32, device="cpu")
+        copies: dict[int, object] = {}
+        if isinstance(plan, Plan):
+            what, height, width = "a ConvNeXt block", HEIGHT, WIDTH
+            channels, drop_path = follow(module, plan.dwconv).in_channels, plan.drop_path
+        else:
+            conv = follow(module, plan.conv)
+            what = "a stem" if plan.stem else "a downsampling layer"
+            # An odd height shows whether the last row is left out.
+            height, width = 2 * conv.kernel_size[0] + 1, 2 * conv.kernel_size[1]
+            channels, drop_path = conv.in_channels, None
+            if plan.following is not None:
+                copies[id(follow(module, plan.following))] = nn.ModuleList([_StandIn(2), _StandIn(3)])
+        copy = probe_copy(module, copies)
+        x = torch.randn(SAMPLES, channels, height, width, dtype=torch.float32, device="cpu")
         for training, rate in ((False, RATE), (True, 0.0), (True, RATE)):
-            if plan.drop_path is not None:
-                setattr(follow(copy, plan.drop_path), plan.rate, rate)
+            if drop_path is not None:
+                setattr(follow(copy, drop_path), plan.rate, rate)
             torch.default_generator.manual_seed(1)
             try:
-                expected = type(block).forward(copy.train(training), x.clone())
+                expected = type(module).forward(copy.train(training), x.clone())
             except Exception as error:
                 raise Unfusable(f"its forward fails on {tuple(x.shape)} float32: {error}") from error
             torch.default_generator.manual_seed(1)
             actual = run(copy, plan, x, fused=False)
-            if not isinstance(expected, Tensor) or expected.shape != x.shape:
+            if not isinstance(expected, Tensor) or expected.shape != actual.shape:
                 raise Unfusable("its forward returns something else than the activations")
             if not (actual - expected).norm() <= BOUND * expected.norm():
                 mode = "in training" if training else "in evaluation"
-                raise Unfusable(f"its forward computes something else than a ConvNeXt block {mode}")
+                raise Unfusable(f"its forward computes something else than {what} {mode}")
+        if isinstance(plan, PatchPlan) and plan.stem:
+            with torch.autocast("cpu", torch.bfloat16):
+                dtypes = [type(module).forward(copy, x).dtype, run(copy, plan, x, fused=False).dtype]
+            if dtypes[0] != dtypes[1]:
+                raise Unfusable("its output under autocast is {}, not {} as of torch's own LayerNorm".format(*dtypes))

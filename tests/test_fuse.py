@@ -95,6 +95,7 @@ def test_agrees(name):
     x = torch.randn(3, 3, 48, 40)
     report = check_float32(copy.deepcopy(model), x)
     assert len(report.partly_fused if name == "v2" else report.fused) == 5
+    assert len(report.patch_layers) == 4
     assert not report.left_alone
     check_bfloat16(model, x)
 
@@ -298,6 +299,7 @@ def replace_forward(block):
 CHANGES = {
     "hooks on pwconv1": lambda block: block.pwconv1.register_forward_hook(lambda *_: None),
     "act is now Hardswish": replace_activation,
+    "dwconv is now Identity": lambda block: setattr(block, "dwconv", torch.nn.Identity()),
     "drop_path is now Dropout": lambda block: setattr(block, "drop_path", torch.nn.Dropout(0.5).eval()),
     "dwconv is now ParametrizedConv2d": lambda block: torch.nn.utils.parametrizations.weight_norm(block.dwconv),
     "padding of dwconv is now": lambda block: vars(block.dwconv).update(dilation=(2, 2), padding=(6, 6)),
@@ -342,13 +344,13 @@ def test_report_reads_well():
     blocks(model)[0].act = torch.nn.Hardswish()
     report = fuse(model)
     assert str(report) == (
-        "ConvNextForImageClassification: 2 of 3 blocks fused\n"
+        "ConvNextForImageClassification: 4 of 5 fused: 2 blocks, 2 patch layers (stem, downsampling)\n"
         "left alone: convnext.encoder.stages.0.layers.0: "
         "its activation act (Hardswish) is none of gelu, gelu_new, relu, silu, selu"
     )
     assert report.model is model
     v2 = ConvNextV2ForImageClassification(config(ConvNextV2Config, depths=[1, 1, 1, 1]))
-    assert "4 in part (depthwise convolution + LayerNorm)" in str(fuse(v2))
+    assert "8 of 8 fused: 4 blocks in part (depthwise convolution + LayerNorm), 4 patch layers" in str(fuse(v2))
     assert str(fuse(torch.nn.Linear(2, 2))) == "Linear: no ConvNeXt block found"
 
 

@@ -69,7 +69,7 @@ def test_command(model, tmp_path, capsys, monkeypatch):
     argv = ["bench", "--model", f"hf:{tmp_path}", "--image-size", "32", "--batch-size", "2", "--rounds", "1"]
     assert cli.main([*argv, "--device", "cpu"]) == 0
     text = capsys.readouterr().out
-    assert "2 of 2 blocks fused" in text
+    assert "4 of 4 fused: 2 blocks, 2 patch layers" in text
     assert len(re.findall(r"images/s", text)) == 4
     assert re.search(r"Outputs within \d\.\de-\d\d .* gradients within \d\.\de-\d\d", text, re.DOTALL)
 

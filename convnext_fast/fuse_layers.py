@@ -1,0 +1,180 @@
+"""What the plans of `fuse` have in common: layers by their paths, what was seen of them, what forbids fusing them."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+Path = tuple[str, ...]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Unfusable(Exception):
+    """Why a block or a patch layer is left alone."""
+
+
+class Watched(NamedTuple):
+    """A layer that the fused forward does not call, as it was when the block was fused.
+
+    Attributes:
+        path: attribute names that lead to it from the block.
+        kind: its class.
+        settings: its plain attributes and their values, such as a convolution's stride.
+    """
+
+    path: Path
+    kind: type
+    settings: tuple[tuple[str, Any], ...]
+
+
+class AnyPlan(Protocol):
+    """What `changed` looks at.
+
+    Attributes:
+        watched: the layers that are not called.
+        weighted: paths of the layers whose weights the fused ops read.
+        pair: the container whose children are to stay the two layers that are named, or None.
+    """
+
+    watched: tuple[Watched, ...]
+    weighted: tuple[Path, ...]
+    pair: tuple[Path, tuple[str, ...]] | None
+
+
+def watch(path: Path, layer: nn.Module, skip: str = "") -> Watched:
+    """``layer`` as it is now; ``skip`` is a setting that may change."""
+    return Watched(path, type(layer), settings_of(layer, skip))
+
+
+def follow(block: nn.Module, path: Path) -> Any:
+    """The layer at ``path``; None where there is none."""
+    module: Any = block
+    for name in path:
+        module = getattr(module, name, None)
+    return module
+
+
+def changed(block: nn.Module, plan: AnyPlan) -> str | None:
+    """Why the plan of a fused block no longer holds, or None: hooks, other layers, other settings, other weights."""
+    for path, kind, settings in plan.watched:
+        layer = follow(block, path)
+        if type(layer) is not kind:
+            return f"{dotted(path)} is now {kind_of(layer)}, not {kind.__name__}"
+        if has_hooks(layer):
+            return f"hooks on {dotted(path)}, which the fused forward does not call"
+        if "forward" in layer.__dict__:
+            return f"the forward of {dotted(path)} was replaced"
+        for name, value in settings:
+            if getattr(layer, name, None) != value:
+                return f"{name} of {dotted(path)} is now {getattr(layer, name, None)!r}, not {value!r}"
+    for path in plan.weighted:
+        if not is_plain(follow(block, path).weight):
+            return f"the weight of {dotted(path)} is now {kind_of(follow(block, path).weight)}"
+    if plan.pair is not None:
+        names = tuple(follow(block, plan.pair[0])._modules)
+        if names != plan.pair[1]:
+            return f"its layers are now {', '.join(names) or 'none'}, not {', '.join(plan.pair[1])}"
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook waits for a call of ``module`` or for its gradients."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def settings_of(module: nn.Module, skip: str = "") -> tuple[tuple[str, Any], ...]:
+    """The plain attributes of ``module`` but ``training``, private ones and ``skip``."""
+    return tuple(
+        (name, value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in ("training", skip) and _is_setting(value)
+    )
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_setting(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def check_forward(block: nn.Module) -> None:
+    """One forward, which takes the activations; keywords besides where it never looks at them."""
+    if "forward" in vars(block):
+        raise Unfusable("its forward was replaced")
+    owners = [kind for kind in type(block).__mro__ if kind is not nn.Module and "forward" in vars(kind)]
+    if len(owners) > 1:
+        raise Unfusable(f"{owners[0].__name__} overrides the forward of {owners[1].__name__}")
+    forward = owners[0].forward
+    parameters = [p for p in inspect.signature(forward).parameters.values() if not _is_ignored(p, forward)]
+    if len(parameters) != 2 or parameters[1].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        raise Unfusable("its forward takes more than the activations")
+
+
+def takes_keywords(forward: Any) -> bool:
+    """Whether a function takes any keyword."""
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+
+
+def _is_ignored(parameter: inspect.Parameter, function: Any) -> bool:
+    """Whether ``parameter`` gathers keywords that no instruction of ``function`` reads."""
+    plain = inspect.isfunction(function) and not hasattr(function, "__wrapped__")
+    if not plain or parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+        return False
+    read = [i.argval if isinstance(i.argval, tuple) else (i.argval,) for i in dis.get_instructions(function)]
+    return not any(parameter.name in names or "locals" in names for names in read)
+
+
+def check_untouched(layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """No hooks, parametrisations or replaced forwards on ``layers``, which the fused forward would pass by."""
+    for name, module in layers:
+        if parametrize.is_parametrized(module):
+            raise Unfusable(f"{name} is parametrised")
+        if has_hooks(module):
+            raise Unfusable(f"hooks on {name}, which the fused forward does not call")
+        if "forward" in vars(module):
+            raise Unfusable(f"the forward of {name} was replaced")
+
+
+def check_norm(path: Path, norm: nn.Module, channels: int) -> float:
+    """The epsilon of a LayerNorm over the channels."""
+    # A norm without weight and bias has them as None; RMSNorm has no attribute "bias" at all.
+    affine = [getattr(norm, name, "missing") for name in ("weight", "bias")]
+    fits = all(value is None or (isinstance(value, Tensor) and value.shape == (channels,)) for value in affine)
+    shape = getattr(norm, "normalized_shape", None)
+    if not fits or shape is None or tuple(shape) != (channels,) or not isinstance(norm.eps, float):
+        raise Unfusable(f"its norm {dotted(path)} is {kind_of(norm)}, not a LayerNorm over the {channels} channels")
+    return norm.eps
+
+
+def check_weights(path: Path, layer: nn.Module) -> None:
+    """Weights that the fused ops can read: floating, ordinary tensors."""
+    for name, parameter in layer.named_parameters(recurse=False):
+        if not is_plain(parameter) or parameter.dtype not in DTYPES:
+            kind = f"{kind_of(parameter)} of {parameter.dtype}"
+            where = f"{dotted(path)} ({kind_of(layer)})"
+            raise Unfusable(f"{name} of {where} is quantised or not floating: {kind}")
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether a weight is PyTorch's own kind of tensor (also when sharded, traced or faked), not a quantised one."""
+    kind = type(weight)
+    return kind in (nn.Parameter, Tensor) or kind.__module__.split(".")[0] == "torch"
+
+
+def dotted(path: Path) -> str:
+    """A path as people write it."""
+    return ".".join(path)
+
+
+def kind_of(value: Any) -> str:
+    """The name of the class of ``value``."""
+    return type(value).__name__
