@@ -117,17 +117,22 @@ def failure(error: BaseException) -> str:
 
 
 def samples(jobs: Sequence[Job], device: torch.device, budget: float) -> list[list[float]]:
-    """Seconds a call of each job, sampled in turns for about ``budget`` seconds a job, at least 5 rounds."""
+    """Seconds a call of each job, sampled in turns for about ``budget`` seconds a job, at least 5 rounds.
+
+    Each turn begins with a call that is not timed, lest a job pay for the caches and the heap that another left: what
+    is asked is the time of a call in a program that makes one after the other.
+    """
     repeats, costs = [], []
     for job in jobs:
         once = seconds([job.ready()], device)
         least = LEAST_SAMPLE.get(device.type, LEAST_SAMPLE["cuda"])
         repeats.append(max(1, min(job.most_repeats, round(least / max(once, 1e-9)))))
-        costs.append(once * repeats[-1])
+        costs.append(once * (1 + repeats[-1]))
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(budget * len(jobs) / sum(costs))))
     taken: list[list[float]] = [[] for _ in jobs]
     for _ in range(rounds):
         for job, count, times in zip(jobs, repeats, taken, strict=True):
+            seconds([job.ready()], device)
             times.append(seconds([job.ready() for _ in range(count)], device))
     return taken
 

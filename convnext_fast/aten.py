@@ -1,68 +1,31 @@
 """The fused ops written with ATen calls: what ``fused=True`` runs on a CPU.
 
-Activations stay (N, H, W, C), rows are worked on in blocks whose hidden activations stay in the cache, the normalised
-activations are never saved, and in float32 the work goes to oneDNN (see ``onednn``), which applies the activation and
-the residual inside its matrix products. Weights are used as they are: folding them on every call (see ``folding``)
-costs as much as the products of a few hundred pixels.
+Activations stay (N, H, W, C); what is done to each pixel alone is in ``aten_rows``. Weights are used as they are:
+folding them on every call (see ``folding``) costs as much as the products of a few hundred pixels.
 
 P = N·H·W pixels, C channels, K hidden units, T the compute dtype, R the dtype of the residual stream.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import onednn
-from .reference import ACTIVATION_FUNCTIONS
-
-_aten = torch.ops.aten
-
-_ACTIVATIONS_ = {
-    "gelu": _aten.gelu_,
-    "gelu_new": partial(_aten.gelu_, approximate="tanh"),
-    "relu": torch.relu_,
-    "silu": _aten.silu_,
-    "selu": torch.selu_,
-}
-
-# Rows of a block: enough for a matrix product at full speed, few enough for their hidden activations to stay in the
-# last-level cache.
-_MOST_ROWS, _LEAST_ROWS = 2048, 256
-_CACHE_BYTES = 24 << 20
+from .aten_rows import Mlp, Norm, linear, mlp_bwd, mlp_fwd, sum_dtype
 
 
-def _activation_bwd(dh: Tensor, a: Tensor, act: str) -> Tensor:
-    """dh · act'(a)."""
-    if act == "gelu":
-        return _aten.gelu_backward(dh, a)
-    if act == "gelu_new":
-        return _aten.gelu_backward(dh, a, approximate="tanh")
-    if act == "relu":
-        return _aten.threshold_backward(dh, a, 0)
-    if act == "silu":
-        return _aten.silu_backward(dh, a)
-    return _aten.elu_backward(dh, 1.6732632423543772, 1.0507009873554805, 1.0, False, a)
-
-
-def _row_blocks(rows: int, row_bytes: int) -> list[slice]:
-    """Slices of rows for cache-sized work, ``row_bytes`` a row, alike in size; one empty slice of no rows."""
-    most = min(_MOST_ROWS, max(_LEAST_ROWS, _CACHE_BYTES // row_bytes))
-    count = max(1, -(-rows // most))
-    size = -(-rows // count)
-    return [slice(i * size, min((i + 1) * size, rows)) for i in range(count)]
-
-
-def _dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(N, H, W, C) to (P, C) in T."""
+def _dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, frozen: bool = False) -> Tensor:
+    """(N, H, W, C) to (P, C) in T, a new tensor; ``frozen``: as in `onednn.linear`."""
     bias = None if bias is None else bias.to(dtype)
-    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-    u = F.conv2d(x.to(dtype).permute(0, 3, 1, 2), weight.to(dtype), bias, padding=padding, groups=weight.shape[0])
-    return u.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
+    x, weight = x.to(dtype).permute(0, 3, 1, 2), weight.to(dtype)
+    groups, padding = weight.shape[0], [weight.shape[2] // 2, weight.shape[3] // 2]
+    if frozen and onednn.serves(x):
+        u = onednn.frozen_convolution(x, weight, bias, [1, 1], padding, groups)
+    else:
+        u = F.conv2d(x, weight, bias, padding=padding, groups=groups)
+    return u.permute(0, 2, 3, 1).reshape(-1, groups)
 
 
 def _dwconv_bwd(
@@ -75,178 +38,8 @@ def _dwconv_bwd(
     if needs_weight:
         dweight = onednn.dwconv_weight_grad(x, du.view(x.shape), weight.shape[3])
     if needs_bias:
-        dbias = du.sum(0, dtype=_wide(du.dtype))
+        dbias = du.sum(0, dtype=sum_dtype(du.dtype))
     return dx, dweight, dbias
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-class _Norm(NamedTuple):
-    """LayerNorm: affine (C,), None for the identity, and epsilon."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-    def forward(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """LayerNorm(u), μ and rstd for u (P, C)."""
-        return torch.native_layer_norm(u, [u.shape[1]], *self._affine(u), self.eps)
-
-    def backward(
-        self, dn: Tensor, u: Tensor, mean: Tensor, rstd: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(du, dg, dβ)."""
-        needs = [True, self.weight is not None, self.bias is not None]
-        return _aten.native_layer_norm_backward(dn, u, [u.shape[1]], mean, rstd, *self._affine(u), needs)
-
-    def _affine(self, u: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """In a dtype in which PyTorch also keeps the statistics."""
-        wide, weight, bias = _wide(u.dtype), self.weight, self.bias
-        if wide != u.dtype and weight is None:
-            weight = u.new_ones(u.shape[1], dtype=wide)
-        return None if weight is None else weight.to(wide), None if bias is None else bias.to(wide)
-
-
-class _Mlp(NamedTuple):
-    """The parameters after LayerNorm; w1 (K, C), b1 (K,), w2 (C, K), b2 (C,), γ (C,) or None."""
-
-    w1: Tensor
-    b1: Tensor
-    w2: Tensor
-    b2: Tensor
-    gamma: Tensor | None
-    act: str
-
-    def to(self, dtype: torch.dtype) -> _Mlp:
-        """The linear layers in ``dtype``."""
-        return self._replace(**{name: getattr(self, name).to(dtype) for name in ("w1", "b1", "w2", "b2")})
-
-    def forward(self, n: Tensor, residual: Tensor | None, scale: Tensor | None, frozen: bool) -> Tensor:
-        """residual + scale·γ·(act(n·w1ᵀ + b1)·w2ᵀ + b2) for rows of n in T and of the residual in R; scale: (P, 1)."""
-        return self.second(_linear(n, self.w1, self.b1, self.act, frozen), residual, scale, frozen)
-
-    def second(self, h: Tensor, residual: Tensor | None, scale: Tensor | None, frozen: bool) -> Tensor:
-        """The same from h on."""
-        gamma = self.gamma
-        if residual is not None and gamma is None and scale is None and onednn.serves(h) and onednn.serves(residual):
-            return onednn.linear_add(h, self.w2, self.b2, residual, frozen)
-        z = _linear(h, self.w2, self.b2, None, frozen)
-        if scale is not None:
-            z *= scale
-        if residual is None:
-            return z if gamma is None else z * gamma
-        return residual + z if gamma is None else torch.addcmul(residual, z, gamma)
-
-
-def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str | None = None, frozen: bool = False
-) -> Tensor:
-    """act(x·weightᵀ + bias) in the dtype of x; ``frozen``: as in `onednn.linear`."""
-    inside = None
-    if onednn.serves(x):
-        inside = act if act is not None and onednn.fuses(act) else None
-        y = onednn.linear(x, weight, bias, inside, frozen)
-    else:
-        y = F.linear(x, weight, bias)
-    return y if act == inside else _ACTIVATIONS_[act](y)
-
-
-def _mlp_fwd(
-    x: Tensor,
-    residual: Tensor | None,
-    norm: _Norm | None,
-    mlp: _Mlp,
-    drop_scale: Tensor | None,
-    save_hidden: bool = False,
-    frozen: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """y = residual + drop_scale·γ·(act(a)·w2ᵀ + b2), and a = norm(x)·w1ᵀ + b1 if ``save_hidden``.
-
-    x: (P, C) in T; residual and y: (P, C) in R; drop_scale: (N,), for P/N rows each; a: (P, K) in T.
-    """
-    mlp = mlp.to(x.dtype)
-    scale = _row_scale(drop_scale, x)
-    blocks = _row_blocks(x.shape[0], mlp.w1.shape[0] * x.element_size())
-    y = torch.empty_like(x if residual is None else residual)
-    saved = x.new_empty(x.shape[0], mlp.w1.shape[0]) if save_hidden else None
-    for rows in blocks:
-        n = x[rows] if norm is None else norm.forward(x[rows])[0]
-        rest = None if residual is None else residual[rows], None if scale is None else scale[rows]
-        if saved is None:
-            z = mlp.forward(n, *rest, frozen)
-        else:
-            saved[rows] = a = _linear(n, mlp.w1, mlp.b1)
-            z = mlp.second(_ACTIVATIONS_[mlp.act](a), *rest, frozen)
-        if len(blocks) == 1:
-            return z, saved
-        y[rows] = z
-    return y, saved
-
-
-def _mlp_bwd(
-    dy: Tensor, x: Tensor, a: Tensor | None, norm: _Norm | None, mlp: _Mlp, drop_scale: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """(dx, dg, dβ, dw1, db1, dw2, db2, dγ) for dy (P, C) in R, x (P, C) in T and a (P, K) or None to compute it anew.
-
-    dx: (P, C) in T, the others in at least float32. γ's gradient needs no z: for E = Σ_p dz' ⊗ h and t = Σ_p dz', with
-    dz' = drop_scale·dy, it is dγ = Σ_k w2∘E + b2·t; dw2 = γ∘E and db2 = γ·t.
-    """
-    dtype, wide = x.dtype, _wide(x.dtype)
-    original, mlp = mlp, mlp.to(dtype)
-    dw1 = db1 = e = t = dg = dbeta = None
-    scale = _row_scale(drop_scale, x)
-    dx = torch.empty_like(x)
-    # dh, a, h and da of a block are used together.
-    for rows in _row_blocks(x.shape[0], 4 * mlp.w1.shape[0] * x.element_size()):
-        n, *statistics = (x[rows],) if norm is None else norm.forward(x[rows])
-        dz = dy[rows].to(dtype)
-        if scale is not None:
-            dz = dz * scale[rows]
-        pre = _linear(n, mlp.w1, mlp.b1) if a is None else a[rows]
-        dh = _linear(dz if mlp.gamma is None else (dz * mlp.gamma).to(dtype), mlp.w2.t())
-        da = _activation_bwd(dh, pre, mlp.act)
-        h = ACTIVATION_FUNCTIONS[mlp.act](pre)
-        e, dw1 = _plus_product(e, dz.t(), h), _plus_product(dw1, da.t(), n)
-        t, db1 = _plus(t, dz.sum(0, dtype=wide)), _plus(db1, da.sum(0, dtype=wide))
-        dn = _linear(da, mlp.w1.t())
-        if norm is not None:
-            dn, d_weight, d_bias = norm.backward(dn, x[rows], *statistics)
-            dg, dbeta = _plus(dg, d_weight), _plus(dbeta, d_bias)
-        dx[rows] = dn
-    if mlp.gamma is None:
-        return dx, dg, dbeta, dw1, db1, e, t, None
-    gamma = mlp.gamma.to(wide)
-    dgamma = torch.addcmul((original.w2 * e).sum(1), original.b2.to(wide), t)
-    return dx, dg, dbeta, dw1, db1, e.mul_(gamma[:, None]), t * gamma, dgamma
-
-
-def _plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """total + part, in place; the part itself where there is no total yet."""
-    return part if total is None or part is None else total.add_(part)
-
-
-def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """total + left·right in at least float32.
-
-    Products of bfloat16 sum in float32 and round once, as PyTorch's own weight gradients do; those of float16 stay
-    float32, lest the sum, which γ has not made small yet, overflow.
-    """
-    if left.dtype == torch.float16:
-        left, right = left.float(), right.float()
-    if total is not None and total.dtype == left.dtype:
-        return total.addmm_(left, right)
-    return _plus(total, (left @ right).to(_wide(left.dtype)))
-
-
-def _row_scale(drop_scale: Tensor | None, x: Tensor) -> Tensor | None:
-    """The drop-path factor of each row: (P, 1) in T."""
-    if drop_scale is None:
-        return None
-    samples = drop_scale.shape[0]
-    return drop_scale.to(x.dtype)[:, None].expand(samples, x.shape[0] // max(samples, 1)).reshape(-1, 1)
 
 
 def block_fwd(
@@ -272,9 +65,10 @@ def block_fwd(
     anew, with the normalised activations, than to save.
     """
     u = _dwconv(x, dwconv_weight, dwconv_bias, dtype)
-    norm, mlp = _Norm(ln_weight, ln_bias, eps), _Mlp(w1, b1, w2, b2, gamma, act)
-    y, a = _mlp_fwd(u, x.reshape(u.shape), norm, mlp, drop_scale, save_hidden=recompute == 0)
-    return y.view(x.shape), None if recompute >= 2 else u, None, a
+    norm, mlp = Norm(ln_weight, ln_bias, eps), Mlp(w1, b1, w2, b2, gamma, act)
+    saves_u = recompute < 2
+    y, a = mlp_fwd(u, x.reshape(u.shape), norm, mlp, drop_scale, save_hidden=recompute == 0, overwrite=not saves_u)
+    return y.view(x.shape), u if saves_u else None, None, a
 
 
 def block_bwd(
@@ -302,8 +96,8 @@ def block_bwd(
     """Gradients of x and of the nine parameters, in the order of `block_fwd`."""
     if u is None:
         u = _dwconv(x, dwconv_weight, dwconv_bias, dtype)
-    norm, mlp = _Norm(ln_weight, ln_bias, eps), _Mlp(w1, b1, w2, b2, gamma, act)
-    du, *d_parameters = _mlp_bwd(dy.reshape(u.shape), u, a, norm, mlp, drop_scale)
+    norm, mlp = Norm(ln_weight, ln_bias, eps), Mlp(w1, b1, w2, b2, gamma, act)
+    du, *d_parameters = mlp_bwd(dy.reshape(u.shape), u, a, norm, mlp, drop_scale)
     needs_bias = needs_dwconv and dwconv_bias is not None
     dx, dweight, dbias = _dwconv_bwd(du, x, dwconv_weight, needs_x, needs_dwconv, needs_bias)
     if dx is not None:
@@ -324,10 +118,21 @@ def frozen_block_fwd(
     dtype: torch.dtype,
 ) -> Tensor:
     """`block_fwd` on the weights of `folding.FrozenBlock`."""
-    u = _dwconv(x, dwconv_weight, dwconv_bias, dtype)
-    norm, mlp = _Norm(None, None, eps), _Mlp(w1, b1[0], w2, b2, None, act)
-    y, _ = _mlp_fwd(u, x.reshape(u.shape), norm, mlp, None, frozen=True)
+    u = _dwconv(x, dwconv_weight, dwconv_bias, dtype, frozen=True)
+    norm, mlp = Norm(None, None, eps), Mlp(w1, b1[0], w2, b2, None, act)
+    y, _ = mlp_fwd(u, x.reshape(u.shape), norm, mlp, None, overwrite=True, frozen=True)
     return y.view(x.shape)
+
+
+def frozen_downsample_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Convolution of patches of x̂, (N, ⌊H/kh⌋, ⌊W/kw⌋, C') in T, by what `folding.FrozenDownsample` holds."""
+    n = Norm(None, None, eps).forward(x.reshape(-1, x.shape[3]))[0].view(x.shape).to(dtype).permute(0, 3, 1, 2)
+    bias, stride = bias.to(dtype), list(weight.shape[2:])
+    if onednn.serves(n):
+        y = onednn.frozen_convolution(n, weight, bias, stride, [0, 0], groups=1)
+    else:
+        y = F.conv2d(n, weight, bias, stride=stride)
+    return y.permute(0, 2, 3, 1).contiguous()
 
 
 def patchify_stem_fwd(
@@ -351,8 +156,8 @@ def patchify_stem_fwd(
     out = (image.shape[0], height, width, weight.shape[0])
     if out[0] == 0:
         return image.new_empty(out, dtype=dtype)
-    u = _linear(patches.reshape(-1, weight[0].numel()), weight.flatten(1).to(dtype), bias)
-    return _Norm(ln_weight, ln_bias, eps).forward(u)[0].view(out)
+    u = linear(patches.reshape(-1, weight[0].numel()), weight.flatten(1).to(dtype), bias)
+    return Norm(ln_weight, ln_bias, eps).forward(u)[0].view(out)
 
 
 def dwconv_layernorm_fwd(
@@ -366,7 +171,7 @@ def dwconv_layernorm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(n, u, statistics): LayerNorm(u) and u = dwconv(x), (N, H, W, C) in T; statistics (2, P, 1) hold μ and rstd."""
     u = _dwconv(x, weight, bias, dtype)
-    n, mean, rstd = _Norm(ln_weight, ln_bias, eps).forward(u)
+    n, mean, rstd = Norm(ln_weight, ln_bias, eps).forward(u)
     return n.view(x.shape), u.view(x.shape), torch.stack((mean, rstd))
 
 
@@ -384,7 +189,7 @@ def dwconv_layernorm_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, ln_weight and ln_bias."""
     rows = (-1, x.shape[3])
-    norm = _Norm(ln_weight, ln_bias, eps)
+    norm = Norm(ln_weight, ln_bias, eps)
     du, dg, dbeta = norm.backward(dn.reshape(rows), u.view(rows), *statistics.unbind())
     return *_dwconv_bwd(du, x, weight, True, True, bias is not None), dg, dbeta
 
@@ -405,8 +210,8 @@ def pointwise_mlp_fwd(
     """(y, a); a is None from ``recompute`` 1 on. x, residual, y: (N, H, W, C)."""
     rows = (-1, x.shape[3])
     residual = None if residual is None else residual.reshape(rows)
-    mlp = _Mlp(w1, b1, w2, b2, gamma, act)
-    y, a = _mlp_fwd(x.to(dtype).reshape(rows), residual, None, mlp, drop_scale, save_hidden=recompute == 0)
+    mlp = Mlp(w1, b1, w2, b2, gamma, act)
+    y, a = mlp_fwd(x.to(dtype).reshape(rows), residual, None, mlp, drop_scale, save_hidden=recompute == 0)
     return y.view(x.shape), a
 
 
@@ -425,6 +230,6 @@ def pointwise_mlp_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w1, b1, w2, b2 and gamma; the residual's is dy."""
     rows = (-1, x.shape[3])
-    mlp = _Mlp(w1, b1, w2, b2, gamma, act)
-    dx, _, _, *d_mlp = _mlp_bwd(dy.reshape(rows), x.to(dtype).reshape(rows), a, None, mlp, drop_scale)
+    mlp = Mlp(w1, b1, w2, b2, gamma, act)
+    dx, _, _, *d_mlp = mlp_bwd(dy.reshape(rows), x.to(dtype).reshape(rows), a, None, mlp, drop_scale)
     return dx.view(x.shape), *d_mlp

@@ -85,7 +85,7 @@ class ConvNextBlockBase(Freezable):
         nhwc = x.permute(0, 2, 3, 1)
         frozen = self.frozen
         if frozen is not None:
-            y = ops.frozen_block(nhwc, dwconv.weight, dwconv.bias, *frozen, eps=norm.eps, act=self.act_name)
+            y = ops.frozen_block(nhwc, *frozen, eps=norm.eps, act=self.act_name)
             return y.permute(0, 3, 1, 2)
         args = (dwconv.weight, dwconv.bias, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma)
         scale = self.drop_path.draw(x)
@@ -97,8 +97,9 @@ class ConvNextBlockBase(Freezable):
 
     def fold(self) -> FrozenBlock:
         """LayerNorm's affine and γ folded into the linear layers."""
-        _, norm, fc1, fc2, gamma = self.parts()
-        return freeze_block(norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma)
+        dwconv, norm, fc1, fc2, gamma = self.parts()
+        mlp = fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma
+        return freeze_block(dwconv.weight, dwconv.bias, norm.weight, norm.bias, *mlp)
 
     def extra_repr(self) -> str:
         """The block's options, for `repr`."""

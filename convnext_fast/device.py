@@ -224,7 +224,7 @@ def downsample_fwd(
 
 def frozen_downsample_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`downsample_fwd` on the weights of `folding.FrozenDownsample`, ``weight`` in T."""
-    return _downsample_fwd(x, weight.contiguous(), bias, eps, dtype)
+    return _downsample_fwd(x, weight.permute(0, 2, 3, 1).contiguous(), bias, eps, dtype)
 
 
 def downsample_bwd(

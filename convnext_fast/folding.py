@@ -51,10 +51,12 @@ def fold(
 class FrozenBlock(NamedTuple):
     """What a block without gradients computes with: `Folded`, and what a GEMM needs to normalise in its epilogue.
 
-    w1: (K, C) and w2: (C, K) in the compute dtype; b1: (2, K), the bias and the row sums of w1, and b2: (C,), both in
-    at least float32.
+    dwconv_weight: (C, 1, k, k) and dwconv_bias: (C,) or None, copies; w1: (K, C) and w2: (C, K) in the compute dtype;
+    b1: (2, K), the bias and the row sums of w1, and b2: (C,), both in at least float32.
     """
 
+    dwconv_weight: Tensor
+    dwconv_bias: Tensor | None
     w1: Tensor
     b1: Tensor
     w2: Tensor
@@ -64,7 +66,7 @@ class FrozenBlock(NamedTuple):
 class FrozenDownsample(NamedTuple):
     """The downsampling convolution that holds its LayerNorm's affine.
 
-    weight: (C', kh, kw, C) in the compute dtype; bias: (C',) in at least float32.
+    weight: (C', C, kh, kw), channels_last, in the compute dtype; bias: (C',) in at least float32.
     """
 
     weight: Tensor
@@ -72,18 +74,27 @@ class FrozenDownsample(NamedTuple):
 
 
 def freeze_block(
-    ln_weight: Tensor, ln_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gamma: Tensor | None
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gamma: Tensor | None,
 ) -> FrozenBlock:
     """The parameters of a block folded for the dtype of ``w1``. The row sums are those of the rounded weights."""
     folded = fold(ln_weight, ln_bias, w1, b1, w2, b2, gamma, w1.dtype)
     row_sums = folded.w1.sum(1, dtype=folded.b1.dtype)
-    return FrozenBlock(folded.w1, torch.stack((folded.b1, row_sums)), folded.w2.clone(), folded.b2.clone())
+    dwconv = dwconv_weight.clone(), None if dwconv_bias is None else dwconv_bias.clone()
+    return FrozenBlock(*dwconv, folded.w1, torch.stack((folded.b1, row_sums)), folded.w2.clone(), folded.b2.clone())
 
 
 def freeze_downsample(ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None) -> FrozenDownsample:
     """LayerNorm's affine folded into a patch convolution, weight (C', C, kh, kw), for the dtype of ``weight``."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    taps = weight.to(wide).permute(0, 2, 3, 1)
-    shift = (taps * ln_bias.to(wide)).sum((1, 2, 3))
-    folded = (taps * ln_weight.to(wide)).to(weight.dtype).contiguous()
+    taps, (g, beta) = weight.to(wide), (affine.to(wide)[:, None, None] for affine in (ln_weight, ln_bias))
+    shift = (taps * beta).sum((1, 2, 3))
+    folded = (taps * g).to(weight.dtype, memory_format=torch.channels_last)
     return FrozenDownsample(folded, shift if bias is None else shift + bias.to(wide))

@@ -46,6 +46,10 @@ class Freezable(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = self.frozen
         super()._apply(fn, recurse)
-        if before is not None and any(a.dtype != b.dtype for a, b in zip(before, self.frozen, strict=True)):
+        if before is not None and [_dtype(a) for a in before] != [_dtype(b) for b in self.frozen]:
             self.freeze()
         return self
+
+
+def _dtype(copy: Tensor | None) -> torch.dtype | None:
+    return None if copy is None else copy.dtype

@@ -65,6 +65,22 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor,
     return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
 
 
+def frozen_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], groups: int
+) -> Tensor:
+    """`torch.nn.functional.conv2d` of x (N, C, H, W) for a weight that never changes; see `linear`.
+
+    Otherwise oneDNN brings the weight into its layout on every call, which costs more than a small image itself.
+    """
+    packed = _PACKED.get(weight)
+    if packed is None:
+        size = list(x.shape)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, [1, 1], groups, size)
+        _PACKED[weight] = packed
+    call = torch.ops.mkldnn._convolution_pointwise.default
+    return call(x, packed, bias, padding, stride, [1, 1], groups, "none", [], "")
+
+
 def _packed(weight: Tensor, rows: int) -> Tensor:
     """The weight in the layout that oneDNN prefers for so many rows when first asked."""
     packed = _PACKED.get(weight)

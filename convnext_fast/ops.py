@@ -234,19 +234,21 @@ def downsample(
 def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
     """`downsample` on what `folding.freeze_downsample` made of its parameters.
 
-    x: (N, H, W, C); weight: (C', kh, kw, C); bias: (C',). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C'). Where a gradient is wanted,
-    or autocast asks for another dtype than that of ``weight``, this is `downsample` with this weight.
+    x: (N, H, W, C); weight: (C', C, kh, kw); bias: (C',). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C'). Where a gradient is wanted,
+    autocast asks for another dtype than that of ``weight``, or a compiler traces on a CPU, this is `downsample` with
+    this weight.
 
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
     _check_activation(x, "x")
-    taps = weight.permute(0, 3, 1, 2) if isinstance(weight, Tensor) and weight.dim() == 4 else weight
-    _check_patches(x, taps, bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
+    _check_patches(x, weight, bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
     dtype = _compute_dtype(x, weight=weight)
-    if weight.dtype != dtype or _wants_gradient(x, weight, bias) or backend.select(x.device, dtype) != "triton":
-        return downsample(x, *_affine(x, None, None), taps, bias.to(weight.dtype), eps=eps)
-    return _implementation(x, "triton").frozen_downsample_fwd(x.contiguous(), weight, bias, eps, dtype)
+    path = backend.select(x.device, dtype)
+    serves = path == "triton" or _wants_values_of_cpu(x, path)
+    if weight.dtype != dtype or _wants_gradient(x, weight, bias) or not serves:
+        return downsample(x, *_affine(x, None, None), weight, bias.to(weight.dtype), eps=eps)
+    return _implementation(x, path).frozen_downsample_fwd(x.contiguous(), weight, bias, eps, dtype)
 
 
 def _implementation(x: Tensor, path: backend.Backend) -> ModuleType:

@@ -37,7 +37,7 @@ def test_nothing_but_the_speed_changes(made, dtype):
     model = model_of(dtype, made)
     expected, keys = logits(model, image(dtype)), list(model.state_dict())
     model.freeze()
-    assert len(folded_buffers(model)) == 3 * 4 + 2
+    assert len(folded_buffers(model)) == 3 * 6 + 2
     assert relative_error(logits(model, image(dtype)), expected) <= BOUNDS[dtype]
     assert list(model.state_dict()) == keys
     assert model.state_dict().keys() == model_of(dtype, made).state_dict().keys()
@@ -54,7 +54,7 @@ def test_folded_weights_are_copies():
     model.freeze()
     with torch.no_grad():
         for block in model.blocks():
-            for parameter in (*block.norm.parameters(), *block.mlp.parameters()):
+            for parameter in block.parameters():
                 parameter.zero_()
         for parameter in model.stages[1].downsample.parameters():
             parameter.zero_()
@@ -71,10 +71,10 @@ def test_a_change_of_dtype_folds_anew(before, after):
     wide = torch.promote_types(after, torch.float32)
     fresh = model_of(before).to(after).freeze()
     for (name, got), want in zip(folded_buffers(model).items(), folded_buffers(fresh).values(), strict=True):
-        assert got.dtype == (wide if name.endswith(("b1", "b2", "bias")) else after), name
+        assert got.dtype == (wide if name.endswith(("b1", "b2", "downsample.folded_bias")) else after), name
         assert torch.equal(got, want), name
     for block in model.blocks():
-        w1, b1, _, _ = block.frozen
+        *_, w1, b1, _, _ = block.frozen
         assert torch.equal(b1[1], w1.sum(1, dtype=wide))
     assert torch.equal(model(image(after)), fresh(image(after)))
 
@@ -154,15 +154,14 @@ def test_traces_the_reference():
 def test_opcheck():
     block = model_of().freeze().blocks()[0]
     x = torch.randn(2, 5, 4, 8)
-    arguments = (x, block.conv_dw.weight, block.conv_dw.bias, *block.frozen, 1e-6, "gelu", torch.float32)
+    arguments = (x, *block.frozen, 1e-6, "gelu", torch.float32)
     torch.library.opcheck(operators.frozen_block_fwd, arguments)
 
 
 def test_bad_operands_are_named():
     block, shrink = (model := model_of().freeze()).blocks()[0], model.stages[1].downsample
     x = torch.randn(2, 5, 4, 8)
-    w1, b1, w2, b2 = block.frozen
-    weights = block.conv_dw.weight, block.conv_dw.bias
+    *weights, w1, b1, w2, b2 = block.frozen
     with pytest.raises(ValueError, match=r"b1 has shape \(32,\): expected \(2, 32\)"):
         ops.frozen_block(x, *weights, w1, b1[0], w2, b2)
     with pytest.raises(ValueError, match=r"w2 has shape \(32, 8\): expected \(8, 32\)"):

@@ -37,6 +37,25 @@ def test_linear(act, rows, channels, hidden, layout):
         assert relative_error(got, expected + residual) <= bound
 
 
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("side", "stride", "depthwise"), [(3, 1, True), (7, 1, True), (2, 2, False), (3, 3, False)])
+def test_frozen_convolution(side, stride, depthwise, bias):
+    """Of every size of image, whatever the first one was, by which oneDNN chose the layout of the weight."""
+    channels, groups = 20, 20 if depthwise else 1
+    weight = torch.randn(20 if depthwise else 33, channels // groups, side, side)
+    bias = torch.randn(len(weight)) if bias else None
+    padding = [side // 2, side // 2] if depthwise else [0, 0]
+    for samples, height, width in ((1, 9, 9), (3, 6, 40), (2, 14, 3), (1, 9, 9)):
+        x = torch.randn(samples, height, width, channels).permute(0, 3, 1, 2)
+        wide = (None if t is None else t.double() for t in (x, weight, bias))
+        expected = F.conv2d(*wide, stride=stride, padding=padding, groups=groups)
+        eager = F.conv2d(x, weight, bias, stride=stride, padding=padding, groups=groups)
+        got = onednn.frozen_convolution(x, weight, bias, [stride, stride], padding, groups)
+        assert got.shape == expected.shape
+        assert relative_error(got, expected) <= 2 * relative_error(eager, expected) + 1e-7
+
+
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu", "silu", "selu"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_pixel_stays_visible_and_alone(act, bad):
