@@ -33,23 +33,24 @@ def _path(x: Tensor, dtype: torch.dtype) -> ModuleType:
 def _operator(function: Callable) -> Any:
     """Register ``convnext_fast::<name of function>``, run with autocast off: the ops cast by themselves.
 
-    A compiler sees the kernels that a GPU runs. What a CPU runs it calls as one operator, ``<name>_cpu``: loops over
-    rows and samples, and calls of oneDNN that it cannot better.
+    A compiler sees the kernels that a GPU runs. What a CPU runs (those that `fake` knows) it calls as one operator,
+    ``<name>_cpu``: loops over rows and samples, and calls of oneDNN that it cannot better.
     """
     name = function.__name__
+    shapes = getattr(fake, name, None)
 
     @functools.wraps(function)
     def without_autocast(x: Tensor, *args: object) -> object:
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args)
 
-    whole = torch.library.custom_op(f"convnext_fast::{name}_cpu", without_autocast, mutates_args=())
-    if hasattr(fake, name):
-        whole.register_fake(getattr(fake, name))
+    if shapes is not None:
+        whole = torch.library.custom_op(f"convnext_fast::{name}_cpu", without_autocast, mutates_args=())
+        whole.register_fake(shapes)
 
     @functools.wraps(function)
     def branched(x: Tensor, *args: object) -> object:
-        traced = isinstance(x, (FakeTensor, FunctionalTensor))
+        traced = shapes is not None and isinstance(x, (FakeTensor, FunctionalTensor))
         if traced and x.device.type == "cpu" and backend.select(x.device, torch.float32) == "aten":
             return whole(x, *args)
         return without_autocast(x, *args)

@@ -2,54 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
+from operator_cases import KERNELS_ALONE, ON_CPU, WITHOUT_GRADIENT, cases, registered
 from support import BOUNDS, randomise, relative_error
 from test_block_parity import activations, block_parameters
 
-from convnext_fast import ConvNext, ConvNextConfig, operators, ops
+from convnext_fast import ConvNext, ConvNextConfig, ops
 
 
-def block_arguments(recompute, dtype=torch.float32):
-    parameters = block_parameters(6, 24, 7, dtype)
-    x = activations((2, 5, 4, 6), dtype, "contiguous")
-    return (x, *parameters.values(), torch.tensor([0.0, 1.25]), 1e-6, "gelu", recompute, dtype)
+def test_every_registered_operator_is_checked():
+    """Here or, through the kernels, in kernels/machine_code: test_operators_executed.py, and dwconv in its own file."""
+    importlib.import_module("convnext_fast.kernels.dwconv")
+    assert registered() == {*ON_CPU, *(f"{name}_cpu" for name in ON_CPU), *KERNELS_ALONE, "dwconv"}
 
 
-CHEAP = ("test_schema", "test_faketensor", "test_autograd_registration")
-
-
-def test_opcheck():
-    x, *parameters = block_arguments(0)[:10]
-    scale = torch.tensor([0.0, 1.25])
-    torch.library.opcheck(operators.block_fwd, block_arguments(0))
-    for recompute in (1, 2):
-        torch.library.opcheck(operators.block_fwd, block_arguments(recompute), test_utils=CHEAP)
-    torch.library.opcheck(operators.dwconv_layernorm_fwd, (x, *parameters[:4], 1e-6, torch.float32))
-    torch.library.opcheck(
-        operators.pointwise_mlp_fwd, (x, x.detach().clone(), *parameters[4:], scale, "silu", 0, torch.float32)
-    )
-
-
-@torch.no_grad()
-def test_opcheck_of_backward():
-    """As autograd calls them, and a frozen model its own: without gradients."""
-    x, *parameters = block_arguments(0)[:10]
-    parameters = [p.detach() for p in parameters]
-    dy, scale = torch.randn_like(x), torch.tensor([0.0, 1.25])
-    for recompute in (0, 1, 2):
-        saved = list(operators.block_fwd(*block_arguments(recompute))[1:])
-        needs = (True, recompute > 0)
-        arguments = (dy, x, saved, *parameters, scale, 1e-6, "gelu", torch.float32, *needs)
-        torch.library.opcheck(operators.block_bwd, arguments, test_utils=CHEAP)
-    _, *saved = operators.dwconv_layernorm_fwd(x, *parameters[:4], 1e-6, torch.float32)
-    arguments = (dy, x, *saved, *parameters[:4], 1e-6, torch.float32)
-    torch.library.opcheck(operators.dwconv_layernorm_bwd, arguments, test_utils=CHEAP)
-    _, hidden = operators.pointwise_mlp_fwd(x, x.clone(), *parameters[4:], scale, "silu", 0, torch.float32)
-    arguments = (dy, x, hidden, *parameters[4:], scale, "silu", torch.float32)
-    torch.library.opcheck(operators.pointwise_mlp_bwd, arguments, test_utils=CHEAP)
-    frozen = (x, *parameters[:2], parameters[4], torch.randn(2, 24), *parameters[6:8], 1e-6, "gelu", torch.float32)
-    torch.library.opcheck(operators.frozen_block_fwd, frozen, test_utils=CHEAP)
+@pytest.mark.parametrize("name", ON_CPU)
+def test_opcheck(name):
+    for arguments in cases(name, torch.float32):
+        every = {} if name.endswith("_fwd") else {"test_utils": WITHOUT_GRADIENT}
+        torch.library.opcheck(getattr(torch.ops.convnext_fast, name), arguments, **every)
+        whole = getattr(torch.ops.convnext_fast, f"{name}_cpu")
+        torch.library.opcheck(whole, arguments, test_utils=WITHOUT_GRADIENT)
 
 
 def tiny(**options):
