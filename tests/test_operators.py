@@ -75,6 +75,50 @@ def test_transforms_of_torch_func():
     assert relative_error(second, difference) <= 1e-7
 
 
+def operands(name, members=3):
+    """Tensors of a public op in float64, each for ``members`` calls at once."""
+
+    def normal(*shape):
+        return torch.randn(members, *shape, dtype=torch.float64)
+
+    x, w1, w2, gamma = normal(2, 5, 4, 6), normal(24, 6), normal(6, 24), normal(6)
+    affine, dwconv = (normal(6), normal(6)), (normal(6, 1, 7, 7), normal(6))
+    mlp = (w1, normal(24), w2, normal(6))
+    return {
+        "convnext_block": (x, *dwconv, *affine, *mlp, gamma),
+        "downsample": (x, *affine, normal(9, 6, 2, 2), normal(9)),
+        "dwconv_layernorm": (x, *dwconv, *affine),
+        "frozen_block": (x, *dwconv, w1, normal(2, 24), *mlp[2:]),
+        "frozen_downsample": (x, normal(9, 6, 2, 2), normal(9)),
+        "patchify_stem": (normal(2, 3, 8, 9), normal(6, 3, 4, 4), normal(6), *affine),
+        "pointwise_mlp": (x, torch.randn_like(x), *mlp, gamma),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_torch_func_takes_every_public_op(name):
+    """vmap over all operands at once and over the activations alone, and grad for each operand: as one by one."""
+    torch.manual_seed(0)
+    op, tensors = getattr(ops, name), operands(name)
+
+    def energy(*operands):
+        return op(*operands).square().sum()
+
+    everything, bound = tuple(range(len(tensors))), BOUNDS[torch.float64]
+    single = [[t[i].clone().requires_grad_() for t in tensors] for i in range(3)]
+    outputs = [op(*leaves) for leaves in single]
+    assert relative_error(torch.func.vmap(op)(*tensors), torch.stack(outputs)) <= bound
+    shared = (0, *(None for _ in tensors[1:]))
+    mapped = torch.func.vmap(op, in_dims=shared)(tensors[0], *single[0][1:])
+    assert relative_error(mapped[1], op(single[1][0], *single[0][1:])) <= bound
+    expected = [torch.autograd.grad(y.square().sum(), leaves) for y, leaves in zip(outputs, single, strict=True)]
+    found = torch.func.grad(energy, argnums=everything)(*(t[0] for t in tensors))
+    of_each = torch.func.vmap(torch.func.grad(energy, argnums=everything))(*tensors)
+    for i in everything:
+        assert relative_error(found[i], expected[0][i]) <= bound, i
+        assert relative_error(of_each[i], torch.stack([gradient[i] for gradient in expected])) <= bound, i
+
+
 @pytest.mark.parametrize(
     "op",
     [
