@@ -5,6 +5,7 @@ The processes get the environment that torchrun gives; one test goes through tor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -169,6 +170,36 @@ def test_a_run_goes_on_in_another_number_of_processes_and_by_another_strategy(tm
     firsts = [0, *(until - 1 for _, _, until in parts)]
     assert sorted(path.name for path in tmp_path.glob("losses-*")) == [f"losses-{first}.json" for first in firsts]
     check(tmp_path)
+
+
+def watch_drop_path(output, options, until=None):
+    """Train; write which samples of which block this process dropped in each step: those that leave as they came."""
+    torch.set_num_threads(1)
+    dropped, reporter = [], Quiet(until)
+    with process_group(CPU) as process:
+        trainer = new_trainer(output, process=process, **options)
+        for block in trainer.model.blocks():
+            block.register_forward_hook(lambda _, x, y: dropped.append((x[0] == y).flatten(1).all(1).tolist()))
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.run(reporter)
+    (output / f"dropped-{process.rank}-{reporter.first}.json").write_text(json.dumps(dropped))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=thorough)])
+def test_each_process_drops_samples_of_its_own_and_a_resumed_run_the_same(tmp_path, strategy):
+    options = OPTIONS | {"drop_path": 0.6, "strategy": strategy, "save_every": 1}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for output, until, resume in ((whole, None, False), (cut, 4, False), (cut, None, True)):
+        ranks = start_ranks(2, watch_drop_path, output, options | {"resume": resume}, until)
+        assert finish(ranks) == [0, 0]
+    first, second = (json.loads((whole / f"dropped-{rank}-0.json").read_text()) for rank in range(2))
+    assert 0.1 < torch.tensor(first).float().mean() < 0.5
+    assert all(first[i : i + 3] != second[i : i + 3] for i in range(0, len(first), 3))
+    for rank, expected in enumerate((first, second)):
+        before, after = (json.loads((cut / f"dropped-{rank}-{step}.json").read_text()) for step in (0, 3))
+        assert before[: 3 * 3] + after == expected
+    files = [load_file(output / "model" / "model.safetensors") for output in (whole, cut)]
+    assert all(torch.equal(files[1][name], value) for name, value in files[0].items())
 
 
 def lose_a_process(output, options):
