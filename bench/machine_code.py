@@ -1,4 +1,4 @@
-"""``python -m bench.machine_code``: what the compiler makes of every launch of a model, and the counts of a whole pass.
+"""``python -m bench.machine_code``: what the compiler makes of every launch of models, and the counts of a whole pass.
 
 Registers, spills, shared memory and static instructions are what the compiler gave, occupancy follows from them. Bytes
 and FLOPs are counted from the launches. Times are modelled from counts and data sheets (chips.py): nothing here ran on
@@ -8,13 +8,13 @@ a GPU. Needs the package installed (``pip install -e .[bench]``), no GPU.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
 import warnings
 from typing import Any
 
-import torch
 from convnext_fast.kernels.targets import TARGETS
 from rich.console import Console
 from rich.table import Table
@@ -22,22 +22,10 @@ from rich.table import Table
 from bench.analysis import Compiled, analyse_all
 from bench.chips import CHIP_OF, Chip
 from bench.compilation import Launch
-from bench.counts import (
-    BUDGETS,
-    COUNTED,
-    PEERS,
-    Counts,
-    count_tiny,
-    first_writes,
-    flops,
-    output_elements,
-    programs,
-    traffic,
-)
-from bench.recording import MODES, Specialised, record, unique
+from bench.counts import BUDGETS, COUNTED, PEERS, Counts, count_tiny, flops, output_elements, programs, traffic
+from bench.recording import MODES, Specialised
+from bench.sweep import DTYPES, Kernel, Pass, collect, faults, large_tile, passes
 from convnext_fast.config import VARIANTS
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def precision(specialised: Specialised, dtype: str) -> str:
@@ -62,13 +50,11 @@ def modelled(launch: Launch, moved: int, work: int | None, kind: str, chip: Chip
     return 1e6 * max(memory, stretched), 1e6 * max(memory, arithmetic)
 
 
-def row(
-    specialised: Specialised, launches: list[Launch], compiled: Compiled, own: frozenset[int], dtype: str
-) -> dict[str, Any]:
-    """What is known of one compiled kernel, of its first launch where launches differ; ``own``: see `traffic`."""
-    launch = launches[0]
+def row(kernel: Kernel, compiled: Compiled) -> dict[str, Any]:
+    """What is known of one compiled kernel, of its first launch where launches differ."""
+    specialised, launch, dtype = kernel.specialised, kernel.launches[0], kernel.first.dtype
     chip = CHIP_OF[specialised.target]
-    read, written = traffic(launch, compiled, own)
+    read, written = traffic(launch, compiled, kernel.own)
     work = flops(launch, compiled)
     outputs = output_elements(launch, compiled)
     times = modelled(launch, read + written, work, precision(specialised, dtype), chip)
@@ -80,7 +66,9 @@ def row(
         "shared": compiled.shared,
         "num_warps": compiled.num_warps,
         "occupancy": chip.occupancy(compiled.registers, compiled.shared, compiled.num_warps),
-        "launches": len(launches),
+        "first": dataclasses.asdict(kernel.first),
+        "faults": faults(kernel, compiled),
+        "launches": len(kernel.launches),
         "grid": list(launch.grid),
         "constants": {
             specialised.kernel.params[path[0]].name: value
@@ -89,6 +77,7 @@ def row(
         },
         "instructions": compiled.instructions,
         "matrix": compiled.matrix,
+        "large_tile": large_tile(launch),
         "read_widths": compiled.read,
         "written_widths": compiled.written,
         "bytes_read": read,
@@ -101,15 +90,32 @@ def row(
     }
 
 
-def rows(variant: str, dtype: str, mode: str, recompute: int, targets: list[str], **options: Any) -> list[dict]:
-    """`row` of every kernel that a pass of a model makes Triton compile, for each target."""
-    kernels: list[tuple[Specialised, list[Launch], frozenset[int]]] = []
-    for target in targets:
-        made = record(variant, DTYPES[dtype], mode=mode, recompute=recompute, target=target, **options)
-        own = first_writes(made)
-        kernels += [(one, launches, own[id(launches[0])]) for one, launches in unique(made, target).values()]
-    described = analyse_all([specialised for specialised, _, _ in kernels])
-    return [row(s, launches, c, own, dtype) for (s, launches, own), c in zip(kernels, described, strict=True)]
+def rows(chosen: list[Pass], **options: Any) -> list[dict]:
+    """`row` of every kernel that the passes make Triton compile, each once, as `collect` gives them."""
+    kernels = list(collect(chosen, **options))
+    described = analyse_all([kernel.specialised for kernel in kernels])
+    return [row(*each) for each in zip(kernels, described, strict=True)]
+
+
+def summary_table(found: list[dict], chosen: list[Pass]) -> Table:
+    """The rows by dtype and target, and the faults."""
+    table = Table(title=f"{len(found)} kernels of {len(chosen)} passes")
+    for name in ("dtype", "target", "kernels", "of them spill", "most shared", "limit", "large tiles", "warp groups"):
+        table.add_column(name, justify="left" if name in ("dtype", "target") else "right")
+    for dtype, target in dict.fromkeys((each["first"]["dtype"], each["target"]) for each in found):
+        some = [each for each in found if each["first"]["dtype"] == dtype and each["target"] == target]
+        large = [each for each in some if each["large_tile"]]
+        table.add_row(
+            dtype,
+            target,
+            str(len(some)),
+            str(sum(each["spills"] > 0 for each in some)),
+            f"{max(each['shared'] for each in some) / 1024:.0f} KiB",
+            f"{CHIP_OF[target].shared_block / 1024:.0f} KiB",
+            str(len(large)),
+            str(sum(each["matrix"] == ["HGMMA"] for each in large)) if target == "sm_90" else "",
+        )
+    return table
 
 
 def kernel_table(found: list[dict], title: str) -> Table:
@@ -181,23 +187,36 @@ def _range(values: tuple[float, float]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__.split("\n")[0])
-    parser.add_argument("--variant", choices=VARIANTS, default="tiny")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--mode", choices=MODES, default="training")
-    parser.add_argument("--recompute", type=int, choices=(0, 1, 2), default=1)
-    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all; may be given several times")
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
+    parser.add_argument("--variant", choices=VARIANTS, **several, help="default: tiny")
+    parser.add_argument("--dtype", choices=DTYPES, **several, help="default: bf16")
+    parser.add_argument("--mode", choices=MODES, **several, help="default: training")
+    parser.add_argument("--recompute", type=int, choices=(0, 1, 2), **several, help="default: 1")
+    parser.add_argument("--drop-path", type=float, **several, help="rate of the last block in training; default: 0")
+    parser.add_argument("--target", choices=TARGETS, **several, help="default: all")
     parser.add_argument("--json", action="store_true", help="print the rows of the kernels as a JSON list")
-    chosen = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-    targets = chosen.target or list(TARGETS)
-    found = rows(chosen.variant, chosen.dtype, chosen.mode, chosen.recompute, targets)
-    if chosen.json:
+    chosen = passes(
+        given.variant or ["tiny"],
+        given.dtype or ["bf16"],
+        given.mode or ["training"],
+        given.recompute or [1],
+        given.target or TARGETS,
+        given.drop_path or [0.0],
+    )
+    found = rows(chosen)
+    if given.json:
         json.dump(found, sys.stdout, indent=1)
         print()
         return
     console = Console(width=None if sys.stdout.isatty() else 200)
-    title = f"ConvNeXt {chosen.variant}, {chosen.dtype}, {chosen.mode}"
-    console.print(kernel_table(found, title + f", recompute {chosen.recompute}" * (chosen.mode == "training")))
+    variants, dtypes = ", ".join(given.variant or ["tiny"]), ", ".join(given.dtype or ["bf16"])
+    console.print(kernel_table(found, f"ConvNeXt {variants}, {dtypes}: each kernel in the pass that launches it first"))
+    console.print(summary_table(found, chosen))
+    for each in found:
+        for fault in each["faults"]:
+            console.print(f"[red]{each['kernel']}[/red] {each['constants']} ({Pass(**each['first'])}): {fault}")
     console.print(count_table({each: count_tiny(*each) for each in COUNTED}))
 
 

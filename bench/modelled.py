@@ -12,6 +12,7 @@ from bench.chips import CHIP_OF
 from bench.counts import count
 from bench.machine_code import rows as kernel_rows
 from bench.recording import record
+from bench.sweep import Pass
 from bench.timing import failure
 
 PASSES = (("inference", 1), ("training", 1))
@@ -47,7 +48,7 @@ def rows(targets: tuple[str, ...]) -> Iterator[dict[str, Any]]:
                 **sheet,
             }
             try:
-                kernels = kernel_rows("tiny", "bf16", mode, recompute, [target], batch=BATCH)
+                kernels = kernel_rows([Pass("tiny", "bf16", mode, recompute, target)], batch=BATCH)
                 counts = count(
                     record("tiny", torch.bfloat16, mode=mode, recompute=recompute, target=target, batch=BATCH), target
                 )

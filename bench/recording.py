@@ -208,6 +208,7 @@ def record(
     batch: int = 128,
     side: int = 224,
     drop_path: float = 0.0,
+    autocast: torch.dtype | None = None,
 ) -> Recording:
     """What `ConvNext` with parameters and images in ``dtype`` launches on ``target``.
 
@@ -218,6 +219,8 @@ def record(
         recompute: 0, 1 or 2, what the backward computes anew.
         target: one of ``targets.TARGETS``.
         batch, side: images, and pixels of their sides.
+        autocast: the dtype of autocast around the forward, or None for without. PyTorch's own operators then run in
+            the dtypes that a CPU's autocast gives them.
 
     Raises:
         ValueError: ``mode`` is not one of ``MODES``.
@@ -241,16 +244,17 @@ def record(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model.to_empty(device="cpu")
         image = torch.empty(batch, model.config.num_channels, side, side, dtype=dtype)
+        casting = torch.autocast("cpu", autocast, enabled=autocast is not None)
         if mode == "inference":
             model.freeze()
-            with recorder, torch.inference_mode():
+            with recorder, torch.inference_mode(), casting:
                 model(image)
             given = (*model.parameters(), *model.buffers(), image)
             return Recording(recorder.steps, 0, batch, recorder.numbers(given))
         model.train()
         given = recorder.numbers((*model.parameters(), image))
         with recorder:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), casting:
                 logits = model(image)
             logits.backward(torch.empty_like(logits))
     kept = unique_bytes(buffer for buffer in saved if buffer.storage not in given)

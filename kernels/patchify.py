@@ -38,21 +38,44 @@ def stem_taps(k, stride_i, stride_h, stride_w, KH: tl.constexpr, KW: tl.constexp
 
 
 @triton.jit
+def _stem_step(
+    u, k0, image_ptr, w_ptr, corner, rows_ok, c, c_ok, stride_i, stride_h, stride_w, dtype: tl.constexpr,
+    DEPTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """u and the product of the elements k0, … of the patches and their weights."""
+    k = k0 + tl.arange(0, BLOCK_K)
+    k_ok = k < DEPTH
+    at = corner[:, None] + stem_taps(k, stride_i, stride_h, stride_w, KH, KW)[None, :]
+    patch = tl.load(image_ptr + at, mask=rows_ok[:, None] & k_ok[None, :], other=0.0)
+    w = tl.load(w_ptr + c[None, :] * DEPTH + k[:, None], mask=k_ok[:, None] & c_ok[None, :], other=0.0)
+    return tl.dot(patch.to(dtype), w.to(dtype), u, input_precision=PRECISION)
+
+
+@triton.jit
 def stem_activations(
     image_ptr, w_ptr, b_ptr, corner, rows_ok, c, c_ok, stride_i, stride_h, stride_w, dtype: tl.constexpr,
     C: tl.constexpr, CIN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(u − μ, Σ (u − μ)²) of the patches at the offsets ``corner``, float32; columns past C are 0."""
+    """(u − μ, Σ (u − μ)²) of the patches at the offsets ``corner``, float32; columns past C are 0.
+
+    In 16 bits the steps are a loop: a product in the same region as one that takes its result, as the backward's does,
+    would give every warp whole rows, and so all channels.
+    """
     DEPTH: tl.constexpr = CIN * KH * KW
     u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k0 in tl.static_range(0, DEPTH, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        k_ok = k < DEPTH
-        at = corner[:, None] + stem_taps(k, stride_i, stride_h, stride_w, KH, KW)[None, :]
-        patch = tl.load(image_ptr + at, mask=rows_ok[:, None] & k_ok[None, :], other=0.0)
-        w = tl.load(w_ptr + c[None, :] * DEPTH + k[:, None], mask=k_ok[:, None] & c_ok[None, :], other=0.0)
-        u = tl.dot(patch.to(dtype), w.to(dtype), u, input_precision=PRECISION)
+    if dtype == tl.float32:
+        for k0 in tl.static_range(0, DEPTH, BLOCK_K):
+            u = _stem_step(
+                u, k0, image_ptr, w_ptr, corner, rows_ok, c, c_ok, stride_i, stride_h, stride_w, dtype,
+                DEPTH, KH, KW, PRECISION, BLOCK_K,
+            )  # fmt: skip
+    else:
+        for k0 in range(0, DEPTH, BLOCK_K):
+            u = _stem_step(
+                u, k0, image_ptr, w_ptr, corner, rows_ok, c, c_ok, stride_i, stride_h, stride_w, dtype,
+                DEPTH, KH, KW, PRECISION, BLOCK_K,
+            )  # fmt: skip
     if b_ptr is not None:
         u += tl.load(b_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
     mean = tl.sum(u, axis=1) * (1.0 / C)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activation_and_grad
+from .autotuning import SHARES, Share, fastest
 from .gelu import gelu_form
 from .launching import launch
 from .parameters import Sums
@@ -212,7 +213,7 @@ def gemm_bwd(
     def partial(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=u.device)
 
-    config = hidden_grad_config(u.dtype, target)
+    config = hidden_grad_config(C, u.dtype, target)
     rows, columns = triton.cdiv(P, config.BLOCK_M), triton.cdiv(K, config.BLOCK_N)
     h, da = torch.empty((2, P, K), dtype=u.dtype, device=u.device)
     db1, centre, means = partial(rows, K), None, None
@@ -230,10 +231,15 @@ def gemm_bwd(
         da, w1g, u, stats, means, du, P, K, columns, eps, CB=CB, NB=NB, **shape, **config.meta(),
     )  # fmt: skip
     config, share = weight_grad_config(P, C, K, u.dtype, target)
-    splits, tiles = triton.cdiv(P, share), triton.cdiv(C, config.BLOCK_N)
-    products, dz = partial(2, splits, K, C), partial(splits, C)
-    launch(
-        _weight_grad_kernel, (tiles * (1 + 2 * triton.cdiv(K, config.BLOCK_M)), splits),
-        da, u, h, dy, drop_scale, products, dz, P, per_sample, share, **shape, **config.meta(),
-    )  # fmt: skip
-    return du, Sums(products, db1, centre, dz)
+
+    def weights(part: Share) -> Sums:
+        pixels = part.of(share, config.BLOCK_K)
+        splits, tiles = triton.cdiv(P, pixels), triton.cdiv(C, config.BLOCK_N)
+        products, dz = partial(2, splits, K, C), partial(splits, C)
+        launch(
+            _weight_grad_kernel, (tiles * (1 + 2 * triton.cdiv(K, config.BLOCK_M)), splits),
+            da, u, h, dy, drop_scale, products, dz, P, per_sample, pixels, **shape, **config.meta(),
+        )  # fmt: skip
+        return Sums(products, db1, centre, dz)
+
+    return du, weights(fastest(_weight_grad_kernel, weights, SHARES, u, P, (C, K, dy.dtype)))

@@ -136,18 +136,20 @@ def weight_grad_config(rows: int, channels: int, hidden: int, target: str, lean:
     """(configuration, rows of a share) of the backward kernel that owns hidden units.
 
     ``lean``: a was not saved and dy has 16 bits. The sums take 2·C registers-worth a hidden unit. Without warp-group
-    MMA fewer loads ahead or hidden units, if not lean or in many parts half as many sums a thread, and beyond 96
-    channels fewer hidden units keep them from spilling. As many shares as give every processor about two programs; a
-    share is a multiple of BLOCK_M.
+    MMA fewer loads ahead (96 channels), or 2 warps of half the rows and hidden units, or beyond 96 channels fewer
+    hidden units keep them from spilling. Parts of 16 channels take twice the rows, for loads of 16 bytes, where these
+    do not spill. As many shares as give every processor about two programs; a share is a multiple of BLOCK_M.
     """
-    if target in WARP_GROUPS or target == "gfx942" or (channels <= 64 and lean):
+    narrow = split_width(channels, target)[-1][1] == 16
+    if target in WARP_GROUPS and narrow:
+        config = FusedConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2 if lean else 1)
+    elif target in WARP_GROUPS or target == "gfx942" or (channels <= 64 and lean and not narrow):
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2)
-    elif channels == 96 and lean and target == "sm_120":
-        config = FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=1)
-    elif channels == 96 and lean:
+    elif channels == 96 and lean and target != "sm_120":
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=1)
     elif channels <= 96:
-        config = FusedConfig(BLOCK_M=16, BLOCK_K=64, num_warps=8, num_stages=1)
+        block_rows = 32 if narrow and channels <= 48 else 16
+        config = FusedConfig(BLOCK_M=block_rows, BLOCK_K=32, num_warps=2, num_stages=2)
     else:
         config = FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=2)
     chunks = triton.cdiv(hidden, config.BLOCK_K)

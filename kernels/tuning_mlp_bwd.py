@@ -12,14 +12,16 @@ from .targets import PROCESSORS
 from .tuning_mlp import GemmConfig
 
 
-def hidden_grad_config(dtype: torch.dtype, target: str) -> GemmConfig:
+def hidden_grad_config(channels: int, dtype: torch.dtype, target: str) -> GemmConfig:
     """Configuration of the two products, a and dh, of one tile of hidden units: two sums a thread, so half the tile.
 
-    With 4 warps the epilogue spills on sm_90 and sm_100; AMD's waves are twice as wide.
+    With 4 warps the epilogue spills on sm_90 and sm_100; AMD's waves are twice as wide. Up to 8 blocks of statistics
+    sm_100 merges in the registers of every thread of a row, which spills beside more than 32 hidden units.
     """
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
-    return GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, num_warps=4 if target == "gfx942" else 8, num_stages=3)
+    columns = 32 if target == "sm_100" and channels <= 256 else 64
+    return GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=32, num_warps=4 if target == "gfx942" else 8, num_stages=3)
 
 
 def input_grad_config(columns: int, dtype: torch.dtype, target: str) -> GemmConfig:
@@ -51,12 +53,13 @@ def stem_bwd_config(
 ) -> tuple[GemmConfig, int, int]:
     """(configuration, elements of a patch of a program, patches of a share) of the stem's backward.
 
-    All channels in a program, as in ``stem_config``, and of the weight's gradient what spills no register.
+    All channels in a program, as in ``stem_config``, and of the weight's gradient what spills no register. 32 rows give
+    8 warps two pixels a load.
     """
     width = max(16, triton.next_power_of_2(channels))
-    small = channels > 96 or target == "gfx942"
-    config = GemmConfig(BLOCK_M=16 if small else 32, BLOCK_N=width, BLOCK_K=16, num_warps=8, num_stages=1)
-    block = min(32 if small else 64, max(16, triton.next_power_of_2(depth)), max(16, 8192 // width))
+    amd = target == "gfx942"
+    config = GemmConfig(BLOCK_M=16 if amd else 32, BLOCK_N=width, BLOCK_K=16, num_warps=8, num_stages=1)
+    block = min(32 if channels > 96 or amd else 64, max(16, triton.next_power_of_2(depth)), max(16, 8192 // width))
     shares = max(1, 2 * PROCESSORS[target] // triton.cdiv(depth, block))
     return config, block, triton.cdiv(triton.cdiv(max(rows, 1), shares), config.BLOCK_M) * config.BLOCK_M
 

@@ -1,10 +1,12 @@
 """What the compiler makes of the launches of whole models, and the counts of a whole pass, against their budgets.
 
-By default ConvNeXt-T in bf16 for sm_90; with ``-m thorough`` for the other targets; with ``-m exhaustive`` four models,
-three dtypes, every mode and every target, which is hours of compilation and no part of ``.ci/run``.
+By default ConvNeXt-T in bf16 for sm_90, at recomputation level 1. With ``-m thorough`` every level of it for every
+target, under autocast for sm_90, and the other models in bf16 for sm_90. With ``-m exhaustive`` four models, five
+dtypes, every level and every target.
 Launches are recorded on fake tensors (bench/recording.py), compiled once for each specialisation, never run.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -21,43 +23,23 @@ from bench.analysis import accesses, analyse_all  # noqa: E402
 from bench.chips import CHIP_OF  # noqa: E402
 from bench.counts import BUDGETS, COUNTED, count_tiny  # noqa: E402
 from bench.recording import Buffer, record, unique, unique_bytes  # noqa: E402
+from bench.sweep import DTYPES, collect, describe, faults, passes  # noqa: E402
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# (model, dtype, mode, recompute level, drop-path rate, target); the first two are those of the counts below.
-ALWAYS = [("tiny", "bf16", "inference", 1, 0.0, "sm_90"), ("tiny", "bf16", "training", 1, 0.0, "sm_90")]
-PASSES = [("inference", 1, 0.0), ("training", 0, 0.1), ("training", 1, 0.1), ("training", 2, 0.1)]
-MODELS = {
-    "atto": ("bf16", "fp16", "fp32"),
-    "tiny": ("bf16", "fp16", "fp32"),
-    "base": ("bf16", "fp32"),
-    "xlarge": ("bf16", "fp32"),
-}
+EVERY_PASS = (("inference", "training"), (1, 2, 0), (0.1, 0.0))  # modes, recomputation levels, drop-path rates
+OTHERS = ("base", "atto", "xlarge")
+# (models, dtypes, targets) by mark: each case is a model, a dtype and a target.
 THOROUGH = [
-    ("tiny", "bf16", *which, target)
-    for which in (("inference", 1, 0.0), ("training", 1, 0.0))
-    for target in TARGETS
-    if target != "sm_90"
+    (("tiny",), ("bf16",), TARGETS),
+    (("tiny",), ("autocast-bf16",), ("sm_90",)),
+    (OTHERS, ("bf16",), ("sm_90",)),
 ]
-EXHAUSTIVE = [
-    (variant, dtype, *which, target)
-    for variant, dtypes in MODELS.items()
-    for dtype in dtypes
-    for which in PASSES
-    for target in TARGETS
-    if (variant, dtype, *which, target) not in ALWAYS + THOROUGH
-]
-CASES = [
-    *ALWAYS,
-    *(pytest.param(*case, marks=pytest.mark.thorough) for case in THOROUGH),
-    *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in EXHAUSTIVE),
-]
+EXHAUSTIVE = [(("tiny", *OTHERS), DTYPES, TARGETS)]
 
-# The reads of activations that are narrower than 16 bytes, on every target or on one, and why.
-NARROW = {
-    ("_stem_kernel", "image_ptr"): 8,  # a row of a 4×4 patch of one channel is 4 pixels
-    ("_stem_bwd_kernel", "image_ptr"): 4,  # and spread over more threads
-    ("dwconv_wgrad_tensor_core_kernel", "du_ptr"): 8,  # 8 channels a program, one a warp: half a sector a thread
-}
+
+def _cases(groups, besides=()):
+    found = [case for group in groups for case in itertools.product(*group)]
+    return [case for case in found if case not in besides]
+
 
 # What is reached, per pass of ConvNeXt-T at batch 128, where BUDGETS are missed or not set.
 REACHED = {
@@ -72,54 +54,29 @@ def _nan_poisoned_allocations():
     """Nothing runs here, and what fills allocations would be recorded."""
 
 
-def compiled(variant, dtype, mode, recompute, drop_path, target):
-    """(a launch, what the compiler made of it) of each specialisation."""
-    made = record(variant, DTYPES[dtype], mode=mode, recompute=recompute, target=target, drop_path=drop_path)
-    kernels = unique(made, target).values()
-    described = analyse_all([specialised for specialised, _ in kernels])
-    return [(launches[0], each) for (_, launches), each in zip(kernels, described, strict=True)]
-
-
-@pytest.mark.parametrize(("variant", "dtype", "mode", "recompute", "drop_path", "target"), CASES)
-def test_launches(variant, dtype, mode, recompute, drop_path, target):
-    found = compiled(variant, dtype, mode, recompute, drop_path, target)
-    assert len(found) > 8
-    chip = CHIP_OF[target]
-    wrong = []
-    for launch, made in found:
-        sizes = {k: v for k, v in launch.arguments.items() if isinstance(v, int) and not isinstance(v, bool)}
-        name = f"{made.kernel} {sizes}"
-        if made.shared > chip.shared_block:
-            wrong.append(f"{name}: {made.shared} bytes of shared memory, {target} has {chip.shared_block}")
-        if dtype == "fp32":
-            continue
-        if made.spills:
-            wrong.append(f"{name}: {made.spills} spills")
-        if target == "sm_90" and large_tile(launch) and made.matrix != ["HGMMA"]:
-            wrong.append(f"{name}: multiplies with {made.matrix}, not with warp groups")
-        wrong += [f"{name}: {each}" for each in narrow_accesses(launch, made, target)]
+def check(chosen):
+    kernels = list(collect(chosen))
+    assert len(kernels) > 8
+    described = analyse_all([kernel.specialised for kernel in kernels])
+    pairs = zip(kernels, described, strict=True)
+    wrong = [f"{describe(kernel)}: {fault}" for kernel, made in pairs for fault in faults(kernel, made)]
     assert not wrong, "\n".join(wrong)
 
 
-def large_tile(launch):
-    """Whether a kernel multiplies tiles of at least 64 × 64 by matrices."""
-    given = launch.arguments
-    rows = given.get("BLOCK_M", 0)
-    columns = given["PARTS"][0][1] if "PARTS" in given else given.get("BLOCK_N", 0)
-    return "PRECISION" in given and rows >= 64 and columns >= 64
+def test_launches_of_tiny():
+    check(passes(("tiny",), ("bf16",), ("inference", "training"), (1,), ("sm_90",)))
 
 
-def narrow_accesses(launch, made, target):
-    """Loads of activations by less than 16 bytes: of 16-bit tensors that are not much smaller than the largest."""
-    tensors = {k: v for k, v in launch.arguments.items() if isinstance(v, Buffer) and v.dtype.itemsize == 2}
-    large = max((tensor.numel() for tensor in tensors.values()), default=0) // 8
-    for name, widths in made.read.items():
-        tensor = tensors.get(name)
-        if tensor is None or tensor.numel() < large or tensor.shape[-1] % 8:
-            continue
-        allowed = NARROW.get((made.kernel, name, target), NARROW.get((made.kernel, name), 16))
-        if min(widths) < allowed:
-            yield f"reads {name} {tensor.shape} by {sorted(widths)} bytes"
+@pytest.mark.parametrize(
+    ("variant", "dtype", "target"),
+    [
+        *(pytest.param(*case, marks=pytest.mark.thorough) for case in _cases(THOROUGH)),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in _cases(EXHAUSTIVE, _cases(THOROUGH))),
+    ],
+)
+def test_launches(variant, dtype, target):
+    modes, levels, rates = EVERY_PASS
+    check(passes((variant,), (dtype,), modes, levels, (target,), rates))
 
 
 @pytest.mark.parametrize(
