@@ -2,10 +2,11 @@
 
 By default a configuration is a pure function of shape, dtype and target (the ``tuning_*`` files). With the variable set
 the first launch of a kernel at a new shape on a GPU times a few candidates (``triton.testing.do_bench``) and keeps the
-fastest, in memory and in Triton's cache directory, for each device, kernel source, dtype and shape; rows, that is
-pixels, are rounded up to a power of two. Nothing is timed while a CUDA graph is captured or a compiler traces, for that
-would break either: there a choice made earlier is used, else the default. The interpreter and other CPU runs take the
-default. Candidates differ in the order of their sums, so results may differ in the last bits from machine to machine.
+fastest, in memory and in Triton's cache directory, for each device, kernel source, dtype and shape; the number of
+pixels or images is rounded up to a power of two. Nothing is timed while a CUDA graph is captured or a compiler traces,
+for that would break either: there a choice made earlier is used, else the default. The interpreter and other CPU runs
+take the default. Candidates may differ in the order of their sums, so results may differ in the last bits from machine
+to machine.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import triton
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources
 
-from .launching import is_traced
+from .launching import traced
 
 Config = TypeVar("Config")
 _FILE = "convnext_fast.autotune.json"
@@ -39,6 +40,20 @@ def _read_environment() -> bool:
 
 ENABLED = _read_environment()
 _chosen: dict[str, Any] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """How much a program sums over: ``times`` the default's share."""
+
+    times: float = 1.0
+
+    def of(self, share: int, block: int) -> int:
+        """That many items, in whole blocks."""
+        return max(1, round(share * self.times / block)) * block
+
+
+SHARES = (Share(), Share(0.5), Share(2.0))
 
 
 def fastest(
@@ -58,7 +73,7 @@ def fastest(
         return candidates[0]
     device = torch.cuda.get_device_properties(tensor.device).name
     key = key_of(kernel.cache_key, device, tensor.dtype, triton.next_power_of_2(rows), shape, *candidates)
-    may_measure = not (is_traced(tensor) or torch.cuda.is_current_stream_capturing())
+    may_measure = not (traced(tensor) or torch.cuda.is_current_stream_capturing())
 
     def measure(candidate: Config) -> float:
         with torch.cuda.device(tensor.device):

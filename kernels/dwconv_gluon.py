@@ -17,10 +17,11 @@ import os
 import torch
 import triton
 
+from .autotuning import fastest
 from .launching import launch, traced
 from .statistics import stats_block
 from .targets import target_of
-from .tuning_dwconv import GluonConfig, gluon_config
+from .tuning_dwconv import GluonConfig, gluon_config, segment_candidates
 
 try:
     from triton.experimental import gluon
@@ -362,7 +363,8 @@ def dwconv_gluon(
     batch, height, width, channels = x.shape
     taps = weight.shape[-1]
     block = stats_block(channels, dtype)
-    config = config or gluon_config(tuple(x.shape), taps, block, x.element_size(), target_of(x))
+    default = gluon_config(tuple(x.shape), taps, block, x.element_size(), target_of(x))
+    candidates = (config,) if config else segment_candidates(default, height)
     u = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     blocks = triton.cdiv(channels, block)
     stats = None
@@ -371,20 +373,25 @@ def dwconv_gluon(
     if x.numel() == 0:
         return u, stats
     tiles = triton.cdiv(width, 8)
-    split = config.segment < height
-    segments = triton.cdiv(height, config.segment)
-    rows = config.segment + taps - 1 if split else height
     images = 16 // tiles + 2
-    launch(
-        dwconv_gluon_kernel,
-        (blocks * segments * triton.cdiv(batch * tiles, 16),),
-        x, weight, weight if bias is None else bias, x if residual is None else residual, u,
-        u if stats is None else stats,
-        batch, height, width, tiles, config.segment, segments, rows // taps,
-        C=channels, TAPS=taps, WARPS=block // 4, TAIL=rows % taps, SPLIT=split, FLIP=flip, BIAS=bias is not None,
-        RESIDUAL=residual is not None, STATS=statistics, STAGES=config.stages,
-        WIDE_ROW=x.element_size() == 4, WIDE=images * height * width * channels >= 2**31,
-        dtype=gl.bfloat16 if dtype == torch.bfloat16 else gl.float16, num_warps=block // 4,
-        **_layouts(block // 4, x.element_size(), statistics),
-    )  # fmt: skip
+
+    def run(config: GluonConfig) -> None:
+        split = config.segment < height
+        segments = triton.cdiv(height, config.segment)
+        rows = config.segment + taps - 1 if split else height
+        launch(
+            dwconv_gluon_kernel,
+            (blocks * segments * triton.cdiv(batch * tiles, 16),),
+            x, weight, weight if bias is None else bias, x if residual is None else residual, u,
+            u if stats is None else stats,
+            batch, height, width, tiles, config.segment, segments, rows // taps,
+            C=channels, TAPS=taps, WARPS=block // 4, TAIL=rows % taps, SPLIT=split, FLIP=flip, BIAS=bias is not None,
+            RESIDUAL=residual is not None, STATS=statistics, STAGES=config.stages,
+            WIDE_ROW=x.element_size() == 4, WIDE=images * height * width * channels >= 2**31,
+            dtype=gl.bfloat16 if dtype == torch.bfloat16 else gl.float16, num_warps=block // 4,
+            **_layouts(block // 4, x.element_size(), statistics),
+        )  # fmt: skip
+
+    given = channels, height, width, taps, x.dtype, out_dtype, flip, statistics, bias is None, residual is None
+    run(fastest(dwconv_gluon_kernel, run, candidates, x, batch, given))
     return u, stats

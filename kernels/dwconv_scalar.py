@@ -13,14 +13,17 @@ taps flipped: dx = dy + Σ w[c, k−1−ky, k−1−kx] · du, ``residual`` bein
 # ruff: noqa: RUF005 (a Triton kernel grows a tuple by +, it has no starred expressions)
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
+from .autotuning import fastest
 from .launching import launch
 from .statistics import stats_block
 from .targets import target_of
-from .tuning_dwconv import ScalarConfig, scalar_config
+from .tuning_dwconv import ScalarConfig, scalar_candidates, scalar_config
 
 
 @triton.jit
@@ -35,17 +38,19 @@ def _spread(pixel, taps, acc, i: tl.constexpr, TAPS: tl.constexpr, TW: tl.conste
     return new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C_VEC"])
 def dwconv_scalar_kernel(
-    x_ptr, w_ptr, b_ptr, r_ptr, u_ptr, stats_ptr, ROWS, H, W, C, WT,
-    TAPS: tl.constexpr, CB: tl.constexpr, BR: tl.constexpr, TW: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, STATS: tl.constexpr, EVEN_C: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, r_ptr, u_ptr, stats_ptr, ROWS, H, W, C_VEC, WT,
+    TAPS: tl.constexpr, VEC: tl.constexpr, CB: tl.constexpr, BR: tl.constexpr, TW: tl.constexpr,
+    FLIP: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STATS: tl.constexpr, EVEN_C: tl.constexpr,
 ):  # fmt: skip
     """x, r, u: (N, H, W, C), ROWS = N·H; w: (C, TAPS, TAPS); b: (C,); stats: (⌈C/CB⌉, N·H·W, 2).
 
     Grid (⌈C/CB⌉ · WT · ⌈ROWS/BR⌉,), channel blocks fastest, then the WT = ⌈W/TW⌉ tiles; a program has BR rows.
+    C = VEC·C_VEC, which tells the compiler how far accesses may be vectors.
     """
     HALF: tl.constexpr = TAPS // 2
+    C = C_VEC * VEC
     NB = tl.cdiv(C, CB)
     block = tl.program_id(0) % NB
     c = block * CB + tl.arange(0, CB)
@@ -131,7 +136,7 @@ def dwconv_scalar(
     """
     batch, height, width, channels = x.shape
     block = stats_block(channels, torch.float32)
-    config = config or scalar_config(tuple(x.shape), block, target_of(x))
+    candidates = (config,) if config else scalar_candidates(scalar_config(tuple(x.shape), block, target_of(x)))
     u = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     blocks = triton.cdiv(channels, block)
     stats = None
@@ -139,15 +144,21 @@ def dwconv_scalar(
         stats = torch.empty((blocks, batch * height * width, 2), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return u, stats
-    tiles = triton.cdiv(width, config.tile_width)
-    launch(
-        dwconv_scalar_kernel,
-        (blocks * tiles * triton.cdiv(batch * height, config.block_rows),),
-        x, weight, weight if bias is None else bias, x if residual is None else residual, u,
-        u if stats is None else stats,
-        batch * height, height, width, channels, tiles,
-        TAPS=weight.shape[-1], CB=block, BR=config.block_rows, TW=config.tile_width, FLIP=flip, BIAS=bias is not None,
-        RESIDUAL=residual is not None, STATS=statistics, EVEN_C=channels % block == 0,
-        num_warps=config.num_warps, num_stages=1,
-    )  # fmt: skip
+    vec, taps = math.gcd(channels, 16), weight.shape[-1]
+
+    def run(config: ScalarConfig) -> None:
+        tiles = triton.cdiv(width, config.tile_width)
+        launch(
+            dwconv_scalar_kernel,
+            (blocks * tiles * triton.cdiv(batch * height, config.block_rows),),
+            x, weight, weight if bias is None else bias, x if residual is None else residual, u,
+            u if stats is None else stats,
+            batch * height, height, width, channels // vec, tiles,
+            TAPS=taps, VEC=vec, CB=block, BR=config.block_rows, TW=config.tile_width, FLIP=flip,
+            BIAS=bias is not None, RESIDUAL=residual is not None, STATS=statistics, EVEN_C=channels % block == 0,
+            num_warps=config.num_warps, num_stages=1,
+        )  # fmt: skip
+
+    given = channels, height, width, taps, out_dtype, flip, statistics, bias is None, residual is None
+    run(fastest(dwconv_scalar_kernel, run, candidates, x, batch, given))
     return u, stats

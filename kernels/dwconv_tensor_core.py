@@ -28,14 +28,17 @@ The data gradient is the same sum with the taps flipped: dx = dy + Σ w[c, k−1
 # ruff: noqa: RUF005 (a Triton kernel grows a tuple by +, it has no starred expressions)
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
+from .autotuning import fastest
 from .launching import launch
 from .statistics import stats_block
 from .targets import target_of
-from .tuning_dwconv import TensorCoreConfig, tensor_core_config
+from .tuning_dwconv import TensorCoreConfig, segment_candidates, tensor_core_config
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -111,20 +114,21 @@ def _store_row(
         tl.store(stats_ptr + at, tl.join(mean, m2), mask=s_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C_VEC"])
 def dwconv_tensor_core_kernel(
-    x_ptr, w_ptr, b_ptr, r_ptr, u_ptr, stats_ptr, N, H, W, C, WT, SEGMENT, SEGMENTS, GROUPS,
-    TAPS: tl.constexpr, CB: tl.constexpr, DB: tl.constexpr, TW: tl.constexpr, TAIL: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, r_ptr, u_ptr, stats_ptr, N, H, W, C_VEC, WT, SEGMENT, SEGMENTS, GROUPS,
+    TAPS: tl.constexpr, VEC: tl.constexpr, CB: tl.constexpr, DB: tl.constexpr, TW: tl.constexpr, TAIL: tl.constexpr,
     SPLIT: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STATS: tl.constexpr,
     EVEN_C: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """x, r, u: (N, H, W, C); w: (C, TAPS, TAPS); b: (C,); stats: (⌈C/CB⌉, N·H·W, 2).
 
     Grid (⌈C/CB⌉ · ⌈pairs/16⌉,), channel blocks fastest; pairs = N · SEGMENTS · WT, WT = ⌈W/TW⌉. A segment has
-    GROUPS·TAPS + TAIL input rows: H of them when it is the whole height, else SEGMENT + TAPS − 1. WIDE: offsets within
-    16 pairs pass 2^31, so they are int64.
+    GROUPS·TAPS + TAIL input rows: H of them when it is the whole height, else SEGMENT + TAPS − 1. C = VEC·C_VEC, which
+    tells the compiler how far accesses may be vectors. WIDE: offsets within 16 pairs pass 2^31, so they are int64.
     """
     HALF: tl.constexpr = TAPS // 2
+    C = C_VEC * VEC
     # Input row h completes output row h − LAG. Whole images start at input row 0, segments HALF rows above their first
     # output, so that output o uses accumulator (o + LAG) % TAPS in both.
     LAG: tl.constexpr = 2 * HALF if SPLIT else HALF
@@ -244,7 +248,8 @@ def dwconv_tensor_core(
     batch, height, width, channels = x.shape
     taps = weight.shape[-1]
     block = stats_block(channels, dtype)
-    config = config or tensor_core_config(tuple(x.shape), taps, block, target_of(x))
+    default = tensor_core_config(tuple(x.shape), taps, block, target_of(x))
+    candidates = (config,) if config else segment_candidates(default, height)
     u = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     blocks = triton.cdiv(channels, block)
     stats = None
@@ -252,20 +257,26 @@ def dwconv_tensor_core(
         stats = torch.empty((blocks, batch * height * width, 2), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return u, stats
-    tiles = triton.cdiv(width, config.tile_width)
-    split = config.segment < height
-    segments = triton.cdiv(height, config.segment)
-    rows = config.segment + taps - 1 if split else height
-    images = 16 // (tiles * segments) + 2
-    launch(
-        dwconv_tensor_core_kernel,
-        (blocks * triton.cdiv(batch * segments * tiles, 16),),
-        x, weight, weight if bias is None else bias, x if residual is None else residual, u,
-        u if stats is None else stats,
-        batch, height, width, channels, tiles, config.segment, segments, rows // taps,
-        TAPS=taps, CB=block, DB=config.dot_channels, TW=config.tile_width, TAIL=rows % taps, SPLIT=split, FLIP=flip,
-        BIAS=bias is not None, RESIDUAL=residual is not None, STATS=statistics, EVEN_C=channels % block == 0,
-        WIDE=images * height * width * channels >= 2**31, dtype=TL_DTYPES[dtype],
-        num_warps=config.num_warps, num_stages=1,
-    )  # fmt: skip
+    vec = math.gcd(channels, 16)
+
+    def run(config: TensorCoreConfig) -> None:
+        tiles = triton.cdiv(width, config.tile_width)
+        split = config.segment < height
+        segments = triton.cdiv(height, config.segment)
+        rows = config.segment + taps - 1 if split else height
+        images = 16 // (tiles * segments) + 2
+        launch(
+            dwconv_tensor_core_kernel,
+            (blocks * triton.cdiv(batch * segments * tiles, 16),),
+            x, weight, weight if bias is None else bias, x if residual is None else residual, u,
+            u if stats is None else stats,
+            batch, height, width, channels // vec, tiles, config.segment, segments, rows // taps,
+            TAPS=taps, VEC=vec, CB=block, DB=config.dot_channels, TW=config.tile_width, TAIL=rows % taps, SPLIT=split,
+            FLIP=flip, BIAS=bias is not None, RESIDUAL=residual is not None, STATS=statistics,
+            EVEN_C=channels % block == 0, WIDE=images * height * width * channels >= 2**31, dtype=TL_DTYPES[dtype],
+            num_warps=config.num_warps, num_stages=1,
+        )  # fmt: skip
+
+    given = channels, height, width, taps, x.dtype, out_dtype, flip, statistics, bias is None, residual is None
+    run(fastest(dwconv_tensor_core_kernel, run, candidates, x, batch, given))
     return u, stats

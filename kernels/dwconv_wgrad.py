@@ -20,10 +20,13 @@ second launch adds them in a fixed order: no atomics, so two runs are equal to t
 # ruff: noqa: RUF005 (a Triton kernel grows a tuple by +, it has no starred expressions)
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
+from .autotuning import SHARES, Share, fastest
 from .dwconv_tensor_core import TL_DTYPES
 from .launching import launch
 from .targets import target_of
@@ -148,17 +151,19 @@ def dwconv_wgrad_tensor_core_kernel(
         tl.store(partial_ptr + at, taps, mask=c_ok[:, None] & (kx >= 0)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C_VEC"])
 def dwconv_wgrad_scalar_kernel(
-    x_ptr, du_ptr, partial_ptr, ROWS, H, W, C, WT, SPLIT_ROWS,
-    TAPS: tl.constexpr, CB: tl.constexpr, BR: tl.constexpr, TW: tl.constexpr, EVEN_C: tl.constexpr,
+    x_ptr, du_ptr, partial_ptr, ROWS, H, W, C_VEC, WT, SPLIT_ROWS,
+    TAPS: tl.constexpr, VEC: tl.constexpr, CB: tl.constexpr, BR: tl.constexpr, TW: tl.constexpr, EVEN_C: tl.constexpr,
     SLOTS: tl.constexpr,
 ):  # fmt: skip
     """x, du: (N, H, W, C), ROWS = N·H; partial: (splits, TAPS, SLOTS, C) float32.
 
     Grid (⌈C/CB⌉ · TAPS · splits,), channel blocks fastest, then ky; a program takes SPLIT_ROWS rows, BR at a time.
+    C = VEC·C_VEC as above.
     """
     HALF: tl.constexpr = TAPS // 2
+    C = C_VEC * VEC
     NB = tl.cdiv(C, CB)
     c = tl.program_id(0) % NB * CB + tl.arange(0, CB)
     c_ok = c < C
@@ -253,31 +258,40 @@ def dwconv_wgrad_partials(
     it and multiply on tensor cores, float32 does not. ``config`` replaces the configuration of tuning_dwconv.py.
     """
     batch, height, width, channels = x.shape
+    candidates = SHARES[:1] if config else SHARES
     config = config or wgrad_config(tuple(x.shape), du.dtype, target_of(x))
     tiles = triton.cdiv(width, config.tile_width)
-    items = batch * height if du.dtype == torch.float32 else batch * tiles
-    splits = triton.cdiv(items, config.split)
-    partial = torch.empty((splits, taps, SLOTS, channels), dtype=torch.float32, device=x.device)
     blocks = triton.cdiv(channels, config.block_channels)
     even = channels % config.block_channels == 0
-    if du.dtype == torch.float32:
-        launch(
-            dwconv_wgrad_scalar_kernel, (blocks * taps * splits,),
-            x, du, partial, items, height, width, channels, tiles, config.split,
-            TAPS=taps, CB=config.block_channels, BR=config.block_rows, TW=config.tile_width, EVEN_C=even, SLOTS=SLOTS,
-            num_warps=config.num_warps, num_stages=1,
-        )  # fmt: skip
-    else:
-        images = 16 // tiles + 2
-        vec = 8 if channels % 8 == 0 else 1
-        launch(
-            dwconv_wgrad_tensor_core_kernel, (blocks * splits,),
-            x, du, partial, batch, height, width, channels // vec, tiles, items, config.split, height // taps,
-            TAPS=taps, VEC=vec, DB=config.block_channels, TW=config.tile_width, TAIL=height % taps, EVEN_C=even,
-            WIDE=images * height * width * channels >= 2**31, SLOTS=SLOTS, dtype=TL_DTYPES[du.dtype],
-            num_warps=config.num_warps, num_stages=1,
-        )  # fmt: skip
-    return partial
+
+    exact = du.dtype == torch.float32
+    items = batch * height if exact else batch * tiles
+
+    def run(share: Share) -> torch.Tensor:
+        split = share.of(config.split, config.block_rows if exact else 16)
+        splits = triton.cdiv(items, split)
+        partial = torch.empty((splits, taps, SLOTS, channels), dtype=torch.float32, device=x.device)
+        if exact:
+            vec = math.gcd(channels, 16)
+            launch(
+                dwconv_wgrad_scalar_kernel, (blocks * taps * splits,),
+                x, du, partial, items, height, width, channels // vec, tiles, split,
+                TAPS=taps, VEC=vec, CB=config.block_channels, BR=config.block_rows, TW=config.tile_width, EVEN_C=even,
+                SLOTS=SLOTS, num_warps=config.num_warps, num_stages=1,
+            )  # fmt: skip
+        else:
+            images, vec = 16 // tiles + 2, math.gcd(channels, 8)
+            launch(
+                dwconv_wgrad_tensor_core_kernel, (blocks * splits,),
+                x, du, partial, batch, height, width, channels // vec, tiles, items, split, height // taps,
+                TAPS=taps, VEC=vec, DB=config.block_channels, TW=config.tile_width, TAIL=height % taps, EVEN_C=even,
+                WIDE=images * height * width * channels >= 2**31, SLOTS=SLOTS, dtype=TL_DTYPES[du.dtype],
+                num_warps=config.num_warps, num_stages=1,
+            )  # fmt: skip
+        return partial
+
+    kernel = dwconv_wgrad_scalar_kernel if exact else dwconv_wgrad_tensor_core_kernel
+    return run(fastest(kernel, run, candidates, x, batch, (channels, height, width, taps, du.dtype)))
 
 
 def dwconv_wgrad(

@@ -11,12 +11,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def traced(tensor: torch.Tensor) -> bool:
-    """Whether a compiler traces ``tensor``: it is no plain one."""
-    return type(tensor) not in _PLAIN
-
-
-def is_traced(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` stands for one in a compiler's graph: a fake or functional tensor, say."""
+    """Whether ``tensor`` stands for one in a compiler's graph, a fake or functional tensor, say: it is no plain one."""
     return type(tensor) not in _PLAIN
 
 

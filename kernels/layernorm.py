@@ -19,8 +19,9 @@ from .statistics import merge_statistics, stats_block
 
 @triton.jit
 def layernorm_fwd_kernel(
-    u_ptr, stats_ptr, g_ptr, b_ptr, n_ptr, P, C, eps,
-    CB: tl.constexpr, NB: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    u_ptr, stats_ptr, g_ptr, b_ptr, n_ptr, P, eps,
+    C: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """u, n: (P, C); stats: (NB, P, 2); g, b: (C,). Grid (⌈P/BR⌉,)."""
     rows = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
@@ -40,8 +41,8 @@ def layernorm_fwd_kernel(
 
 @triton.jit
 def layernorm_bwd_kernel(
-    dn_ptr, u_ptr, stats_ptr, g_ptr, du_ptr, P, C, eps,
-    CB: tl.constexpr, NB: tl.constexpr, WEIGHT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    dn_ptr, u_ptr, stats_ptr, g_ptr, du_ptr, P, eps,
+    C: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, WEIGHT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """dn, u, du: (P, C); stats: (NB, P, 2); g: (C,). Grid (⌈P/BR⌉,)."""
     rows = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
@@ -75,8 +76,8 @@ def layernorm_bwd_kernel(
 
 @triton.jit
 def layernorm_wgrad_kernel(
-    dn_ptr, u_ptr, stats_ptr, partial_ptr, P, C, eps, SPLIT,
-    CB: tl.constexpr, NB: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    dn_ptr, u_ptr, stats_ptr, partial_ptr, P, eps, SPLIT,
+    C: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """dn, u: (P, C); partial: (splits, 2, C) float32, dg then dβ. Grid (splits, ⌈C/BC⌉); a split is SPLIT rows."""
     split = tl.program_id(0).to(tl.int64)
@@ -143,9 +144,9 @@ def layernorm_fwd(
     rows, width = _tile(channels)
     launch(
         layernorm_fwd_kernel, (triton.cdiv(pixels, rows),),
-        u, stats, u if weight is None else weight, u if bias is None else bias, n, pixels, channels, eps,
-        CB=_blocks(stats, channels, u.dtype), NB=stats.shape[0], WEIGHT=weight is not None, BIAS=bias is not None,
-        BR=rows, BC=width, num_warps=4,
+        u, stats, u if weight is None else weight, u if bias is None else bias, n, pixels, eps,
+        C=channels, CB=_blocks(stats, channels, u.dtype), NB=stats.shape[0], WEIGHT=weight is not None,
+        BIAS=bias is not None, BR=rows, BC=width, num_warps=4,
     )  # fmt: skip
     return n
 
@@ -168,16 +169,16 @@ def layernorm_bwd(
     block = _blocks(stats, channels, u.dtype)
     launch(
         layernorm_bwd_kernel, (triton.cdiv(pixels, rows),),
-        dn, u, stats, u if weight is None else weight, du, pixels, channels, eps,
-        CB=block, NB=stats.shape[0], WEIGHT=weight is not None, BR=rows, BC=width, num_warps=4,
+        dn, u, stats, u if weight is None else weight, du, pixels, eps,
+        C=channels, CB=block, NB=stats.shape[0], WEIGHT=weight is not None, BR=rows, BC=width, num_warps=4,
     )  # fmt: skip
     split = max(triton.cdiv(triton.cdiv(pixels, 256), rows) * rows, rows)
     splits = triton.cdiv(pixels, split)
     partial = torch.empty((splits, 2, channels), dtype=torch.float32, device=u.device)
     launch(
         layernorm_wgrad_kernel, (splits, triton.cdiv(channels, width)),
-        dn, u, stats, partial, pixels, channels, eps, split,
-        CB=block, NB=stats.shape[0], BR=rows, BC=width, num_warps=4,
+        dn, u, stats, partial, pixels, eps, split,
+        C=channels, CB=block, NB=stats.shape[0], BR=rows, BC=width, num_warps=4,
     )  # fmt: skip
     dweight = torch.empty(channels, dtype=dtype, device=u.device)
     dbias = torch.empty_like(dweight)

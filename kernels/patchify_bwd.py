@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autotuning import SHARES, Share, fastest
 from .dwconv_tensor_core import TL_DTYPES
 from .launching import launch
 from .parameters import add_rows
@@ -289,17 +290,22 @@ def stem_bwd(
     dimage = _gradient_like(image, covered) if needs_image else None
     dw, db, dg, dbeta = (None if p is None else torch.empty_like(p) for p in (weight, bias, ln_weight, ln_bias))
     config, block, share = stem_bwd_config(P, C, depth, dout.dtype, target_of(image))
-    shares = triton.cdiv(P, share)
-    sums = torch.empty((shares, C * (depth + 3)), dtype=torch.float32, device=image.device)
-    launch(
-        _stem_bwd_kernel, (shares, triton.cdiv(depth, block)),
-        image, weight, bias, ln_weight, dout, dimage, sums, P, share, HO, WO,
-        *image.stride(), *(image if dimage is None else dimage).stride(), eps,
-        C=C, CIN=CIN, KH=KH, KW=KW, PRECISION=dot_precision(dout), BLOCK_D=block, **config.meta(),
-    )  # fmt: skip
+
+    def run(part: Share) -> Tensor:
+        patches = part.of(share, config.BLOCK_M)
+        sums = torch.empty((triton.cdiv(P, patches), C * (depth + 3)), dtype=torch.float32, device=image.device)
+        launch(
+            _stem_bwd_kernel, (len(sums), triton.cdiv(depth, block)),
+            image, weight, bias, ln_weight, dout, dimage, sums, P, patches, HO, WO,
+            *image.stride(), *(image if dimage is None else dimage).stride(), eps,
+            C=C, CIN=CIN, KH=KH, KW=KW, PRECISION=dot_precision(dout), BLOCK_D=block, **config.meta(),
+        )  # fmt: skip
+        return sums
+
+    sums = run(fastest(_stem_bwd_kernel, run, SHARES, dout, P, (C, CIN, KH, KW, image.dtype, needs_image)))
     launch(
         _stem_sum_kernel, (triton.cdiv(C * (depth + 3), 64),),
-        sums, dw, db, dg, dbeta, shares, C * depth, C, ROWS=16, BLOCK=64, num_warps=4,
+        sums, dw, db, dg, dbeta, len(sums), C * depth, C, ROWS=16, BLOCK=64, num_warps=4,
     )  # fmt: skip
     return dimage, dw, db, dg, dbeta
 
@@ -338,13 +344,22 @@ def downsample_bwd(
         dout, x, wg, dx, stats, P, H, W, HO, WO, N, eps, **shape, **config.meta(),
     )  # fmt: skip
     config, share = downsample_weight_config(P, C, N, taps, dtype, target)
-    shares, rows = triton.cdiv(P, share), triton.cdiv(N, config.BLOCK_M)
-    D, db_sums, dg_sums = partial(shares, N, taps, C), partial(shares, N), partial(shares, rows * taps, C)
-    launch(
-        _downsample_weight_kernel, (rows * (1 + taps * triton.cdiv(C, config.BLOCK_N)), shares),
-        dout, x, stats, weight, D, db_sums, dg_sums, P, share, H, W, HO, WO,
-        dtype=TL_DTYPES[dtype], **shape, **config.meta(),
-    )  # fmt: skip
+    rows = triton.cdiv(N, config.BLOCK_M)
+
+    def weights(part: Share) -> tuple[Tensor, Tensor, Tensor]:
+        patches = part.of(share, config.BLOCK_K)
+        shares = triton.cdiv(P, patches)
+        D, db_sums, dg_sums = partial(shares, N, taps, C), partial(shares, N), partial(shares, rows * taps, C)
+        launch(
+            _downsample_weight_kernel, (rows * (1 + taps * triton.cdiv(C, config.BLOCK_N)), shares),
+            dout, x, stats, weight, D, db_sums, dg_sums, P, patches, H, W, HO, WO,
+            dtype=TL_DTYPES[dtype], **shape, **config.meta(),
+        )  # fmt: skip
+        return D, db_sums, dg_sums
+
+    given = C, N, KH, KW, x.dtype, dout.dtype
+    D, db_sums, dg_sums = weights(fastest(_downsample_weight_kernel, weights, SHARES, wg, P, given))
+    shares = len(D)
     launch(
         _downsample_fold_kernel, (triton.cdiv(N, 32) + 1, triton.cdiv(C, 64)),
         D, db_sums, dg_sums, weight, ln_weight, ln_bias, dw, db, dg, dbeta, shares, shares * rows * taps,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activation_and_grad
+from .autotuning import SHARES, Share, fastest
 from .gelu import gelu_form
 from .launching import launch
 from .parameters import Sums
@@ -223,12 +224,17 @@ def fused_bwd(
         dy, u, stats, a, w1g, b1g, w2g, drop_scale, du, dz_sum, P, per_sample, eps, **shape, **config.meta(),
     )  # fmt: skip
     config, share = weight_grad_config(P, C, K, target, a is None and dy.dtype == u.dtype)
-    splits = triton.cdiv(P, share)
-    products = torch.empty((2, splits, K, C), dtype=torch.float32, device=u.device)
-    db1 = torch.empty((splits, K), dtype=torch.float32, device=u.device)
-    launch(
-        _weight_kernel, (triton.cdiv(K, config.BLOCK_K), splits),
-        dy, u, stats, a, w1g, b1g, w2g, drop_scale, *products, db1, P, per_sample, share, eps,
-        **shape, **config.meta(),
-    )  # fmt: skip
-    return du, Sums(products, db1, None, dz_sum)
+
+    def weights(part: Share) -> Sums:
+        rows = part.of(share, config.BLOCK_M)
+        splits = triton.cdiv(P, rows)
+        products = torch.empty((2, splits, K, C), dtype=torch.float32, device=u.device)
+        db1 = torch.empty((splits, K), dtype=torch.float32, device=u.device)
+        launch(
+            _weight_kernel, (triton.cdiv(K, config.BLOCK_K), splits),
+            dy, u, stats, a, w1g, b1g, w2g, drop_scale, *products, db1, P, per_sample, rows, eps,
+            **shape, **config.meta(),
+        )  # fmt: skip
+        return Sums(products, db1, None, dz_sum)
+
+    return du, weights(fastest(_weight_kernel, weights, SHARES, u, P, (C, K, act, a is None, dy.dtype)))

@@ -77,6 +77,14 @@ def gluon_config(shape: tuple[int, int, int, int], taps: int, block: int, itemsi
     return GluonConfig(segment=segment, stages=4 if 256 * block * itemsize <= 16384 else 2)
 
 
+def segment_candidates(
+    config: TensorCoreConfig | GluonConfig, height: int
+) -> tuple[TensorCoreConfig | GluonConfig, ...]:
+    """``config`` and the same with other segments: the whole height, half of it, 4 rows."""
+    others = (rows for rows in (height, triton.cdiv(height, 2), 4) if rows <= height)
+    return tuple(dict.fromkeys((config, *(dataclasses.replace(config, segment=rows) for rows in others))))
+
+
 @dataclasses.dataclass(frozen=True)
 class ScalarConfig:
     """Outputs along the width of a thread TW, rows of a program BR, warps."""
@@ -95,6 +103,11 @@ def scalar_config(shape: tuple[int, int, int, int], block: int, target: str) -> 
     threads = 4 * _LANES[target]
     share = 8 if shape[3] % 4 == 0 else 4
     return ScalarConfig(tile_width=min(7, shape[2]), block_rows=share * threads // block, num_warps=4)
+
+
+def scalar_candidates(config: ScalarConfig) -> tuple[ScalarConfig, ...]:
+    """``config``, and half as many outputs a thread."""
+    return config, dataclasses.replace(config, block_rows=max(1, config.block_rows // 2))
 
 
 @dataclasses.dataclass(frozen=True)

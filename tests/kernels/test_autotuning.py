@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 from convnext_fast.kernels import autotuning
-from convnext_fast.kernels.autotuning import choose, fastest, key_of, load, store
+from convnext_fast.kernels.autotuning import SHARES, choose, fastest, key_of, load, store
+from convnext_fast.kernels.tuning_dwconv import GluonConfig, ScalarConfig, scalar_candidates, segment_candidates
 from convnext_fast.kernels.tuning_mlp import FusedConfig, fused_configs, gemm_configs
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources
@@ -100,3 +101,21 @@ def test_a_cpu_takes_the_default(monkeypatch):
 def test_candidates_are_few_and_differ(channels, lean):
     for candidates in (fused_configs(channels, 4 * channels, lean), gemm_configs(channels, torch.float16)):
         assert 1 < len(set(candidates)) == len(candidates) <= 4
+
+
+@pytest.mark.parametrize("height", [1, 3, 7, 14, 56])
+@pytest.mark.parametrize("segment", [2, 8, 56])
+def test_candidates_of_the_convolution_begin_with_the_default_and_fit_the_height(height, segment):
+    default = GluonConfig(min(segment, height), 4)
+    candidates = segment_candidates(default, height)
+    assert candidates[0] == default
+    assert len(set(candidates)) == len(candidates) <= 4
+    assert {candidate.segment for candidate in candidates} >= {height, -(-height // 2)}
+    assert all(0 < candidate.segment <= height for candidate in candidates)
+    first, second = scalar_candidates(ScalarConfig(7, 16, 4))
+    assert (first.block_rows, second.block_rows) == (16, 8)
+
+
+def test_shares_are_whole_blocks():
+    assert [share.of(96, 32) for share in SHARES] == [96, 64, 192]
+    assert [share.of(32, 32) for share in SHARES] == [32, 32, 64]

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from convnext_fast.kernels import dwconv_wgrad as dwconv_wgrad_module
+from convnext_fast.kernels.autotuning import SHARES
 from convnext_fast.kernels.dwconv import dwconv_dgrad, dwconv_fwd, dwconv_wgrad
 from convnext_fast.kernels.tuning_dwconv import TensorCoreConfig
 from dwconv_cases import (
@@ -45,6 +47,13 @@ def test_data_gradient(shape, taps, dtype, stream):
 @pytest.mark.parametrize(("shape", "taps"), SHAPES)
 def test_weight_gradient(shape, taps, dtype, stream):
     check_weight_gradient(shape, taps, dtype, stream)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("share", SHARES[1:], ids=str)
+def test_every_share_of_the_autotuner(share, dtype, monkeypatch):
+    monkeypatch.setattr(dwconv_wgrad_module, "SHARES", (share,))
+    check_weight_gradient((9, 5, 13, 24), 5, dtype)
 
 
 @pytest.mark.parametrize("tile_width", [8, 16])

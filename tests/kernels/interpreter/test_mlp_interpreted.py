@@ -1,6 +1,13 @@
 import pytest
 import torch
-from convnext_fast.kernels import pointwise_mlp, pointwise_mlp_gemm, tuning_mlp
+from convnext_fast.kernels import (
+    pointwise_mlp,
+    pointwise_mlp_bwd_fused,
+    pointwise_mlp_bwd_gemm,
+    pointwise_mlp_gemm,
+    tuning_mlp,
+)
+from convnext_fast.kernels.autotuning import SHARES
 from convnext_fast.kernels.pointwise_mlp import fused_fwd, gemm_fwd
 from convnext_fast.kernels.pointwise_mlp_bwd import mlp_bwd
 from convnext_fast.kernels.pointwise_mlp_bwd_fused import fused_bwd
@@ -23,6 +30,15 @@ def test_every_candidate_of_the_autotuner(number, monkeypatch):
     case = Case(1, 70, 80, 96, torch.float16)
     check_forward(case, fused_fwd)
     check_forward(case, gemm_fwd)
+
+
+@pytest.mark.parametrize("share", SHARES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("module", "backward"), [(pointwise_mlp_bwd_fused, fused_bwd), (pointwise_mlp_bwd_gemm, gemm_bwd)]
+)
+def test_every_share_of_the_autotuner(share, module, backward, monkeypatch):
+    monkeypatch.setattr(module, "SHARES", (share,))
+    check_backward(Case(3, 70, 40, 48, torch.float16), backward)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from convnext_fast.kernels import patchify_bwd
+from convnext_fast.kernels.autotuning import SHARES
 from patchify_cases import DOWNSAMPLES, STEMS, check_downsample, check_stem
 
 
@@ -21,3 +23,10 @@ def test_downsample(case, dtype):
 
 def test_downsample_of_a_float32_stream_in_float16():
     check_downsample(DOWNSAMPLES[0], torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize("share", SHARES[1:], ids=str)
+def test_every_share_of_the_autotuner(share, monkeypatch):
+    monkeypatch.setattr(patchify_bwd, "SHARES", (share,))
+    check_stem(STEMS[0], torch.float16)
+    check_downsample(DOWNSAMPLES[0], torch.float16)

@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from convnext_fast.kernels.dwconv import dwconv_dgrad, dwconv_fwd, dwconv_wgrad
+from convnext_fast.kernels.dwconv_scalar import dwconv_scalar
+from convnext_fast.kernels.dwconv_tensor_core import dwconv_tensor_core
+from convnext_fast.kernels.layernorm import layernorm_bwd, layernorm_fwd
 from convnext_fast.kernels.targets import planned_for
 
 sys.path.append(str(Path(__file__).resolve().parents[3]))  # bench/ is not installed
-from bench.compilation import GPU_TARGETS, compile_kernel, compile_launch, recording
+from bench.analysis import analyse
+from bench.compilation import GPU_TARGETS, compile_kernel, compile_launch, recording, specialise
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 
@@ -40,6 +44,36 @@ def test_float32(target):
         made = compile_launch(launch, target)
         assert made.spills == 0, made
         assert made.shared <= SHARED_LIMIT[target], made
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "width"), [(40, "bfloat16", 16), (36, "bfloat16", 8), (36, "float32", 16)]
+)
+def test_accesses_are_as_wide_as_the_channels_allow(channels, dtype, width):
+    """Of the forms that run everywhere: C is a multiple of 8 or 4, not of 16."""
+    dtype = getattr(torch, dtype)
+    x, weight = (
+        torch.empty(32, 28, 28, channels, dtype=dtype, device="meta"),
+        torch.empty(channels, 1, 7, 7, device="meta"),
+    )
+    form = dwconv_scalar if dtype == torch.float32 else dwconv_tensor_core
+    options = {} if dtype == torch.float32 else {"dtype": dtype}
+    with planned_for("sm_80"), recording() as launches:
+        _, stats = form(x, weight, None, None, out_dtype=dtype, flip=False, statistics=True, **options)
+        form(x, weight, None, x, out_dtype=dtype, flip=True, statistics=False, **options)
+        dwconv_wgrad(x, x, 7)
+        u, vector = x.flatten(0, 2), weight[:, 0, 0, 0]
+        layernorm_fwd(u, stats, vector, vector, 1e-6)
+        layernorm_bwd(u, u, stats, vector, 1e-6)
+    launches = [launch for launch in launches if not launch.name.endswith("sum_kernel")]
+    assert len(launches) == 6
+    for launch in launches:
+        made = analyse(specialise(launch, "sm_80"))
+        assert made.spills == 0, made
+        for name in {"x_ptr", "r_ptr", "u_ptr", "dn_ptr"} & (made.read.keys() - made.written.keys()):
+            assert min(made.read[name]) == width, (made.kernel, name, made.read)
+        for name in {"u_ptr", "n_ptr", "du_ptr"} & made.written.keys():
+            assert min(made.written[name]) == width, (made.kernel, name, made.written)
 
 
 def test_offsets_of_images_are_64_bit():
