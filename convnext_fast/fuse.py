@@ -94,6 +94,10 @@ def fuse(model: nn.Module, *, recompute: int | None = None, strict: bool = False
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
     if recompute not in (None, 0, 1, 2):
         raise ValueError(f"recompute is {recompute!r}: expected 0, 1 or 2, or None to leave it as it is")
+    for module in model.modules():
+        # A slice of a fused `torch.nn.Sequential` has its class, but is none.
+        if isinstance(module, FusedForward) and _PLAN not in vars(module):
+            module.__class__ = module._convnext_fast_host
     plans: list[tuple[nn.Module, Plan | PatchPlan | None]] = []
     left_alone: dict[str, str] = {}
     whole: list[str] = []

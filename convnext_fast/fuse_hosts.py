@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from .fuse_layers import (
@@ -27,6 +27,7 @@ from .fuse_layers import (
     dotted,
     follow,
     kind_of,
+    own_tensors,
     watch,
 )
 from .reference import ACTIVATION_FUNCTIONS
@@ -242,8 +243,7 @@ def _check_plain_weights(*layers: tuple[Path, nn.Module]) -> None:
 
 
 def _find_gamma(block: nn.Module, channels: int) -> str | None:
-    own: dict[str, Tensor] = dict(block.named_parameters(recurse=False))
-    own.update(block.named_buffers(recurse=False))
+    own = {name: tensor for name, tensor in own_tensors(block) if tensor is not None}
     if not own:
         return None
     (name, gamma), *more = own.items()

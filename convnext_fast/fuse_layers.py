@@ -41,11 +41,13 @@ class AnyPlan(Protocol):
         watched: the layers that are not called.
         weighted: paths of the layers whose weights the fused ops read.
         pair: the container whose children are to stay the two layers that are named, or None.
+        gamma: name of the only tensor that the module has of its own, or None for none.
     """
 
     watched: tuple[Watched, ...]
     weighted: tuple[Path, ...]
     pair: tuple[Path, tuple[str, ...]] | None
+    gamma: str | None
 
 
 def watch(path: Path, layer: nn.Module, skip: str = "") -> Watched:
@@ -57,7 +59,7 @@ def follow(block: nn.Module, path: Path) -> Any:
     """The layer at ``path``; None where there is none."""
     module: Any = block
     for name in path:
-        module = getattr(module, name, None)
+        module = None if module is None else module._modules.get(name)
     return module
 
 
@@ -69,14 +71,21 @@ def changed(block: nn.Module, plan: AnyPlan) -> str | None:
             return f"{dotted(path)} is now {kind_of(layer)}, not {kind.__name__}"
         if has_hooks(layer):
             return f"hooks on {dotted(path)}, which the fused forward does not call"
-        if "forward" in layer.__dict__:
+        now = layer.__dict__
+        if "forward" in now:
             return f"the forward of {dotted(path)} was replaced"
         for name, value in settings:
-            if getattr(layer, name, None) != value:
-                return f"{name} of {dotted(path)} is now {getattr(layer, name, None)!r}, not {value!r}"
+            if now.get(name) != value:
+                return f"{name} of {dotted(path)} is now {now.get(name)!r}, not {value!r}"
     for path in plan.weighted:
         if not is_plain(follow(block, path).weight):
             return f"the weight of {dotted(path)} is now {kind_of(follow(block, path).weight)}"
+    if plan.gamma is not None and getattr(block, plan.gamma, None) is None:
+        return f"its {plan.gamma} is gone"
+    for name, tensor in own_tensors(block):
+        # FullyShardedDataParallel keeps a parameter of its own, _flat_param, on what it wraps.
+        if tensor is not None and name != plan.gamma and not name.startswith("_"):
+            return f"it has a tensor {name} now"
     if plan.pair is not None:
         names = tuple(follow(block, plan.pair[0])._modules)
         if names != plan.pair[1]:
@@ -89,6 +98,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def own_tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
+    """The parameters and buffers of ``module`` itself, by name, absent ones too."""
+    return [*module._parameters.items(), *module._buffers.items()]
 
 
 def settings_of(module: nn.Module, skip: str = "") -> tuple[tuple[str, Any], ...]:

@@ -25,6 +25,7 @@ from .fuse_layers import (
     dotted,
     follow,
     kind_of,
+    own_tensors,
     watch,
 )
 
@@ -57,6 +58,11 @@ class PatchPlan(NamedTuple):
         """Of `AnyPlan`."""
         names = self.norm[-1], self.conv[-1]
         return self.norm[:-1], names[::-1] if self.stem else names
+
+    @property
+    def gamma(self) -> None:
+        """Of `AnyPlan`."""
+        return None
 
 
 class PatchLayer(NamedTuple):
@@ -98,6 +104,9 @@ def make_patch_plan(layer: PatchLayer) -> PatchPlan:
     pair = [((*layer.path, name), child) for name, child in holder.named_children()]
     if parametrize.is_parametrized(runner):
         raise Unfusable(f"the {kind_of(runner)} that runs it is parametrised")
+    own = [name for name, tensor in own_tensors(runner) if tensor is not None]
+    if own:
+        raise Unfusable(f"the {kind_of(runner)} that runs it has tensors of its own: {', '.join(own)}")
     check_forward(runner)
     following = _following(layer) if layer.path else None
     check_untouched((dotted(path), child) for path, child in pair)

@@ -300,6 +300,8 @@ CHANGES = {
     "hooks on pwconv1": lambda block: block.pwconv1.register_forward_hook(lambda *_: None),
     "act is now Hardswish": replace_activation,
     "dwconv is now Identity": lambda block: setattr(block, "dwconv", torch.nn.Identity()),
+    "its layer_scale_parameter is gone": lambda block: setattr(block, "layer_scale_parameter", None),
+    "it has a tensor bias now": lambda block: setattr(block, "bias", torch.nn.Parameter(torch.zeros(8))),
     "drop_path is now Dropout": lambda block: setattr(block, "drop_path", torch.nn.Dropout(0.5).eval()),
     "dwconv is now ParametrizedConv2d": lambda block: torch.nn.utils.parametrizations.weight_norm(block.dwconv),
     "padding of dwconv is now": lambda block: vars(block.dwconv).update(dilation=(2, 2), padding=(6, 6)),

@@ -245,6 +245,11 @@ def test_sequential_stays_one(image):
         assert (model.downsample(x) >= 0).all()
     unfuse(part)
     assert type(part) is nn.Sequential
+    unfuse(model)
+    fuse(model := official())
+    model.downsample = model.downsample[:]
+    assert "downsample" in fuse(model, strict=True).patch_layers
+    assert downsampled(model(image)) == 1
 
 
 class Lists(nn.Module):
@@ -324,6 +329,10 @@ REASONS = {
     "something else": (ActivatedAlone, "computes something else than a downsampling layer in evaluation"),
     "overridden": (Activated, "Activated overrides the forward of Pair"),
     "blocks first": (Reversed, "computes something else than a downsampling layer"),
+    "tensor of its own": (
+        lambda: changed(lambda pair: pair.register_parameter("scale", nn.Parameter(torch.ones(1)))),
+        "the Sequential that runs it has tensors of its own: scale",
+    ),
     "more children": (
         lambda: Stage(last=nn.Identity()),
         r"the Stage that runs it holds blocks \(ModuleList\), last \(Identity\)",
