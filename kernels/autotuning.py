@@ -49,8 +49,8 @@ class Share:
     times: float = 1.0
 
     def of(self, share: int, block: int) -> int:
-        """That many items, in whole blocks."""
-        return max(1, round(share * self.times / block)) * block
+        """That many items, in whole blocks; ``share`` itself, which a compiler may trace, for the default."""
+        return share if self.times == 1 else max(1, round(share * self.times / block)) * block
 
 
 SHARES = (Share(), Share(0.5), Share(2.0))

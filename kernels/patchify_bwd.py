@@ -295,7 +295,7 @@ def stem_bwd(
         patches = part.of(share, config.BLOCK_M)
         sums = torch.empty((triton.cdiv(P, patches), C * (depth + 3)), dtype=torch.float32, device=image.device)
         launch(
-            _stem_bwd_kernel, (len(sums), triton.cdiv(depth, block)),
+            _stem_bwd_kernel, (sums.shape[0], triton.cdiv(depth, block)),
             image, weight, bias, ln_weight, dout, dimage, sums, P, patches, HO, WO,
             *image.stride(), *(image if dimage is None else dimage).stride(), eps,
             C=C, CIN=CIN, KH=KH, KW=KW, PRECISION=dot_precision(dout), BLOCK_D=block, **config.meta(),
@@ -305,7 +305,7 @@ def stem_bwd(
     sums = run(fastest(_stem_bwd_kernel, run, SHARES, dout, P, (C, CIN, KH, KW, image.dtype, needs_image)))
     launch(
         _stem_sum_kernel, (triton.cdiv(C * (depth + 3), 64),),
-        sums, dw, db, dg, dbeta, len(sums), C * depth, C, ROWS=16, BLOCK=64, num_warps=4,
+        sums, dw, db, dg, dbeta, sums.shape[0], C * depth, C, ROWS=16, BLOCK=64, num_warps=4,
     )  # fmt: skip
     return dimage, dw, db, dg, dbeta
 
@@ -359,7 +359,7 @@ def downsample_bwd(
 
     given = C, N, KH, KW, x.dtype, dout.dtype
     D, db_sums, dg_sums = weights(fastest(_downsample_weight_kernel, weights, SHARES, wg, P, given))
-    shares = len(D)
+    shares = D.shape[0]
     launch(
         _downsample_fold_kernel, (triton.cdiv(N, 32) + 1, triton.cdiv(C, 64)),
         D, db_sums, dg_sums, weight, ln_weight, ln_bias, dw, db, dg, dbeta, shares, shares * rows * taps,
