@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .block import ConvNextBlockBase
 from .fuse_forward import run
 from .fuse_hosts import Plan, find_blocks, make_plan
-from .fuse_layers import Unfusable, changed, settings_of, takes_keywords
+from .fuse_layers import Unfusable, changed, others_of, settings_of, takes_keywords
 from .fuse_patches import PatchLayer, PatchPlan, find_patch_layers, make_patch_plan
 from .fuse_probe import confirm
 
@@ -246,7 +246,7 @@ def _plan_of(module: nn.Module, layer: PatchLayer | None, known: dict[Any, str |
         return plan
     plan = make_plan(module) if layer is None else make_patch_plan(layer)
     # Modules alike in everything but their weights and their rate of stochastic depth are run once.
-    alike = (type(module), settings_of(module), plan)
+    alike = (type(module), settings_of(module), others_of(module, [layer.path for layer in plan.watched]), plan)
     if alike not in known:
         try:
             confirm(module, plan)

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 Path = tuple[str, ...]
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -112,6 +113,24 @@ def settings_of(module: nn.Module, skip: str = "") -> tuple[tuple[str, Any], ...
         for name, value in vars(module).items()
         if not name.startswith("_") and name not in ("training", skip) and _is_setting(value)
     )
+
+
+def others_of(module: nn.Module, paths: Iterable[Path]) -> tuple[Any, ...]:
+    """What `settings_of` leaves out of ``module`` and of what it holds at ``paths``: the rest of their attributes.
+
+    By value where they are plain, or lists of plain ones, otherwise by identity. PyTorch's own layers have none that
+    matter.
+    """
+    found = []
+    for layer in (module, *(follow(module, path) for path in paths)):
+        if type(layer).__module__.startswith("torch."):
+            continue
+        for name, value in vars(layer).items():
+            if name in _OF_EVERY_MODULE or (not name.startswith("_") and _is_setting(value)):
+                continue
+            plain = tuple(value) if isinstance(value, list) else value
+            found.append((name, plain if _is_setting(plain) else id(value)))
+    return tuple(found)
 
 
 def _is_setting(value: Any) -> bool:

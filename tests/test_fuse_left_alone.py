@@ -233,6 +233,23 @@ def test_one_block_left_alone_does_not_keep_the_others():
     assert list(report.left_alone) == ["encoder.stages.1.layers.0"]
 
 
+class Applying(Plain):
+    """Applies a function to the branch."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return x + self.function(self.branch(x))
+
+
+def test_blocks_that_differ_by_a_function_are_each_run():
+    report = fuse(nn.Sequential(Applying(torch.clone), Applying(torch.neg), Applying(torch.clone)))
+    assert report.fused == ("0", "2")
+    assert report.left_alone == {"1": "its forward computes something else than a ConvNeXt block in evaluation"}
+
+
 @pytest.mark.parametrize("affine", [{}, {"bias": False}, {"elementwise_affine": False}])
 def test_blocks_of_nobodys_library_are_found(affine):
     """By what they hold: the names, the hidden width and the parts of LayerNorm's affine are free."""
