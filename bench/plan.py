@@ -22,7 +22,7 @@ LONGEST_CALL = 10.0
 """Seconds, by the roofline: what would take longer is not run, and has a row that says so."""
 # Batches of the quick study: for a CPU, and for an accelerator.
 _QUICK_BATCHES = {
-    True: {"inference": (1, 8), "training": (2,)},
+    True: {"inference": (1, 8), "training": (8,)},
     False: {"inference": (1, 128), "training": (64,)},
 }
 

@@ -12,7 +12,7 @@ Row = dict[str, Any]
 # Colours that stay apart for colour-blind readers (Okabe and Ito), ours in the warm ones.
 _PEERS = ("#999999", "#000000", "#0072B2", "#56B4E9", "#009E73", "#7F7FBF", "#5D3A9B", "#1A6B3C")
 _PANELS_ACROSS = 3
-_OURS = ("#D55E00", "#E69F00", "#CC79A7", "#F0E442", "#B22222", "#8B4513")
+_OURS = ("#D55E00", "#E69F00", "#CC79A7", "#F0E442", "#B22222", "#8B4513", "#FF9DA7")
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[str]:

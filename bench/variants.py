@@ -55,6 +55,7 @@ class Recipe:
     """How a contender runs. ``compile``: keyword arguments of `torch.compile`, or None; ``only``: a kind of device."""
 
     fused: bool = False
+    recompute: int = 1
     frozen: bool = False
     channels_last: bool = False
     compile: dict[str, Any] | None = None
@@ -78,6 +79,7 @@ RECIPES = {
     "ONNX Runtime": Recipe(runtime="onnxruntime", modes=INFERENCE, only="cpu"),
     "OpenVINO": Recipe(runtime="openvino", modes=INFERENCE, only="cpu"),
     "fused": Recipe(fused=True),
+    "fused, recompute 0": Recipe(fused=True, recompute=0, modes=TRAINING),
     "frozen": Recipe(fused=True, frozen=True, modes=INFERENCE),
     "frozen + compile": Recipe(fused=True, frozen=True, compile={}, modes=INFERENCE),
     "frozen + CUDA graph": Recipe(fused=True, frozen=True, graph=True, modes=INFERENCE, only="cuda"),
@@ -183,6 +185,7 @@ def build(recipe: Recipe, subject: Subject) -> Job:
         first = subject.images[0].numpy()
         return Job(lambda: lambda: run(next(arrays)), lambda: [torch.from_numpy(run(first))[subject.checked]])
     model = subject.model(recipe.fused)
+    model.recompute = recipe.recompute
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     images = [image.contiguous(memory_format=layout) for image in subject.images]
     if recipe.channels_last:
