@@ -47,7 +47,7 @@ def _cases(groups, besides=()):
 # 768 (three), written by fc1 and read by fc2. One kernel for both would leave them on the chip, and be slower. At 384,
 # 64 pixels a program are what fits the registers (128 spill 163 to 361 instructions on sm_90), and each program reads
 # both weights, 2·384·1536·2 B = 2.36 MB: 925 MB for the 25,088 pixels of batch 128, through L2 about 0.17 ms at
-# 5.5 TB/s, where the products take 59.2 GFLOP, 0.06 ms on an H100, and the hidden activations' way through DRAM, 154 MB,
+# 5.5 TB/s. The products are 59.2 GFLOP, 0.06 ms on an H100, and the hidden activations' way through DRAM is 154 MB,
 # 0.05 ms. Modelled, not measured.
 #
 # Recomputation level 2 is level 1 and 8.6 MB: every block reads x and writes u once more, 2·2 B an element; the rest,
