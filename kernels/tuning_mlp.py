@@ -83,20 +83,25 @@ def norm_blocks(stats: Tensor | None, channels: int, dtype: torch.dtype) -> tupl
 
 
 def dot_precision(tensor: Tensor) -> str:
-    """Triton's ``input_precision``: "tf32" for float32 where PyTorch's switch allows it, else "ieee"."""
-    allowed = tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+    """Triton's ``input_precision``: "tf32" for float32 where PyTorch's switch allows it, else "ieee".
+
+    ``fp32_precision``, of PyTorch 2.9, tells what the older switches were set to as well; ``allow_tf32`` raises where
+    the newer one was set.
+    """
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if tensor.dtype == torch.float32 and allowed else "ieee"
 
 
 def fused_configs(channels: int, hidden: int, lean: bool) -> tuple[FusedConfig, ...]:
     """Configurations of the one-kernel forward, the default first; ``lean``: a is not saved, the residual has 16 bits.
 
     Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
-    as 8 warps would. Else 16 rows a warp. Steps of 64 hidden units, or 32 where a step of 64 would be half empty or
-    would spill.
+    as 8 warps would. Else 16 rows a warp, half of them where a wide residual would spill. Steps of 64 hidden units, or
+    32 where a step of 64 would be half empty or would spill.
     """
     deep = 64 if hidden % 64 == 0 and (lean or channels <= 160) else 32
-    wide = FusedConfig(BLOCK_M=128, BLOCK_K=deep, num_warps=8, num_stages=2)
+    wide = FusedConfig(BLOCK_M=128 if lean or channels <= 160 else 64, BLOCK_K=deep, num_warps=8, num_stages=2)
     others = (
         dataclasses.replace(wide, BLOCK_K=32, num_stages=3),
         FusedConfig(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2),
@@ -122,9 +127,9 @@ def gemm_configs(columns: int, dtype: torch.dtype) -> tuple[GemmConfig, ...]:
     )
 
 
-def statistics_first(target: str) -> bool:
+def statistics_first(channels: int, target: str) -> bool:
     """Whether fc1 merges LayerNorm's statistics before its product or after: the order that spills no register."""
-    return target in WARP_GROUPS
+    return target in WARP_GROUPS or (target == "sm_80" and channels > 768)
 
 
 def input_grad_config(channels: int, target: str) -> FusedConfig:
@@ -165,7 +170,11 @@ def stem_config(channels: int, depth: int, dtype: torch.dtype, target: str) -> G
 
 
 def downsample_config(rows: int, columns: int, depth: int, dtype: torch.dtype, target: str) -> GemmConfig:
-    """Configuration of the downsampling GEMM: its left operand is normalised in registers on the way."""
+    """Configuration of the downsampling GEMM: its left operand is normalised in registers on the way.
+
+    Of float32 x a warp group holds too much for two, so warp groups come in pairs.
+    """
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
-    return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=2)
+    warps = 8 if target in WARP_GROUPS else 4
+    return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=warps, num_stages=2)

@@ -85,6 +85,18 @@ def test_logits_loss_and_gradients_are_as_good_as_eager(mode):
         assert square <= most, name
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_tf32_changes_nothing_on_a_cpu(fused):
+    model, x, labels = build(fused), torch.randn(2, 3, 32, 40), torch.tensor([0, 1])
+    before = step(model, x, labels)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        after = step(model, x, labels)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 # LayerNorm in float16
 
 

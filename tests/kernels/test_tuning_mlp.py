@@ -1,8 +1,9 @@
 from itertools import pairwise
 
 import pytest
+import torch
 from convnext_fast.kernels.targets import TARGETS
-from convnext_fast.kernels.tuning_mlp import split_width
+from convnext_fast.kernels.tuning_mlp import dot_precision, split_width
 
 TUNED = (40, 48, 64, 80, 96, 128, 160, 192)
 
@@ -19,3 +20,31 @@ def test_parts_cover_the_width_and_waste_little(target):
         assert covered >= channels
         assert covered - parts[-1][1] < channels
         assert channels not in TUNED or covered <= 1.2 * channels
+
+
+@pytest.fixture
+def matmul():
+    """PyTorch's switches for float32 products, put back afterwards to what they are in a new process."""
+    yield torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision("highest")
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("chosen", ["tf32", "ieee"])
+@pytest.mark.parametrize("switch", ["allow_tf32", "set_float32_matmul_precision", "fp32_precision", "of all backends"])
+def test_products_in_float32_follow_each_of_the_switches(matmul, switch, chosen):
+    x = torch.zeros(1)
+    assert dot_precision(x) == "ieee"
+    if switch == "allow_tf32":
+        matmul.allow_tf32 = chosen == "tf32"
+    elif switch == "set_float32_matmul_precision":
+        torch.set_float32_matmul_precision("high" if chosen == "tf32" else "highest")
+    elif not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("PyTorch 2.9 brought this switch")
+    elif switch == "fp32_precision":
+        matmul.fp32_precision = chosen
+    else:
+        torch.backends.fp32_precision = chosen
+    assert dot_precision(x) == chosen
+    assert dot_precision(x.half()) == "ieee"

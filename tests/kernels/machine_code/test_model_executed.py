@@ -27,11 +27,18 @@ def through_kernels(emulating, monkeypatch):
         (torch.bfloat16, 2),
         pytest.param(torch.bfloat16, 0, marks=pytest.mark.thorough),
         pytest.param(torch.float16, 1, marks=pytest.mark.thorough),
-        pytest.param(torch.float32, 1, marks=pytest.mark.thorough),
     ],
 )
 def test_training_step(dtype, recompute, through_kernels):
     check_training_step(dtype, recompute, through_kernels)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_training_step_in_float32(precision, recompute, through_kernels):
+    """With TF32, which rounds operands to 11 bits, and without."""
+    error = check_training_step(torch.float32, recompute, through_kernels)
+    assert (error > 2**-14) == (precision == "tf32")
 
 
 @pytest.mark.parametrize(
