@@ -109,6 +109,8 @@ def patchify_stem(
     image: Tensor, norm: tuple[Tensor, Tensor], conv: tuple[Tensor, Tensor | None], eps: float, fused: bool
 ) -> Tensor:
     """`ops.patchify_stem` or `reference.patchify_stem`, (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
+    if image.dim() == 4 and image.shape[1] != conv[0].shape[1]:
+        raise ValueError(f"the image has {image.shape[1]} channels: expected {conv[0].shape[1]}")
     function = ops.patchify_stem if fused else reference.patchify_stem
     y = function(image, *conv, *norm, eps=eps).permute(0, 3, 1, 2)
     # Autocast has LayerNorm, and with it the host's residual stream, in float32 on every device but a CPU.

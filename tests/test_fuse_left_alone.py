@@ -260,6 +260,16 @@ def test_blocks_of_nobodys_library_are_found(affine):
     assert (twin(x) - block(x)).norm() <= 1e-5 * block(x).norm()
 
 
+def test_wrong_arguments_are_named():
+    model = ConvNextModel(ConvNextConfig(hidden_sizes=[8], depths=[1], num_stages=1))
+    for level in (3, -1, "1"):
+        with pytest.raises(ValueError, match=f"recompute is {level!r}: expected 0, 1 or 2, or None"):
+            fuse(model, recompute=level)
+    fuse(model)
+    with pytest.raises(ValueError, match="the image has 1 channels: expected 3"):
+        model(torch.randn(2, 1, 32, 32))
+
+
 def test_other_networks_hold_no_block():
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1))
     assert "no ConvNeXt block found" in str(fuse(network))
