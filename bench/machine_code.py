@@ -23,6 +23,7 @@ from bench.analysis import Compiled, analyse_all
 from bench.chips import CHIP_OF, Chip
 from bench.compilation import Launch
 from bench.counts import BUDGETS, COUNTED, PEERS, Counts, count_tiny, flops, output_elements, programs, traffic
+from bench.executed import BATCH, instructions_per_output
 from bench.recording import MODES, Specialised
 from bench.sweep import DTYPES, Kernel, Pass, collect, faults, large_tile, passes
 from convnext_fast.config import VARIANTS
@@ -50,8 +51,11 @@ def modelled(launch: Launch, moved: int, work: int | None, kind: str, chip: Chip
     return 1e6 * max(memory, stretched), 1e6 * max(memory, arithmetic)
 
 
-def row(kernel: Kernel, compiled: Compiled) -> dict[str, Any]:
-    """What is known of one compiled kernel, of its first launch where launches differ."""
+def row(kernel: Kernel, compiled: Compiled, executed: float | None) -> dict[str, Any]:
+    """What is known of one compiled kernel, of its first launch where launches differ.
+
+    ``executed``: thread instructions an output, None where they are not counted (executed.py).
+    """
     specialised, launch, dtype = kernel.specialised, kernel.launches[0], kernel.first.dtype
     chip = CHIP_OF[specialised.target]
     read, written = traffic(launch, compiled, kernel.own)
@@ -76,6 +80,7 @@ def row(kernel: Kernel, compiled: Compiled) -> dict[str, Any]:
             if isinstance(value, (int, str, bool))
         },
         "instructions": compiled.instructions,
+        "instructions_per_output": executed,
         "matrix": compiled.matrix,
         "large_tile": large_tile(launch),
         "read_widths": compiled.read,
@@ -94,7 +99,8 @@ def rows(chosen: list[Pass], **options: Any) -> list[dict]:
     """`row` of every kernel that the passes make Triton compile, each once, as `collect` gives them."""
     kernels = list(collect(chosen, **options))
     described = analyse_all([kernel.specialised for kernel in kernels])
-    return [row(*each) for each in zip(kernels, described, strict=True)]
+    executed = instructions_per_output(chosen, **options)
+    return [row(*each, executed.get(each[0].specialised.key)) for each in zip(kernels, described, strict=True)]
 
 
 def summary_table(found: list[dict], chosen: list[Pass]) -> Table:
@@ -120,13 +126,18 @@ def summary_table(found: list[dict], chosen: list[Pass]) -> Table:
 
 def kernel_table(found: list[dict], title: str) -> Table:
     """The rows as a table."""
-    table = Table(title=title, caption="µs are modelled from counted bytes and FLOPs and data sheets, not measured")
+    table = Table(
+        title=title,
+        caption="µs are modelled from counted bytes and FLOPs and data sheets, not measured. Instructions an output: "
+        f"thread instructions counted as executed for {BATCH} images by an emulator of sm_80, over elements of the "
+        "largest tensor written; other targets' code, and launches that differ at 128 images, are not executed.",
+    )
     table.add_column("kernel", no_wrap=True)
     table.add_column("shape")
     for name in ("target", "×", "regs", "spills", "shared", "occ."):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("static instructions, %")
-    for name in ("B/output", "modelled µs", "of roofline"):
+    for name in ("instr./output", "B/output", "modelled µs", "of roofline"):
         table.add_column(name, justify="right")
     for each in found:
         total = sum(each["instructions"].values())
@@ -143,6 +154,7 @@ def kernel_table(found: list[dict], title: str) -> Table:
             f"{each['shared'] / 1024:.0f} KiB",
             f"{each['occupancy']:.0%}",
             " ".join(f"{name} {100 * n / total:.0f}" for name, n in mix),
+            f"{each['instructions_per_output']:.1f}" if each["instructions_per_output"] else "",
             f"{each['bytes_per_output']:.1f}" if each["bytes_per_output"] else "",
             f"{each['modelled_us']:.1f}" if known else "FLOPs not counted",
             f"{each['roofline_us'] / each['modelled_us']:.0%}" if known and each["modelled_us"] else "",

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -40,23 +38,6 @@ def poisoned() -> Iterator[None]:
     finally:
         for name in names:
             setattr(torch, name, real[name])
-
-
-def emulator_path() -> Path | None:
-    """Folder that holds the package ``sass_emulator``, or None where the tool is not there."""
-    named = os.environ.get("CONVNEXT_FAST_SASS_EMULATOR")
-    folder = Path(named) if named else Path(__file__).resolve().parents[3] / "shared" / "tools"
-    return folder if (folder / "sass_emulator").is_dir() else None
-
-
-def import_emulator():
-    """The ``sass_emulator`` module; the caller has checked ``emulator_path()``."""
-    folder = str(emulator_path())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    import sass_emulator
-
-    return sass_emulator
 
 
 def errors(actual: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:

@@ -8,7 +8,8 @@ import os
 
 import pytest
 import torch
-from kernel_support import emulator_path, import_emulator
+
+from bench.emulator import emulator_path, import_emulator
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore_glob = ["test_*.py"]
