@@ -227,7 +227,7 @@ def downsample_fwd(x: Tensor, wg: Tensor, bg: Tensor, eps: float, out_dtype: tor
     HO, WO = H // KH, W // KW
     P = B * HO * WO
     out = torch.empty((B, HO, WO, N), dtype=out_dtype, device=x.device)
-    config = downsample_config(P, N, C, wg.dtype, target_of(x))
+    config = downsample_config(wg.dtype, x.dtype != wg.dtype)
     launch(
         _downsample_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),),
         x, wg, bg, out, P, H, W, HO, WO, eps,

@@ -144,7 +144,7 @@ def fc1(
             _fc1_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),),
             u, stats, w1g, b1g, h, a, P, C, eps,
             C=C, K=K, CB=CB, NB=NB,
-            ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u), EARLY=statistics_first(target_of(u)),
+            ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u), EARLY=statistics_first(C, target_of(u)),
             **config.meta(),
         )  # fmt: skip
 

