@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import launch
-from .targets import target_of
 from .tuning_mlp import dot_precision, downsample_config, stem_config
 
 
@@ -197,7 +196,7 @@ def stem_fwd(
     HO, WO = H // KH, W // KW
     P = N * HO * WO
     out = torch.empty((N, HO, WO, C), dtype=dtype, device=image.device)
-    config = stem_config(C, CIN * KH * KW, dtype, target_of(image))
+    config = stem_config(C)
     launch(
         _stem_kernel, (triton.cdiv(P, config.BLOCK_M),),
         image, weight, bias, ln_weight, ln_bias, out, P, HO, WO, *image.stride(), eps,

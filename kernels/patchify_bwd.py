@@ -289,7 +289,7 @@ def stem_bwd(
     covered = image.shape[2] % KH == 0 and image.shape[3] % KW == 0
     dimage = _gradient_like(image, covered) if needs_image else None
     dw, db, dg, dbeta = (None if p is None else torch.empty_like(p) for p in (weight, bias, ln_weight, ln_bias))
-    config, block, share = stem_bwd_config(P, C, depth, dout.dtype, target_of(image))
+    config, block, share = stem_bwd_config(P, C, depth, target_of(image))
 
     def run(part: Share) -> Tensor:
         patches = part.of(share, config.BLOCK_M)
@@ -338,7 +338,7 @@ def downsample_bwd(
 
     shape = {"C": C, "N": N, "KH": KH, "KW": KW, "PRECISION": dot_precision(wg)}
     stats = partial(taps, P, 2)
-    config = downsample_input_config(C, dtype, target)
+    config = downsample_input_config(C, dtype)
     launch(
         _downsample_input_kernel, (triton.cdiv(P, config.BLOCK_M), taps),
         dout, x, wg, dx, stats, P, H, W, HO, WO, N, eps, **shape, **config.meta(),

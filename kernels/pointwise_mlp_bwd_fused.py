@@ -216,7 +216,7 @@ def fused_bwd(
     shape = {"C": C, "K": K, "PARTS": split_width(C, target), "CB": CB, "NB": NB}
     shape |= {"ACT": act, "FORM": gelu_form(u.dtype), "PRECISION": dot_precision(u)}
     du = torch.empty_like(u)
-    config = input_grad_config(C, target)
+    config = input_grad_config()
     programs = triton.cdiv(P, config.BLOCK_M)
     dz_sum = torch.empty((programs, C), dtype=torch.float32, device=u.device)
     launch(

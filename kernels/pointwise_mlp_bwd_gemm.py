@@ -225,12 +225,12 @@ def gemm_bwd(
         CB=CB, NB=NB, ACT=act, FORM=gelu_form(u.dtype), **shape, **config.meta(),
     )  # fmt: skip
     du = torch.empty_like(u)
-    config = input_grad_config(C, u.dtype, target)
+    config = input_grad_config(C, u.dtype)
     launch(
         _input_grad_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(C, config.BLOCK_N),),
         da, w1g, u, stats, means, du, P, K, columns, eps, CB=CB, NB=NB, **shape, **config.meta(),
     )  # fmt: skip
-    config, share = weight_grad_config(P, C, K, u.dtype, target)
+    config, share = weight_grad_config(P, C, K, u.dtype, target, dy.dtype != u.dtype)
 
     def weights(part: Share) -> Sums:
         pixels = part.of(share, config.BLOCK_K)

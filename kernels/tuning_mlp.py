@@ -132,7 +132,7 @@ def statistics_first(channels: int, target: str) -> bool:
     return target in WARP_GROUPS or (target == "sm_80" and channels > 768)
 
 
-def input_grad_config(channels: int, target: str) -> FusedConfig:
+def input_grad_config() -> FusedConfig:
     """Configuration of the backward kernel that owns pixels: 16 rows a warp, which hold x̂, dz' and dx̂."""
     return FusedConfig(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2)
 
@@ -154,7 +154,8 @@ def weight_grad_config(rows: int, channels: int, hidden: int, target: str, lean:
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=1)
     elif channels <= 96:
         block_rows = 32 if narrow and channels <= 48 else 16
-        config = FusedConfig(BLOCK_M=block_rows, BLOCK_K=32, num_warps=2, num_stages=2)
+        stages = 2 if lean or channels < 96 else 1
+        config = FusedConfig(BLOCK_M=block_rows, BLOCK_K=32, num_warps=2, num_stages=stages)
     else:
         config = FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=2)
     chunks = triton.cdiv(hidden, config.BLOCK_K)
@@ -162,7 +163,7 @@ def weight_grad_config(rows: int, channels: int, hidden: int, target: str, lean:
     return config, triton.cdiv(triton.cdiv(rows, shares), config.BLOCK_M) * config.BLOCK_M
 
 
-def stem_config(channels: int, depth: int, dtype: torch.dtype, target: str) -> GemmConfig:
+def stem_config(channels: int) -> GemmConfig:
     """Configuration of the stem: all channels in a program, and as many rows as 16,384 sums allow."""
     width = max(16, triton.next_power_of_2(channels))
     rows = min(64, max(16, 8192 // width))

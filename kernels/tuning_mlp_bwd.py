@@ -27,7 +27,7 @@ def hidden_grad_config(channels: int, dtype: torch.dtype, target: str) -> GemmCo
     return GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=32, num_warps=4 if target == "gfx942" else 8, num_stages=3)
 
 
-def input_grad_config(columns: int, dtype: torch.dtype, target: str) -> GemmConfig:
+def input_grad_config(columns: int, dtype: torch.dtype) -> GemmConfig:
     """Configuration of dx̂ = da·w1g with LayerNorm's backward in its epilogue."""
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
@@ -35,25 +35,25 @@ def input_grad_config(columns: int, dtype: torch.dtype, target: str) -> GemmConf
 
 
 def weight_grad_config(
-    rows: int, channels: int, hidden: int, dtype: torch.dtype, target: str
+    rows: int, channels: int, hidden: int, dtype: torch.dtype, target: str, wide: bool
 ) -> tuple[GemmConfig, int]:
     """(configuration, pixels of a share) of D and E: tiles of (hidden units, channels), BLOCK_K pixels a step.
 
-    As many shares as fill every processor with about two programs; a share is a multiple of BLOCK_K.
+    ``wide``: dy is float32 beside u of 16 bits; without warp groups 8 warps then keep it from spilling. As many shares
+    as fill every processor with about two programs; a share is a multiple of BLOCK_K.
     """
     if dtype == torch.float32:
         config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
     else:
         columns = 128 if channels % 128 == 0 else 64
-        config = GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=32, num_warps=4, num_stages=3)
+        warps = 8 if wide and target in ("sm_80", "sm_120") else 4
+        config = GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=32, num_warps=warps, num_stages=3)
     tiles = 2 * triton.cdiv(hidden, config.BLOCK_M) * triton.cdiv(channels, config.BLOCK_N)
     shares = max(1, 2 * PROCESSORS[target] // tiles)
     return config, triton.cdiv(triton.cdiv(rows, shares), config.BLOCK_K) * config.BLOCK_K
 
 
-def stem_bwd_config(
-    rows: int, channels: int, depth: int, dtype: torch.dtype, target: str
-) -> tuple[GemmConfig, int, int]:
+def stem_bwd_config(rows: int, channels: int, depth: int, target: str) -> tuple[GemmConfig, int, int]:
     """(configuration, elements of a patch of a program, patches of a share) of the stem's backward.
 
     All channels in a program, as in ``stem_config``, and of the weight's gradient what spills no register. 32 rows give
@@ -67,7 +67,7 @@ def stem_bwd_config(
     return config, block, triton.cdiv(triton.cdiv(max(rows, 1), shares), config.BLOCK_M) * config.BLOCK_M
 
 
-def downsample_input_config(channels: int, dtype: torch.dtype, target: str) -> GemmConfig:
+def downsample_input_config(channels: int, dtype: torch.dtype) -> GemmConfig:
     """Configuration of the downsampling's input gradient: a row's channels in one tile, up to 256, else in several."""
     width = max(16, triton.next_power_of_2(channels))
     if dtype == torch.float32:
