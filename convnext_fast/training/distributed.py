@@ -75,7 +75,7 @@ def _part_of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
     """
     own = uuid.uuid4().hex
     if rank == 0:
-        store.set("name", own)
+        store.set("convnext_fast", own)
         for other in range(1, world):
             store.set(store.get(f"{own}/{other}").decode(), own)
         return dist.PrefixStore(own, store)
@@ -83,7 +83,7 @@ def _part_of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
     while not store.check([own]):
         if time.monotonic() > deadline:
             raise TimeoutError(f"process {rank} of {world}: the first has not come within {store.timeout}")
-        store.set(f"{store.get('name').decode()}/{rank}", own)
+        store.set(f"{store.get('convnext_fast').decode()}/{rank}", own)
         time.sleep(0.1)
     return dist.PrefixStore(store.get(own).decode(), store)
 
