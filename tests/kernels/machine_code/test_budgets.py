@@ -41,7 +41,7 @@ def _cases(groups, besides=()):
     return [case for case in found if case not in besides]
 
 
-# Under autocast, x in float32 and weights in 16 bits: spills that no launch configuration avoids, the most of any target.
+# Under autocast (x in float32, weights in 16 bits): spills that no launch configuration avoids, the most of any target.
 SPILLS = {"dwconv_gluon_kernel": 86, "dwconv_wgrad_tensor_core_kernel": 18}
 
 # What is reached, per pass of ConvNeXt-T at batch 128, where BUDGETS are missed or not set.
