@@ -61,7 +61,9 @@ def assert_no_worse(ours, theirs):
     ratio = (torch.tensor(ours) / torch.tensor(theirs)).log()
     assert torch.isfinite(ratio).all()
     chance = 3 * ratio.std() / len(ratio) ** 0.5
-    assert ratio.mean() <= math.log(1.1) + chance.clamp(max=math.log(2)), f"{ratio.mean().exp():.3f} times eager's, ± {chance:.3f}"
+    assert ratio.mean() <= math.log(1.1) + chance.clamp(max=math.log(2)), (
+        f"{ratio.mean().exp():.3f} times eager's, ± {chance:.3f}"
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
