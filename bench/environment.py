@@ -125,8 +125,10 @@ def roofline(device: torch.device, measured: Roofline) -> Roofline:
     target = next((target for known, target in _SHEETS.items() if known in name), None)
     if device.type != "cuda" or target is None:
         return measured
+    from convnext_fast.kernels.tuning_mlp import dot_precision  # needs Triton, which a CPU's benchmarks do without
+
     chip = CHIP_OF[target]
-    fp32 = chip.tf32_flops if torch.backends.cuda.matmul.allow_tf32 else chip.fp32_flops
+    fp32 = chip.tf32_flops if dot_precision(torch.empty(0)) == "tf32" else chip.fp32_flops
     rates = {"float32": fp32, "bfloat16": chip.tensor_flops, "float16": chip.tensor_flops}
     return Roofline(rates, chip.bandwidth, f"data sheet: {chip.name}")
 
