@@ -75,7 +75,8 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     add("batch_size", at_least(1), "images a step, of all processes together")
     add("lr", positive, "learning rate after the warm-up")
     add("min_lr", positive, "learning rate at the end")
-    add("warmup_epochs", positive, "length of the linear warm-up")
+    warmup = "length of the linear warm-up (5, or a fifth of the epochs if that is less)"
+    command.add_argument("--warmup-epochs", type=positive, help=warmup)
     add("weight_decay", positive, "of AdamW, on matrices and convolutions")
     add("layer_decay", positive, "learning rate of each layer relative to the next; 1 for none, 0.8 for fine-tuning")
     add("clip_grad", positive, "largest norm of the gradient; 0 for no clipping")

@@ -226,6 +226,11 @@ def test_the_average_follows_its_formula():
     assert not any(p.requires_grad for p in ema.module.parameters())
 
 
+def test_short_runs_warm_up_for_a_fifth():
+    assert [TrainingOptions(epochs=n).warmup_epochs for n in (1, 2, 25, 300)] == [0.2, 0.4, 5.0, 5.0]
+    assert TrainingOptions(epochs=2, warmup_epochs=0).warmup_epochs == 0
+
+
 @pytest.mark.parametrize(
     ("field", "value", "error"),
     [

@@ -18,7 +18,7 @@ class TrainingOptions:
         epochs: passes over the training pictures.
         batch_size: pictures a step, of all processes together.
         lr, min_lr: learning rate after the warm-up and at the end of the cosine.
-        warmup_epochs: length of the linear warm-up; may be a fraction.
+        warmup_epochs: length of the linear warm-up; may be a fraction; None: 5, at most a fifth of the epochs.
         weight_decay: of AdamW, on matrices and convolutions only.
         betas: of AdamW.
         layer_decay: the learning rate of each layer is this times that of the layer after it; 1 for none.
@@ -40,7 +40,7 @@ class TrainingOptions:
     batch_size: int = 128
     lr: float = 5e-4
     min_lr: float = 1e-6
-    warmup_epochs: float = 5.0
+    warmup_epochs: float | None = None
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     layer_decay: float = 1.0
@@ -61,7 +61,7 @@ class TrainingOptions:
                 raise TypeError(f"{name} is {value!r}: expected an integer of at least {least}")
             if value < least:
                 raise ValueError(f"{name} is {value}: expected an integer of at least {least}")
-        for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "mixup", "cutmix"):
+        for name in ("lr", "min_lr", "weight_decay", "clip_grad", "mixup", "cutmix"):
             self._check(name, 0.0, math.inf)
         for name in ("label_smoothing", "ema"):
             self._check(name, 0.0, 1.0)
@@ -71,6 +71,9 @@ class TrainingOptions:
             raise ValueError(f"layer_decay is {self.layer_decay}: expected a number in (0, 1]")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr is {self.min_lr}: expected at most lr, {self.lr}")
+        if self.warmup_epochs is None:
+            object.__setattr__(self, "warmup_epochs", min(5.0, self.epochs / 5))
+        self._check("warmup_epochs", 0.0, math.inf)
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs is {self.warmup_epochs}: expected at most epochs, {self.epochs}")
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
