@@ -96,7 +96,7 @@ class ConvNextBlockBase(Freezable):
         return y.permute(0, 3, 1, 2)
 
     def fold(self) -> FrozenBlock:
-        """LayerNorm's affine and γ folded into the linear layers."""
+        """LayerNorm's affine and γ folded into the linear layers, and a copy of the convolution."""
         dwconv, norm, fc1, fc2, gamma = self.parts()
         mlp = fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma
         return freeze_block(dwconv.weight, dwconv.bias, norm.weight, norm.bias, *mlp)

@@ -94,7 +94,7 @@ def freeze_block(
 def freeze_downsample(ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None) -> FrozenDownsample:
     """LayerNorm's affine folded into a patch convolution, weight (C', C, kh, kw), for the dtype of ``weight``."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    taps, (g, beta) = weight.to(wide), (affine.to(wide)[:, None, None] for affine in (ln_weight, ln_bias))
-    shift = (taps * beta).sum((1, 2, 3))
-    folded = (taps * g).to(weight.dtype, memory_format=torch.channels_last)
+    taps = weight.to(wide)
+    shift = (taps * ln_bias.to(wide)[:, None, None]).sum((1, 2, 3))
+    folded = (taps * ln_weight.to(wide)[:, None, None]).to(weight.dtype, memory_format=torch.channels_last)
     return FrozenDownsample(folded, shift if bias is None else shift + bias.to(wide))

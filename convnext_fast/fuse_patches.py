@@ -167,6 +167,3 @@ def _check_conv(path: Path, conv: nn.Module) -> tuple[int, int]:
     if conv.padding not in ((0, 0), "valid"):
         raise Unfusable(f"{where} has padding {conv.padding!r}: expected none")
     return conv.out_channels, conv.in_channels
-
-
-__all__ = ["PatchLayer", "PatchPlan", "find_patch_layers", "make_patch_plan"]

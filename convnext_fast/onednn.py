@@ -12,6 +12,8 @@ whose filters are the maps of du, and oneDNN's forward kernel is fast at any fil
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,14 +56,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = Non
 
     ``frozen``: the weight never changes, so that it is kept in oneDNN's own layout as long as it lives.
     """
-    weight = _packed(weight, x.shape[0]) if frozen else weight
+    weight = _packed(weight, torch.ops.mkldnn._reorder_linear_weight, x.shape[0]) if frozen else weight
     attribute, algorithm = ("none", "") if act is None else _FUSED_ACTIVATIONS[act]
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, attribute, [], algorithm)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, frozen: bool = False) -> Tensor:
     """residual + x·weightᵀ + bias; ``frozen``: as in `linear`."""
-    weight = _packed(weight, x.shape[0]) if frozen else weight
+    weight = _packed(weight, torch.ops.mkldnn._reorder_linear_weight, x.shape[0]) if frozen else weight
     return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
 
 
@@ -72,20 +74,16 @@ def frozen_convolution(
 
     Otherwise oneDNN brings the weight into its layout on every call, which costs more than a small image itself.
     """
-    packed = _PACKED.get(weight)
-    if packed is None:
-        size = list(x.shape)
-        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, [1, 1], groups, size)
-        _PACKED[weight] = packed
-    call = torch.ops.mkldnn._convolution_pointwise.default
+    reorder, call = torch.ops.mkldnn._reorder_convolution_weight, torch.ops.mkldnn._convolution_pointwise.default
+    packed = _packed(weight, reorder, padding, stride, [1, 1], groups, list(x.shape))
     return call(x, packed, bias, padding, stride, [1, 1], groups, "none", [], "")
 
 
-def _packed(weight: Tensor, rows: int) -> Tensor:
-    """The weight in the layout that oneDNN prefers for so many rows when first asked."""
+def _packed(weight: Tensor, reorder: Callable[..., Tensor], *sizes: Any) -> Tensor:
+    """The weight in the layout that oneDNN prefers for the sizes with which it is first asked for."""
     packed = _PACKED.get(weight)
     if packed is None:
-        packed = _PACKED[weight] = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        packed = _PACKED[weight] = reorder(weight, *sizes)
     return packed
 
 

@@ -136,6 +136,24 @@ def test_pointwise_mlp(shape, dtype, residual, recompute, act, seed):
     assert max(relative_error(a, b) for a, b in zip(fused, plain, strict=True)) <= BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+def test_more_rows_than_one_block_of_them_holds(recompute, act):
+    """Nothing that is kept for the backward pass is written over: a second one gives the same bits."""
+    parameters = block_parameters(5, 20, 7, torch.float64)
+    x = activations((1, 47, 50, 5), torch.float64, "contiguous")
+    leaves, cotangent = [x, *parameters.values()], torch.randn(x.shape, dtype=torch.float64)
+    y = ops.convnext_block(x, **parameters, act=act, recompute=recompute)
+    first, second = (torch.autograd.grad(y, leaves, cotangent, retain_graph=True) for _ in range(2))
+    plain = reference.convnext_block(x, **parameters, drop_scale=None, eps=1e-6, act=act)
+    exact = [plain, *torch.autograd.grad(plain, leaves, cotangent)]
+    with torch.no_grad():
+        values = ops.convnext_block(x, **parameters, act=act)
+    assert max(relative_error(a, b) for a, b in zip((y, *first), exact, strict=True)) <= BOUNDS[torch.float64]
+    assert relative_error(values, plain) <= BOUNDS[torch.float64]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", ["pure", "autocast", "autocast of half"])
 @pytest.mark.parametrize("recompute", [0, 1, 2])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_support import TruncatedProducts, truncated
+from kernel_support import TruncatedProducts, assert_as_good_as_eager, truncated
 
 
 def test_truncation_keeps_ten_bits_of_the_mantissa():
@@ -19,12 +19,16 @@ def test_linear_forward_and_backward(dims):
     dy = torch.randn(*x.shape[:-1], 16)
     with TruncatedProducts():
         y = F.linear(*leaves)
-        dx, dweight, dbias = torch.autograd.grad(y, leaves, dy)
+        grads = torch.autograd.grad(y, leaves, dy)
     x, weight, dz = (truncated(t.detach()) for t in (x, weight, dy))
     assert torch.equal(y, F.linear(x, weight, bias))
-    torch.testing.assert_close(dx, dz @ weight, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(dweight, dz.flatten(0, -2).t() @ x.flatten(0, -2), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(dbias, dy.flatten(0, -2).sum(0), rtol=1e-6, atol=1e-6)
+
+    def gradients(dtype):
+        rows, inputs = dz.flatten(0, -2).to(dtype), x.flatten(0, -2).to(dtype)
+        return dz.to(dtype) @ weight.to(dtype), rows.t() @ inputs, dy.flatten(0, -2).to(dtype).sum(0)
+
+    for got, eager, exact in zip(grads, gradients(torch.float32), gradients(torch.float64), strict=True):
+        assert_as_good_as_eager(got, eager, exact)
 
 
 @pytest.mark.parametrize("groups", [1, 8])
@@ -36,9 +40,13 @@ def test_dense_convolutions_are_truncated_and_depthwise_ones_exact(groups):
         y = F.conv2d(*leaves, stride=2, groups=groups)
         grads = torch.autograd.grad(y, leaves, y.detach())
     cut = truncated if groups == 1 else torch.clone
-    twins = [cut(t.detach()).requires_grad_() for t in leaves[:2]]
-    again = F.conv2d(*twins, leaves[2], stride=2, groups=groups)
-    assert torch.equal(y, again)
-    want = torch.autograd.grad(again, twins, cut(y.detach()))
-    for got, expected in zip(grads, (*want, y.sum((0, 2, 3))), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(y, F.conv2d(*(cut(t.detach()) for t in leaves[:2]), leaves[2], stride=2, groups=groups))
+
+    def gradients(dtype):
+        twins = [cut(t.detach()).to(dtype).requires_grad_() for t in leaves[:2]]
+        again = F.conv2d(*twins, stride=2, groups=groups)
+        found = torch.autograd.grad(again, twins, cut(y.detach()).to(dtype))
+        return (*found, y.detach().to(dtype).sum((0, 2, 3)))
+
+    for got, eager, exact in zip(grads, gradients(torch.float32), gradients(torch.float64), strict=True):
+        assert_as_good_as_eager(got, eager, exact)
