@@ -51,3 +51,18 @@ def select(device: torch.device, dtype: torch.dtype) -> Backend:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and dtype in KERNEL_DTYPES:
         return "triton"
     return "reference" if torch.compiler.is_exporting() else "aten"
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), torch.dtype, bool, int, float, str, list))
+
+
+def is_plain(*arguments: object) -> bool:
+    """Whether a call on these arguments is seen by nobody: no compiler, no mode that dispatches, no kind of tensor.
+
+    A list counts as what it holds elsewhere in the call.
+    """
+    return (
+        _PLAIN.issuperset(map(type, arguments))
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )

@@ -30,35 +30,72 @@ def _path(x: Tensor, dtype: torch.dtype) -> ModuleType:
     return aten
 
 
-def _operator(function: Callable) -> Any:
-    """Register ``convnext_fast::<name of function>``, run with autocast off: the ops cast by themselves.
+class Operator:
+    """``convnext_fast::<name of function>``, run with autocast off: the ops cast by themselves.
 
     A compiler sees the kernels that a GPU runs. What a CPU runs (those that `fake` knows) it calls as one operator,
     ``<name>_cpu``: loops over rows and samples, and calls of oneDNN that it cannot better.
+
+    PyTorch's dispatcher costs an operator about 0.1 ms a call, more than most kernels take. So where nothing looks on
+    (`backend.is_plain`) a call runs the function itself, and autograd the same backward by a plain
+    `torch.autograd.Function`. Absent results are None there; operators return tensors only, see `_present`.
     """
-    name = function.__name__
-    shapes = getattr(fake, name, None)
 
-    @functools.wraps(function)
-    def without_autocast(x: Tensor, *args: object) -> object:
-        with torch.autocast(x.device.type, enabled=False):
-            return function(x, *args)
+    def __init__(self, function: Callable):
+        name = function.__name__
+        shapes = getattr(fake, name, None)
+        self.function = function
+        self.differentiable: type[torch.autograd.Function] | None = None
 
-    if shapes is not None:
-        whole = torch.library.custom_op(f"convnext_fast::{name}_cpu", without_autocast, mutates_args=())
-        whole.register_fake(shapes)
+        @functools.wraps(function)
+        def whole(x: Tensor, *args: object) -> object:
+            with torch.autocast(x.device.type, enabled=False):
+                results = function(x, *args)
+            return results if isinstance(results, Tensor) else type(results)(_present(x, *results))
 
-    @functools.wraps(function)
-    def branched(x: Tensor, *args: object) -> object:
-        traced = shapes is not None and isinstance(x, (FakeTensor, FunctionalTensor))
-        if traced and x.device.type == "cpu" and backend.select(x.device, torch.float32) == "aten":
+        if shapes is not None:
+            on_cpu = torch.library.custom_op(f"convnext_fast::{name}_cpu", whole, mutates_args=())
+            on_cpu.register_fake(shapes)
+
+        @functools.wraps(function)
+        def branched(x: Tensor, *args: object) -> object:
+            traced = shapes is not None and isinstance(x, (FakeTensor, FunctionalTensor))
+            if traced and x.device.type == "cpu" and backend.select(x.device, torch.float32) == "aten":
+                return on_cpu(x, *args)
             return whole(x, *args)
-        return without_autocast(x, *args)
 
-    operator = torch.library.triton_op(f"convnext_fast::{name}", branched, mutates_args=())
-    if name.endswith("_bwd"):
-        operator.register_autograd(_no_second_derivative)
-    return operator
+        self.registered = torch.library.triton_op(f"convnext_fast::{name}", branched, mutates_args=())
+        if name.endswith("_bwd"):
+            self.registered.register_autograd(_no_second_derivative)
+
+    def register_autograd(self, backward: Callable[..., Gradients], setup_context: Callable[..., None]) -> None:
+        """As `torch.library.CustomOpDef.register_autograd`."""
+        self.registered.register_autograd(backward, setup_context=setup_context)
+        run = self._run
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = run(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        # By a call, for nodes of autograd's graph are called after the class.
+        self.differentiable = type(torch.autograd.Function)(self.function.__name__, (torch.autograd.Function,), methods)
+
+    def __call__(self, x: Tensor, *args: Any) -> Any:
+        """The results, for arguments like those of the function."""
+        if backend.is_plain(x, *args):
+            if not torch.is_grad_enabled():
+                return self._run(x, *args)
+            if self.differentiable is not None:
+                return self.differentiable.apply(x, *args)
+        return self.registered(x, *(list(_present(x, *a)) if isinstance(a, list) else a for a in args))
+
+    def _run(self, x: Tensor, *args: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.function(x, *args)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.function(x, *args)
 
 
 def _no_second_derivative(ctx: Any, *_: object) -> Gradients:
@@ -72,18 +109,24 @@ def _present(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(0) if t is None else t for t in tensors)
 
 
-def _absent(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-    """The inverse of `_present`."""
-    return tuple(None if t.dim() == 1 and t.shape[0] == 0 else t for t in tensors)
+def _absent(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The inverse of `_present`, of which None is none the worse."""
+    return tuple(None if t is None or (t.dim() == 1 and t.shape[0] == 0) else t for t in tensors)
 
 
-def _as_inputs(x: Tensor, grads: Gradients, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """Each gradient in its input's dtype and shape, made fit to be returned."""
+def _as_inputs(grads: Gradients, *inputs: Tensor | None) -> Gradients:
+    """Each gradient in its input's dtype and shape."""
     pairs = zip(grads, inputs, strict=True)
-    return _present(x, *(None if g is None or i is None else g.to(i.dtype).reshape(i.shape) for g, i in pairs))
+    return tuple(None if g is None or i is None else g.to(i.dtype).reshape(i.shape) for g, i in pairs)
 
 
-@_operator
+def _save_for_itself(ctx: Any, *extra: Tensor | None) -> None:
+    """Outputs that only the backward reads have no gradient."""
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(tensor for tensor in extra if tensor is not None))
+
+
+@Operator
 def block_fwd(
     x: Tensor,
     dwconv_weight: Tensor,
@@ -103,10 +146,10 @@ def block_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, then what ``recompute`` saves: activations before the MLP, their LayerNorm statistics, hidden ones."""
     parameters = (dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma)
-    return _present(x, *_path(x, dtype).block_fwd(x, *parameters, drop_scale, eps, act, recompute, dtype))
+    return _path(x, dtype).block_fwd(x, *parameters, drop_scale, eps, act, recompute, dtype)
 
 
-@_operator
+@Operator
 def block_bwd(
     dy: Tensor,
     x: Tensor,
@@ -132,14 +175,13 @@ def block_bwd(
     grads = _path(x, dtype).block_bwd(
         dy, x, *_absent(*saved), *parameters, drop_scale, eps, act, dtype, needs_x, needs_dwconv
     )
-    return list(_as_inputs(x, grads, x, *parameters))
+    return list(_as_inputs(grads, x, *parameters))
 
 
 def _block_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.eps, ctx.act, _, ctx.dtype = inputs
     ctx.save_for_backward(*tensors, *output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
+    _save_for_itself(ctx, *output[1:])
 
 
 def _block_autograd(ctx: Any, dy: Tensor, *_: object) -> Gradients:
@@ -155,7 +197,7 @@ def _block_autograd(ctx: Any, dy: Tensor, *_: object) -> Gradients:
 block_fwd.register_autograd(_block_autograd, setup_context=_block_setup)
 
 
-@_operator
+@Operator
 def frozen_block_fwd(
     x: Tensor,
     dwconv_weight: Tensor,
@@ -172,7 +214,7 @@ def frozen_block_fwd(
     return _path(x, dtype).frozen_block_fwd(x, dwconv_weight, dwconv_bias, w1, b1, w2, b2, eps, act, dtype)
 
 
-@_operator
+@Operator
 def dwconv_layernorm_fwd(
     x: Tensor,
     weight: Tensor,
@@ -186,7 +228,7 @@ def dwconv_layernorm_fwd(
     return _path(x, dtype).dwconv_layernorm_fwd(x, weight, bias, ln_weight, ln_bias, eps, dtype)
 
 
-@_operator
+@Operator
 def dwconv_layernorm_bwd(
     dn: Tensor,
     x: Tensor,
@@ -202,14 +244,13 @@ def dwconv_layernorm_bwd(
     """Gradients of x and of the four parameters."""
     parameters = (weight, bias, ln_weight, ln_bias)
     grads = _path(x, dtype).dwconv_layernorm_bwd(dn, x, u, statistics, *parameters, eps, dtype)
-    return list(_as_inputs(x, grads, x, *parameters))
+    return list(_as_inputs(grads, x, *parameters))
 
 
 def _dwconv_layernorm_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, *parameters, ctx.eps, ctx.dtype = inputs
     ctx.save_for_backward(x, *output[1:], *parameters)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
+    _save_for_itself(ctx, *output[1:])
 
 
 def _dwconv_layernorm_autograd(ctx: Any, dn: Tensor, *_: object) -> Gradients:
@@ -220,7 +261,7 @@ def _dwconv_layernorm_autograd(ctx: Any, dn: Tensor, *_: object) -> Gradients:
 dwconv_layernorm_fwd.register_autograd(_dwconv_layernorm_autograd, setup_context=_dwconv_layernorm_setup)
 
 
-@_operator
+@Operator
 def pointwise_mlp_fwd(
     x: Tensor,
     residual: Tensor | None,
@@ -235,12 +276,10 @@ def pointwise_mlp_fwd(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """y, then the hidden activations that level 0 of ``recompute`` saves."""
-    return _present(
-        x, *_path(x, dtype).pointwise_mlp_fwd(x, residual, w1, b1, w2, b2, gamma, drop_scale, act, recompute, dtype)
-    )
+    return _path(x, dtype).pointwise_mlp_fwd(x, residual, w1, b1, w2, b2, gamma, drop_scale, act, recompute, dtype)
 
 
-@_operator
+@Operator
 def pointwise_mlp_bwd(
     dy: Tensor,
     x: Tensor,
@@ -257,15 +296,14 @@ def pointwise_mlp_bwd(
     """Gradients of x and of the five parameters; the residual's is dy."""
     parameters = (w1, b1, w2, b2, gamma)
     grads = _path(x, dtype).pointwise_mlp_bwd(dy, x, *_absent(a), *parameters, drop_scale, act, dtype)
-    return list(_as_inputs(x, grads, x, *parameters))
+    return list(_as_inputs(grads, x, *parameters))
 
 
 def _pointwise_mlp_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, residual, *parameters_and_scale, ctx.act, _, ctx.dtype = inputs
     ctx.has_residual = residual is not None
     ctx.save_for_backward(x, output[1], *parameters_and_scale)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
+    _save_for_itself(ctx, output[1])
 
 
 def _pointwise_mlp_autograd(ctx: Any, dy: Tensor, *_: object) -> Gradients:
@@ -276,7 +314,7 @@ def _pointwise_mlp_autograd(ctx: Any, dy: Tensor, *_: object) -> Gradients:
 pointwise_mlp_fwd.register_autograd(_pointwise_mlp_autograd, setup_context=_pointwise_mlp_setup)
 
 
-@_operator
+@Operator
 def patchify_stem_fwd(
     image: Tensor,
     weight: Tensor,
@@ -290,7 +328,7 @@ def patchify_stem_fwd(
     return _path(image, dtype).patchify_stem_fwd(image, weight, bias, ln_weight, ln_bias, eps, dtype)
 
 
-@_operator
+@Operator
 def patchify_stem_bwd(
     dy: Tensor,
     image: Tensor,
@@ -305,7 +343,7 @@ def patchify_stem_bwd(
     """Gradients of the image and of the four parameters."""
     parameters = (weight, bias, ln_weight, ln_bias)
     grads = _path(image, dtype).patchify_stem_bwd(dy, image, *parameters, eps, needs_image)
-    return list(_as_inputs(image, grads, image, *parameters))
+    return list(_as_inputs(grads, image, *parameters))
 
 
 def _patchify_stem_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -321,7 +359,7 @@ def _patchify_stem_autograd(ctx: Any, dy: Tensor) -> Gradients:
 patchify_stem_fwd.register_autograd(_patchify_stem_autograd, setup_context=_patchify_stem_setup)
 
 
-@_operator
+@Operator
 def downsample_fwd(
     x: Tensor,
     ln_weight: Tensor,
@@ -335,13 +373,13 @@ def downsample_fwd(
     return _path(x, dtype).downsample_fwd(x, ln_weight, ln_bias, weight, bias, eps, dtype)
 
 
-@_operator
+@Operator
 def frozen_downsample_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Patch convolution of LayerNorm(x) by folded weights. Kernels only. Has no gradient."""
     return _path(x, dtype).frozen_downsample_fwd(x, weight, bias, eps, dtype)
 
 
-@_operator
+@Operator
 def downsample_bwd(
     dy: Tensor,
     x: Tensor,
@@ -355,7 +393,7 @@ def downsample_bwd(
     """Gradients of x and of the four parameters."""
     parameters = (ln_weight, ln_bias, weight, bias)
     grads = _path(x, dtype).downsample_bwd(dy, x, *parameters, eps, dtype)
-    return list(_as_inputs(x, grads, x, *parameters))
+    return list(_as_inputs(grads, x, *parameters))
 
 
 def _downsample_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -201,7 +201,7 @@ def patchify_stem(
     _check(image, "ln_bias", ln_bias, (weight.shape[0],))
     dtype = _compute_dtype(image, weight=weight)
     path = backend.select(image.device, dtype)
-    if path == "triton" or _wants_values_of_cpu(image, path):
+    if path == "triton" or (path == "aten" and _wants_values(image)):
         arguments = (image, weight, bias, ln_weight, ln_bias, eps, dtype)
         return _implementation(image, path).patchify_stem_fwd(*arguments)
     return reference.patchify_stem(image, weight, bias, ln_weight, ln_bias, eps)
@@ -245,34 +245,36 @@ def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1
     _check_patches(x, weight, bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
     dtype = _compute_dtype(x, weight=weight)
     path = backend.select(x.device, dtype)
-    serves = path == "triton" or _wants_values_of_cpu(x, path)
+    serves = path == "triton" or (path == "aten" and _wants_values(x))
     if weight.dtype != dtype or _wants_gradient(x, weight, bias) or not serves:
         return downsample(x, *_affine(x, None, None), weight, bias.to(weight.dtype), eps=eps)
     return _implementation(x, path).frozen_downsample_fwd(x.contiguous(), weight, bias, eps, dtype)
 
 
 def _implementation(x: Tensor, path: backend.Backend) -> ModuleType:
-    """The registered operators; where only values are wanted of a CPU, the functions that they would call.
+    """The operators; where only values are wanted, the functions that they would call.
 
-    An operator's machinery costs up to 0.1 ms a call there, and loading it imports PyTorch's compiler, a second.
+    An operator's machinery costs up to 0.1 ms a call, and loading it imports PyTorch's compiler, a second.
     """
-    if _wants_values_of_cpu(x, path):
-        from . import aten
+    if _wants_values(x):
+        if path == "aten":
+            from . import aten
 
-        return aten
+            return aten
+        from . import device
+
+        return device
     from . import operators
 
     return operators
 
 
-def _wants_values_of_cpu(x: Tensor, path: backend.Backend) -> bool:
+def _wants_values(x: Tensor) -> bool:
     return (
-        path == "aten"
+        not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
         and type(x) is Tensor
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
+        and backend.is_plain(x)
     )
 
 
