@@ -158,7 +158,7 @@ class Study:
 
     def _stage(self, case: cases.OpCase) -> Step:
         """All contenders for one op."""
-        names = tuple(name for name in cases.CONTENDERS if not (self.quick and self.on_cpu and name == "compile"))
+        names = tuple(name for name in cases.CONTENDERS if not (self.quick and name == "compile"))
         keys = {name: f"stages/{case.name}/{name}" for name in names}
 
         def run() -> Iterator[dict[str, Any]]:

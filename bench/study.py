@@ -83,7 +83,8 @@ def run(device: torch.device, folder: Path, quick: bool, only: tuple[str, ...] =
     # Each contender compiles the same code anew, on purpose.
     torch._dynamo.config.recompile_limit = 64
     roofline = functools.cache(lambda: _rates(results, device))
-    steps = plan.Study(device, roofline, quick, 2.0 if quick else 5.0).steps(only)
+    budget = (2.0 if device.type == "cpu" else 1.0) if quick else 5.0
+    steps = plan.Study(device, roofline, quick, budget).steps(only)
     with _Progress(len(steps)) as progress:
         follow(steps, results, progress, lambda: _check_alive(device))
 

@@ -13,13 +13,13 @@ calls as it is: compiled models run the kernel that eager ones run.
 from __future__ import annotations
 
 import torch
-import triton
 
 from .dwconv_gluon import dwconv_gluon, serves
 from .dwconv_scalar import dwconv_scalar
 from .dwconv_tensor_core import dwconv_tensor_core
 from .dwconv_wgrad import dwconv_wgrad as _wgrad
 from .launching import traced
+from .sizes import cdiv
 from .statistics import stats_block
 
 
@@ -93,7 +93,7 @@ def dwconv(
 @dwconv.register_fake
 def _(x, weight, bias, residual, dtype, out_dtype, flip, statistics):
     batch, height, width, channels = x.shape
-    blocks = triton.cdiv(channels, stats_block(channels, dtype))
+    blocks = cdiv(channels, stats_block(channels, dtype))
     u = x.new_empty(x.shape, dtype=out_dtype)
     shape = (blocks, batch * height * width, 2) if statistics else (0,)
     return u, x.new_empty(shape, dtype=torch.float32 if statistics else x.dtype)

@@ -3,32 +3,36 @@
 Formula, tiles, pairs, segments, the band matrices T and what NaNs reach are as in dwconv_tensor_core.py. What differs
 is how the rows are fed. A warp owns 4 channels. Rows of x come by cp.async, STAGES − 1 rows early, into shared memory,
 whose order lets every thread read its fragments of the matrix product, 4 channels at a time, without bank conflicts;
-registers are renamed, never shuffled. A finished row goes through shared memory once, to leave in whole sectors and to
-have its statistics taken by the matrix unit, for a thread then holds it as an operand.
+registers are renamed, never shuffled. A residual's rows come likewise, each thread's own. A finished row goes through
+shared memory once, to leave in whole sectors and to have its statistics taken by the matrix unit, for a thread then
+holds it as an operand.
 
-Needs C to be a multiple of 8, x aligned to 16 bytes, and Gluon as Triton 3.9 has it (``AVAILABLE``).
+Needs C to be a multiple of 8, x aligned to 16 bytes, and Gluon as Triton has it from 3.6 on (``AVAILABLE``).
 """
 
 # ruff: noqa: RUF005 (a kernel grows a tuple by +, it has no starred expressions)
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
-import triton
 
 from .autotuning import fastest
 from .launching import launch, traced
+from .sizes import cdiv
 from .statistics import stats_block
 from .targets import target_of
-from .tuning_dwconv import GluonConfig, gluon_config, segment_candidates
+from .tuning_dwconv import GluonConfig, gluon_config, residual_early, segment_candidates
 
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-    AVAILABLE = hasattr(async_copy, "async_load") and os.environ.get("TRITON_INTERPRET") != "1"
+    # Triton before 3.7 calls it by another name.
+    async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+    AVAILABLE = os.environ.get("TRITON_INTERPRET") != "1"
 except ImportError:
     AVAILABLE = False
 
@@ -45,18 +49,21 @@ if AVAILABLE:
         )
 
     @gluon.jit
-    def _fetch(row, x_ptr, x_off, x_ok, h, h_first, H, pitch, C: gl.constexpr):
-        """Start the copy of input row ``h`` of the segment for every pair; zeros outside the image.
+    def _fetch(row, x_ptr, x_off, x_ok, h, h_first, h_end, pitch, C: gl.constexpr):
+        """Start the copy of input row ``h`` of the segment for every pair; zeros outside the image and from ``h_end``.
 
         A quarter of a row is the pixels with k = 0, 2, 4, 6; the others are those of k + 1, 8, 9, constants away.
         """
-        inside = (h_first + h >= 0) & (h_first + h < H)
+        inside = (h_first + h >= 0) & (h_first + h < h_end)
         row_ptr = x_ptr + h * pitch
         for i in gl.static_range(4):
-            async_copy.async_load(
-                row.slice(64 * i, 64), row_ptr + x_off + (i % 2 + i // 2 * 8) * C, mask=x_ok[i] & inside
-            )
+            async_load(row.slice(64 * i, 64), row_ptr + x_off + (i % 2 + i // 2 * 8) * C, mask=x_ok[i] & inside)
         async_copy.commit_group()
+
+    @gluon.jit
+    def _fetch_residual(slot, r_ptr, u_off, shift, u_ok, o, o_end, pitch):
+        """Start each thread's copy of what it will add to output row ``o``; `_fetch` commits it."""
+        async_load(slot, r_ptr + o * pitch + u_off + shift, mask=u_ok & ((o >= 0) & (o < o_end)))
 
     @gluon.jit
     def _operands(row, WIDE_ROW: gl.constexpr, WARPS: gl.constexpr, A: gl.constexpr, dtype: gl.constexpr):
@@ -133,8 +140,9 @@ if AVAILABLE:
 
     @gluon.jit
     def _store_row(
-        done, u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, o, W, pitch, C: gl.constexpr,
-        WARPS: gl.constexpr, STORE: gl.constexpr, RESIDUAL: gl.constexpr, STATS: gl.constexpr, dtype: gl.constexpr,
+        done, slot, u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, o, W, pitch, C: gl.constexpr,
+        WARPS: gl.constexpr, STORE: gl.constexpr, RESIDUAL: gl.constexpr, EARLY: gl.constexpr, STATS: gl.constexpr,
+        dtype: gl.constexpr,
     ):  # fmt: skip
         """Round four channels' (WARPS, 16, 8) sums, bring them to (16, 2, 2, 2, 4·WARPS), pair, j and c, and store."""
         quads = gl.join(gl.join(done[0].to(dtype), done[2].to(dtype)), gl.join(done[1].to(dtype), done[3].to(dtype)))
@@ -143,7 +151,10 @@ if AVAILABLE:
         shift = (held * C)[:, :, :, :, None]
         to = u_ptr + o * pitch + u_off + shift
         if RESIDUAL:
-            residual = gl.load(r_ptr + o * pitch + u_off + shift, mask=u_ok, other=0.0)
+            if EARLY:
+                residual = slot.load(STORE)
+            else:
+                residual = gl.load(r_ptr + o * pitch + u_off + shift, mask=u_ok, other=0.0)
             gl.store(to, (u.to(gl.float32) + residual.to(gl.float32)).to(u_ptr.dtype.element_ty), mask=u_ok)
         else:
             gl.store(to, u.to(u_ptr.dtype.element_ty), mask=u_ok)
@@ -156,9 +167,9 @@ if AVAILABLE:
         C: gl.constexpr, TAPS: gl.constexpr, WARPS: gl.constexpr, TAIL: gl.constexpr, SPLIT: gl.constexpr,
         FLIP: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, STATS: gl.constexpr, STAGES: gl.constexpr,
         WIDE_ROW: gl.constexpr, WIDE: gl.constexpr, COPY: gl.constexpr, SHARED: gl.constexpr, READ: gl.constexpr,
-        STORE: gl.constexpr, dtype: gl.constexpr,
+        STORE: gl.constexpr, ENDS: gl.constexpr, EARLY: gl.constexpr, dtype: gl.constexpr,
     ):  # fmt: skip
-        """As dwconv_tensor_core_kernel, with CB = 4·WARPS; WIDE_ROW: x is float32."""
+        """As dwconv_tensor_core_kernel, with CB = 4·WARPS; WIDE_ROW: x is float32; EARLY: the residual comes with x."""
         HALF: gl.constexpr = TAPS // 2
         LAG: gl.constexpr = 2 * HALF if SPLIT else HALF
         CB: gl.constexpr = WARPS * 4
@@ -173,6 +184,7 @@ if AVAILABLE:
         o_first = gl.program_id(0) // NB % SEGMENTS * SEGMENT
         o_end = gl.minimum(SEGMENT, H - o_first)
         h_first = o_first - (LAG - HALF)
+        h_end = gl.minimum(o_first + SEGMENT + HALF, H)
         pair_first = gl.program_id(0) // (NB * SEGMENTS) * 16
         n_first = pair_first // WT
         zero64 = gl.to_tensor(0).to(gl.int64)
@@ -205,8 +217,11 @@ if AVAILABLE:
             image = (n - n_first).to(gl.int64) * H
         x_off = ((image * W + pair % WT * 8 + k - HALF) * C)[:, None] + c[None, :]
         rows = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, 256, CB], SHARED)
+        ends = rows
+        if EARLY:
+            ends = gl.allocate_shared_memory(r_ptr.dtype.element_ty, [STAGES, 16, 2, 2, 2, CB], ENDS)
         for d in gl.static_range(STAGES - 1):
-            _fetch(rows.index(d), x_ptr, x_off, x_ok, d, h_first, H, pitch, C)
+            _fetch(rows.index(d), x_ptr, x_off, x_ok, d, h_first, h_end, pitch, C)
 
         bw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None]
         bk = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, B)))[None, :, None]
@@ -266,6 +281,10 @@ if AVAILABLE:
         s_ok = (o_n < N) & (o_w + held < W)
         u_off = (s_off * C)[:, :, :, :, None] + o_c[None, None, None, None, :]
         u_ok = s_ok[:, :, :, :, None] & (o_c < C)[None, None, None, None, :]
+        shift = (held * C)[:, :, :, :, None]
+        if EARLY:
+            for d in gl.static_range(LAG, STAGES - 1):
+                _fetch_residual(ends.index(d), r_ptr, u_off, shift, u_ok, d - LAG, o_end, pitch)
         share = 1.0 / CB
         if C % CB != 0:
             share = 1.0 / gl.minimum(C - c_first, CB).to(gl.float32)
@@ -278,11 +297,14 @@ if AVAILABLE:
                 done, acc = _accumulate(a, acc, band, start, s, TAPS)
                 o = _row_here(h) - LAG
                 ahead = rows.index((h + STAGES - 1) % STAGES)
-                _fetch(ahead, x_ptr, x_off, x_ok, o + (LAG + STAGES - 1), h_first, H, pitch, C)
+                if EARLY:
+                    end = ends.index((h + STAGES - 1) % STAGES)
+                    _fetch_residual(end, r_ptr, u_off, shift, u_ok, o + (STAGES - 1), o_end, pitch)
+                _fetch(ahead, x_ptr, x_off, x_ok, o + (LAG + STAGES - 1), h_first, h_end, pitch, C)
                 if (o >= 0) & (o < o_end):
                     _store_row(
-                        done, u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, o, W, pitch, C, WARPS,
-                        STORE, RESIDUAL, STATS, dtype,
+                        done, ends.index(h % STAGES), u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, o,
+                        W, pitch, C, WARPS, STORE, RESIDUAL, EARLY, STATS, dtype,
                     )  # fmt: skip
         for s in gl.static_range(TAIL):
             h = GROUPS * TAPS + s
@@ -291,11 +313,14 @@ if AVAILABLE:
             done, acc = _accumulate(a, acc, band, start, s, TAPS)
             o = _row_here(h) - LAG
             ahead = rows.index((h + STAGES - 1) % STAGES)
-            _fetch(ahead, x_ptr, x_off, x_ok, o + (LAG + STAGES - 1), h_first, H, pitch, C)
+            if EARLY:
+                end = ends.index((h + STAGES - 1) % STAGES)
+                _fetch_residual(end, r_ptr, u_off, shift, u_ok, o + (STAGES - 1), o_end, pitch)
+            _fetch(ahead, x_ptr, x_off, x_ok, o + (LAG + STAGES - 1), h_first, h_end, pitch, C)
             if (o >= 0) & (o < o_end):
                 _store_row(
-                    done, u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, o, W, pitch, C, WARPS,
-                    STORE, RESIDUAL, STATS, dtype,
+                    done, ends.index(h % STAGES), u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, o, W,
+                    pitch, C, WARPS, STORE, RESIDUAL, EARLY, STATS, dtype,
                 )  # fmt: skip
         async_copy.wait_group(0)
         if not SPLIT:
@@ -306,11 +331,16 @@ if AVAILABLE:
                 o = _row_here(H) - HALF + s
                 if o >= 0:
                     _store_row(
-                        done, u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, o, W, pitch, C, WARPS,
-                        STORE, RESIDUAL, STATS, dtype,
+                        done, ends.index((GROUPS * TAPS + TAIL + s) % STAGES), u_ptr, r_ptr, u_off, u_ok, stats_ptr,
+                        s_off, s_ok, held, share, o, W, pitch, C, WARPS, STORE, RESIDUAL, EARLY, STATS, dtype,
                     )  # fmt: skip
+        # The rows' memory is theirs to the end: a last store's scratch in it would meet copies that are under way.
+        rows._keep_alive()
+        if EARLY:
+            ends._keep_alive()
 
 
+@functools.cache
 def _layouts(warps: int, itemsize: int, statistics: bool) -> dict[str, object]:
     """How threads copy rows (COPY), how shared memory is swizzled, who reads (READ) and who stores (STORE) what.
 
@@ -337,7 +367,8 @@ def _layouts(warps: int, itemsize: int, statistics: bool) -> dict[str, object]:
     else:
         held, across = [*channel[:3], j2], [*channel[3:], j0, j1, *pair]
     store = gl.DistributedLinearLayout(held, across[:5], across[5:], [], [16, 2, 2, 2, block])
-    return {"COPY": copy, "SHARED": shared, "READ": read, "STORE": store}
+    ends = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
+    return {"COPY": copy, "SHARED": shared, "READ": read, "STORE": store, "ENDS": ends}
 
 
 def serves(x: torch.Tensor) -> bool:
@@ -366,27 +397,28 @@ def dwconv_gluon(
     default = gluon_config(tuple(x.shape), taps, block, x.element_size(), target_of(x))
     candidates = (config,) if config else segment_candidates(default, height)
     u = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    blocks = triton.cdiv(channels, block)
+    blocks = cdiv(channels, block)
     stats = None
     if statistics:
         stats = torch.empty((blocks, batch * height * width, 2), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return u, stats
-    tiles = triton.cdiv(width, 8)
+    tiles = cdiv(width, 8)
     images = 16 // tiles + 2
 
     def run(config: GluonConfig) -> None:
         split = config.segment < height
-        segments = triton.cdiv(height, config.segment)
+        segments = cdiv(height, config.segment)
         rows = config.segment + taps - 1 if split else height
         launch(
             dwconv_gluon_kernel,
-            (blocks * segments * triton.cdiv(batch * tiles, 16),),
+            (blocks * segments * cdiv(batch * tiles, 16),),
             x, weight, weight if bias is None else bias, x if residual is None else residual, u,
             u if stats is None else stats,
             batch, height, width, tiles, config.segment, segments, rows // taps,
             C=channels, TAPS=taps, WARPS=block // 4, TAIL=rows % taps, SPLIT=split, FLIP=flip, BIAS=bias is not None,
             RESIDUAL=residual is not None, STATS=statistics, STAGES=config.stages,
+            EARLY=residual is not None and residual_early(config, taps, block, residual.element_size(), target_of(x)),
             WIDE_ROW=x.element_size() == 4, WIDE=images * height * width * channels >= 2**31,
             dtype=gl.bfloat16 if dtype == torch.bfloat16 else gl.float16, num_warps=block // 4,
             **_layouts(block // 4, x.element_size(), statistics),

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .autotuning import fastest
 from .launching import launch
+from .sizes import cdiv
 from .statistics import stats_block
 from .targets import target_of
 from .tuning_dwconv import ScalarConfig, scalar_candidates, scalar_config
@@ -138,7 +139,7 @@ def dwconv_scalar(
     block = stats_block(channels, torch.float32)
     candidates = (config,) if config else scalar_candidates(scalar_config(tuple(x.shape), block, target_of(x)))
     u = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    blocks = triton.cdiv(channels, block)
+    blocks = cdiv(channels, block)
     stats = None
     if statistics:
         stats = torch.empty((blocks, batch * height * width, 2), dtype=torch.float32, device=x.device)
@@ -147,10 +148,10 @@ def dwconv_scalar(
     vec, taps = math.gcd(channels, 16), weight.shape[-1]
 
     def run(config: ScalarConfig) -> None:
-        tiles = triton.cdiv(width, config.tile_width)
+        tiles = cdiv(width, config.tile_width)
         launch(
             dwconv_scalar_kernel,
-            (blocks * tiles * triton.cdiv(batch * height, config.block_rows),),
+            (blocks * tiles * cdiv(batch * height, config.block_rows),),
             x, weight, weight if bias is None else bias, x if residual is None else residual, u,
             u if stats is None else stats,
             batch * height, height, width, channels // vec, tiles,

@@ -36,6 +36,7 @@ import triton.language as tl
 
 from .autotuning import fastest
 from .launching import launch
+from .sizes import cdiv
 from .statistics import stats_block
 from .targets import target_of
 from .tuning_dwconv import TensorCoreConfig, segment_candidates, tensor_core_config
@@ -251,7 +252,7 @@ def dwconv_tensor_core(
     default = tensor_core_config(tuple(x.shape), taps, block, target_of(x))
     candidates = (config,) if config else segment_candidates(default, height)
     u = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    blocks = triton.cdiv(channels, block)
+    blocks = cdiv(channels, block)
     stats = None
     if statistics:
         stats = torch.empty((blocks, batch * height * width, 2), dtype=torch.float32, device=x.device)
@@ -260,14 +261,14 @@ def dwconv_tensor_core(
     vec = math.gcd(channels, 16)
 
     def run(config: TensorCoreConfig) -> None:
-        tiles = triton.cdiv(width, config.tile_width)
+        tiles = cdiv(width, config.tile_width)
         split = config.segment < height
-        segments = triton.cdiv(height, config.segment)
+        segments = cdiv(height, config.segment)
         rows = config.segment + taps - 1 if split else height
         images = 16 // (tiles * segments) + 2
         launch(
             dwconv_tensor_core_kernel,
-            (blocks * triton.cdiv(batch * segments * tiles, 16),),
+            (blocks * cdiv(batch * segments * tiles, 16),),
             x, weight, weight if bias is None else bias, x if residual is None else residual, u,
             u if stats is None else stats,
             batch, height, width, channels // vec, tiles, config.segment, segments, rows // taps,

@@ -29,6 +29,7 @@ import triton.language as tl
 from .autotuning import SHARES, Share, fastest
 from .dwconv_tensor_core import TL_DTYPES
 from .launching import launch
+from .sizes import cdiv
 from .targets import target_of
 from .tuning_dwconv import WgradConfig, wgrad_config
 
@@ -69,7 +70,7 @@ def _replace(ring, row, slot: tl.constexpr, TAPS: tl.constexpr):
 def dwconv_wgrad_tensor_core_kernel(
     x_ptr, du_ptr, partial_ptr, N, H, W, C_VEC, WT, PAIRS, SPLIT_PAIRS, GROUPS,
     TAPS: tl.constexpr, VEC: tl.constexpr, DB: tl.constexpr, TW: tl.constexpr, TAIL: tl.constexpr, EVEN_C: tl.constexpr,
-    WIDE: tl.constexpr, SLOTS: tl.constexpr, dtype: tl.constexpr,
+    WIDE: tl.constexpr, SLOTS: tl.constexpr, AHEAD: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """x, du: (N, H, W, C); partial: (splits, TAPS, SLOTS, C) float32.
 
@@ -123,19 +124,29 @@ def dwconv_wgrad_tensor_core_kernel(
                 ring = ring + (_load_rows(du_ptr + origin, du_off, du_ok, t, H, pitch, 0.0, dtype),)
             else:
                 ring = ring + (tl.zeros((16, TW, DB), dtype),)
+        # With AHEAD a row is loaded while the one before it is multiplied.
+        if AHEAD:
+            du = _load_rows(du_ptr + origin, du_off, du_ok, HALF, H, pitch, 0.0, dtype)
+            row = _load_rows(x_ptr + origin, x_off, x_ok, 0, H, pitch, ones, dtype)
         for g in range(GROUPS):
             for s in tl.static_range(TAPS):
-                h = g * TAPS + s
-                du = _load_rows(du_ptr + origin, du_off, du_ok, h + HALF, H, pitch, 0.0, dtype)
-                row = _load_rows(x_ptr + origin, x_off, x_ok, h, H, pitch, ones, dtype)
+                h = g * TAPS + s + AHEAD
+                next_du = _load_rows(du_ptr + origin, du_off, du_ok, h + HALF, H, pitch, 0.0, dtype)
+                next_row = _load_rows(x_ptr + origin, x_off, x_ok, h, H, pitch, ones, dtype)
+                if not AHEAD:
+                    du, row = next_du, next_row
                 ring = _replace(ring, du, (s + HALF) % TAPS, TAPS)
                 acc = _correlate(row, ring, acc, s, TAPS)
+                du, row = next_du, next_row
         for s in tl.static_range(TAIL):
-            h = GROUPS * TAPS + s
-            du = _load_rows(du_ptr + origin, du_off, du_ok, h + HALF, H, pitch, 0.0, dtype)
-            row = _load_rows(x_ptr + origin, x_off, x_ok, h, H, pitch, ones, dtype)
+            h = GROUPS * TAPS + s + AHEAD
+            next_du = _load_rows(du_ptr + origin, du_off, du_ok, h + HALF, H, pitch, 0.0, dtype)
+            next_row = _load_rows(x_ptr + origin, x_off, x_ok, h, H, pitch, ones, dtype)
+            if not AHEAD:
+                du, row = next_du, next_row
             ring = _replace(ring, du, (s + HALF) % TAPS, TAPS)
             acc = _correlate(row, ring, acc, s, TAPS)
+            du, row = next_du, next_row
 
     kx = tl.arange(0, SLOTS)
     diagonal = tl.broadcast_to(((kx[:, None] + j[None, :]) % TW)[None, :, :], (DB, SLOTS, TW))
@@ -259,9 +270,9 @@ def dwconv_wgrad_partials(
     """
     batch, height, width, channels = x.shape
     candidates = SHARES[:1] if config else SHARES
-    config = config or wgrad_config(tuple(x.shape), du.dtype, target_of(x))
-    tiles = triton.cdiv(width, config.tile_width)
-    blocks = triton.cdiv(channels, config.block_channels)
+    config = config or wgrad_config(tuple(x.shape), du.dtype, target_of(x), x.element_size() == 4)
+    tiles = cdiv(width, config.tile_width)
+    blocks = cdiv(channels, config.block_channels)
     even = channels % config.block_channels == 0
 
     exact = du.dtype == torch.float32
@@ -269,7 +280,7 @@ def dwconv_wgrad_partials(
 
     def run(share: Share) -> torch.Tensor:
         split = share.of(config.split, config.block_rows if exact else 16)
-        splits = triton.cdiv(items, split)
+        splits = cdiv(items, split)
         partial = torch.empty((splits, taps, SLOTS, channels), dtype=torch.float32, device=x.device)
         if exact:
             vec = math.gcd(channels, 16)
@@ -285,7 +296,8 @@ def dwconv_wgrad_partials(
                 dwconv_wgrad_tensor_core_kernel, (blocks * splits,),
                 x, du, partial, batch, height, width, channels // vec, tiles, items, split, height // taps,
                 TAPS=taps, VEC=vec, DB=config.block_channels, TW=config.tile_width, TAIL=height % taps, EVEN_C=even,
-                WIDE=images * height * width * channels >= 2**31, SLOTS=SLOTS, dtype=TL_DTYPES[du.dtype],
+                WIDE=images * height * width * channels >= 2**31, SLOTS=SLOTS, AHEAD=config.ahead,
+                dtype=TL_DTYPES[du.dtype],
                 num_warps=config.num_warps, num_stages=1,
             )  # fmt: skip
         return partial
@@ -306,7 +318,7 @@ def dwconv_wgrad(
     dw = torch.empty((channels, 1, taps, taps), dtype=dtype, device=x.device)
     db = torch.empty((channels,), dtype=dtype, device=x.device)
     launch(
-        dwconv_wgrad_sum_kernel, (triton.cdiv(channels, 32), taps * SLOTS),
+        dwconv_wgrad_sum_kernel, (cdiv(channels, 32), taps * SLOTS),
         partial, dw, db, channels, splits, TAPS=taps, SLOTS=SLOTS, CB=32, BS=4, num_warps=1,
     )  # fmt: skip
     return dw, db

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .launching import launch
+from .sizes import cdiv, next_power_of_2
 from .statistics import merge_statistics, stats_block
 
 
@@ -115,7 +116,7 @@ def layernorm_wgrad_sum_kernel(partial_ptr, dg_ptr, db_ptr, C, SPLITS, BS: tl.co
 
 def _tile(channels: int) -> tuple[int, int]:
     """(rows, channels) of a tile: 2,048 elements, at most 256 channels wide."""
-    width = min(256, triton.next_power_of_2(channels))
+    width = min(256, next_power_of_2(channels))
     return max(1, 2048 // width), width
 
 
@@ -143,7 +144,7 @@ def layernorm_fwd(
     pixels = u.numel() // channels
     rows, width = _tile(channels)
     launch(
-        layernorm_fwd_kernel, (triton.cdiv(pixels, rows),),
+        layernorm_fwd_kernel, (cdiv(pixels, rows),),
         u, stats, u if weight is None else weight, u if bias is None else bias, n, pixels, eps,
         C=channels, CB=_blocks(stats, channels, u.dtype), NB=stats.shape[0], WEIGHT=weight is not None,
         BIAS=bias is not None, BR=rows, BC=width, num_warps=4,
@@ -168,22 +169,22 @@ def layernorm_bwd(
     rows, width = _tile(channels)
     block = _blocks(stats, channels, u.dtype)
     launch(
-        layernorm_bwd_kernel, (triton.cdiv(pixels, rows),),
+        layernorm_bwd_kernel, (cdiv(pixels, rows),),
         dn, u, stats, u if weight is None else weight, du, pixels, eps,
         C=channels, CB=block, NB=stats.shape[0], WEIGHT=weight is not None, BR=rows, BC=width, num_warps=4,
     )  # fmt: skip
-    split = max(triton.cdiv(triton.cdiv(pixels, 256), rows) * rows, rows)
-    splits = triton.cdiv(pixels, split)
+    split = max(cdiv(cdiv(pixels, 256), rows) * rows, rows)
+    splits = cdiv(pixels, split)
     partial = torch.empty((splits, 2, channels), dtype=torch.float32, device=u.device)
     launch(
-        layernorm_wgrad_kernel, (splits, triton.cdiv(channels, width)),
+        layernorm_wgrad_kernel, (splits, cdiv(channels, width)),
         dn, u, stats, partial, pixels, eps, split,
         C=channels, CB=block, NB=stats.shape[0], BR=rows, BC=width, num_warps=4,
     )  # fmt: skip
     dweight = torch.empty(channels, dtype=dtype, device=u.device)
     dbias = torch.empty_like(dweight)
     launch(
-        layernorm_wgrad_sum_kernel, (triton.cdiv(channels, 64),),
+        layernorm_wgrad_sum_kernel, (cdiv(channels, 64),),
         partial, dweight, dbias, channels, splits, BS=8, BC=64, num_warps=1,
     )  # fmt: skip
     return du, dweight, dbias

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .dwconv_wgrad import SLOTS, add_taps
 from .launching import launch
+from .sizes import cdiv
 
 BLOCK_K = 32  # hidden units of a tile of the backward
 
@@ -199,7 +200,7 @@ def fold_fwd(
     same = gamma is None and w2.dtype == dtype
     w2g = None if same else torch.empty((C, K), dtype=dtype, device=w2.device)
     launch(
-        _fold_fwd_kernel, (triton.cdiv(K, 16),),
+        _fold_fwd_kernel, (cdiv(K, 16),),
         w1, b1, ln_weight, ln_bias, w2, gamma, w1g, b1g, w2g, K, C, BLOCK_K=16, BLOCK_C=128,
     )  # fmt: skip
     return w1g, b1g, w2 if w2g is None else w2g
@@ -227,16 +228,16 @@ def fold_bwd(
     ddw, ddb, dg, dbeta, dw1, db1, dw2, db2, dgamma = grads = tuple(
         None if p is None else torch.empty_like(p) for p in (*convolution, ln_weight, ln_bias, w1, b1, w2, b2, gamma)
     )
-    tiles = triton.cdiv(K, BLOCK_K)
+    tiles = cdiv(K, BLOCK_K)
     partial = torch.empty((tiles, 4, C), dtype=torch.float32, device=w1.device)
     launch(
-        _fold_bwd_kernel, (tiles, triton.cdiv(C, 64)),
+        _fold_bwd_kernel, (tiles, cdiv(C, 64)),
         *sums, w1, w2, ln_weight, ln_bias, gamma, dw1, db1, dw2, partial,
         K, C, S, sums.db1.shape[0], sums.dz.shape[0], BLOCK_K=BLOCK_K, BLOCK_C=64, num_warps=4,
     )  # fmt: skip
     splits, taps = (0, 0) if dwconv_sums is None else dwconv_sums.shape[:2]
     launch(
-        _finish_kernel, (triton.cdiv(C, 32), 1 + taps * SLOTS),
+        _finish_kernel, (cdiv(C, 32), 1 + taps * SLOTS),
         partial, b2, gamma, dg, dbeta, db2, dgamma, dwconv_sums, ddw, ddb, C, tiles, splits,
         TAPS=taps, SLOTS=SLOTS, BLOCK_C=32, num_warps=1,
     )  # fmt: skip

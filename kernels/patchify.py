@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import launch
+from .sizes import cdiv
+from .targets import target_of
 from .tuning_mlp import dot_precision, downsample_config, stem_config
 
 
@@ -198,7 +200,7 @@ def stem_fwd(
     out = torch.empty((N, HO, WO, C), dtype=dtype, device=image.device)
     config = stem_config(C)
     launch(
-        _stem_kernel, (triton.cdiv(P, config.BLOCK_M),),
+        _stem_kernel, (cdiv(P, config.BLOCK_M),),
         image, weight, bias, ln_weight, ln_bias, out, P, HO, WO, *image.stride(), eps,
         C=C, CIN=CIN, KH=KH, KW=KW, PRECISION=dot_precision(out), **config.meta(),
     )  # fmt: skip
@@ -226,9 +228,9 @@ def downsample_fwd(x: Tensor, wg: Tensor, bg: Tensor, eps: float, out_dtype: tor
     HO, WO = H // KH, W // KW
     P = B * HO * WO
     out = torch.empty((B, HO, WO, N), dtype=out_dtype, device=x.device)
-    config = downsample_config(wg.dtype, x.dtype != wg.dtype)
+    config = downsample_config(N, wg.dtype, x.dtype != wg.dtype, target_of(x))
     launch(
-        _downsample_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),),
+        _downsample_kernel, (cdiv(P, config.BLOCK_M) * cdiv(N, config.BLOCK_N),),
         x, wg, bg, out, P, H, W, HO, WO, eps,
         C=C, N=N, KH=KH, KW=KW, PRECISION=dot_precision(wg), **config.meta(),
     )  # fmt: skip

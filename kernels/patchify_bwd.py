@@ -27,6 +27,7 @@ from .dwconv_tensor_core import TL_DTYPES
 from .launching import launch
 from .parameters import add_rows
 from .patchify import fold_downsample, row_statistics, stem_activations, stem_corners, stem_taps
+from .sizes import cdiv
 from .targets import target_of
 from .tuning_mlp import dot_precision
 from .tuning_mlp_bwd import downsample_input_config, downsample_weight_config, stem_bwd_config
@@ -226,28 +227,45 @@ def _downsample_weight_kernel(
 
 
 @triton.jit
+def _affine_gradients(
+    db_sums_ptr, dg_sums_ptr, w_ptr, dg_ptr, dbeta_ptr, block, SHARES, GROUPS,
+    C: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dg, of GROUPS sums, and dβ of the BLOCK_C channels number ``block``."""
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_ok = c < C
+    dg = add_rows(dg_sums_ptr, 0, GROUPS, c, c_ok, C, 64)
+    tl.store(dg_ptr + c, dg.to(dg_ptr.dtype.element_ty), mask=c_ok)
+    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for n0 in range(0, N, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        db = add_rows(db_sums_ptr, 0, SHARES, n, n < N, N, 8)
+        for tap in tl.static_range(TAPS):
+            at = (n[:, None] * C + c[None, :]) * TAPS + tap
+            w = tl.load(w_ptr + at, mask=(n < N)[:, None] & c_ok[None, :], other=0.0).to(tl.float32)
+            total += w * db[:, None]
+    tl.store(dbeta_ptr + c, tl.sum(total, axis=0).to(dbeta_ptr.dtype.element_ty), mask=c_ok)
+
+
+@triton.jit
 def _downsample_fold_kernel(
     D_ptr, db_sums_ptr, dg_sums_ptr, w_ptr, g_ptr, beta_ptr, dw_ptr, db_ptr, dg_ptr, dbeta_ptr, SHARES, GROUPS,
     C: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    SLICES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈N/BLOCK_N⌉ + 1, ⌈C/BLOCK_C⌉): the first makes dg (of GROUPS sums) and dβ, the others dw and db."""
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_ok = c < C
+    """Grid (SLICES + ⌈N/BLOCK_N⌉, ⌈C/BLOCK_C⌉): the first make dg (of GROUPS sums) and dβ of a slice of the channels
+    each, for they walk all of w and of the sums, the others dw and db.
+    """
     size = (tl.zeros((), tl.int64) + N) * TAPS * C
-    if tl.program_id(0) == 0:
-        dg = add_rows(dg_sums_ptr, 0, GROUPS, c, c_ok, C, 8)
-        tl.store(dg_ptr + c, dg.to(dg_ptr.dtype.element_ty), mask=c_ok)
-        dbeta = tl.zeros((BLOCK_C,), tl.float32)
-        for n0 in range(0, N, BLOCK_N):
-            n = n0 + tl.arange(0, BLOCK_N)
-            db = add_rows(db_sums_ptr, 0, SHARES, n, n < N, N, 8)
-            for tap in range(TAPS):
-                at = (n[:, None] * C + c[None, :]) * TAPS + tap
-                w = tl.load(w_ptr + at, mask=(n < N)[:, None] & c_ok[None, :], other=0.0).to(tl.float32)
-                dbeta += tl.sum(w * db[:, None], axis=0)
-        tl.store(dbeta_ptr + c, dbeta.to(dbeta_ptr.dtype.element_ty), mask=c_ok)
+    if tl.program_id(0) < SLICES:
+        _affine_gradients(
+            db_sums_ptr, dg_sums_ptr, w_ptr, dg_ptr, dbeta_ptr, tl.program_id(1) * SLICES + tl.program_id(0), SHARES,
+            GROUPS, C, N, TAPS, 4 * BLOCK_N, BLOCK_C // SLICES,
+        )  # fmt: skip
     else:
-        n = (tl.program_id(0) - 1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        c_ok = c < C
+        n = (tl.program_id(0) - SLICES) * BLOCK_N + tl.arange(0, BLOCK_N)
         ok = (n < N)[:, None] & c_ok[None, :]
         g = tl.load(g_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
         beta = tl.load(beta_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
@@ -293,9 +311,9 @@ def stem_bwd(
 
     def run(part: Share) -> Tensor:
         patches = part.of(share, config.BLOCK_M)
-        sums = torch.empty((triton.cdiv(P, patches), C * (depth + 3)), dtype=torch.float32, device=image.device)
+        sums = torch.empty((cdiv(P, patches), C * (depth + 3)), dtype=torch.float32, device=image.device)
         launch(
-            _stem_bwd_kernel, (sums.shape[0], triton.cdiv(depth, block)),
+            _stem_bwd_kernel, (sums.shape[0], cdiv(depth, block)),
             image, weight, bias, ln_weight, dout, dimage, sums, P, patches, HO, WO,
             *image.stride(), *(image if dimage is None else dimage).stride(), eps,
             C=C, CIN=CIN, KH=KH, KW=KW, PRECISION=dot_precision(dout), BLOCK_D=block, **config.meta(),
@@ -304,7 +322,7 @@ def stem_bwd(
 
     sums = run(fastest(_stem_bwd_kernel, run, SHARES, dout, P, (C, CIN, KH, KW, image.dtype, needs_image)))
     launch(
-        _stem_sum_kernel, (triton.cdiv(C * (depth + 3), 64),),
+        _stem_sum_kernel, (cdiv(C * (depth + 3), 64),),
         sums, dw, db, dg, dbeta, sums.shape[0], C * depth, C, ROWS=16, BLOCK=64, num_warps=4,
     )  # fmt: skip
     return dimage, dw, db, dg, dbeta
@@ -338,20 +356,20 @@ def downsample_bwd(
 
     shape = {"C": C, "N": N, "KH": KH, "KW": KW, "PRECISION": dot_precision(wg)}
     stats = partial(taps, P, 2)
-    config = downsample_input_config(C, dtype)
+    config = downsample_input_config(C, dtype, target, x.dtype != dtype)
     launch(
-        _downsample_input_kernel, (triton.cdiv(P, config.BLOCK_M), taps),
+        _downsample_input_kernel, (cdiv(P, config.BLOCK_M), taps),
         dout, x, wg, dx, stats, P, H, W, HO, WO, N, eps, **shape, **config.meta(),
     )  # fmt: skip
     config, share = downsample_weight_config(P, C, N, taps, dtype, target)
-    rows = triton.cdiv(N, config.BLOCK_M)
+    rows = cdiv(N, config.BLOCK_M)
 
     def weights(part: Share) -> tuple[Tensor, Tensor, Tensor]:
         patches = part.of(share, config.BLOCK_K)
-        shares = triton.cdiv(P, patches)
+        shares = cdiv(P, patches)
         D, db_sums, dg_sums = partial(shares, N, taps, C), partial(shares, N), partial(shares, rows * taps, C)
         launch(
-            _downsample_weight_kernel, (rows * (1 + taps * triton.cdiv(C, config.BLOCK_N)), shares),
+            _downsample_weight_kernel, (rows * (1 + taps * cdiv(C, config.BLOCK_N)), shares),
             dout, x, stats, weight, D, db_sums, dg_sums, P, patches, H, W, HO, WO,
             dtype=TL_DTYPES[dtype], **shape, **config.meta(),
         )  # fmt: skip
@@ -361,8 +379,8 @@ def downsample_bwd(
     D, db_sums, dg_sums = weights(fastest(_downsample_weight_kernel, weights, SHARES, wg, P, given))
     shares = D.shape[0]
     launch(
-        _downsample_fold_kernel, (triton.cdiv(N, 32) + 1, triton.cdiv(C, 64)),
+        _downsample_fold_kernel, (4 + cdiv(N, 32), cdiv(C, 64)),
         D, db_sums, dg_sums, weight, ln_weight, ln_bias, dw, db, dg, dbeta, shares, shares * rows * taps,
-        C=C, N=N, TAPS=taps, BLOCK_N=32, BLOCK_C=64, num_warps=4,
+        C=C, N=N, TAPS=taps, BLOCK_N=32, BLOCK_C=64, SLICES=4, num_warps=4,
     )  # fmt: skip
     return dx, dw, db, dg, dbeta

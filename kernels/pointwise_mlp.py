@@ -24,6 +24,7 @@ from .autotuning import fastest
 from .gelu import gelu_form, twice_gelu
 from .launching import launch
 from .pointwise_mlp_gemm import fc1, fc2
+from .sizes import cdiv
 from .statistics import merge_statistics
 from .targets import target_of
 from .tuning_mlp import FusedConfig, dot_precision, fused_configs, is_fused, norm_blocks, split_width
@@ -193,7 +194,7 @@ def fused_fwd(
 
     def run(config: FusedConfig) -> None:
         launch(
-            _mlp_fwd_kernel, (triton.cdiv(P, config.BLOCK_M),),
+            _mlp_fwd_kernel, (cdiv(P, config.BLOCK_M),),
             u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, y, a,
             P, 1 if drop_scale is None else P // drop_scale.numel(), eps,
             C=C, K=K, PARTS=split_width(C, target_of(u)), CB=CB, NB=NB,
@@ -201,7 +202,7 @@ def fused_fwd(
             **config.meta(),
         )  # fmt: skip
 
-    candidates = fused_configs(C, K, lean)
+    candidates = fused_configs(C, K, lean, target_of(u))
     run(fastest(_mlp_fwd_kernel, run, candidates, u, P, (C, K, act, save_hidden, y.dtype)))
     return y, a
 

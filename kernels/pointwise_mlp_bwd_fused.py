@@ -24,9 +24,16 @@ from .gelu import gelu_form
 from .launching import launch
 from .parameters import Sums
 from .pointwise_mlp import load_fc1, load_fc2, load_rows, normalise, store_rows
+from .sizes import cdiv
 from .statistics import merge_statistics
 from .targets import target_of
 from .tuning_mlp import dot_precision, input_grad_config, norm_blocks, split_width, weight_grad_config
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """float32 zeros; ``tl.zeros`` takes no width out of a tuple before Triton 3.7."""
+    return tl.zeros((ROWS, WIDTH), tl.float32)
 
 
 @triton.jit
@@ -89,7 +96,7 @@ def _input_kernel(
         _store_column_sums(dz_sum_ptr, wide, C, PARTS[i][0], PARTS[i][1])
         dz += (narrow,)
         x += (normalise(load_rows(u_ptr, rows, rows_ok, C, PARTS[i][0], PARTS[i][1]), mean, rstd, NB > 0),)
-        dx += (tl.zeros((BLOCK_M, PARTS[i][1]), tl.float32),)
+        dx += (_zeros(BLOCK_M, PARTS[i][1]),)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         w1 = ()
@@ -148,8 +155,8 @@ def _weight_kernel(
     for i in tl.static_range(len(PARTS)):
         w1 += (load_fc1(w1_ptr, k, K, C, PARTS[i][0], PARTS[i][1], BLOCK_K),)
         w2 += (load_fc2(w2_ptr, k, K, C, PARTS[i][0], PARTS[i][1], BLOCK_K).T,)
-        D += (tl.zeros((BLOCK_K, PARTS[i][1]), tl.float32),)
-        E += (tl.zeros((BLOCK_K, PARTS[i][1]), tl.float32),)
+        D += (_zeros(BLOCK_K, PARTS[i][1]),)
+        E += (_zeros(BLOCK_K, PARTS[i][1]),)
     bias = tl.load(b1_ptr + k, mask=k < K, other=0.0)
     db1 = tl.zeros((BLOCK_K,), tl.float32)
     rows = tl.arange(0, BLOCK_M)
@@ -217,7 +224,7 @@ def fused_bwd(
     shape |= {"ACT": act, "FORM": gelu_form(u.dtype), "PRECISION": dot_precision(u)}
     du = torch.empty_like(u)
     config = input_grad_config()
-    programs = triton.cdiv(P, config.BLOCK_M)
+    programs = cdiv(P, config.BLOCK_M)
     dz_sum = torch.empty((programs, C), dtype=torch.float32, device=u.device)
     launch(
         _input_kernel, (programs,),
@@ -227,11 +234,11 @@ def fused_bwd(
 
     def weights(part: Share) -> Sums:
         rows = part.of(share, config.BLOCK_M)
-        splits = triton.cdiv(P, rows)
+        splits = cdiv(P, rows)
         products = torch.empty((2, splits, K, C), dtype=torch.float32, device=u.device)
         db1 = torch.empty((splits, K), dtype=torch.float32, device=u.device)
         launch(
-            _weight_kernel, (triton.cdiv(K, config.BLOCK_K), splits),
+            _weight_kernel, (cdiv(K, config.BLOCK_K), splits),
             dy, u, stats, a, w1g, b1g, w2g, drop_scale, *products, db1, P, per_sample, rows, eps,
             **shape, **config.meta(),
         )  # fmt: skip

@@ -26,6 +26,7 @@ from .gelu import gelu_form
 from .launching import launch
 from .parameters import Sums
 from .pointwise_mlp_gemm import load_tile, tile_of_program
+from .sizes import cdiv
 from .statistics import merge_statistics
 from .targets import target_of
 from .tuning_mlp import dot_precision, norm_blocks
@@ -214,7 +215,7 @@ def gemm_bwd(
         return torch.empty(sizes, dtype=torch.float32, device=u.device)
 
     config = hidden_grad_config(C, u.dtype, target)
-    rows, columns = triton.cdiv(P, config.BLOCK_M), triton.cdiv(K, config.BLOCK_N)
+    rows, columns = cdiv(P, config.BLOCK_M), cdiv(K, config.BLOCK_N)
     h, da = torch.empty((2, P, K), dtype=u.dtype, device=u.device)
     db1, centre, means = partial(rows, K), None, None
     if stats is not None:
@@ -225,19 +226,19 @@ def gemm_bwd(
         CB=CB, NB=NB, ACT=act, FORM=gelu_form(u.dtype), **shape, **config.meta(),
     )  # fmt: skip
     du = torch.empty_like(u)
-    config = input_grad_config(C, u.dtype)
+    config = input_grad_config(C, u.dtype, target)
     launch(
-        _input_grad_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(C, config.BLOCK_N),),
+        _input_grad_kernel, (cdiv(P, config.BLOCK_M) * cdiv(C, config.BLOCK_N),),
         da, w1g, u, stats, means, du, P, K, columns, eps, CB=CB, NB=NB, **shape, **config.meta(),
     )  # fmt: skip
     config, share = weight_grad_config(P, C, K, u.dtype, target, dy.dtype != u.dtype)
 
     def weights(part: Share) -> Sums:
         pixels = part.of(share, config.BLOCK_K)
-        splits, tiles = triton.cdiv(P, pixels), triton.cdiv(C, config.BLOCK_N)
+        splits, tiles = cdiv(P, pixels), cdiv(C, config.BLOCK_N)
         products, dz = partial(2, splits, K, C), partial(splits, C)
         launch(
-            _weight_grad_kernel, (tiles * (1 + 2 * triton.cdiv(K, config.BLOCK_M)), splits),
+            _weight_grad_kernel, (tiles * (1 + 2 * cdiv(K, config.BLOCK_M)), splits),
             da, u, h, dy, drop_scale, products, dz, P, per_sample, pixels, **shape, **config.meta(),
         )  # fmt: skip
         return Sums(products, db1, centre, dz)

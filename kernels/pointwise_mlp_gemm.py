@@ -21,6 +21,7 @@ from .activations import activation
 from .autotuning import fastest
 from .gelu import gelu_form
 from .launching import launch
+from .sizes import cdiv
 from .statistics import merge_statistics
 from .targets import target_of
 from .tuning_mlp import GemmConfig, dot_precision, gemm_configs, norm_blocks, statistics_first
@@ -69,6 +70,31 @@ def dot_rows(
     return acc
 
 
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store_hidden(
+    a, b1_ptr, mean, rstd, a_ptr, h_ptr, rows, rows_ok, n, K: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr
+):  # fmt: skip
+    """Normalise the columns ``n`` of the product, add the bias; store that, if wanted, and the activations."""
+    n_ok = n < K
+    bias = tl.load(b1_ptr + n, mask=n_ok, other=0.0)
+    if mean is not None:
+        row_sum = tl.load(b1_ptr + K + n, mask=n_ok, other=0.0)
+        a = tl.fma(tl.fma((-mean)[:, None], row_sum[None, :], a), rstd[:, None], bias[None, :])
+    else:
+        a += bias[None, :]
+    at = rows[:, None] * K + n[None, :]
+    ok = rows_ok[:, None] & n_ok[None, :]
+    if a_ptr is not None:
+        tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=ok)
+    tl.store(h_ptr + at, activation(a, ACT, FORM).to(h_ptr.dtype.element_ty), mask=ok)
+
+
 @triton.jit(do_not_specialize=["P"])
 def _fc1_kernel(
     u_ptr, stats_ptr, w1_ptr, b1_ptr, h_ptr, a_ptr, P, depth, eps,
@@ -81,24 +107,40 @@ def _fc1_kernel(
     rows = tl.arange(0, BLOCK_M)
     rows_ok = first + rows < P
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_ok = n < K
+    mean, rstd = None, None
     if NB > 0 and EARLY:
         mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     a = dot_rows(u_ptr + first * C, w1_ptr, rows, rows_ok, n, a, depth, K, C, PRECISION, BLOCK_N, BLOCK_K)
-    bias = tl.load(b1_ptr + n, mask=n_ok, other=0.0)
-    if NB > 0:
-        if not EARLY:
-            mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
-        row_sum = tl.load(b1_ptr + K + n, mask=n_ok, other=0.0)
-        a = tl.fma(tl.fma((-mean)[:, None], row_sum[None, :], a), rstd[:, None], bias[None, :])
-    else:
-        a += bias[None, :]
-    at = rows[:, None] * K + n[None, :]
-    ok = rows_ok[:, None] & n_ok[None, :]
+    if NB > 0 and not EARLY:
+        mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
+    h_ptr += first * K
     if a_ptr is not None:
-        tl.store(a_ptr + first * K + at, a.to(a_ptr.dtype.element_ty), mask=ok)
-    tl.store(h_ptr + first * K + at, activation(a, ACT, FORM).to(h_ptr.dtype.element_ty), mask=ok)
+        a_ptr += first * K
+    if BLOCK_N >= 128:  # by halves, which takes fewer registers
+        left, right = halves(a, BLOCK_M, BLOCK_N)
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _store_hidden(left, b1_ptr, mean, rstd, a_ptr, h_ptr, rows, rows_ok, n, K, ACT, FORM)
+        _store_hidden(right, b1_ptr, mean, rstd, a_ptr, h_ptr, rows, rows_ok, n + BLOCK_N // 2, K, ACT, FORM)
+    else:
+        _store_hidden(a, b1_ptr, mean, rstd, a_ptr, h_ptr, rows, rows_ok, n, K, ACT, FORM)
+
+
+@triton.jit
+def _store_result(z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n, C: tl.constexpr):
+    """Store y = residual + s·γ·(z + b2) of the columns ``n``."""
+    n_ok = n < C
+    if b2_ptr is not None:
+        z += tl.load(b2_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+    if gamma_ptr is not None:
+        z *= tl.load(gamma_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+    if s is not None:
+        z *= s[:, None]
+    at = rows[:, None] * C + n[None, :]
+    ok = rows_ok[:, None] & n_ok[None, :]
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, z.to(y_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
@@ -112,21 +154,21 @@ def _fc2_kernel(
     rows = tl.arange(0, BLOCK_M)
     rows_ok = first + rows < P
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_ok = n < C
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     z = dot_rows(h_ptr + first * K, w2_ptr, rows, rows_ok, n, z, depth, C, K, PRECISION, BLOCK_N, BLOCK_K)
-    if b2_ptr is not None:
-        z += tl.load(b2_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    if gamma_ptr is not None:
-        z *= tl.load(gamma_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+    s = None
     if drop_scale_ptr is not None:
         s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0)
-        z *= s[:, None]
-    at = first * C + rows[:, None] * C + n[None, :]
-    ok = rows_ok[:, None] & n_ok[None, :]
+    y_ptr += first * C
     if residual_ptr is not None:
-        z += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, z.to(y_ptr.dtype.element_ty), mask=ok)
+        residual_ptr += first * C
+    if BLOCK_N >= 128:  # by halves, lest sums and residual of a whole tile be in registers at a time
+        left, right = halves(z, BLOCK_M, BLOCK_N)
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _store_result(left, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n, C)
+        _store_result(right, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n + BLOCK_N // 2, C)
+    else:
+        _store_result(z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n, C)
 
 
 def fc1(
@@ -141,14 +183,14 @@ def fc1(
 
     def run(config: GemmConfig) -> None:
         launch(
-            _fc1_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),),
+            _fc1_kernel, (cdiv(P, config.BLOCK_M) * cdiv(K, config.BLOCK_N),),
             u, stats, w1g, b1g, h, a, P, C, eps,
             C=C, K=K, CB=CB, NB=NB,
             ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u), EARLY=statistics_first(C, target_of(u)),
             **config.meta(),
         )  # fmt: skip
 
-    run(fastest(_fc1_kernel, run, gemm_configs(K, u.dtype), u, P, (C, K, act, save_hidden)))
+    run(fastest(_fc1_kernel, run, gemm_configs(K, u.dtype, target_of(u)), u, P, (C, K, act, save_hidden)))
     return h, a
 
 
@@ -164,11 +206,11 @@ def fc2(
 
     def run(config: GemmConfig) -> None:
         launch(
-            _fc2_kernel, (triton.cdiv(P, config.BLOCK_M) * triton.cdiv(C, config.BLOCK_N),),
+            _fc2_kernel, (cdiv(P, config.BLOCK_M) * cdiv(C, config.BLOCK_N),),
             h, w2, residual, b2, gamma, drop_scale, y, P, 1 if drop_scale is None else P // drop_scale.numel(), K,
             C=C, K=K, PRECISION=dot_precision(h),
             **config.meta(),
         )  # fmt: skip
 
-    run(fastest(_fc2_kernel, run, gemm_configs(C, h.dtype), h, P, (C, K, y.dtype)))
+    run(fastest(_fc2_kernel, run, gemm_configs(C, h.dtype, target_of(h)), h, P, (C, K, y.dtype)))
     return y

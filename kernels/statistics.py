@@ -16,9 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .sizes import cdiv, remembered
+
 _BLOCKS = {torch.float32: (64, 32, 16), torch.float16: (32, 16), torch.bfloat16: (32, 16)}
 
 
+@remembered
 def stats_block(channels: int, dtype: torch.dtype) -> int:
     """Channels per block of statistics, which is the channel block CB of the convolution that emits them.
 
@@ -26,7 +29,7 @@ def stats_block(channels: int, dtype: torch.dtype) -> int:
     compute dtype (float32, float16 or bfloat16). 8 bytes of statistics stand beside ``CB`` elements of u.
     """
     sizes = _BLOCKS[dtype]
-    padded = [triton.cdiv(channels, size) * size for size in sizes]
+    padded = [cdiv(channels, size) * size for size in sizes]
     for size, total in zip(sizes, padded, strict=True):
         if 8 * total <= 9 * channels:
             return size

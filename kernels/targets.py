@@ -15,6 +15,8 @@ import torch
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 """Streaming multiprocessors (compute units) of each target's usual chip, for the number of programs that fills it."""
+SHARED_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+"""Shared memory (LDS) that a program may have."""
 _planned: list[str] = []
 
 

@@ -1,6 +1,7 @@
 """Launch configurations of the depthwise convolution: pure functions of shape, dtype and target, no device asked.
 
-Numbers come from compiled code (registers, spills) and from executed instruction counts on sm_80; none was timed.
+Numbers come from compiled code (registers, spills) and from executed instruction counts on sm_80; those of sm_90 were
+timed (see tuning_mlp.py).
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import triton
 
-from .targets import PROCESSORS
+from .sizes import cdiv, remembered
+from .targets import PROCESSORS, SHARED_BYTES
 
 _LANES = {"sm_80": 32, "sm_90": 32, "sm_100": 32, "sm_120": 32, "gfx942": 64}  # threads of a warp
 
@@ -32,12 +33,12 @@ def segment_rows(height: int, taps: int, pairs: int, blocks: int, slots: int) ->
     at a time. A program of s rows takes s + taps − 1 input rows (height when whole), plus about 4 rows' time to set up.
     Segments of m·taps + 1 rows fill their groups of ``taps`` input rows exactly; those of 2 and 4 serve few images.
     """
-    best, best_time = height, triton.cdiv(triton.cdiv(pairs, 16) * blocks, slots) * (height + 4)
+    best, best_time = height, cdiv(cdiv(pairs, 16) * blocks, slots) * (height + 4)
     for segment in (*range(height // taps * taps + 1, 0, -taps), 4, 2):
         if segment >= height:
             continue
-        programs = triton.cdiv(pairs * triton.cdiv(height, segment), 16) * blocks
-        time = triton.cdiv(programs, slots) * (segment + taps - 1 + 4)
+        programs = cdiv(pairs * cdiv(height, segment), 16) * blocks
+        time = cdiv(programs, slots) * (segment + taps - 1 + 4)
         if time < best_time:
             best, best_time = segment, time
     return best
@@ -52,8 +53,8 @@ def tensor_core_config(shape: tuple[int, int, int, int], taps: int, block: int, 
     batch, height, width, channels = shape
     amd = target == "gfx942"
     tile_width = 16 if amd else 8
-    pairs = batch * triton.cdiv(width, tile_width)
-    segment = segment_rows(height, taps, pairs, triton.cdiv(channels, block), PROCESSORS[target])
+    pairs = batch * cdiv(width, tile_width)
+    segment = segment_rows(height, taps, pairs, cdiv(channels, block), PROCESSORS[target])
     return TensorCoreConfig(tile_width, dot_channels=8 if amd else 16, segment=segment, num_warps=4 if amd else 8)
 
 
@@ -65,23 +66,37 @@ class GluonConfig:
     stages: int
 
 
+@remembered
 def gluon_config(shape: tuple[int, int, int, int], taps: int, block: int, itemsize: int, target: str) -> GluonConfig:
     """Configuration of dwconv_gluon.py for x of ``shape`` (N, H, W, C), ``itemsize`` bytes an element.
 
-    A row in shared memory is 256·block elements; four of them, three ahead, where they fit in 64 KiB, else two. A
+    A row in shared memory is 256·block elements, and one on its way out 128·block of 16 bits; four of the first, three
+    ahead, where they fit (float32 rows of x then take 71 to 84 % of the time that two take on sm_90), else two. A
     program's 16 pairs share one segment.
     """
     batch, height, width, channels = shape
-    pairs = triton.cdiv(batch * triton.cdiv(width, 8), 16) * 16
-    segment = segment_rows(height, taps, pairs, triton.cdiv(channels, block), PROCESSORS[target])
-    return GluonConfig(segment=segment, stages=4 if 256 * block * itemsize <= 16384 else 2)
+    pairs = cdiv(batch * cdiv(width, 8), 16) * 16
+    segment = segment_rows(height, taps, pairs, cdiv(channels, block), PROCESSORS[target])
+    fits = (4 * 256 * itemsize + 2 * 128) * block <= SHARED_BYTES[target]
+    return GluonConfig(segment=segment, stages=4 if fits else 2)
 
 
+def residual_early(config: GluonConfig, taps: int, block: int, itemsize: int, target: str) -> bool:
+    """Whether a residual of ``itemsize`` bytes beside x of 16 bits comes with the rows, STAGES − 1 early.
+
+    The last ``taps // 2`` output rows have no input row of their own, hence the stages. A row of x takes 256·block
+    elements, one of the residual 128·block, and so does a row on its way out.
+    """
+    taken = (config.stages * (2 * 256 + itemsize * 128) + 2 * 128) * block
+    return config.stages > taps // 2 and taken <= SHARED_BYTES[target]
+
+
+@remembered
 def segment_candidates(
     config: TensorCoreConfig | GluonConfig, height: int
 ) -> tuple[TensorCoreConfig | GluonConfig, ...]:
     """``config`` and the same with other segments: the whole height, half of it, 4 rows."""
-    others = (rows for rows in (height, triton.cdiv(height, 2), 4) if rows <= height)
+    others = (rows for rows in (height, cdiv(height, 2), 4) if rows <= height)
     return tuple(dict.fromkeys((config, *(dataclasses.replace(config, segment=rows) for rows in others))))
 
 
@@ -112,7 +127,7 @@ def scalar_candidates(config: ScalarConfig) -> tuple[ScalarConfig, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class WgradConfig:
-    """Tile width TW, channels of a program, items of a program, rows taken at a time (scalar form), warps.
+    """Tile width TW, channels of a program, items of a program, rows taken at a time (scalar form), warps, rows ahead.
 
     An item is a pair (image, tile) in the tensor-core form and an image row in the scalar form.
     """
@@ -122,23 +137,28 @@ class WgradConfig:
     split: int
     block_rows: int
     num_warps: int
+    ahead: int = 0
 
 
-def wgrad_config(shape: tuple[int, int, int, int], dtype: torch.dtype, target: str) -> WgradConfig:
-    """Configuration of dwconv_wgrad.py for x of ``shape`` (N, H, W, C) and du of ``dtype``.
+def wgrad_config(shape: tuple[int, int, int, int], dtype: torch.dtype, target: str, wide: bool) -> WgradConfig:
+    """Configuration of dwconv_wgrad.py for x of ``shape`` (N, H, W, C), ``wide`` if float32, and du of ``dtype``.
 
-    A program takes as many items as leave two programs for every processor, for each writes its own partial sums.
+    A program takes as many items as leave two programs for every processor, for each writes its own partial sums. On
+    sm_90 small ones, four a processor, with a row loaded ahead, take half (float32 x) to nine tenths of the time.
     """
     batch, height, width, channels = shape
     programs = 2 * PROCESSORS[target]
     if dtype == torch.float32:
         block = 64 if channels > 32 else 32
         block_rows = 4 * 4 * _LANES[target] // block
-        splits = max(1, programs // (triton.cdiv(channels, block) * 7))
-        split = triton.cdiv(triton.cdiv(batch * height, splits), block_rows) * block_rows
+        splits = max(1, programs // (cdiv(channels, block) * 7))
+        split = cdiv(cdiv(batch * height, splits), block_rows) * block_rows
         return WgradConfig(min(7, width), block, max(split, block_rows), block_rows, 4)
     # One channel a warp leaves NVIDIA's 128 registers a thread without spills; two fit AMD's 256.
     tile_width, block = (16, 16) if target == "gfx942" else (8, 8)
-    splits = max(1, programs // triton.cdiv(channels, block))
-    split = triton.cdiv(triton.cdiv(batch * triton.cdiv(width, tile_width), splits), 16) * 16
-    return WgradConfig(tile_width, block, max(split, 16), 1, 8)
+    warps, ahead = 8, 0
+    if target == "sm_90":
+        block, warps, ahead, programs = 4 if wide else 8, 4, 1, 2 * programs
+    splits = max(1, programs // cdiv(channels, block))
+    split = cdiv(cdiv(batch * cdiv(width, tile_width), splits), 16) * 16
+    return WgradConfig(tile_width, block, max(split, 16), 1, warps, ahead)

@@ -1,13 +1,16 @@
 """Launch configurations of the backward of the wide MLP and of patchify: pure functions of shape, dtype and target.
 
-Numbers come from compiled code (registers, spills, warp-group MMA) and from counts of bytes; none was timed.
+Numbers come from compiled code (registers, spills, warp-group MMA) and from counts of bytes; those of sm_90 were timed
+(see tuning_mlp.py).
 """
 
 from __future__ import annotations
 
-import torch
-import triton
+import dataclasses
 
+import torch
+
+from .sizes import cdiv, next_power_of_2
 from .targets import PROCESSORS
 from .tuning_mlp import GemmConfig
 
@@ -23,14 +26,18 @@ def hidden_grad_config(channels: int, dtype: torch.dtype, target: str) -> GemmCo
         return GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
     if target == "sm_120" and channels > 768:
         return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3)
+    if target == "sm_90":  # several small programs a processor: 81 to 88 % of the whole backward's time
+        return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)
     columns = 32 if target == "sm_100" and channels <= 256 else 64
     return GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=32, num_warps=4 if target == "gfx942" else 8, num_stages=3)
 
 
-def input_grad_config(columns: int, dtype: torch.dtype) -> GemmConfig:
+def input_grad_config(columns: int, dtype: torch.dtype, target: str) -> GemmConfig:
     """Configuration of dx̂ = da·w1g with LayerNorm's backward in its epilogue."""
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
+    if target == "sm_90" and columns % 128 == 0:
+        return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3)
     return GemmConfig(BLOCK_M=128, BLOCK_N=128 if columns % 128 == 0 else 64, BLOCK_K=64, num_warps=8, num_stages=3)
 
 
@@ -48,9 +55,9 @@ def weight_grad_config(
         columns = 128 if channels % 128 == 0 else 64
         warps = 8 if wide and target in ("sm_80", "sm_120") else 4
         config = GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=32, num_warps=warps, num_stages=3)
-    tiles = 2 * triton.cdiv(hidden, config.BLOCK_M) * triton.cdiv(channels, config.BLOCK_N)
+    tiles = 2 * cdiv(hidden, config.BLOCK_M) * cdiv(channels, config.BLOCK_N)
     shares = max(1, 2 * PROCESSORS[target] // tiles)
-    return config, triton.cdiv(triton.cdiv(rows, shares), config.BLOCK_K) * config.BLOCK_K
+    return config, cdiv(cdiv(rows, shares), config.BLOCK_K) * config.BLOCK_K
 
 
 def stem_bwd_config(rows: int, channels: int, depth: int, target: str) -> tuple[GemmConfig, int, int]:
@@ -59,19 +66,23 @@ def stem_bwd_config(rows: int, channels: int, depth: int, target: str) -> tuple[
     All channels in a program, as in ``stem_config``, and of the weight's gradient what spills no register. 32 rows give
     8 warps two pixels a load.
     """
-    width = max(16, triton.next_power_of_2(channels))
+    width = max(16, next_power_of_2(channels))
     amd = target == "gfx942"
     config = GemmConfig(BLOCK_M=16 if amd else 32, BLOCK_N=width, BLOCK_K=16, num_warps=8, num_stages=1)
-    block = min(32 if channels > 96 or amd else 64, max(16, triton.next_power_of_2(depth)), max(16, 8192 // width))
-    shares = max(1, 2 * PROCESSORS[target] // triton.cdiv(depth, block))
-    return config, block, triton.cdiv(triton.cdiv(max(rows, 1), shares), config.BLOCK_M) * config.BLOCK_M
+    if target == "sm_90" and width <= 128:  # less than six tenths of the time
+        config = dataclasses.replace(config, num_warps=4)
+    block = min(32 if channels > 96 or amd else 64, max(16, next_power_of_2(depth)), max(16, 8192 // width))
+    shares = max(1, 2 * PROCESSORS[target] // cdiv(depth, block))
+    return config, block, cdiv(cdiv(max(rows, 1), shares), config.BLOCK_M) * config.BLOCK_M
 
 
-def downsample_input_config(channels: int, dtype: torch.dtype) -> GemmConfig:
+def downsample_input_config(channels: int, dtype: torch.dtype, target: str, wide: bool) -> GemmConfig:
     """Configuration of the downsampling's input gradient: a row's channels in one tile, up to 256, else in several."""
-    width = max(16, triton.next_power_of_2(channels))
+    width = max(16, next_power_of_2(channels))
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=32, BLOCK_N=min(64, width), BLOCK_K=16, num_warps=4, num_stages=2)
+    if target == "sm_90" and width > 256 and not wide:
+        return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3)
     return GemmConfig(BLOCK_M=64, BLOCK_N=width if width <= 256 else 128, BLOCK_K=32, num_warps=8, num_stages=2)
 
 
@@ -81,10 +92,12 @@ def downsample_weight_config(
     """(configuration, patches of a share) of the downsampling's weight gradient, BLOCK_K patches a step."""
     if dtype == torch.float32:
         config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
+    elif target == "sm_90":
+        config = GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3)
     else:
         config = GemmConfig(
             BLOCK_M=64, BLOCK_N=128 if channels % 128 == 0 else 64, BLOCK_K=32, num_warps=4, num_stages=2
         )
-    tiles = triton.cdiv(columns, config.BLOCK_M) * taps * triton.cdiv(channels, config.BLOCK_N)
-    shares = max(1, 2 * PROCESSORS[target] // tiles)
-    return config, triton.cdiv(triton.cdiv(max(rows, 1), shares), config.BLOCK_K) * config.BLOCK_K
+    tiles = cdiv(columns, config.BLOCK_M) * taps * cdiv(channels, config.BLOCK_N)
+    shares = max(1, round(2 * PROCESSORS[target] / tiles))
+    return config, cdiv(cdiv(max(rows, 1), shares), config.BLOCK_K) * config.BLOCK_K

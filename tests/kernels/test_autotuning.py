@@ -13,7 +13,7 @@ from convnext_fast.kernels.tuning_mlp import FusedConfig, fused_configs, gemm_co
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources
 
-CANDIDATES = fused_configs(192, 768, True)
+CANDIDATES = fused_configs(192, 768, True, "sm_80")
 KEY = key_of("a kernel", "a device", torch.bfloat16, 4096, (192, 768))
 
 
@@ -70,7 +70,7 @@ def test_a_stored_choice_that_is_no_candidate_is_ignored():
 
 def test_keys_differ_in_every_part():
     parts = ("source", "device", torch.bfloat16, 4096, (96, 384), *CANDIDATES)
-    others = ("changed", "other", torch.float16, 8192, (96, 768), *fused_configs(96, 384, True))
+    others = ("changed", "other", torch.float16, 8192, (96, 768), *fused_configs(96, 384, True, "sm_80"))
     keys = {key_of(*parts)} | {key_of(*parts[:i], others[i], *parts[i + 1 :]) for i in range(len(parts))}
     assert len(keys) == len(parts) + 1
 
@@ -98,8 +98,10 @@ def test_a_cpu_takes_the_default(monkeypatch):
 
 @pytest.mark.parametrize("channels", [40, 96, 192])
 @pytest.mark.parametrize("lean", [False, True])
-def test_candidates_are_few_and_differ(channels, lean):
-    for candidates in (fused_configs(channels, 4 * channels, lean), gemm_configs(channels, torch.float16)):
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_candidates_are_few_and_differ(channels, lean, target):
+    fused = fused_configs(channels, 4 * channels, lean, target)
+    for candidates in (fused, gemm_configs(channels, torch.float16, target)):
         assert 1 < len(set(candidates)) == len(candidates) <= 4
 
 
