@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from convnext_fast.kernels.dwconv import dwconv_dgrad, dwconv_fwd, dwconv_wgrad
+from convnext_fast.kernels.dwconv_gluon import AVAILABLE, dwconv_gluon
 from convnext_fast.kernels.dwconv_scalar import dwconv_scalar
 from convnext_fast.kernels.dwconv_tensor_core import dwconv_tensor_core
 from convnext_fast.kernels.layernorm import layernorm_bwd, layernorm_fwd
-from convnext_fast.kernels.targets import planned_for
+from convnext_fast.kernels.targets import SHARED_BYTES, planned_for
+from convnext_fast.kernels.tuning_dwconv import GluonConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[3]))  # bench/ is not installed
 from bench.analysis import analyse
 from bench.compilation import GPU_TARGETS, compile_kernel, compile_launch, recording, specialise
-
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 
 
 def _launches(target, dtype):
@@ -34,7 +34,7 @@ def test_bfloat16_on_every_target(target):
     assert len(launches) == 4
     for launch in launches:
         made = compile_launch(launch, target)
-        assert made.shared <= SHARED_LIMIT[target], made
+        assert made.shared <= SHARED_BYTES[target], made
         assert made.spills == 0, made
 
 
@@ -43,7 +43,7 @@ def test_float32(target):
     for launch in _launches(target, torch.float32):
         made = compile_launch(launch, target)
         assert made.spills == 0, made
-        assert made.shared <= SHARED_LIMIT[target], made
+        assert made.shared <= SHARED_BYTES[target], made
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,28 @@ def test_offsets_of_images_are_64_bit():
     """In the form that no interpreter runs: the row of the first image times the row length is an i64 product."""
     launch = _launches("sm_90", torch.bfloat16)[0]
     if launch.name != "dwconv_gluon_kernel":
-        pytest.skip("needs Gluon as Triton 3.9 has it")
+        pytest.skip("needs Gluon as Triton has it from 3.6 on")
     text = compile_kernel(launch, "sm_90").asm["ttgir"]
     assert sum("arith.muli" in line and ": i64" in line for line in text.splitlines()) >= 4
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs Gluon as Triton has it from 3.6 on")
+@pytest.mark.parametrize("segment", [56, 28], ids=["whole", "cut"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_rows_memory_is_theirs_until_all_copies_have_come(segment, residual):
+    """Else the compiler puts the last store's scratch there, which copies still write to: seen on an H100.
+
+    An emulator completes copies at once and cannot show it. A buffer lives until its ``local_dealloc``.
+    """
+    x = torch.empty(128, 56, 56, 96, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(96, 1, 7, 7, device="meta")
+    with planned_for("sm_90"), recording() as launches:
+        dwconv_gluon(
+            x, weight, None, x if residual else None, dtype=x.dtype, out_dtype=x.dtype, flip=residual,
+            statistics=not residual, config=GluonConfig(segment, 4),
+        )  # fmt: skip
+    text = compile_kernel(launches[0], "sm_90").asm["ttgir"]
+    last = max(text.rindex("tt.store"), text.rindex("ttg.async_copy_global_to_local"))
+    assert text.index("ttg.async_wait {num = 0") > text.rindex("ttg.async_copy_global_to_local")
+    assert text.count("ttg.local_dealloc") == text.count("ttg.local_alloc") == 1 + residual
+    assert text.index("ttg.local_dealloc") > last
