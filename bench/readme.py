@@ -75,4 +75,4 @@ def _device(name: str, rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(row: dict[str, Any] | None) -> str:
-    return "–" if row is None else f"{row['p50_ms']:.1f} ({row['contender']})"
+    return "–" if row is None else f"{row['p50_ms']:.{2 if row['p50_ms'] < 10 else 1}f} ({row['contender']})"

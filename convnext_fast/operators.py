@@ -116,8 +116,13 @@ def _absent(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _as_inputs(grads: Gradients, *inputs: Tensor | None) -> Gradients:
     """Each gradient in its input's dtype and shape."""
-    pairs = zip(grads, inputs, strict=True)
-    return tuple(None if g is None or i is None else g.to(i.dtype).reshape(i.shape) for g, i in pairs)
+    return tuple(_as_input(g, i) for g, i in zip(grads, inputs, strict=True))
+
+
+def _as_input(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+    if grad is None or like is None or (grad.dtype == like.dtype and grad.shape == like.shape):
+        return grad if like is not None else None
+    return grad.to(like.dtype).reshape(like.shape)
 
 
 def _save_for_itself(ctx: Any, *extra: Tensor | None) -> None:

@@ -63,7 +63,7 @@ def launch_again(kernel: Any, device: int, grid: tuple[int, ...], args: tuple, m
 
 def _likeness(kernel: Any, device: int, args: tuple, meta: dict[str, Any]) -> tuple[Hashable, ...]:
     """What Triton tells NVIDIA kernels apart by, or finer: types, alignment, integers 1, multiples of 16 or 64-bit."""
-    key = [kernel, device, *meta, *meta.values()]
+    key = [id(kernel), device, *meta, *meta.values()]  # a kernel is its module's, which outlives its launches
     for value in args:
         kind = type(value)
         if kind in _PLAIN:

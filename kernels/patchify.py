@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .launching import launch
 from .sizes import cdiv
+from .statistics import inverse_deviation
 from .targets import target_of
 from .tuning_mlp import dot_precision, downsample_config, stem_config
 
@@ -101,7 +102,7 @@ def _stem_kernel(
         image_ptr, w_ptr, b_ptr, corner, rows_ok, c, c_ok, stride_i, stride_h, stride_w, dtype,
         C, CIN, KH, KW, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    out = centred * tl.rsqrt(m2 * (1.0 / C) + eps)[:, None]
+    out = centred * inverse_deviation(m2 * (1.0 / C), eps)[:, None]
     out *= tl.load(g_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
     out += tl.load(beta_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
     tl.store(out_ptr + rows[:, None] * C + c[None, :], out.to(dtype), mask=rows_ok[:, None] & c_ok[None, :])
@@ -166,7 +167,7 @@ def _downsample_kernel(
         for dx in range(KW):
             pixel = corner + (dy * W + dx) * C
             mean, m2 = row_statistics(pixel, rows_ok, C, BLOCK_M, BLOCK_K)
-            rstd = tl.rsqrt(m2 * (1.0 / C) + eps)
+            rstd = inverse_deviation(m2 * (1.0 / C), eps)
             for k0 in range(0, C, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
                 k_ok = k < C

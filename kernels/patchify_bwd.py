@@ -28,6 +28,7 @@ from .launching import launch
 from .parameters import add_rows
 from .patchify import fold_downsample, row_statistics, stem_activations, stem_corners, stem_taps
 from .sizes import cdiv
+from .statistics import inverse_deviation
 from .targets import target_of
 from .tuning_mlp import dot_precision
 from .tuning_mlp_bwd import downsample_input_config, downsample_weight_config, stem_bwd_config
@@ -65,7 +66,7 @@ def _stem_bwd_kernel(
             image_ptr, w_ptr, b_ptr, corner, rows_ok, c, c_ok, stride_i, stride_h, stride_w, dtype,
             C, CIN, KH, KW, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        rstd = tl.rsqrt(m2 * (1.0 / C) + eps)[:, None]
+        rstd = inverse_deviation(m2 * (1.0 / C), eps)[:, None]
         xhat = centred * rstd
         at = rows[:, None] * C + c[None, :]
         dout = tl.load(dout_ptr + at, mask=rows_ok[:, None] & c_ok[None, :], other=0.0).to(tl.float32)
@@ -144,7 +145,7 @@ def _downsample_input_kernel(
     rows_ok = rows < P
     pixel = ((rows // WO // HO * H + rows // WO % HO * KH + tap // KW) * W + rows % WO * KW + tap % KW) * C
     mean, m2 = row_statistics(x_ptr + pixel, rows_ok, C, BLOCK_M, BLOCK_N)
-    rstd = tl.rsqrt(m2 * (1.0 / C) + eps)
+    rstd = inverse_deviation(m2 * (1.0 / C), eps)
     stats_ptr += (tap.to(tl.int64) * P + rows) * 2
     tl.store(stats_ptr, mean, mask=rows_ok)
     tl.store(stats_ptr + 1, rstd, mask=rows_ok)

@@ -37,6 +37,12 @@ def stats_block(channels: int, dtype: torch.dtype) -> int:
 
 
 @triton.jit
+def inverse_deviation(variance, eps):
+    """(variance + eps)^-½ in float32, whatever eps is: Inductor passes Python's numbers to kernels as float64."""
+    return tl.rsqrt(variance + tl.cast(eps, tl.float32))
+
+
+@triton.jit
 def _merge_block(stats_ptr, rows, rows_ok, P, C, b, mean, m2, CB: tl.constexpr):
     """Merge channel block ``b`` into the mean and M2 of the blocks before it."""
     first = tl.zeros((), tl.int64) + b * CB
@@ -71,4 +77,4 @@ def merge_statistics(stats_ptr, rows, rows_ok, P, C, eps, CB: tl.constexpr, NB: 
         m2 = tl.zeros(rows.shape, tl.float32)
         for b in range(NB):
             mean, m2 = _merge_block(stats_ptr, rows, rows_ok, P, C, b, mean, m2, CB)
-    return mean, tl.rsqrt(m2 / C + eps)
+    return mean, inverse_deviation(m2 / C, eps)

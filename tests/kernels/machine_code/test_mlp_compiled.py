@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from convnext_fast.kernels import pointwise_mlp, pointwise_mlp_gemm
 from convnext_fast.kernels.patchify import downsample_fwd, stem_fwd
 from convnext_fast.kernels.pointwise_mlp import mlp_fwd
@@ -13,7 +14,7 @@ from convnext_fast.kernels.statistics import stats_block
 from convnext_fast.kernels.targets import planned_for
 
 sys.path.append(str(Path(__file__).resolve().parents[3]))  # bench/ is not installed
-from bench.compilation import compile_kernel, compile_launch, disassemble, recording
+from bench.compilation import compile_kernel, compile_launch, disassemble, recording, specialise
 
 WHAT = ("forward 96", "forward 192", "forward 384", "backward 96", "backward 384", "patchify")
 SHARED = {"sm_90": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024}
@@ -85,3 +86,21 @@ def test_candidates_of_the_autotuner_do_not_spill(channels, target, monkeypatch)
             resources = compile_launch(launch, target)
             assert resources.spills == 0, resources
             assert resources.shared <= 163 * 1024, resources
+
+
+@pytest.mark.parametrize("what", ["forward 96", "forward 384", "backward 96", "backward 384", "patchify"])
+def test_an_epsilon_in_float64_does_not_spread(what):
+    """Inductor declares Python's numbers so, and arithmetic in float64 took longer than all the rest of a forward."""
+    direction, _, channels = what.partition(" ")
+    with planned_for("sm_90"):
+        launches = mlp_launches(int(channels), direction == "backward") if channels else patch_launches()
+    found = 0
+    for launch in launches:
+        if "eps" in launch.arguments:
+            made = specialise(launch, "sm_90")
+            made.signature["eps"] = "fp64"
+            compiled = triton.compile(made.source(), target=made.gpu, options=made.options)
+            found += 1
+            for line in compiled.asm["ptx"].splitlines():
+                assert "f64" not in line or line.strip().startswith((".param", "ld.param", "cvt.rn.f32.f64")), line
+    assert found
