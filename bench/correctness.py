@@ -15,6 +15,9 @@ from bench.variants import captured
 SHAPES = ((2, 9, 7, 40), (1, 14, 14, 96), (1, 7, 7, 384))
 STEM_SHAPES = ((2, 36, 28, 3), (1, 64, 64, 3))
 REPLAY, HUGE = "CUDA graph replay", "2³¹ elements"
+OFTEN = "same bits ten times"
+OFTEN_SHAPES = ((1, 56, 56, 96), (2, 28, 28, 192), (64, 33, 33, 96))
+"""Heights that the convolution cuts into segments, some unevenly: where late copies once met a last store's scratch."""
 HUGE_OPS = ("dwconv_layernorm", "convnext_block")
 HUGE_MEMORY = 40 << 30
 """Free bytes that the cases of 2³¹ elements ask for: they hold x and three tensors of its size, in bfloat16."""
@@ -39,11 +42,15 @@ def rows(device: torch.device) -> Iterator[dict[str, Any]]:
                 yield row_of(check, case, device)
     if device.type != "cuda":
         yield _not_run(REPLAY)
+    else:
+        for shape in OFTEN_SHAPES:
+            for dtype in ("bfloat16", "float16"):
+                yield row_of(OFTEN, OpCase("dwconv_layernorm", shape, dtype, "both"), device)
     yield from huge_rows(device)
 
 
 def row_of(check: str, case: OpCase, device: torch.device) -> dict[str, Any]:
-    """``HUGE`` or one of ``CHECKS`` on one op."""
+    """``HUGE``, ``OFTEN`` or one of ``CHECKS`` on one op."""
     row = {
         "key": f"correctness/{check}/{case.name}",
         "section": "correctness",
@@ -55,7 +62,7 @@ def row_of(check: str, case: OpCase, device: torch.device) -> dict[str, Any]:
         "failure": None,
     }
     try:
-        return row | (_last_image if check == HUGE else CHECKS[check])(case, device)
+        return row | ({HUGE: _last_image, OFTEN: _often_the_same} | CHECKS)[check](case, device)
     except Exception as error:
         return row | {"passed": False, "failure": failure(error)}
 
@@ -71,10 +78,14 @@ def _against_float64(case: OpCase, device: torch.device) -> dict[str, Any]:
     return {"passed": error <= bound, "error": error, "error_bound": bound}
 
 
-def _deterministic(case: OpCase, device: torch.device) -> dict[str, Any]:
+def _deterministic(case: OpCase, device: torch.device, runs: int = 2) -> dict[str, Any]:
     inputs = case.inputs(device)
-    first, second = (results(case, case.form(True), inputs) for _ in range(2))
-    return {"passed": all(torch.equal(a, b) for a, b in zip(first, second, strict=True))}
+    first, *others = (results(case, case.form(True), inputs) for _ in range(runs))
+    return {"passed": all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))}
+
+
+def _often_the_same(case: OpCase, device: torch.device) -> dict[str, Any]:
+    return _deterministic(case, device, 10)
 
 
 def _replayed(case: OpCase, device: torch.device) -> dict[str, Any]:
