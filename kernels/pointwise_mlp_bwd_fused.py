@@ -230,7 +230,7 @@ def fused_bwd(
         _input_kernel, (programs,),
         dy, u, stats, a, w1g, b1g, w2g, drop_scale, du, dz_sum, P, per_sample, eps, **shape, **config.meta(),
     )  # fmt: skip
-    config, share = weight_grad_config(P, C, K, target, a is None and dy.dtype == u.dtype)
+    config, share = weight_grad_config(P, C, K, target, a is not None, dy.dtype != u.dtype)
 
     def weights(part: Share) -> Sums:
         rows = part.of(share, config.BLOCK_M)

@@ -190,7 +190,7 @@ def fc1(
             **config.meta(),
         )  # fmt: skip
 
-    run(fastest(_fc1_kernel, run, gemm_configs(K, u.dtype, target_of(u)), u, P, (C, K, act, save_hidden)))
+    run(fastest(_fc1_kernel, run, gemm_configs(K, u.dtype, target_of(u), save_hidden), u, P, (C, K, act, save_hidden)))
     return h, a
 
 

@@ -118,10 +118,11 @@ def fused_configs(channels: int, hidden: int, lean: bool, target: str) -> tuple[
 
 
 @remembered
-def gemm_configs(columns: int, dtype: torch.dtype, target: str) -> tuple[GemmConfig, ...]:
+def gemm_configs(columns: int, dtype: torch.dtype, target: str, twofold: bool = False) -> tuple[GemmConfig, ...]:
     """Configurations of a GEMM of ``columns`` columns with a fused epilogue, the default first.
 
-    On sm_90 4 warps, two programs a processor, take 71 to 89 % of the time of 8 warps.
+    On sm_90 4 warps, two programs a processor, take 71 to 89 % of the time of 8 warps; beyond 3,072 columns, or where
+    the epilogue is ``twofold`` (a is saved beside h), they would spill.
     """
     if dtype == torch.float32:
         return (GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),)
@@ -129,7 +130,7 @@ def gemm_configs(columns: int, dtype: torch.dtype, target: str) -> tuple[GemmCon
     if columns <= 64:
         return narrow, dataclasses.replace(narrow, BLOCK_K=32, num_stages=4)
     square = GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
-    if target == "sm_90" and columns <= 3072:  # beyond, fc1 would spill
+    if target == "sm_90" and columns <= 3072 and not twofold:
         square = dataclasses.replace(square, num_warps=4)
     return (
         square,
@@ -142,7 +143,7 @@ def gemm_configs(columns: int, dtype: torch.dtype, target: str) -> tuple[GemmCon
 def statistics_first(channels: int, target: str) -> bool:
     """Whether fc1 merges LayerNorm's statistics before its product or after: the order that spills no register."""
     if target == "sm_90":
-        return channels < 384
+        return channels <= 256
     return target in WARP_GROUPS or (target == "sm_80" and channels > 768)
 
 
@@ -151,17 +152,20 @@ def input_grad_config() -> FusedConfig:
     return FusedConfig(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2)
 
 
-def weight_grad_config(rows: int, channels: int, hidden: int, target: str, lean: bool) -> tuple[FusedConfig, int]:
+def weight_grad_config(
+    rows: int, channels: int, hidden: int, target: str, saved: bool, wide: bool
+) -> tuple[FusedConfig, int]:
     """(configuration, rows of a share) of the backward kernel that owns hidden units.
 
-    ``lean``: a was not saved and dy has 16 bits. The sums take 2·C registers-worth a hidden unit. Without warp-group
-    MMA fewer loads ahead (96 channels), or 2 warps of half the rows and hidden units, or beyond 96 channels fewer
-    hidden units keep them from spilling. Parts of 16 channels take twice the rows, for loads of 16 bytes, where these
-    do not spill. As many shares as give every processor about two programs, or one of 8 warps; a share is a multiple of
-    BLOCK_M.
+    ``saved``: a was; ``wide``: dy is float32; lean: neither. The sums take 2·C registers-worth a hidden unit. Without
+    warp-group MMA fewer loads ahead (96 channels), or 2 warps of half the rows and hidden units, or beyond 96 channels
+    fewer hidden units keep them from spilling. Parts of 16 channels take twice the rows, for loads of 16 bytes, where
+    these do not spill. As many shares as give every processor about two programs, or one of 8 warps; a share is a
+    multiple of BLOCK_M.
     """
     narrow = split_width(channels, target)[-1][1] == 16
-    if target == "sm_90" and channels == 96:  # 86 to 89 % of the whole backward's time
+    lean = not (saved or wide)
+    if target == "sm_90" and channels == 96 and not saved:  # 86 to 89 % of the whole backward's time
         config = FusedConfig(BLOCK_M=64, BLOCK_K=128, num_warps=8, num_stages=2)
     elif target in WARP_GROUPS and narrow:
         config = FusedConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2 if lean else 1)

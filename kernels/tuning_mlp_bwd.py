@@ -27,7 +27,8 @@ def hidden_grad_config(channels: int, dtype: torch.dtype, target: str) -> GemmCo
     if target == "sm_120" and channels > 768:
         return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3)
     if target == "sm_90":  # several small programs a processor: 81 to 88 % of the whole backward's time
-        return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)
+        depth, stages = (64, 3) if channels <= 512 else (32, 4)
+        return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=depth, num_warps=4, num_stages=stages)
     columns = 32 if target == "sm_100" and channels <= 256 else 64
     return GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=32, num_warps=4 if target == "gfx942" else 8, num_stages=3)
 

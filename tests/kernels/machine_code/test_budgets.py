@@ -42,8 +42,9 @@ def _cases(groups, besides=()):
 
 
 # Under autocast (x in float32, weights in 16 bits): spills that no launch configuration avoids, the most of any target.
-# The narrow MLP's weight gradient could avoid its own: it was a seventh slower on an H200 then.
 SPILLS = {"dwconv_gluon_kernel": 86, "dwconv_wgrad_tensor_core_kernel": 18, "_weight_kernel": 12}
+# Spills of the configuration that was the fastest by a seventh on an H200: with drop path, of 1,800 instructions two.
+TIMED = {("_weight_kernel", "sm_90"): 2}
 
 # What is reached, per pass of ConvNeXt-T at batch 128, where BUDGETS are missed or not set.
 #
@@ -75,7 +76,9 @@ def check(chosen):
     described = analyse_all([kernel.specialised for kernel in kernels])
     wrong = []
     for kernel, made in zip(kernels, described, strict=True):
-        known = SPILLS.get(made.kernel, 0) if kernel.first.dtype.startswith("autocast") else 0
+        known = TIMED.get((made.kernel, made.target), 0)
+        if kernel.first.dtype.startswith("autocast"):
+            known = max(known, SPILLS.get(made.kernel, 0))
         wrong += [f"{describe(kernel)}: {fault}" for fault in faults(kernel, made, known)]
     assert not wrong, "\n".join(wrong)
 
