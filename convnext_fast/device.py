@@ -19,8 +19,10 @@ from .kernels.patchify_bwd import downsample_bwd as _downsample_bwd
 from .kernels.patchify_bwd import stem_bwd
 from .kernels.pointwise_mlp import mlp_fwd
 from .kernels.pointwise_mlp_bwd import mlp_bwd
+from .kernels.replaying import replayed
 
 
+@replayed
 def block_fwd(
     x: Tensor,
     dwconv_weight: Tensor,
@@ -42,13 +44,13 @@ def block_fwd(
     rows = (-1, x.shape[3])
     u, statistics = dwconv_fwd(x, dwconv_weight.contiguous(), dwconv_bias, dtype)
     folded = fold_fwd(w1.contiguous(), b1, ln_weight, ln_bias, w2.contiguous(), None, dtype)
-    scale = _scale(drop_scale)
-    y, a = mlp_fwd(u.view(rows), statistics, x.view(rows), *folded, b2, gamma, scale, eps, act, recompute == 0)
+    y, a = mlp_fwd(u.view(rows), statistics, x.view(rows), *folded, b2, gamma, drop_scale, eps, act, recompute == 0)
     if recompute >= 2:
         return y.view(x.shape), None, None, None
     return y.view(x.shape), u, statistics, a
 
 
+@replayed
 def block_bwd(
     dy: Tensor,
     x: Tensor,
@@ -77,7 +79,7 @@ def block_bwd(
     if u is None:
         u, statistics = dwconv_fwd(x, dwconv_weight, dwconv_bias, dtype)
     folded = fold_fwd(w1, b1, ln_weight, ln_bias, w2, gamma, dtype)
-    du, sums = mlp_bwd(dy.view(rows), u.view(rows), statistics, a, *folded, _scale(drop_scale), eps, act)
+    du, sums = mlp_bwd(dy.view(rows), u.view(rows), statistics, a, *folded, drop_scale, eps, act)
     du = du.view(x.shape)
     dx = dwconv_dgrad(du, dwconv_weight, dy) if needs_x else None
     dwconv = None
@@ -86,6 +88,7 @@ def block_bwd(
     return dx, *fold_bwd(sums, ln_weight, ln_bias, w1, b1, w2, b2, gamma, dwconv)
 
 
+@replayed
 def frozen_block_fwd(
     x: Tensor,
     dwconv_weight: Tensor,
@@ -105,6 +108,7 @@ def frozen_block_fwd(
     return y.view(x.shape)
 
 
+@replayed
 def dwconv_layernorm_fwd(
     x: Tensor,
     weight: Tensor,
@@ -119,6 +123,7 @@ def dwconv_layernorm_fwd(
     return layernorm_fwd(u, statistics, ln_weight, ln_bias, eps), u, statistics
 
 
+@replayed
 def dwconv_layernorm_bwd(
     dn: Tensor,
     x: Tensor,
@@ -138,6 +143,7 @@ def dwconv_layernorm_bwd(
     return dx, dweight, dbias, dg, dbeta
 
 
+@replayed
 def pointwise_mlp_fwd(
     x: Tensor,
     residual: Tensor | None,
@@ -155,11 +161,12 @@ def pointwise_mlp_fwd(
     rows = (-1, x.shape[3])
     folded = fold_fwd(w1.contiguous(), b1, None, None, w2.contiguous(), None, dtype)
     residual = None if residual is None else residual.view(rows)
-    inputs, scale = x.to(dtype).view(rows), _scale(drop_scale)
-    y, a = mlp_fwd(inputs, None, residual, *folded, b2, gamma, scale, 0.0, act, recompute == 0)
+    inputs = x.to(dtype).view(rows)
+    y, a = mlp_fwd(inputs, None, residual, *folded, b2, gamma, drop_scale, 0.0, act, recompute == 0)
     return y.view(x.shape), a
 
 
+@replayed
 def pointwise_mlp_bwd(
     dy: Tensor,
     x: Tensor,
@@ -177,10 +184,11 @@ def pointwise_mlp_bwd(
     rows = (-1, x.shape[3])
     w1, w2 = w1.contiguous(), w2.contiguous()
     folded = fold_fwd(w1, b1, None, None, w2, gamma, dtype)
-    dx, sums = mlp_bwd(dy.view(rows), x.to(dtype).view(rows), None, a, *folded, _scale(drop_scale), 0.0, act)
+    dx, sums = mlp_bwd(dy.view(rows), x.to(dtype).view(rows), None, a, *folded, drop_scale, 0.0, act)
     return dx.view(x.shape), *fold_bwd(sums, None, None, w1, b1, w2, b2, gamma)[4:]
 
 
+@replayed
 def patchify_stem_fwd(
     image: Tensor,
     weight: Tensor,
@@ -194,6 +202,7 @@ def patchify_stem_fwd(
     return stem_fwd(image, weight.contiguous(), bias, ln_weight, ln_bias, eps, dtype)
 
 
+@replayed
 def patchify_stem_bwd(
     dy: Tensor,
     image: Tensor,
@@ -208,6 +217,7 @@ def patchify_stem_bwd(
     return stem_bwd(dy, image, weight.contiguous(), bias, ln_weight, ln_bias, eps, needs_image)
 
 
+@replayed
 def downsample_fwd(
     x: Tensor,
     ln_weight: Tensor,
@@ -222,11 +232,13 @@ def downsample_fwd(
     return _downsample_fwd(x, wg, bg, eps, dtype)
 
 
+@replayed
 def frozen_downsample_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`downsample_fwd` on the weights of `folding.FrozenDownsample`, ``weight`` in T."""
     return _downsample_fwd(x, weight.permute(0, 2, 3, 1).contiguous(), bias, eps, dtype)
 
 
+@replayed
 def downsample_bwd(
     dy: Tensor,
     x: Tensor,
@@ -240,8 +252,3 @@ def downsample_bwd(
     """Gradients of x, ln_weight, ln_bias, weight and bias."""
     dx, dweight, dbias, dg, dbeta = _downsample_bwd(dy, x, weight.contiguous(), bias, ln_weight, ln_bias, eps, dtype)
     return dx, dg, dbeta, dweight, dbias
-
-
-def _scale(drop_scale: Tensor | None) -> Tensor | None:
-    """The drop-path factors as the kernels take them: float32."""
-    return None if drop_scale is None else drop_scale.float()

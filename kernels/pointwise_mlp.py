@@ -161,7 +161,7 @@ def _mlp_fwd_kernel(
         z = sums
     s = None
     if drop_scale_ptr is not None:
-        s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0)
+        s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         residual_ptr += first * C
     for i in tl.static_range(len(PARTS)):
@@ -226,7 +226,7 @@ def mlp_fwd(
     u (P, C) in the compute dtype T; stats (NB, P, 2) float32 partial statistics (``statistics.py``) or None for no
     normalisation; residual (P, C) in any float dtype, which y takes, or None (then y is in T and nothing is added);
     w1g (K, C) in T and b1g (2, K) float32 from ``fold_fwd``; w2 (C, K) in T; b2, gamma (C,) of any float dtype or None;
-    drop_scale (N,) float32 or None, N dividing P; act one of ``ACTIVATIONS``. All contiguous.
+    drop_scale (N,) of any float dtype or None, N dividing P; act one of ``ACTIVATIONS``. All contiguous.
     """
     forward = fused_fwd if is_fused(u.shape[1], u.dtype) else gemm_fwd
     return forward(u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden)

@@ -89,7 +89,7 @@ def _input_kernel(
     if NB > 0:
         mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
     if drop_scale_ptr is not None:
-        s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0)
+        s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
     x, dz, dx = (), (), ()
     for i in tl.static_range(len(PARTS)):
         wide, narrow = _scaled(dy_ptr, s, rows, rows_ok, dtype, C, PARTS[i][0], PARTS[i][1])
@@ -169,7 +169,7 @@ def _weight_kernel(
         if NB > 0:
             mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
         if drop_scale_ptr is not None:
-            s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0)
+            s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
         x, dz = (), ()
         dh = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
         for i in tl.static_range(len(PARTS)):

@@ -78,7 +78,7 @@ def _hidden_grad_kernel(
     h, slope = activation_and_grad(a, ACT, FORM)
     da = dh * slope
     if drop_scale_ptr is not None:
-        s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0)
+        s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
         h *= s[:, None]
         da *= s[:, None]
     tl.store(h_ptr + first * K + at, h.to(dtype), mask=ok)
@@ -175,7 +175,7 @@ def _weight_grad_kernel(
             dy = load_tile(dy_ptr + pixel * C, pixels, pixels_ok, c, False, C, BLOCK_N).to(tl.float32)
             if drop_scale_ptr is not None:
                 at = (pixel + pixels) // rows_per_sample
-                dy *= tl.load(drop_scale_ptr + at, mask=pixels_ok, other=0.0)[:, None]
+                dy *= tl.load(drop_scale_ptr + at, mask=pixels_ok, other=0.0).to(tl.float32)[:, None]
             total += dy
         tl.store(dz_ptr + split * C + c, tl.sum(total, axis=0), mask=c < C)
     elif tile < tiles:

@@ -158,7 +158,7 @@ def _fc2_kernel(
     z = dot_rows(h_ptr + first * K, w2_ptr, rows, rows_ok, n, z, depth, C, K, PRECISION, BLOCK_N, BLOCK_K)
     s = None
     if drop_scale_ptr is not None:
-        s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0)
+        s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
     y_ptr += first * C
     if residual_ptr is not None:
         residual_ptr += first * C

@@ -1,0 +1,208 @@
+"""Calls that repeat a record: the bits of the call as it is written, and no record of what it does not hold for.
+
+Recorded launches take addresses in the place of tensors, which the emulator does not. ``Memory`` gives it tensors back,
+and fills what a call allocates with NaN, so that scratch memory that is read before it is written shows.
+"""
+
+from unittest import mock
+
+import pytest
+import torch
+from convnext_fast.kernels import replaying
+from operator_cases import KERNELS_ALONE, ON_CPU, cases
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from convnext_fast import backend, operators
+
+ALL = [*ON_CPU, *KERNELS_ALONE]
+
+
+@pytest.fixture
+def _nan_poisoned_allocations():
+    """``Memory`` does it."""
+
+
+class Memory(TorchDispatchMode):
+    """All that is allocated within, full of NaN, by address."""
+
+    def __init__(self):
+        super().__init__()
+        self.known = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.__name__.startswith("empty"):
+            self.add(out.untyped_storage())
+            torch.empty(0, dtype=torch.uint8).set_(out.untyped_storage()).fill_(255)
+        return out
+
+    def add(self, storage):
+        self.known.append(storage)
+
+    def tensor(self, address):
+        """Bytes from ``address`` to the end of its storage; the newest, where an older one was freed."""
+        for storage in reversed(self.known):
+            offset = address - storage.data_ptr()
+            if 0 <= offset < storage.nbytes():
+                return torch.empty(0, dtype=torch.uint8).set_(storage, offset, (storage.nbytes() - offset,), (1,))
+        raise AssertionError(f"a kernel was given the address {address:#x}, which is no tensor's")
+
+
+@pytest.fixture
+def repeating(emulating, monkeypatch):
+    """A function ``call(operator's name, arguments)`` to repeat calls, which counts ``call.repeats``."""
+    from sass_emulator import emulation
+
+    memory, run = Memory(), emulation.run
+
+    def with_tensors(kernel, grid, values, **options):
+        types = [kind for kind in kernel.src.signature.values() if kind != "constexpr"]
+        found = [
+            memory.tensor(value) if isinstance(value, int) and str(kind).startswith("*") else value
+            for value, kind in zip(values, types, strict=True)
+        ]
+        return run(kernel, grid, found, **options)
+
+    def call(name, arguments):
+        for value in tensors(arguments):
+            memory.add(value.untyped_storage())
+        before = repeat.call_count
+        with memory:
+            results = getattr(operators, name).function(*arguments)
+        call.repeats += repeat.call_count - before
+        return results
+
+    call.repeats = 0
+    monkeypatch.setattr(emulation, "run", with_tensors)
+    monkeypatch.setattr(backend, "REQUEST", "triton")
+    monkeypatch.setattr(replaying, "serves", lambda tensor: True)
+    monkeypatch.setattr(replaying, "_plans", {})
+    with (
+        emulating(arch=80),
+        mock.patch.object(replaying.Plan, "repeat", autospec=True, side_effect=replaying.Plan.repeat) as repeat,
+    ):
+        yield call
+
+
+def tensors(arguments):
+    flat = [each for value in arguments for each in (value if isinstance(value, list) else [value])]
+    return [value for value in flat if isinstance(value, torch.Tensor)]
+
+
+def scaled(value, factor):
+    """Arguments with tensors of other values in other memory."""
+    if isinstance(value, torch.Tensor):
+        return value.detach() * factor
+    return type(value)(scaled(each, factor) for each in value) if isinstance(value, (list, tuple)) else value
+
+
+def as_written(name, arguments):
+    with mock.patch.object(replaying, "serves", return_value=False):
+        return getattr(operators, name).function(*arguments)
+
+
+def assert_same_bits(results, expected):
+    single = isinstance(expected, torch.Tensor)
+    for got, want in zip(*(([each] if single else each) for each in (results, expected)), strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            assert (got.shape, got.stride(), got.dtype) == (want.shape, want.stride(), want.dtype)
+            assert torch.isfinite(want).all()
+            assert torch.equal(got, want)
+
+
+IN_TIME = ("block_bwd", "frozen_block_fwd", "patchify_stem_fwd")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "every"),
+    [
+        *((name, torch.bfloat16, False) for name in IN_TIME),
+        *(
+            pytest.param(name, dtype, True, marks=pytest.mark.thorough)
+            for name in ALL
+            for dtype in (torch.bfloat16, torch.float32)
+        ),
+    ],
+)
+def test_repeats_bit_for_bit(repeating, name, dtype, every):
+    torch.manual_seed(0)
+    given = cases(name, dtype)
+    replaying._plans.clear()  # the forward calls behind the arguments
+    for arguments in given if every else given[-1:]:
+        repeating.repeats = 0
+        repeating(name, scaled(arguments, 1.0))
+        for factor in (0.5, 0.75):
+            other = scaled(arguments, factor)
+            assert_same_bits(repeating(name, other), as_written(name, other))
+        assert repeating.repeats == 1
+
+
+def stem(alignment=0, side=8, dtype=torch.float32):
+    """Arguments of a small stem; ``alignment``: bytes between its image and an aligned address."""
+    skipped = alignment // dtype.itemsize
+    image = torch.randn(3 * side * side + skipped).to(dtype)[skipped:].view(1, 3, side, side)
+    weight = torch.randn(8, 3, 4, 4).to(dtype)
+    return image, weight, *torch.randn(3, 8).to(dtype), 1e-6, dtype
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"alignment": 4}, {"side": 12}, {"dtype": torch.float16}],
+    ids=["alignment", "size", "dtype"],
+)
+def test_what_differs_has_its_own_record(repeating, other):
+    for _ in range(3):
+        repeating("patchify_stem_fwd", stem())
+    assert repeating.repeats == 1
+    for repeats in (1, 1, 2):
+        given = stem(**other)
+        assert_same_bits(repeating("patchify_stem_fwd", given), as_written("patchify_stem_fwd", given))
+        assert repeating.repeats == repeats
+
+
+def test_tf32_has_its_own_record(repeating):
+    given, switch = stem(), torch.backends.cuda.matmul
+    exact = [repeating("patchify_stem_fwd", given) for _ in range(3)][2]
+    switch.allow_tf32 = True
+    try:
+        rounded = [repeating("patchify_stem_fwd", given) for _ in range(3)][2]
+    finally:
+        switch.allow_tf32 = False
+    assert repeating.repeats == 2
+    assert not torch.equal(exact, rounded)
+
+
+def test_a_call_that_does_more_is_not_recorded(repeating):
+    """Here it copies a weight whose memory is not in order."""
+    image, weight, *rest = stem()
+    for _ in range(4):
+        weight = torch.randn_like(weight).to(memory_format=torch.channels_last)
+        given = (image, weight, *rest)
+        assert_same_bits(repeating("patchify_stem_fwd", given), as_written("patchify_stem_fwd", given))
+    assert repeating.repeats == 0
+
+
+def test_tensors_in_the_same_memory_are_not_recorded(repeating):
+    """x is its own residual twice; then it is not, which looks alike."""
+    parameters = torch.randn(24, 8), torch.randn(24), torch.randn(8, 24), torch.randn(8), torch.randn(8)
+    x = torch.randn(1, 4, 4, 8)
+    for residual in (x, x, torch.randn_like(x)):
+        given = (x, residual, *parameters, None, "relu", 1, torch.float32)
+        assert_same_bits(repeating("pointwise_mlp_fwd", given), as_written("pointwise_mlp_fwd", given))
+    assert repeating.repeats == 0
+
+
+def test_an_empty_batch_is_not_recorded(repeating):
+    _, *rest = stem()
+    for _ in range(3):
+        assert repeating("patchify_stem_fwd", (torch.empty(0, 3, 8, 8), *rest)).shape == (0, 2, 2, 8)
+    assert repeating.repeats == 0
+
+
+def test_records_are_bounded(repeating, monkeypatch):
+    monkeypatch.setattr(replaying, "MOST", 2)
+    for side in (8, 12, 16, 8, 8, 8):
+        repeating("patchify_stem_fwd", stem(side=side))
+        assert len(replaying._plans) <= 2
+    assert repeating.repeats == 1
