@@ -261,7 +261,7 @@ def _downsample_fold_kernel(
     if tl.program_id(0) < SLICES:
         _affine_gradients(
             db_sums_ptr, dg_sums_ptr, w_ptr, dg_ptr, dbeta_ptr, tl.program_id(1) * SLICES + tl.program_id(0), SHARES,
-            GROUPS, C, N, TAPS, 4 * BLOCK_N, BLOCK_C // SLICES,
+            GROUPS, C, N, TAPS, 2 * BLOCK_N, BLOCK_C // SLICES,
         )  # fmt: skip
     else:
         c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
