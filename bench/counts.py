@@ -45,7 +45,7 @@ BUDGETS: dict[tuple[str, int | None], dict[str, float]] = {
     ("inference", None): {"megabytes": 37, "launches": 60},
     ("training", 0): {},
     ("training", 1): {"megabytes": 150, "launches": 260, "saved": 11},
-    ("training", 2): {"launches": 260, "saved": 7},
+    ("training", 2): {"megabytes": 150, "launches": 260, "saved": 7},
 }
 
 
@@ -90,7 +90,7 @@ def flops(launch: Launch, compiled: Compiled) -> int | None:
         "_fc1_kernel": 1,
         "_fc2_kernel": 1,
         "_input_kernel": 2 if saved else 3,
-        "_weight_kernel": 3 if saved else 4,
+        "_weight_kernel": 3 if saved else 4 + given.get("APART", False),
         "_hidden_grad_kernel": 1 if saved else 2,
         "_input_grad_kernel": 1,
         "_weight_grad_kernel": 2,

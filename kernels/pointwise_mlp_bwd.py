@@ -16,6 +16,7 @@ from torch import Tensor
 from .parameters import Sums
 from .pointwise_mlp_bwd_fused import fused_bwd
 from .pointwise_mlp_bwd_gemm import gemm_bwd
+from .targets import target_of
 from .tuning_mlp import is_fused_backward
 
 
@@ -43,5 +44,5 @@ def mlp_bwd(
         shapes = ((2, 0, K, C), (0, K), (0, C))
         products, db1, dz = (torch.empty(shape, dtype=torch.float32, device=u.device) for shape in shapes)
         return torch.empty_like(u), Sums(products, db1, None, dz)
-    backward = fused_bwd if is_fused_backward(C, u.dtype) else gemm_bwd
+    backward = fused_bwd if is_fused_backward(C, u.dtype, target_of(u)) else gemm_bwd
     return backward(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act)

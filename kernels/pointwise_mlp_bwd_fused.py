@@ -27,7 +27,14 @@ from .pointwise_mlp import load_fc1, load_fc2, load_rows, normalise, store_rows
 from .sizes import cdiv
 from .statistics import merge_statistics
 from .targets import target_of
-from .tuning_mlp import dot_precision, input_grad_config, norm_blocks, split_width, weight_grad_config
+from .tuning_mlp import (
+    dot_precision,
+    input_grad_config,
+    norm_blocks,
+    split_width_bwd,
+    weight_grad_config,
+    weights_apart,
+)
 
 
 @triton.jit
@@ -141,16 +148,16 @@ def _store_weights(ptr, value, k, K: tl.constexpr, C: tl.constexpr, FIRST: tl.co
     tl.store(ptr + k[:, None] * C + c[None, :], value, mask=(k < K)[:, None] & (c < C)[None, :])
 
 
-@triton.jit(do_not_specialize=["P", "rows_per_sample", "share"])
-def _weight_kernel(
+@triton.jit
+def _share_of_weights(
     dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr,
-    P, rows_per_sample, share, eps,
-    C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr,
-    ACT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    P, rows_per_sample, share, eps, k, split,
+    C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, ACT: tl.constexpr,
+    FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    WANTS_D: tl.constexpr, WANTS_E: tl.constexpr,
 ):  # fmt: skip
+    """D and db1, or E, or all, of hidden units ``k`` over share number ``split`` of the pixels."""
     dtype: tl.constexpr = u_ptr.dtype.element_ty
-    split = tl.program_id(1).to(tl.int64)
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     w1, w2, D, E = (), (), (), ()
     for i in tl.static_range(len(PARTS)):
         w1 += (load_fc1(w1_ptr, k, K, C, PARTS[i][0], PARTS[i][1], BLOCK_K),)
@@ -171,12 +178,10 @@ def _weight_kernel(
         if drop_scale_ptr is not None:
             s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
         x, dz = (), ()
-        dh = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
         for i in tl.static_range(len(PARTS)):
             x += (normalise(load_rows(u, rows, rows_ok, C, PARTS[i][0], PARTS[i][1]), mean, rstd, NB > 0),)
             _, narrow = _scaled(dy, s, rows, rows_ok, dtype, C, PARTS[i][0], PARTS[i][1])
             dz += (narrow,)
-            dh = tl.dot(w2[i], narrow.T, dh, input_precision=PRECISION)
         if a_ptr is not None:
             at = first * K + rows[:, None] * K + k[None, :]
             a = tl.load(a_ptr + at, mask=rows_ok[:, None] & (k < K)[None, :], other=0.0).T.to(tl.float32)
@@ -185,21 +190,62 @@ def _weight_kernel(
             for i in tl.static_range(len(PARTS)):
                 a = tl.dot(w1[i], x[i].T, a, input_precision=PRECISION)
         h, slope = activation_and_grad(a, ACT, FORM)
-        da = dh * slope
-        db1 += tl.sum(da, axis=1)
-        da = da.to(dtype)
-        h = h.to(dtype)
-        D_sums, E_sums = (), ()
+        if WANTS_D:
+            dh = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+            for i in tl.static_range(len(PARTS)):
+                dh = tl.dot(w2[i], dz[i].T, dh, input_precision=PRECISION)
+            da = dh * slope
+            db1 += tl.sum(da, axis=1)
+            D_sums = ()
+            for i in tl.static_range(len(PARTS)):
+                D_sums += (tl.dot(da.to(dtype), x[i], D[i], input_precision=PRECISION),)
+            D = D_sums
+        if WANTS_E:
+            E_sums = ()
+            for i in tl.static_range(len(PARTS)):
+                E_sums += (tl.dot(h.to(dtype), dz[i], E[i], input_precision=PRECISION),)
+            E = E_sums
+    if WANTS_D:
+        tl.store(db1_ptr + split * K + k, db1, mask=k < K)
         for i in tl.static_range(len(PARTS)):
-            D_sums += (tl.dot(da, x[i], D[i], input_precision=PRECISION),)
-            E_sums += (tl.dot(h, dz[i], E[i], input_precision=PRECISION),)
-        D, E = D_sums, E_sums
-    tl.store(db1_ptr + split * K + k, db1, mask=k < K)
-    D_ptr += split * K * C
-    E_ptr += split * K * C
-    for i in tl.static_range(len(PARTS)):
-        _store_weights(D_ptr, D[i], k, K, C, PARTS[i][0], PARTS[i][1])
-        _store_weights(E_ptr, E[i], k, K, C, PARTS[i][0], PARTS[i][1])
+            _store_weights(D_ptr + split * K * C, D[i], k, K, C, PARTS[i][0], PARTS[i][1])
+    if WANTS_E:
+        for i in tl.static_range(len(PARTS)):
+            _store_weights(E_ptr + split * K * C, E[i], k, K, C, PARTS[i][0], PARTS[i][1])
+
+
+@triton.jit(do_not_specialize=["P", "rows_per_sample", "share"])
+def _weight_kernel(
+    dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr,
+    P, rows_per_sample, share, eps,
+    C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, ACT: tl.constexpr,
+    FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """Grid (chunks of hidden units, shares). APART: D and E are two programs, for the sums of both need too many
+    registers; they compute a each for itself, five products in the place of four.
+    """
+    split = tl.program_id(1).to(tl.int64)
+    if APART:
+        k = tl.program_id(0) // 2 * BLOCK_K + tl.arange(0, BLOCK_K)
+        if tl.program_id(0) % 2 == 0:
+            _share_of_weights(
+                dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr, P,
+                rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, ACT, FORM, PRECISION, BLOCK_M, BLOCK_K,
+                True, False,
+            )  # fmt: skip
+        else:
+            _share_of_weights(
+                dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr, P,
+                rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, ACT, FORM, PRECISION, BLOCK_M, BLOCK_K,
+                False, True,
+            )  # fmt: skip
+    else:
+        k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+        _share_of_weights(
+            dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr, P,
+            rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, ACT, FORM, PRECISION, BLOCK_M, BLOCK_K,
+            True, True,
+        )  # fmt: skip
 
 
 def fused_bwd(
@@ -220,7 +266,7 @@ def fused_bwd(
     target = target_of(u)
     CB, NB = norm_blocks(stats, C, u.dtype)
     per_sample = 1 if drop_scale is None else P // drop_scale.numel()
-    shape = {"C": C, "K": K, "PARTS": split_width(C, target), "CB": CB, "NB": NB}
+    shape = {"C": C, "K": K, "PARTS": split_width_bwd(C, target), "CB": CB, "NB": NB}
     shape |= {"ACT": act, "FORM": gelu_form(u.dtype), "PRECISION": dot_precision(u)}
     du = torch.empty_like(u)
     config = input_grad_config()
@@ -231,6 +277,7 @@ def fused_bwd(
         dy, u, stats, a, w1g, b1g, w2g, drop_scale, du, dz_sum, P, per_sample, eps, **shape, **config.meta(),
     )  # fmt: skip
     config, share = weight_grad_config(P, C, K, target, a is not None, dy.dtype != u.dtype)
+    apart = weights_apart(C)
 
     def weights(part: Share) -> Sums:
         rows = part.of(share, config.BLOCK_M)
@@ -238,9 +285,9 @@ def fused_bwd(
         products = torch.empty((2, splits, K, C), dtype=torch.float32, device=u.device)
         db1 = torch.empty((splits, K), dtype=torch.float32, device=u.device)
         launch(
-            _weight_kernel, (cdiv(K, config.BLOCK_K), splits),
+            _weight_kernel, (cdiv(K, config.BLOCK_K) * (2 if apart else 1), splits),
             dy, u, stats, a, w1g, b1g, w2g, drop_scale, *products, db1, P, per_sample, rows, eps,
-            **shape, **config.meta(),
+            APART=apart, **shape, **config.meta(),
         )  # fmt: skip
         return Sums(products, db1, None, dz_sum)
 

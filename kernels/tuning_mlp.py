@@ -18,7 +18,7 @@ from .targets import PROCESSORS
 
 WARP_GROUPS = ("sm_90", "sm_100")  # targets that multiply matrices by warp groups or larger
 _FUSED_FORWARD = 192
-_FUSED_BACKWARD = 128
+_FUSED_BACKWARD = 128  # 192 with warp groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +71,27 @@ def is_fused(channels: int, dtype: torch.dtype) -> bool:
     return channels <= _FUSED_FORWARD and dtype != torch.float32
 
 
-def is_fused_backward(channels: int, dtype: torch.dtype) -> bool:
-    """Whether the backward does. Beyond, the sums of a chunk of hidden units (2·C a unit) do not fit the registers."""
-    return channels <= _FUSED_BACKWARD and dtype != torch.float32
+def is_fused_backward(channels: int, dtype: torch.dtype, target: str) -> bool:
+    """Whether the backward does. Beyond, the sums of a chunk of hidden units do not fit the registers: 2·C a unit, or,
+    where two programs share them (see ``weights_apart``), C.
+    """
+    most = _FUSED_FORWARD if target in WARP_GROUPS else _FUSED_BACKWARD
+    return channels <= most and dtype != torch.float32
+
+
+def weights_apart(channels: int) -> bool:
+    """Whether two programs of the fused backward make D and E of the same hidden units."""
+    return channels > _FUSED_BACKWARD
+
+
+def split_width_bwd(channels: int, target: str) -> tuple[tuple[int, int], ...]:
+    """``split_width`` of the backward: beyond 128 channels parts of 64, which take 15 to 86 registers fewer."""
+    if not weights_apart(channels):
+        return split_width(channels, target)
+    padded = cdiv(channels, 16) * 16
+    whole = tuple((start, 64) for start in range(0, padded - 63, 64))
+    rest = padded - 64 * len(whole)
+    return (*whole, (64 * len(whole), next_power_of_2(rest))) if rest else whole
 
 
 def norm_blocks(stats: Tensor | None, channels: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -105,7 +123,8 @@ def fused_configs(channels: int, hidden: int, lean: bool, target: str) -> tuple[
     as 8 warps would. Else 16 rows a warp, half of them where a wide residual would spill. Steps of 64 hidden units, or
     32 where a step of 64 would be half empty or would spill. sm_90 has the shared memory for a third stage.
     """
-    deep = 64 if hidden % 64 == 0 and (lean or channels <= 160) else 32
+    shallow = hidden % 64 != 0 or (channels > 160 and not lean) or (channels > 128 and target == "gfx942")
+    deep = 32 if shallow else 64
     stages = 3 if target == "sm_90" and channels > 96 else 2
     wide = FusedConfig(BLOCK_M=128 if lean or channels <= 160 else 64, BLOCK_K=deep, num_warps=8, num_stages=stages)
     others = (
@@ -161,11 +180,12 @@ def weight_grad_config(
     warp-group MMA fewer loads ahead (96 channels), or 2 warps of half the rows and hidden units, or beyond 96 channels
     fewer hidden units keep them from spilling. Parts of 16 channels take twice the rows, for loads of 16 bytes, where
     these do not spill. As many shares as give every processor about two programs, or one of 8 warps; a share is a
-    multiple of BLOCK_M.
+    multiple of BLOCK_M. Programs that share the sums take 128 hidden units, for every program reads its pixels anew;
+    with 96 channels on sm_90 that takes 86 to 89 % of the whole backward's time.
     """
     narrow = split_width(channels, target)[-1][1] == 16
     lean = not (saved or wide)
-    if target == "sm_90" and channels == 96 and not saved:  # 86 to 89 % of the whole backward's time
+    if weights_apart(channels) or (target == "sm_90" and channels == 96 and not saved):
         config = FusedConfig(BLOCK_M=64, BLOCK_K=128, num_warps=8, num_stages=2)
     elif target in WARP_GROUPS and narrow:
         config = FusedConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2 if lean else 1)
@@ -175,11 +195,11 @@ def weight_grad_config(
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=1)
     elif channels <= 96:
         block_rows = 32 if narrow and channels <= 48 else 16
-        stages = 2 if lean or channels < 96 else 1
+        stages = 1 if wide and (saved or channels == 96) else 2
         config = FusedConfig(BLOCK_M=block_rows, BLOCK_K=32, num_warps=2, num_stages=stages)
     else:
-        config = FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=2)
-    chunks = cdiv(hidden, config.BLOCK_K)
+        config = FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3)
+    chunks = cdiv(hidden, config.BLOCK_K) * (2 if weights_apart(channels) else 1)
     shares = max(1, (1 if config.BLOCK_K == 128 else 2) * PROCESSORS[target] // chunks)
     return config, cdiv(cdiv(rows, shares), config.BLOCK_M) * config.BLOCK_M
 

@@ -3,15 +3,16 @@ from itertools import pairwise
 import pytest
 import torch
 from convnext_fast.kernels.targets import TARGETS
-from convnext_fast.kernels.tuning_mlp import dot_precision, split_width
+from convnext_fast.kernels.tuning_mlp import dot_precision, split_width, split_width_bwd
 
 TUNED = (40, 48, 64, 80, 96, 128, 160, 192)
 
 
+@pytest.mark.parametrize("split", [split_width, split_width_bwd])
 @pytest.mark.parametrize("target", TARGETS)
-def test_parts_cover_the_width_and_waste_little(target):
+def test_parts_cover_the_width_and_waste_little(target, split):
     for channels in range(1, 193):
-        parts = split_width(channels, target)
+        parts = split(channels, target)
         assert parts[0][0] == 0
         for (first, width), (following, _) in pairwise(parts):
             assert first + width == following

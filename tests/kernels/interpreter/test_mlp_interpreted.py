@@ -50,6 +50,13 @@ def test_parts_of_other_targets(target):
         check_backward(case, fused_bwd)
 
 
+@pytest.mark.parametrize("save_hidden", [False, True])
+def test_sums_that_two_programs_share(save_hidden):
+    """Warp groups beyond 128 channels; 160 are 64 + 64 + 32."""
+    with planned_for("sm_90"):
+        check_backward(Case(2, 25, 160, 136, torch.float16), mlp_bwd, save_hidden)
+
+
 @pytest.mark.parametrize("forward", [fused_fwd, gemm_fwd])
 def test_float32_residual_beside_float16(forward):
     check_forward(Case(2, 20, 24, 96, torch.float16, residual_dtype=torch.float32), forward)

@@ -43,8 +43,6 @@ def _cases(groups, besides=()):
 
 # Under autocast (x in float32, weights in 16 bits): spills that no launch configuration avoids, the most of any target.
 SPILLS = {"dwconv_gluon_kernel": 86, "dwconv_wgrad_tensor_core_kernel": 18, "_weight_kernel": 12}
-# Spills of the configuration that was the fastest by a seventh on an H200: with drop path, of 1,800 instructions two.
-TIMED = {("_weight_kernel", "sm_90"): 2}
 
 # What is reached, per pass of ConvNeXt-T at batch 128, where BUDGETS are missed or not set.
 #
@@ -55,13 +53,10 @@ TIMED = {("_weight_kernel", "sm_90"): 2}
 # 5.5 TB/s. The products are 59.2 GFLOP, 0.06 ms on an H100, and the hidden activations' way through DRAM is 154 MB,
 # 0.05 ms. Modelled, not measured.
 #
-# Recomputation level 2 is level 1 and 9.1 MB: every block reads x and writes u once more, 2·2 B an element; the rest,
-# 0.5 MB, is statistics. A fused backward at C = 192 would bring levels 1 and 2 to 130.7 and 139.9 MB and was 6 %
-# faster on an H200, but spills 155 instructions.
+# Training at level 0, which has no budget, writes and reads the hidden activations, too.
 REACHED = {
     ("inference", None): {"megabytes": 38.2},  # misses 37
-    ("training", 0): {"megabytes": 188.7, "launches": 237, "saved": 27.5},
-    ("training", 2): {"megabytes": 159.0},
+    ("training", 0): {"megabytes": 173.7, "launches": 234, "saved": 27.4},
 }
 
 
@@ -76,9 +71,7 @@ def check(chosen):
     described = analyse_all([kernel.specialised for kernel in kernels])
     wrong = []
     for kernel, made in zip(kernels, described, strict=True):
-        known = TIMED.get((made.kernel, made.target), 0)
-        if kernel.first.dtype.startswith("autocast"):
-            known = max(known, SPILLS.get(made.kernel, 0))
+        known = SPILLS.get(made.kernel, 0) if kernel.first.dtype.startswith("autocast") else 0
         wrong += [f"{describe(kernel)}: {fault}" for fault in faults(kernel, made, known)]
     assert not wrong, "\n".join(wrong)
 
@@ -108,9 +101,10 @@ def test_counts_of_a_pass(mode, recompute):
     assert not counts.uncounted, f"no formula for the FLOPs of {counts.uncounted}"
     missed = counts.missed(BUDGETS[mode, recompute] | REACHED.get((mode, recompute), {}))
     assert not missed, ", ".join(f"{name}: {got:.1f} exceeds {most}" for name, (got, most) in missed.items())
-    # 4.45 G multiply-adds an image forward; twice that backward.
+    # 4.45 G multiply-adds an image forward; twice that backward. Computed anew are dh, by a fused backward, and from
+    # level 1 on a: once by two products, twice by a fused backward, three times where D and E are apart.
     least = 8.9 if mode == "inference" else 26.6
-    assert least <= counts.gflops <= 1.25 * least
+    assert least <= counts.gflops <= least * {None: 1.0, 0: 1.07, 1: 1.30, 2: 1.31}[recompute] + 0.1
 
 
 def test_command_prints_rows_and_imports_the_installed_kernels(capsys):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from convnext_fast.kernels import pointwise_mlp_bwd_fused
 from convnext_fast.kernels.pointwise_mlp import fused_fwd, gemm_fwd, mlp_fwd
 from convnext_fast.kernels.pointwise_mlp_bwd import mlp_bwd
 from convnext_fast.kernels.pointwise_mlp_bwd_fused import fused_bwd
@@ -63,6 +64,15 @@ def test_instructions_of_the_fused_forward(emulating, channels, allowed):
 def test_backward(emulating, backward, case):
     with emulating(arch=80, detect_races="rw"):
         check_backward(case, backward)
+
+
+@pytest.mark.parametrize("case", [Case(1, 50, 37, 77, FP16), Case(3, 70, 96, 128, BF16)], ids=str)
+@pytest.mark.parametrize("save_hidden", [False, True])
+def test_backward_whose_sums_two_programs_share(emulating, monkeypatch, case, save_hidden):
+    """As where warp groups multiply it is beyond 128 channels."""
+    monkeypatch.setattr(pointwise_mlp_bwd_fused, "weights_apart", lambda channels: True)
+    with emulating(arch=80, detect_races="rw"):
+        check_backward(case, fused_bwd, save_hidden)
 
 
 def test_backward_in_float32(emulating, precision):
