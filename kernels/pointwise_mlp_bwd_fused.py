@@ -8,7 +8,8 @@ du = rstd·(dx̂ − mean(dx̂) − x̂·mean(dx̂·x̂)). ``_weight_kernel`` ow
     D = daᵀ·x̂ (K, C)    Eᵀ = hᵀ·dz' (K, C)    db1 = Σ_p da
 
 It computes aᵀ and dhᵀ, so that daᵀ and hᵀ are already the left operands of the second products. The shares' sums are
-added in a second pass, in a fixed order. C is cut into parts as in the forward.
+added in a second pass, in a fixed order. C is cut into parts as in the forward; beyond 128 channels, which only warp
+groups take, into narrower ones, and D and E are sums of two programs.
 """
 
 from __future__ import annotations
