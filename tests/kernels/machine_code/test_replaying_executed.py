@@ -216,6 +216,15 @@ def test_a_call_that_does_more_is_not_recorded(repeating):
     assert repeating.repeats == 0
 
 
+def test_what_is_written_into_an_allocation_is_not_lost(repeating):
+    """No launch does it, so a record would return the allocation as it came."""
+    copied = replaying.replayed(lambda x: torch.empty_like(x).copy_(x))
+    for _ in range(4):
+        x = torch.randn(5)
+        assert torch.equal(copied(x), x)
+    assert None in replaying._plans.values()
+
+
 def test_tensors_in_the_same_memory_are_not_recorded(repeating):
     """x is its own residual twice; then it is not, which looks alike."""
     parameters = torch.randn(24, 8), torch.randn(24), torch.randn(8, 24), torch.randn(8), torch.randn(8)
