@@ -12,19 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import onednn
+from . import onednn, onednn_block
 from .aten_rows import Mlp, Norm, linear, mlp_bwd, mlp_fwd, sum_dtype
 
 
-def _dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, frozen: bool = False) -> Tensor:
-    """(N, H, W, C) to (P, C) in T, a new tensor; ``frozen``: as in `onednn.linear`."""
+def _dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(N, H, W, C) to (P, C) in T, a new tensor."""
     bias = None if bias is None else bias.to(dtype)
     x, weight = x.to(dtype).permute(0, 3, 1, 2), weight.to(dtype)
     groups, padding = weight.shape[0], [weight.shape[2] // 2, weight.shape[3] // 2]
-    if frozen and onednn.serves(x):
-        u = onednn.frozen_convolution(x, weight, bias, [1, 1], padding, groups)
-    else:
-        u = F.conv2d(x, weight, bias, padding=padding, groups=groups)
+    u = F.conv2d(x, weight, bias, padding=padding, groups=groups)
     return u.permute(0, 2, 3, 1).reshape(-1, groups)
 
 
@@ -118,9 +115,12 @@ def frozen_block_fwd(
     dtype: torch.dtype,
 ) -> Tensor:
     """`block_fwd` on the weights of `folding.FrozenBlock`."""
-    u = _dwconv(x, dwconv_weight, dwconv_bias, dtype, frozen=True)
+    if dtype == torch.float32 and onednn.serves(x):
+        weights = (dwconv_weight, dwconv_bias, w1, b1, w2, b2)
+        return onednn_block.frozen_block_fwd(x, *weights, eps=eps, act=act)
+    u = _dwconv(x, dwconv_weight, dwconv_bias, dtype)
     norm, mlp = Norm(None, None, eps), Mlp(w1, b1[0], w2, b2, None, act)
-    y, _ = mlp_fwd(u, x.reshape(u.shape), norm, mlp, None, overwrite=True, frozen=True)
+    y, _ = mlp_fwd(u, x.reshape(u.shape), norm, mlp, None, overwrite=True)
     return y.view(x.shape)
 
 

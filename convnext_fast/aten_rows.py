@@ -20,7 +20,8 @@ from .reference import ACTIVATION_FUNCTIONS
 
 _aten = torch.ops.aten
 
-_ACTIVATIONS_ = {
+# In place.
+ACTIVATIONS_ = {
     "gelu": _aten.gelu_,
     "gelu_new": partial(_aten.gelu_, approximate="tanh"),
     "relu": torch.relu_,
@@ -48,7 +49,7 @@ def _activation_bwd_(dh: Tensor, a: Tensor, act: str) -> Tensor:
     return _aten.elu_backward.grad_input(dh, 1.6732632423543772, 1.0507009873554805, 1.0, False, a, grad_input=dh)
 
 
-def _row_blocks(rows: int, row_bytes: int) -> list[slice]:
+def row_blocks(rows: int, row_bytes: int) -> list[slice]:
     """Slices of rows for cache-sized work, ``row_bytes`` a row, alike in size; one empty slice of no rows."""
     most = min(_MOST_ROWS, max(_LEAST_ROWS, _CACHE_BYTES // row_bytes))
     count = max(1, -(-rows // most))
@@ -101,16 +102,16 @@ class Mlp(NamedTuple):
         """The linear layers in ``dtype``."""
         return self._replace(**{name: getattr(self, name).to(dtype) for name in ("w1", "b1", "w2", "b2")})
 
-    def forward(self, n: Tensor, residual: Tensor | None, scale: Tensor | None, frozen: bool) -> Tensor:
+    def forward(self, n: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
         """residual + scale·γ·(act(n·w1ᵀ + b1)·w2ᵀ + b2) for rows of n in T and of the residual in R; scale: (P, 1)."""
-        return self.second(linear(n, self.w1, self.b1, self.act, frozen), residual, scale, frozen)
+        return self.second(linear(n, self.w1, self.b1, self.act), residual, scale)
 
-    def second(self, h: Tensor, residual: Tensor | None, scale: Tensor | None, frozen: bool) -> Tensor:
+    def second(self, h: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
         """The same from h on."""
         gamma = self.gamma
         if residual is not None and gamma is None and scale is None and onednn.serves(h) and onednn.serves(residual):
-            return onednn.linear_add(h, self.w2, self.b2, residual, frozen)
-        z = linear(h, self.w2, self.b2, None, frozen)
+            return onednn.linear_add(h, self.w2, self.b2, residual)
+        z = linear(h, self.w2, self.b2)
         if scale is not None:
             z *= scale
         if residual is None:
@@ -120,17 +121,15 @@ class Mlp(NamedTuple):
         return torch.addcmul(residual, z, gamma, out=z if z.dtype == residual.dtype == gamma.dtype else None)
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str | None = None, frozen: bool = False
-) -> Tensor:
-    """act(x·weightᵀ + bias) in the dtype of x; ``frozen``: as in `onednn.linear`."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str | None = None) -> Tensor:
+    """act(x·weightᵀ + bias) in the dtype of x."""
     inside = None
     if onednn.serves(x):
         inside = act if act is not None and onednn.fuses(act) else None
-        y = onednn.linear(x, weight, bias, inside, frozen)
+        y = onednn.linear(x, weight, bias, inside)
     else:
         y = F.linear(x, weight, bias)
-    return y if act == inside else _ACTIVATIONS_[act](y)
+    return y if act == inside else ACTIVATIONS_[act](y)
 
 
 def mlp_fwd(
@@ -141,7 +140,6 @@ def mlp_fwd(
     drop_scale: Tensor | None,
     save_hidden: bool = False,
     overwrite: bool = False,
-    frozen: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """y = residual + drop_scale·γ·(act(a)·w2ᵀ + b2), and a = norm(x)·w1ᵀ + b1 if ``save_hidden``.
 
@@ -150,7 +148,7 @@ def mlp_fwd(
     """
     mlp = mlp.to(x.dtype)
     scale = _row_scale(drop_scale, x)
-    blocks = _row_blocks(x.shape[0], mlp.w1.shape[0] * x.element_size())
+    blocks = row_blocks(x.shape[0], mlp.w1.shape[0] * x.element_size())
     like = x if residual is None else residual
     y = x if overwrite and x.dtype == like.dtype else torch.empty_like(like)
     saved = x.new_empty(x.shape[0], mlp.w1.shape[0]) if save_hidden else None
@@ -158,10 +156,10 @@ def mlp_fwd(
         n = x[rows] if norm is None else norm.forward(x[rows])[0]
         rest = None if residual is None else residual[rows], None if scale is None else scale[rows]
         if saved is None:
-            z = mlp.forward(n, *rest, frozen)
+            z = mlp.forward(n, *rest)
         else:
             a = torch.addmm(mlp.b1, n, mlp.w1.t(), out=saved[rows])
-            z = mlp.second(ACTIVATION_FUNCTIONS[mlp.act](a), *rest, frozen)
+            z = mlp.second(ACTIVATION_FUNCTIONS[mlp.act](a), *rest)
         if len(blocks) == 1:
             return z, saved
         y[rows] = z
@@ -183,7 +181,7 @@ def mlp_bwd(
     dx = torch.empty_like(x)
     # dh, a, h and da of a block are used together; da takes the place of dh, and h that of an a made here, for a new
     # tensor costs the page faults of its first use.
-    blocks = _row_blocks(x.shape[0], 4 * mlp.w1.shape[0] * x.element_size())
+    blocks = row_blocks(x.shape[0], 4 * mlp.w1.shape[0] * x.element_size())
     d_hidden = x.new_empty(blocks[0].stop, mlp.w1.shape[0])
     for rows in blocks:
         n, *statistics = (x[rows],) if norm is None else norm.forward(x[rows])
@@ -194,7 +192,7 @@ def mlp_bwd(
         # PyTorch's BLAS is faster than oneDNN where nothing is fused and the weight is not transposed.
         dh = torch.mm(dz if mlp.gamma is None else (dz * mlp.gamma).to(dtype), mlp.w2, out=d_hidden[: n.shape[0]])
         da = _activation_bwd_(dh, pre, mlp.act)
-        h = _ACTIVATIONS_[mlp.act](pre) if a is None else ACTIVATION_FUNCTIONS[mlp.act](pre)
+        h = ACTIVATIONS_[mlp.act](pre) if a is None else ACTIVATION_FUNCTIONS[mlp.act](pre)
         e, dw1 = _plus_product(e, dz.t(), h), _plus_product(dw1, da.t(), n)
         t, db1 = _plus(t, dz.sum(0, dtype=wide)), _plus(db1, da.sum(0, dtype=wide))
         dn = da @ mlp.w1

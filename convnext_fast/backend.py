@@ -46,9 +46,10 @@ def select(device: torch.device, dtype: torch.dtype) -> Backend:
         return "triton"
     if REQUEST != "auto":
         return REQUEST  # type: ignore[return-value]
-    if device.type in KERNEL_DEVICES:
+    kind = device.type
+    if kind in KERNEL_DEVICES:
         return "triton" if dtype in KERNEL_DTYPES else "reference"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and dtype in KERNEL_DTYPES:
+    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and dtype in KERNEL_DTYPES:
         return "triton"
     return "reference" if torch.compiler.is_exporting() else "aten"
 

@@ -79,14 +79,19 @@ class ConvNextBlockBase(Freezable):
         """The layers of this block."""
         raise NotImplementedError
 
+    @property
+    def eps(self) -> float:
+        """Epsilon of the LayerNorm."""
+        return self.parts().norm.eps
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same."""
-        dwconv, norm, fc1, fc2, gamma = self.parts()
         nhwc = x.permute(0, 2, 3, 1)
         frozen = self.frozen
         if frozen is not None:
-            y = ops.frozen_block(nhwc, *frozen, eps=norm.eps, act=self.act_name)
+            y = ops.frozen_block(nhwc, *frozen, eps=self.eps, act=self.act_name)
             return y.permute(0, 3, 1, 2)
+        dwconv, norm, fc1, fc2, gamma = self.parts()
         args = (dwconv.weight, dwconv.bias, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma)
         scale = self.drop_path.draw(x)
         if self.fused:

@@ -17,6 +17,12 @@ class Freezable(nn.Module):
     """
 
     Frozen: type[NamedTuple]
+    _names: tuple[str, ...]  # of the buffers that hold the fields
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "Frozen" in vars(cls):
+            cls._names = tuple(f"folded_{name}" for name in cls.Frozen._fields)
 
     def fold(self) -> Any:
         """A ``Frozen`` made of the parameters; None where this module has nothing to fold."""
@@ -25,23 +31,22 @@ class Freezable(nn.Module):
     @property
     def frozen(self) -> Any:
         """The ``Frozen`` in use; None unless `freeze` was called."""
-        names = [f"folded_{name}" for name in self.Frozen._fields]
-        buffers = self._buffers
-        return self.Frozen(*(buffers[name] for name in names)) if names[0] in buffers else None
+        names, buffers = self._names, self._buffers
+        return self.Frozen._make(map(buffers.__getitem__, names)) if names[0] in buffers else None
 
     @torch.no_grad()
     def freeze(self) -> None:
         """Fold the parameters into copies, which the forward uses from then on."""
         folded = self.fold()
         if folded is not None:
-            for name, value in folded._asdict().items():
-                self.register_buffer(f"folded_{name}", value, persistent=False)
+            for name, value in zip(self._names, folded, strict=True):
+                self.register_buffer(name, value, persistent=False)
 
     def unfreeze(self) -> None:
         """Drop the copies."""
-        for name in self.Frozen._fields:
-            self._buffers.pop(f"folded_{name}", None)
-            self._non_persistent_buffers_set.discard(f"folded_{name}")
+        for name in self._names:
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = self.frozen

@@ -51,19 +51,19 @@ def fuses(act: str) -> bool:
     return act in _FUSED_ACTIVATIONS
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None, frozen: bool = False) -> Tensor:
-    """act(x·weightᵀ + bias) for x (P, C), weight (K, C) of any strides, bias (K,); ``act`` as `fuses` says, or None.
+def fused_activation(act: str | None) -> tuple[str, str]:
+    """(attribute, algorithm) by which oneDNN's linear layer applies ``act``; ("none", "") where it cannot, or None."""
+    return _FUSED_ACTIVATIONS.get(act, ("none", ""))
 
-    ``frozen``: the weight never changes, so that it is kept in oneDNN's own layout as long as it lives.
-    """
-    weight = _packed(weight, torch.ops.mkldnn._reorder_linear_weight, x.shape[0]) if frozen else weight
-    attribute, algorithm = ("none", "") if act is None else _FUSED_ACTIVATIONS[act]
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
+    """act(x·weightᵀ + bias) for x (P, C), weight (K, C) of any strides, bias (K,); ``act`` as `fuses` says, or None."""
+    attribute, algorithm = fused_activation(act)
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, attribute, [], algorithm)
 
 
-def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, frozen: bool = False) -> Tensor:
-    """residual + x·weightᵀ + bias; ``frozen``: as in `linear`."""
-    weight = _packed(weight, torch.ops.mkldnn._reorder_linear_weight, x.shape[0]) if frozen else weight
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """residual + x·weightᵀ + bias."""
     return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
 
 

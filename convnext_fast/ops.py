@@ -85,7 +85,7 @@ def convnext_block(
     if not torch.is_grad_enabled():
         recompute = 2
     args = (dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma, drop_scale)
-    return _implementation(x, path).block_fwd(x.contiguous(), *args, eps, act, recompute, dtype)[0]
+    return _implementation(path, _wants_values(x)).block_fwd(x.contiguous(), *args, eps, act, recompute, dtype)[0]
 
 
 def frozen_block(
@@ -108,19 +108,26 @@ def frozen_block(
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
-    _check_activation(x, "x")
-    channels, hidden = x.shape[3], _rows_of(w1, "w1")
-    _check(x, "b1", b1, (2, hidden))
-    dtype = _compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
     tensors = (x, dwconv_weight, dwconv_bias, w1, b1, w2, b2)
+    values = _wants_values(x)
+    described = _described(act, *tensors) if values else None
+    if described in _PASSED:
+        dtype = x.dtype
+    else:
+        _check_activation(x, "x")
+        channels, hidden = x.shape[3], _rows_of(w1, "w1")
+        _check(x, "b1", b1, (2, hidden))
+        _check_dwconv(x, dwconv_weight, dwconv_bias)
+        _check_mlp(x, w1, b1[0], w2, b2, None, None, channels, hidden)
+        _check_options(act, 2)
+        dtype = _compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
+        if described is not None:
+            _PASSED.add(described)
     path = backend.select(x.device, dtype)
     if w1.dtype != dtype or _wants_gradient(*tensors) or path == "reference":
         mlp = (w1, b1[0].to(w1.dtype), w2, b2.to(w1.dtype))
         return convnext_block(x, dwconv_weight, dwconv_bias, None, None, *mlp, eps=eps, act=act)
-    _check_dwconv(x, dwconv_weight, dwconv_bias)
-    _check_mlp(x, w1, b1[0], w2, b2, None, None, channels, hidden)
-    _check_options(act, 2)
-    return _implementation(x, path).frozen_block_fwd(x.contiguous(), *tensors[1:], eps, act, dtype)
+    return _implementation(path, values).frozen_block_fwd(x.contiguous(), *tensors[1:], eps, act, dtype)
 
 
 def dwconv_layernorm(
@@ -140,7 +147,7 @@ def dwconv_layernorm(
     if path == "reference":
         return reference.dwconv_layernorm(x, weight, bias, ln_weight, ln_bias, eps)
     arguments = (x.contiguous(), weight, bias, ln_weight, ln_bias, eps, dtype)
-    return _implementation(x, path).dwconv_layernorm_fwd(*arguments)[0]
+    return _implementation(path, _wants_values(x)).dwconv_layernorm_fwd(*arguments)[0]
 
 
 def pointwise_mlp(
@@ -179,7 +186,7 @@ def pointwise_mlp(
     if not torch.is_grad_enabled():
         recompute = 2
     residual = None if residual is None else residual.contiguous()
-    return _implementation(x, path).pointwise_mlp_fwd(
+    return _implementation(path, _wants_values(x)).pointwise_mlp_fwd(
         x.contiguous(), residual, w1, b1, w2, b2, gamma, drop_scale, act, recompute, dtype
     )[0]
 
@@ -203,7 +210,7 @@ def patchify_stem(
     path = backend.select(image.device, dtype)
     if path == "triton" or (path == "aten" and _wants_values(image)):
         arguments = (image, weight, bias, ln_weight, ln_bias, eps, dtype)
-        return _implementation(image, path).patchify_stem_fwd(*arguments)
+        return _implementation(path, _wants_values(image)).patchify_stem_fwd(*arguments)
     return reference.patchify_stem(image, weight, bias, ln_weight, ln_bias, eps)
 
 
@@ -228,7 +235,9 @@ def downsample(
         return Downsample.apply(x, ln_weight, ln_bias, weight, bias, eps, dtype)
     if path != "triton":
         return reference.downsample(x, ln_weight, ln_bias, weight, bias, eps)
-    return _implementation(x, "triton").downsample_fwd(x.contiguous(), ln_weight, ln_bias, weight, bias, eps, dtype)
+    return _implementation("triton", _wants_values(x)).downsample_fwd(
+        x.contiguous(), ln_weight, ln_bias, weight, bias, eps, dtype
+    )
 
 
 def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -248,15 +257,15 @@ def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1
     serves = path == "triton" or (path == "aten" and _wants_values(x))
     if weight.dtype != dtype or _wants_gradient(x, weight, bias) or not serves:
         return downsample(x, *_affine(x, None, None), weight, bias.to(weight.dtype), eps=eps)
-    return _implementation(x, path).frozen_downsample_fwd(x.contiguous(), weight, bias, eps, dtype)
+    return _implementation(path, _wants_values(x)).frozen_downsample_fwd(x.contiguous(), weight, bias, eps, dtype)
 
 
-def _implementation(x: Tensor, path: backend.Backend) -> ModuleType:
-    """The operators; where only values are wanted, the functions that they would call.
+def _implementation(path: backend.Backend, values: bool) -> ModuleType:
+    """The operators; where only ``values`` are wanted, the functions that they would call.
 
     An operator's machinery costs up to 0.1 ms a call, and loading it imports PyTorch's compiler, a second.
     """
-    if _wants_values(x):
+    if values:
         if path == "aten":
             from . import aten
 
@@ -272,10 +281,25 @@ def _implementation(x: Tensor, path: backend.Backend) -> ModuleType:
 def _wants_values(x: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
         and type(x) is Tensor
+        and not torch.is_autocast_enabled(x.device.type)
         and backend.is_plain(x)
     )
+
+
+_PASSED: set[tuple] = set()
+"""Descriptions of arguments that passed all checks of a call that only wants values: they are not checked again, which
+for a small image on a CPU takes as long as a convolution."""
+
+
+def _described(act: str, *tensors: Tensor | None) -> tuple | None:
+    """All that checks depend on; None where an argument is no tensor."""
+    if len(_PASSED) > 4096:
+        _PASSED.clear()
+    try:
+        return (act, *[t if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+    except AttributeError:
+        return None
 
 
 def _check_activation(x: Tensor, name: str) -> None:

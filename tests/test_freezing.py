@@ -158,16 +158,31 @@ def test_opcheck():
     torch.library.opcheck(operators.frozen_block_fwd.registered, arguments)
 
 
-def test_bad_operands_are_named():
+@pytest.mark.parametrize("gradients", [True, False])
+def test_bad_operands_are_named(gradients):
+    """After good ones too, which are not checked again where no gradients are wanted."""
     block, shrink = (model := model_of().freeze()).blocks()[0], model.stages[1].downsample
     x = torch.randn(2, 5, 4, 8)
     *weights, w1, b1, w2, b2 = block.frozen
+    with torch.set_grad_enabled(gradients):
+        ops.frozen_block(x, *weights, w1, b1, w2, b2)
+        check_bad_operands(x, weights, w1, b1, w2, b2, shrink)
+
+
+def check_bad_operands(x, weights, w1, b1, w2, b2, shrink):
     with pytest.raises(ValueError, match=r"b1 has shape \(32,\): expected \(2, 32\)"):
         ops.frozen_block(x, *weights, w1, b1[0], w2, b2)
     with pytest.raises(ValueError, match=r"w2 has shape \(32, 8\): expected \(8, 32\)"):
         ops.frozen_block(x, *weights, w1, b1, w2.t(), b2)
     with pytest.raises(TypeError, match=r"w1 is torch.bfloat16"):
         ops.frozen_block(x, *weights, w1.bfloat16(), b1, w2, b2)
+    for bad in (x[0], x.int(), None, x.numpy()):
+        with pytest.raises((TypeError, ValueError), match=r"^x (is|has)"):
+            ops.frozen_block(bad, *weights, w1, b1, w2, b2)
+    with pytest.raises(ValueError, match="act is 'tanh'"):
+        ops.frozen_block(x, *weights, w1, b1, w2, b2, act="tanh")
+    with pytest.raises(TypeError, match="w2 is a ndarray"):
+        ops.frozen_block(x, *weights, w1, b1, w2.numpy(), b2)
     weight, bias = shrink.frozen
     with pytest.raises(ValueError, match=r"expected \(C', C, kh, kw\)"):
         ops.frozen_downsample(x, weight.flatten(1), bias)

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from support import relative_error
 from test_block_parity import block_parameters
 
-from convnext_fast import onednn, ops
+from convnext_fast import aten_rows, onednn, onednn_block, ops, reference
+from convnext_fast.folding import freeze_block
 
 ACTIVATIONS = {None: lambda t: t, "gelu": F.gelu, "gelu_new": lambda t: F.gelu(t, approximate="tanh"), "silu": F.silu}
 needs_onednn = pytest.mark.skipif(not onednn.serves(torch.empty(1)), reason="PyTorch here has no oneDNN on x86")
@@ -29,11 +31,10 @@ def test_linear(act, rows, channels, hidden, layout):
     expected = ACTIVATIONS[act](F.linear(*wide))
     eager = ACTIVATIONS[act](F.linear(x, weight, bias))
     bound = 2 * relative_error(eager, expected) + 1e-6
-    for frozen in (False, True):
-        assert relative_error(onednn.linear(x, weight, bias, act, frozen), expected) <= bound
+    assert relative_error(onednn.linear(x, weight, bias, act), expected) <= bound
     if act is None:
         residual = torch.randn(rows, hidden)
-        got = onednn.linear_add(x, weight, bias, residual, frozen=True)
+        got = onednn.linear_add(x, weight, bias, residual)
         assert relative_error(got, expected + residual) <= bound
 
 
@@ -103,11 +104,68 @@ def check_weight_gradient(shape, side, dtype):
 
 @needs_onednn
 def test_packed_weights_die_with_their_weight():
-    weight = torch.randn(16, 8)
-    onednn.linear(torch.randn(4, 8), weight, None, None, True)
+    weight, options = torch.randn(16, 8, 2, 2), ([2, 2], [0, 0], 1)
+    onednn.frozen_convolution(torch.randn(1, 8, 4, 4), weight, None, *options)
     packed = weakref.ref(onednn._PACKED[weight])
-    onednn.linear(torch.randn(9, 8), weight, None, None, True)
+    onednn.frozen_convolution(torch.randn(2, 8, 6, 4), weight, None, *options)
     assert onednn._PACKED[weight] is packed()
     del weight
     gc.collect()
     assert packed() is None
+
+
+@torch.no_grad()
+def frozen_weights(channels, hidden, side):
+    return freeze_block(**block_parameters(channels, hidden, side, torch.float32))
+
+
+def plain_block(x, weights, act):
+    dwconv_weight, dwconv_bias, w1, b1, w2, b2 = (None if t is None else t.to(x.dtype) for t in weights)
+    ones, zeros = x.new_ones(x.shape[3]), x.new_zeros(x.shape[3])
+    weights = dwconv_weight, dwconv_bias, ones, zeros, w1, b1[0], w2, b2
+    return reference.convnext_block(x, *weights, None, None, 1e-6, act)
+
+
+@needs_onednn
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 14), st.integers(1, 14), st.sampled_from([1, 3, 8, 20, 33])),
+    st.integers(1, 70),
+    st.sampled_from([3, 5, 7]),
+    st.sampled_from(["gelu", "gelu_new", "relu", "silu", "selu"]),
+    st.sampled_from([1, 40, 8192]),
+)
+@settings(max_examples=40, deadline=None)
+def test_frozen_block(shape, hidden, side, act, most_rows):
+    """At sizes other than the one whose layouts were chosen, too, and cut into blocks of rows."""
+    weights = frozen_weights(shape[3], hidden, side)
+    with mock.patch.object(aten_rows, "_MOST_ROWS", most_rows), mock.patch.object(aten_rows, "_LEAST_ROWS", 1):
+        for size in (shape, (1, 5, 9, shape[3]), shape):
+            x = torch.randn(size)
+            expected, eager = plain_block(x.double(), weights, act), plain_block(x, weights, act)
+            got = onednn_block.frozen_block_fwd(x, *weights, eps=1e-6, act=act)
+            assert got.is_contiguous()
+            assert relative_error(got, expected) <= 2 * relative_error(eager, expected) + 1e-6
+
+
+@needs_onednn
+def test_a_block_is_prepared_once_for_its_weights_and_dies_with_them():
+    x, weights = torch.randn(1, 4, 4, 8), frozen_weights(8, 16, 3)
+
+    def prepared_for(*weights, act="gelu"):
+        y = onednn_block.frozen_block_fwd(x, *weights, eps=1e-6, act=act)
+        assert relative_error(y, plain_block(x.double(), weights, act)) < 1e-5
+        return onednn_block._PREPARED[id(weights[2])]
+
+    first = prepared_for(*weights)
+    assert prepared_for(*weights) is first
+    *head, b1, w2, b2 = weights
+    for other in ((*head, b1, w2 + 1, b2), (*head, b1 - 1, w2, b2), (*head, b1, w2, b2 + 1)):
+        assert prepared_for(*other) is not first
+    assert prepared_for(weights[0] + 1, *weights[1:]) is not first
+    assert prepared_for(weights[0], None, *weights[2:]) is not first
+    assert prepared_for(*weights, act="relu") is not first
+    gone, key = weakref.ref(prepared_for(*weights)), id(weights.w1)
+    del first, weights, head, b1, w2, b2, other
+    gc.collect()
+    assert gone() is None
+    assert key not in onednn_block._PREPARED
