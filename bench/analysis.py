@@ -61,12 +61,17 @@ _AMD_CLASSES = (
 )
 
 
+# What multiplies matrices in PTX, and the opcodes of SASS that it becomes.
+_MATRIX_PTX = {"wgmma.mma_async": "HGMMA", "mma.sync": "HMMA", "tcgen05.mma": "UTCHMMA"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """What the compiler made of one kernel for one target.
 
     registers: of a thread. spills: instructions that access local memory (AMD: vector registers that went to memory).
-    shared: bytes a program. instructions: static counts by class. matrix: opcodes of the matrix unit.
+    shared: bytes a program. instructions: static counts by class, empty unless asked for. matrix: opcodes of the matrix
+    unit.
     read, written: argument name → {bytes a thread accesses at a time: static accesses}; AMD's machine code does not
     show whose an access is, so all are under "".
     """
@@ -83,35 +88,40 @@ class Compiled:
     written: dict[str, dict[int, int]]
 
 
-def analyse(specialised: Specialised) -> Compiled:
-    """Compile, or find in Triton's cache, and describe."""
+def analyse(specialised: Specialised, mix: bool = True) -> Compiled:
+    """Compile, or find in Triton's cache, and describe.
+
+    ``mix``: count instructions. Without, NVIDIA's machine code is only disassembled where it has a stack frame, without
+    which nothing spills: that takes a third of the time.
+    """
     compiled = triton.compile(specialised.source(), target=specialised.gpu, options=specialised.options)
     store = get_cache_manager(hashlib.sha256(f"{compiled.hash}{_version()}".encode()).hexdigest())
-    known = store.get_file("analysis.json")
+    name = "analysis.json" if mix else "resources.json"
+    known = store.get_file(name)
     if known is None:
-        described = (_describe_amd if "amdgcn" in compiled.asm else _describe_nvidia)(specialised, compiled)
-        known = store.put(json.dumps(dataclasses.asdict(described)), "analysis.json", binary=False)
+        described = (_describe_amd if "amdgcn" in compiled.asm else _describe_nvidia)(specialised, compiled, mix)
+        known = store.put(json.dumps(dataclasses.asdict(described)), name, binary=False)
     fields = json.loads(Path(known).read_text())
     for side in ("read", "written"):
         fields[side] = {k: {int(width): n for width, n in v.items()} for k, v in fields[side].items()}
     return Compiled(**fields)
 
 
-def analyse_all(kernels: list[Specialised]) -> list[Compiled]:
+def analyse_all(kernels: list[Specialised], mix: bool = True) -> list[Compiled]:
     """`analyse` of each, by ``WORKERS`` processes."""
     if WORKERS == 1:
-        return [analyse(kernel) for kernel in kernels]
+        return [analyse(kernel, mix) for kernel in kernels]
     global _queue
     _queue = kernels
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("fork")) as pool:
-        return list(pool.map(_analyse_queued, range(len(kernels))))
+        return list(pool.map(functools.partial(_analyse_queued, mix=mix), range(len(kernels))))
 
 
 _queue: list[Specialised] = []  # what forked workers inherit: compiled functions cannot be sent to them
 
 
-def _analyse_queued(index: int) -> Compiled:
-    return analyse(_queue[index])
+def _analyse_queued(index: int, mix: bool) -> Compiled:
+    return analyse(_queue[index], mix)
 
 
 @functools.cache
@@ -119,12 +129,15 @@ def _version() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-def _describe_nvidia(specialised: Specialised, compiled: Any) -> Compiled:
+def _describe_nvidia(specialised: Specialised, compiled: Any, mix: bool) -> Compiled:
     usage = _cuobjdump(compiled.asm["cubin"], "-res-usage")
-    opcodes = re.findall(
-        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", _cuobjdump(compiled.asm["cubin"], "-sass"), re.M
-    )
-    instructions = Counter(_class_of(opcode, _CLASSES, exact=True) for opcode in opcodes)
+    instructions: Counter[str] = Counter()
+    matrix = {opcode for name, opcode in _MATRIX_PTX.items() if name in compiled.asm["ptx"]}
+    if mix or "STACK:0" not in usage:
+        code = _cuobjdump(compiled.asm["cubin"], "-sass")
+        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", code, re.M)
+        instructions.update(_class_of(opcode, _CLASSES, exact=True) for opcode in opcodes)
+        matrix = {op.split(".")[0] for op in opcodes if _class_of(op, _CLASSES, exact=True) == "tensor"}
     parameters = [
         name if kind.startswith("*") else None for name, kind in specialised.signature.items() if kind != "constexpr"
     ]
@@ -137,13 +150,13 @@ def _describe_nvidia(specialised: Specialised, compiled: Any) -> Compiled:
         shared=compiled.metadata.shared,
         num_warps=compiled.metadata.num_warps,
         instructions=dict(instructions),
-        matrix=sorted({op.split(".")[0] for op in opcodes if _class_of(op, _CLASSES, exact=True) == "tensor"}),
+        matrix=sorted(matrix),
         read=read,
         written=written,
     )
 
 
-def _describe_amd(specialised: Specialised, compiled: Any) -> Compiled:
+def _describe_amd(specialised: Specialised, compiled: Any, _: bool) -> Compiled:
     text = compiled.asm["amdgcn"]
     found = {key: int(value) for key, value in re.findall(r"\.(vgpr(?:_spill)?_count):\s+(\d+)", text)}
     opcodes = re.findall(r"^\s+((?:v|s|ds|global|buffer|flat|scratch)_\w+)", text, re.M)

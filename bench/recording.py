@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from bench.compilation import Launch, Specialised, specialise
-from convnext_fast import ConvNext, backend
+from convnext_fast import ConvNext, ConvNextConfig, backend
+from convnext_fast.config import VARIANTS
 
 MODES = ("inference", "training")
 # Operators, by the beginnings of their names, that move no data; and those that do not read what they write to.
@@ -209,6 +210,7 @@ def record(
     side: int = 224,
     drop_path: float = 0.0,
     autocast: torch.dtype | None = None,
+    shallow: bool = False,
 ) -> Recording:
     """What `ConvNext` with parameters and images in ``dtype`` launches on ``target``.
 
@@ -221,13 +223,18 @@ def record(
         batch, side: images, and pixels of their sides.
         autocast: the dtype of autocast around the forward, or None for without. PyTorch's own operators then run in
             the dtypes that a CPU's autocast gives them.
+        shallow: at most two blocks a stage. The kernels are those of the whole model, for the blocks of a stage differ
+            in their drop-path rates alone, and only the first one's can be 0.
 
     Raises:
         ValueError: ``mode`` is not one of ``MODES``.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}: expected one of {', '.join(MODES)}")
-    model = ConvNext(variant, device="meta", dtype=dtype, drop_path_rate=drop_path)
+    depths = VARIANTS[variant][0]
+    depths = [min(depth, 2) for depth in depths] if shallow else depths
+    config = ConvNextConfig.from_variant(variant, depths=depths, drop_path_rate=drop_path)
+    model = ConvNext(config, device="meta", dtype=dtype)
     model.recompute = recompute
     recorder = _Recorder()
     saved: list[Buffer] = []

@@ -94,7 +94,7 @@ def passes(
 
 
 def collect(chosen: Iterable[Pass], **options: Any) -> Iterator[Kernel]:
-    """The kernels of the passes, each once, in order. ``options``: batch and side of `record`."""
+    """The kernels of the passes, each once, in order. ``options``: batch, side and shallow of `record`."""
     known: set[str] = set()
     for one in chosen:
         autocast = DTYPES[one.dtype] if one.dtype.startswith("autocast-") else None

@@ -1,11 +1,12 @@
 """What the compiler makes of the launches of whole models, and the counts of a whole pass, against their budgets.
 
-By default ConvNeXt-T in bf16 for sm_90, at recomputation level 1. With ``-m thorough`` every level of it for every
-target, under autocast for sm_90, and the other models in bf16 for sm_90. With ``-m exhaustive`` four models, five
-dtypes, every level and every target.
+By default ConvNeXt-T in bf16 for sm_90, at recomputation level 1. With ``-m thorough`` four models in bf16 at every
+level for every target, ConvNeXt-T in float32 too, and under autocast for sm_90. With ``-m exhaustive`` four models,
+five dtypes, every level and every target.
 Launches are recorded on fake tensors (bench/recording.py), compiled once for each specialisation, never run.
 """
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -19,19 +20,19 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.append(str(ROOT))
 
 from bench import machine_code  # noqa: E402
-from bench.analysis import accesses, analyse_all  # noqa: E402
+from bench.analysis import accesses, analyse, analyse_all  # noqa: E402
 from bench.chips import CHIP_OF  # noqa: E402
 from bench.counts import BUDGETS, COUNTED, count_tiny  # noqa: E402
 from bench.recording import Buffer, record, unique, unique_bytes  # noqa: E402
-from bench.sweep import DTYPES, collect, describe, faults, passes  # noqa: E402
+from bench.sweep import DTYPES, Pass, collect, describe, faults, passes  # noqa: E402
 
 EVERY_PASS = (("inference", "training"), (1, 2, 0), (0.1, 0.0))  # modes, recomputation levels, drop-path rates
 OTHERS = ("base", "atto", "xlarge")
 # (models, dtypes, targets) by mark: each case is a model, a dtype and a target.
 THOROUGH = [
-    (("tiny",), ("bf16",), TARGETS),
+    (("tiny", *OTHERS), ("bf16",), TARGETS),
+    (("tiny",), ("fp32",), TARGETS),
     (("tiny",), ("autocast-bf16",), ("sm_90",)),
-    (OTHERS, ("bf16",), ("sm_90",)),
 ]
 EXHAUSTIVE = [(("tiny", *OTHERS), DTYPES, TARGETS)]
 
@@ -66,9 +67,9 @@ def _nan_poisoned_allocations():
 
 
 def check(chosen):
-    kernels = list(collect(chosen))
+    kernels = list(collect(chosen, shallow=True))
     assert len(kernels) > 8
-    described = analyse_all([kernel.specialised for kernel in kernels])
+    described = analyse_all([kernel.specialised for kernel in kernels], mix=False)
     wrong = []
     for kernel, made in zip(kernels, described, strict=True):
         known = SPILLS.get(made.kernel, 0) if kernel.first.dtype.startswith("autocast") else 0
@@ -90,6 +91,30 @@ def test_launches_of_tiny():
 def test_launches(variant, dtype, target):
     modes, levels, rates = EVERY_PASS
     check(passes((variant,), (dtype,), modes, levels, (target,), rates))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_two_blocks_a_stage_launch_what_all_do(rate):
+    def keys(**options):
+        return {
+            each.specialised.key for each in collect([Pass("atto", "bf16", "training", 0, "sm_90", rate)], **options)
+        }
+
+    assert keys(shallow=True) == keys()
+
+
+@pytest.mark.thorough
+def test_what_is_known_without_disassembly():
+    chosen = passes(("tiny",), ("autocast-bf16",), ("training",), (1,), ("sm_90",))
+    spills = 0
+    for kernel in collect(chosen, shallow=True):
+        if not kernel.launches[0].name.startswith(("dwconv", "_fc")):
+            continue
+        short, whole = (analyse(kernel.specialised, mix) for mix in (False, True))
+        spills += whole.spills
+        assert whole.instructions
+        assert dataclasses.replace(short, instructions=whole.instructions) == whole
+    assert spills > 0
 
 
 @pytest.mark.parametrize(
