@@ -70,8 +70,8 @@ class Compiled:
     """What the compiler made of one kernel for one target.
 
     registers: of a thread. spills: instructions that access local memory (AMD: vector registers that went to memory).
-    shared: bytes a program. instructions: static counts by class, empty unless asked for. matrix: opcodes of the matrix
-    unit.
+    shared: bytes a program. instructions: static counts by class, may be empty unless asked for. matrix: opcodes of the
+    matrix unit.
     read, written: argument name → {bytes a thread accesses at a time: static accesses}; AMD's machine code does not
     show whose an access is, so all are under "".
     """
@@ -133,7 +133,7 @@ def _describe_nvidia(specialised: Specialised, compiled: Any, mix: bool) -> Comp
     usage = _cuobjdump(compiled.asm["cubin"], "-res-usage")
     instructions: Counter[str] = Counter()
     matrix = {opcode for name, opcode in _MATRIX_PTX.items() if name in compiled.asm["ptx"]}
-    if mix or "STACK:0" not in usage:
+    if mix or set(re.findall(r"STACK:(\d+)", usage)) != {"0"}:
         code = _cuobjdump(compiled.asm["cubin"], "-sass")
         opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", code, re.M)
         instructions.update(_class_of(opcode, _CLASSES, exact=True) for opcode in opcodes)

@@ -52,8 +52,8 @@ def fuses(act: str) -> bool:
 
 
 def fused_activation(act: str | None) -> tuple[str, str]:
-    """(attribute, algorithm) by which oneDNN's linear layer applies ``act``; ("none", "") where it cannot, or None."""
-    return _FUSED_ACTIVATIONS.get(act, ("none", ""))
+    """(attribute, algorithm) by which oneDNN's linear layer applies ``act``, as `fuses` says, or nothing for None."""
+    return ("none", "") if act is None else _FUSED_ACTIVATIONS[act]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:

@@ -31,7 +31,8 @@ class _Prepared:
         self.channels = dwconv_weight.shape[0]
         self.hidden_bytes = w1.shape[0] * w1.element_size()
         self.padding = [side // 2 for side in dwconv_weight.shape[2:]]
-        self.activation, self.algorithm = onednn.fused_activation(act)
+        self.after = None if onednn.fuses(act) else ACTIVATIONS_[act]
+        self.activation, self.algorithm = onednn.fused_activation(None if self.after else act)
         size = [x.shape[0], self.channels, *x.shape[1:3]]
         reorder = torch.ops.mkldnn._reorder_convolution_weight
         self.dwconv_weight = reorder(dwconv_weight, self.padding, [1, 1], [1, 1], self.channels, size)
@@ -50,8 +51,8 @@ class _Prepared:
         """residual + fc2(act(fc1(LayerNorm(u)))), pixel by pixel; u, residual: (…, C)."""
         n = torch.native_layer_norm(u, [self.channels], None, None, eps)[0]
         h = _linear(n, self.w1, self.b1, self.activation, [], self.algorithm)
-        if self.activation == "none":
-            ACTIVATIONS_[self.act](h)
+        if self.after is not None:
+            self.after(h)
         return _linear_add(h, residual, self.w2, self.b2, "add")
 
 

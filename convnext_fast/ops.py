@@ -108,9 +108,10 @@ def frozen_block(
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
+    _check_options(act, 2)
     tensors = (x, dwconv_weight, dwconv_bias, w1, b1, w2, b2)
     values = _wants_values(x)
-    described = _described(act, *tensors) if values else None
+    described = _described(*tensors) if values else None
     if described in _PASSED:
         dtype = x.dtype
     else:
@@ -119,7 +120,6 @@ def frozen_block(
         _check(x, "b1", b1, (2, hidden))
         _check_dwconv(x, dwconv_weight, dwconv_bias)
         _check_mlp(x, w1, b1[0], w2, b2, None, None, channels, hidden)
-        _check_options(act, 2)
         dtype = _compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
         if described is not None:
             _PASSED.add(described)
@@ -292,12 +292,12 @@ _PASSED: set[tuple] = set()
 for a small image on a CPU takes as long as a convolution."""
 
 
-def _described(act: str, *tensors: Tensor | None) -> tuple | None:
-    """All that checks depend on; None where an argument is no tensor."""
+def _described(*tensors: Tensor | None) -> tuple | None:
+    """All that the checks of tensors depend on; None where an argument is none."""
     if len(_PASSED) > 4096:
         _PASSED.clear()
     try:
-        return (act, *[t if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+        return tuple([t if t is None else (t.shape, t.dtype, t.device) for t in tensors])
     except AttributeError:
         return None
 

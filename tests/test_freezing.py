@@ -179,8 +179,9 @@ def check_bad_operands(x, weights, w1, b1, w2, b2, shrink):
     for bad in (x[0], x.int(), None, x.numpy()):
         with pytest.raises((TypeError, ValueError), match=r"^x (is|has)"):
             ops.frozen_block(bad, *weights, w1, b1, w2, b2)
-    with pytest.raises(ValueError, match="act is 'tanh'"):
-        ops.frozen_block(x, *weights, w1, b1, w2, b2, act="tanh")
+    for act in ("tanh", ["gelu"]):
+        with pytest.raises(ValueError, match=r"act is .*: expected one of"):
+            ops.frozen_block(x, *weights, w1, b1, w2, b2, act=act)
     with pytest.raises(TypeError, match="w2 is a ndarray"):
         ops.frozen_block(x, *weights, w1, b1, w2.numpy(), b2)
     weight, bias = shrink.frozen
