@@ -176,6 +176,12 @@ def check_bad_operands(x, weights, w1, b1, w2, b2, shrink):
         ops.frozen_block(x, *weights, w1, b1, w2.t(), b2)
     with pytest.raises(TypeError, match=r"w1 is torch.bfloat16"):
         ops.frozen_block(x, *weights, w1.bfloat16(), b1, w2, b2)
+    with pytest.raises(TypeError, match=r"w2 is torch.bfloat16"):
+        ops.frozen_block(x, *weights, w1, b1, w2.bfloat16(), b2)
+    with pytest.raises(TypeError, match=r"b1 has dtype torch.int32"):
+        ops.frozen_block(x, *weights, w1, b1.int(), w2, b2)
+    with pytest.raises(ValueError, match=r"b2 is on meta"):
+        ops.frozen_block(x, *weights, w1, b1, w2, b2.to("meta"))
     for bad in (x[0], x.int(), None, x.numpy()):
         with pytest.raises((TypeError, ValueError), match=r"^x (is|has)"):
             ops.frozen_block(bad, *weights, w1, b1, w2, b2)
