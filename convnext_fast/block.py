@@ -2,7 +2,7 @@
 
 All take and return (N, C, H, W) tensors, in channels_last memory from the stem on, so that the (N, H, W, C) views that
 the ops work on are free. The inner `torch.nn` layers hold parameters under their usual names; with ``fused`` set their
-own ``forward`` is not called.
+own ``forward`` is not called, unless something was done to them (see `layered`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops, reference
+from . import ops
 from .folding import FrozenBlock, FrozenDownsample, freeze_block, freeze_downsample
 from .freezing import Freezable
+from .layered import Layered, Pair, in_turn
+from .reference import ACTIVATION_FUNCTIONS
 
 KERNEL_SIZE = 7
 
@@ -34,7 +36,7 @@ class DropPath(nn.Module):
         if self.rate == 0.0 or not self.training:
             return None
         keep = 1.0 - self.rate
-        kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep).flatten()
+        kept = x.new_empty(x.shape[0]).bernoulli_(keep)
         return kept / keep if keep > 0.0 else kept
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,11 +59,11 @@ class Parts(NamedTuple):
     gamma: nn.Parameter | None
 
 
-class ConvNextBlockBase(Freezable):
+class ConvNextBlockBase(Layered, Freezable):
     """x + drop_path(γ · fc2(act(fc1(LayerNorm(dwconv(x)))))); subclasses name the layers.
 
     Attributes:
-        fused: run `ops.convnext_block`; otherwise the plain `reference`.
+        fused: run `ops.convnext_block`; otherwise call the layers.
         recompute: what the fused backward computes anew (see `ops.convnext_block`).
         act_name: activation, one of ``config.ACTIVATIONS``.
     """
@@ -79,29 +81,33 @@ class ConvNextBlockBase(Freezable):
         """The layers of this block."""
         raise NotImplementedError
 
+    def branch(self, x: Tensor) -> Tensor:
+        """γ · fc2(act(fc1(LayerNorm(dwconv(x))))) by calling the layers: (N, C, H, W) to (N, H, W, C)."""
+        raise NotImplementedError
+
     @property
     def eps(self) -> float:
         """Epsilon of the LayerNorm."""
-        return self.parts().norm.eps
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same."""
-        nhwc = x.permute(0, 2, 3, 1)
-        frozen = self.frozen
-        if frozen is not None:
+        if not self.reads_weights():
+            return x + self.drop_path(self.branch(x).permute(0, 3, 1, 2))
+        nhwc, frozen = x.permute(0, 2, 3, 1), self.frozen
+        if frozen is not None and not self.learns():
             y = ops.frozen_block(nhwc, *frozen, eps=self.eps, act=self.act_name)
-            return y.permute(0, 3, 1, 2)
-        dwconv, norm, fc1, fc2, gamma = self.parts()
-        args = (dwconv.weight, dwconv.bias, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma)
-        scale = self.drop_path.draw(x)
-        if self.fused:
-            y = ops.convnext_block(nhwc, *args, scale, eps=norm.eps, act=self.act_name, recompute=self.recompute)
         else:
-            y = reference.convnext_block(nhwc, *args, scale, norm.eps, self.act_name)
+            dwconv, norm, fc1, fc2, gamma = self.parts()
+            args = (dwconv.weight, dwconv.bias, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+            options = {"eps": norm.eps, "act": self.act_name, "recompute": self.recompute}
+            y = ops.convnext_block(nhwc, *args, gamma, self.drop_path.draw(x), **options)
         return y.permute(0, 3, 1, 2)
 
-    def fold(self) -> FrozenBlock:
+    def fold(self) -> FrozenBlock | None:
         """LayerNorm's affine and γ folded into the linear layers, and a copy of the convolution."""
+        if self.change() is not None:
+            return None
         dwconv, norm, fc1, fc2, gamma = self.parts()
         mlp = fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma
         return freeze_block(dwconv.weight, dwconv.bias, norm.weight, norm.bias, *mlp)
@@ -117,12 +123,17 @@ def new_layer_scale(channels: int, value: float, **factory: Any) -> nn.Parameter
 
 
 class Mlp(nn.Module):
-    """Holds the two linear layers of a block."""
+    """The two linear layers of a block and the activation between them."""
 
-    def __init__(self, channels: int, hidden: int, **factory: Any):
+    def __init__(self, channels: int, hidden: int, act: str, **factory: Any):
         super().__init__()
+        self.act_name = act
         self.fc1 = nn.Linear(channels, hidden, **factory)
         self.fc2 = nn.Linear(hidden, channels, **factory)
+
+    def forward(self, n: Tensor) -> Tensor:
+        """(…, C) to the same."""
+        return self.fc2(ACTIVATION_FUNCTIONS[self.act_name](self.fc1(n)))
 
 
 class ConvNextBlock(ConvNextBlockBase):
@@ -142,13 +153,24 @@ class ConvNextBlock(ConvNextBlockBase):
         super().__init__(act, fused)
         self.conv_dw = nn.Conv2d(channels, channels, KERNEL_SIZE, padding=KERNEL_SIZE // 2, groups=channels, **factory)
         self.norm = nn.LayerNorm(channels, eps=eps, **factory)
-        self.mlp = Mlp(channels, 4 * channels, **factory)
+        self.mlp = Mlp(channels, 4 * channels, act, **factory)
         self.gamma = new_layer_scale(channels, layer_scale, **factory)
         self.drop_path = DropPath(drop_path)
+        self.watch((("conv_dw",), ("norm",), ("mlp", "fc1"), ("mlp", "fc2")), (("mlp",), ("drop_path",)))
 
     def parts(self) -> Parts:
         """The layers of this block."""
         return Parts(self.conv_dw, self.norm, self.mlp.fc1, self.mlp.fc2, self.gamma)
+
+    @property
+    def eps(self) -> float:
+        """Epsilon of the LayerNorm."""
+        return self.norm.eps
+
+    def branch(self, x: Tensor) -> Tensor:
+        """γ · fc2(act(fc1(LayerNorm(dwconv(x))))) by calling the layers: (N, C, H, W) to (N, H, W, C)."""
+        z = self.mlp(self.norm(self.conv_dw(x).permute(0, 2, 3, 1)))
+        return z if self.gamma is None else self.gamma * z
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # timm's conv_mlp models hold the same linear layers as 1×1 convolutions.
@@ -159,66 +181,56 @@ class ConvNextBlock(ConvNextBlockBase):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class Stem(nn.Sequential):
+class Stem(Pair):
     """Patch convolution, then LayerNorm: (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
 
     def __init__(
         self, in_channels: int, channels: int, patch: tuple[int, int], eps: float, fused: bool, **factory: Any
     ):
         conv = nn.Conv2d(in_channels, channels, patch, stride=patch, **factory)
-        super().__init__(conv, nn.LayerNorm(channels, eps=eps, **factory))
-        self.fused = fused
+        super().__init__(conv, nn.LayerNorm(channels, eps=eps, **factory), fused)
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋), channels_last."""
-        conv, norm = self
-        return patchify_stem(image, conv, norm, self.fused)
+        return patchify_stem(image, *self) if self.reads_weights() else in_turn(self, image)
 
 
-class Downsample(Freezable, nn.Sequential):
+class Downsample(Freezable, Pair):
     """LayerNorm, then 2×2 convolution of stride 2: (N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋)."""
 
     Frozen = FrozenDownsample
 
     def __init__(self, in_channels: int, channels: int, eps: float, fused: bool, **factory: Any):
         norm = nn.LayerNorm(in_channels, eps=eps, **factory)
-        super().__init__(norm, nn.Conv2d(in_channels, channels, 2, stride=2, **factory))
-        self.fused = fused
+        super().__init__(norm, nn.Conv2d(in_channels, channels, 2, stride=2, **factory), fused)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋), channels_last."""
-        norm, conv = self
-        return downsample(x, norm, conv, self.fused, self.frozen)
+        if not self.reads_weights():
+            return in_turn(self, x)
+        return downsample(x, *self, None if self.learns() else self.frozen)
 
-    def fold(self) -> FrozenDownsample:
+    def fold(self) -> FrozenDownsample | None:
         """LayerNorm's affine folded into the convolution."""
-        norm, conv = self
-        return freeze_downsample(norm.weight, norm.bias, conv.weight, conv.bias)
+        return None if self.change() is not None else fold_downsample(*self)
 
 
-def patchify_stem(image: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, fused: bool) -> Tensor:
-    """The stem on the layers of any host: (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
-    args = (image, conv.weight, conv.bias, norm.weight, norm.bias)
-    y = ops.patchify_stem(*args, eps=norm.eps) if fused else reference.patchify_stem(*args, norm.eps)
+def patchify_stem(image: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
+    """The stem by the weights of its layers: (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
+    y = ops.patchify_stem(image, conv.weight, conv.bias, norm.weight, norm.bias, eps=norm.eps)
     return y.permute(0, 3, 1, 2)
 
 
-def downsample(
-    x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d, fused: bool, frozen: FrozenDownsample | None = None
-) -> Tensor:
-    """The downsampling layer on the layers of any host: (N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋).
-
-    ``frozen``: what to use in the place of their parameters.
-    """
+def downsample(x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d, frozen: FrozenDownsample | None) -> Tensor:
+    """A downsampling layer by the weights of its layers, or by what is ``frozen`` of them, on (N, C, H, W)."""
     nhwc = x.permute(0, 2, 3, 1)
     if frozen is not None:
         y = ops.frozen_downsample(nhwc, *frozen, eps=norm.eps)
     else:
-        args = (nhwc, norm.weight, norm.bias, conv.weight, conv.bias)
-        y = ops.downsample(*args, eps=norm.eps) if fused else reference.downsample(*args, norm.eps)
+        y = ops.downsample(nhwc, norm.weight, norm.bias, conv.weight, conv.bias, eps=norm.eps)
     return y.permute(0, 3, 1, 2)
 
 
-def layer_norm_2d(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """LayerNorm over the channels of (N, C, H, W)."""
-    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+def fold_downsample(norm: nn.LayerNorm, conv: nn.Conv2d) -> FrozenDownsample:
+    """LayerNorm's affine folded into the convolution."""
+    return freeze_downsample(norm.weight, norm.bias, conv.weight, conv.bias)

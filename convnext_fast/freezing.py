@@ -13,7 +13,8 @@ class Freezable(nn.Module):
     """A module that `freeze` gives copies of its weights, folded for inference, as buffers outside its state_dict.
 
     The copies follow the module to another device. A change of dtype folds the parameters anew, as the copies have more
-    than one dtype and depend on how the weights were rounded.
+    than one dtype and depend on how the weights were rounded. Training mode and the loading of a state_dict, of the
+    module or of one around it, drop them.
     """
 
     Frozen: type[NamedTuple]
@@ -34,6 +35,7 @@ class Freezable(nn.Module):
         names, buffers = self._names, self._buffers
         return self.Frozen._make(map(buffers.__getitem__, names)) if names[0] in buffers else None
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def freeze(self) -> None:
         """Fold the parameters into copies, which the forward uses from then on."""
@@ -47,6 +49,16 @@ class Freezable(nn.Module):
         for name in self._names:
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
+
+    def train(self, mode: bool = True) -> Any:
+        """As `torch.nn.Module.train`."""
+        if mode:
+            self.unfreeze()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unfreeze()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = self.frozen

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from .block import ConvNextBlockBase
 from .fuse_forward import run
 from .fuse_hosts import Plan, find_blocks, make_plan
-from .fuse_layers import Unfusable, changed, others_of, settings_of, takes_keywords
+from .fuse_layers import Unfusable, changed, others_of, takes_keywords
 from .fuse_patches import PatchLayer, PatchPlan, find_patch_layers, make_patch_plan
 from .fuse_probe import confirm
+from .layered import Layered
+from .watching import settings_of
 
 _PLAN = "_convnext_fast_plan"
 
@@ -214,7 +216,7 @@ def _own_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _unlike_before(model: nn.Module, found: list[nn.Module]) -> list[tuple[str, nn.Module, PatchLayer | None]]:
-    """The fused modules of ``model`` that do not look like blocks or patch layers any more."""
+    """The fused modules of ``model``, and this package's own, that do not look like blocks or patch layers any more."""
     seen = {id(module) for module in found}
     others = []
     for name, module in model.named_modules():
@@ -223,6 +225,8 @@ def _unlike_before(model: nn.Module, found: list[nn.Module]) -> list[tuple[str, 
             path = () if plan.pair is None else plan.pair[0]
             layer = None if plan.pair is None else PatchLayer(".".join(filter(None, (name, *path))), module, path)
             others.append((name if layer is None else layer.name, module, layer))
+        elif isinstance(module, Layered) and id(module) not in seen and module.change() is not None:
+            others.append((name, module, PatchLayer(name, module, ())))
     return others
 
 
@@ -235,6 +239,9 @@ def _plan_of(module: nn.Module, layer: PatchLayer | None, known: dict[Any, str |
     if type(module).__module__.split(".")[0] == __name__.split(".")[0] or isinstance(module, ConvNextBlockBase):
         if not module.fused:
             raise Unfusable("it is this package's own, with fused=False")
+        reason = module.change()
+        if reason is not None:
+            raise Unfusable(reason)
         return None
     if _PLAN in vars(module):
         plan = vars(module)[_PLAN]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from . import ops, reference
 from .fuse_hosts import Plan
-from .fuse_layers import follow
 from .fuse_patches import PatchPlan
+from .watching import follow
 
 
 def run(module: nn.Module, plan: Plan | PatchPlan, x: Tensor, fused: bool = True) -> Tensor:

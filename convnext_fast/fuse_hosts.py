@@ -15,22 +15,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .fuse_layers import (
-    DTYPES,
-    Path,
-    Unfusable,
-    Watched,
-    check_forward,
-    check_norm,
-    check_untouched,
-    check_weights,
-    dotted,
-    follow,
-    kind_of,
-    own_tensors,
-    watch,
-)
+from .fuse_layers import DTYPES, Unfusable, check_forward, check_norm, check_untouched, check_weights, own_tensors
 from .reference import ACTIVATION_FUNCTIONS
+from .watching import Path, Watched, dotted, follow, kind_of, watch
 
 KERNEL_SIZES = (3, 5, 7)
 RATES = ("drop_prob", "p", "rate")

@@ -1,17 +1,17 @@
-"""What the plans of `fuse` have in common: layers by their paths, what was seen of them, what forbids fusing them."""
+"""What the plans of `fuse` have in common: when they no longer hold, and what forbids fusing layers."""
 
 from __future__ import annotations
 
 import dis
 import inspect
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-Path = tuple[str, ...]
+from .watching import Path, Watched, change, dotted, follow, has_hooks, is_plain, is_setting, kind_of
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -19,20 +19,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 class Unfusable(Exception):
     """Why a block or a patch layer is left alone."""
-
-
-class Watched(NamedTuple):
-    """A layer that the fused forward does not call, as it was when the block was fused.
-
-    Attributes:
-        path: attribute names that lead to it from the block.
-        kind: its class.
-        settings: its plain attributes and their values, such as a convolution's stride.
-    """
-
-    path: Path
-    kind: type
-    settings: tuple[tuple[str, Any], ...]
 
 
 class AnyPlan(Protocol):
@@ -51,36 +37,11 @@ class AnyPlan(Protocol):
     gamma: str | None
 
 
-def watch(path: Path, layer: nn.Module, skip: str = "") -> Watched:
-    """``layer`` as it is now; ``skip`` is a setting that may change."""
-    return Watched(path, type(layer), settings_of(layer, skip))
-
-
-def follow(block: nn.Module, path: Path) -> Any:
-    """The layer at ``path``; None where there is none."""
-    module: Any = block
-    for name in path:
-        module = None if module is None else module._modules.get(name)
-    return module
-
-
 def changed(block: nn.Module, plan: AnyPlan) -> str | None:
     """Why the plan of a fused block no longer holds, or None: hooks, other layers, other settings, other weights."""
-    for path, kind, settings in plan.watched:
-        layer = follow(block, path)
-        if type(layer) is not kind:
-            return f"{dotted(path)} is now {kind_of(layer)}, not {kind.__name__}"
-        if has_hooks(layer):
-            return f"hooks on {dotted(path)}, which the fused forward does not call"
-        now = layer.__dict__
-        if "forward" in now:
-            return f"the forward of {dotted(path)} was replaced"
-        for name, value in settings:
-            if now.get(name) != value:
-                return f"{name} of {dotted(path)} is now {now.get(name)!r}, not {value!r}"
-    for path in plan.weighted:
-        if not is_plain(follow(block, path).weight):
-            return f"the weight of {dotted(path)} is now {kind_of(follow(block, path).weight)}"
+    reason = change(block, plan.watched, plan.weighted)
+    if reason is not None:
+        return reason
     if plan.gamma is not None and getattr(block, plan.gamma, None) is None:
         return f"its {plan.gamma} is gone"
     for name, tensor in own_tensors(block):
@@ -94,25 +55,9 @@ def changed(block: nn.Module, plan: AnyPlan) -> str | None:
     return None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook waits for a call of ``module`` or for its gradients."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def own_tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
     """The parameters and buffers of ``module`` itself, by name, absent ones too."""
     return [*module._parameters.items(), *module._buffers.items()]
-
-
-def settings_of(module: nn.Module, skip: str = "") -> tuple[tuple[str, Any], ...]:
-    """The plain attributes of ``module`` but ``training``, private ones and ``skip``."""
-    return tuple(
-        (name, value)
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name not in ("training", skip) and _is_setting(value)
-    )
 
 
 def others_of(module: nn.Module, paths: Iterable[Path]) -> tuple[Any, ...]:
@@ -126,17 +71,11 @@ def others_of(module: nn.Module, paths: Iterable[Path]) -> tuple[Any, ...]:
         if type(layer).__module__.startswith("torch."):
             continue
         for name, value in vars(layer).items():
-            if name in _OF_EVERY_MODULE or (not name.startswith("_") and _is_setting(value)):
+            if name in _OF_EVERY_MODULE or (not name.startswith("_") and is_setting(value)):
                 continue
             plain = tuple(value) if isinstance(value, list) else value
-            found.append((name, plain if _is_setting(plain) else id(value)))
+            found.append((name, plain if is_setting(plain) else id(value)))
     return tuple(found)
-
-
-def _is_setting(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_setting(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def check_forward(block: nn.Module) -> None:
@@ -195,19 +134,3 @@ def check_weights(path: Path, layer: nn.Module) -> None:
             kind = f"{kind_of(parameter)} of {parameter.dtype}"
             where = f"{dotted(path)} ({kind_of(layer)})"
             raise Unfusable(f"{name} of {where} is quantised or not floating: {kind}")
-
-
-def is_plain(weight: Any) -> bool:
-    """Whether a weight is PyTorch's own kind of tensor (also when sharded, traced or faked), not a quantised one."""
-    kind = type(weight)
-    return kind in (nn.Parameter, Tensor) or kind.__module__.split(".")[0] == "torch"
-
-
-def dotted(path: Path) -> str:
-    """A path as people write it."""
-    return ".".join(path)
-
-
-def kind_of(value: Any) -> str:
-    """The name of the class of ``value``."""
-    return type(value).__name__

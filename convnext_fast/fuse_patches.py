@@ -14,20 +14,8 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .fuse_layers import (
-    Path,
-    Unfusable,
-    Watched,
-    check_forward,
-    check_norm,
-    check_untouched,
-    check_weights,
-    dotted,
-    follow,
-    kind_of,
-    own_tensors,
-    watch,
-)
+from .fuse_layers import Unfusable, check_forward, check_norm, check_untouched, check_weights, own_tensors
+from .watching import Path, Watched, dotted, follow, kind_of, watch
 
 
 class PatchPlan(NamedTuple):

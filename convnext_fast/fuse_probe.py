@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from .fuse_forward import run
 from .fuse_hosts import Plan
-from .fuse_layers import Unfusable, follow
+from .fuse_layers import Unfusable
 from .fuse_patches import PatchPlan
+from .watching import follow
 
 SAMPLES, HEIGHT, WIDTH = 8, 2, 3
 RATE = 0.4

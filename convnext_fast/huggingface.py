@@ -15,15 +15,17 @@ from .block import (
     DropPath,
     Parts,
     downsample,
-    layer_norm_2d,
+    fold_downsample,
     new_layer_scale,
     patchify_stem,
 )
 from .config import ConvNextConfig
-from .folding import FrozenDownsample, freeze_downsample
+from .folding import FrozenDownsample
 from .freezing import Freezable
+from .layered import Layered, in_turn, layer_norm_2d
 from .losses import classification_loss
 from .outputs import BackboneOutput, BaseModelOutput, ImageClassifierOutput, ModelOutput
+from .reference import ACTIVATION_FUNCTIONS
 from .trunk import ConvNextSwitches, check_image, init_weights
 
 Output = TypeVar("Output", bound=ModelOutput)
@@ -54,13 +56,25 @@ class ConvNextLayer(ConvNextBlockBase):
         self.pwconv2 = nn.Linear(4 * channels, channels, **factory)
         self.layer_scale_parameter = new_layer_scale(channels, config.layer_scale_init_value, **factory)
         self.drop_path = ConvNextDropPath(drop_path)
+        self.watch((("dwconv",), ("layernorm",), ("pwconv1",), ("pwconv2",)), (("drop_path",),))
 
     def parts(self) -> Parts:
         """The layers of this block."""
         return Parts(self.dwconv, self.layernorm, self.pwconv1, self.pwconv2, self.layer_scale_parameter)
 
+    @property
+    def eps(self) -> float:
+        """Epsilon of the LayerNorm."""
+        return self.layernorm.eps
 
-class ConvNextEmbeddings(nn.Module):
+    def branch(self, x: Tensor) -> Tensor:
+        """γ · fc2(act(fc1(LayerNorm(dwconv(x))))) by calling the layers: (N, C, H, W) to (N, H, W, C)."""
+        a = self.pwconv1(self.layernorm(self.dwconv(x).permute(0, 2, 3, 1)))
+        z = self.pwconv2(ACTIVATION_FUNCTIONS[self.act_name](a))
+        return z if self.layer_scale_parameter is None else self.layer_scale_parameter * z
+
+
+class ConvNextEmbeddings(Layered):
     """The stem: patch convolution, then LayerNorm."""
 
     def __init__(self, config: ConvNextConfig, fused: bool, **factory: Any):
@@ -69,13 +83,15 @@ class ConvNextEmbeddings(nn.Module):
         self.patch_embeddings = nn.Conv2d(config.num_channels, channels, patch, stride=patch, **factory)
         self.layernorm = nn.LayerNorm(channels, eps=config.norm_eps, **factory)
         self.fused = fused
+        self.watch((("patch_embeddings",), ("layernorm",)))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋), channels_last."""
-        return patchify_stem(pixel_values, self.patch_embeddings, self.layernorm, self.fused)
+        layers = self.patch_embeddings, self.layernorm
+        return patchify_stem(pixel_values, *layers) if self.reads_weights() else in_turn(layers, pixel_values)
 
 
-class ConvNextStage(Freezable):
+class ConvNextStage(Layered, Freezable):
     """Downsampling (not in the first stage), then blocks."""
 
     Frozen = FrozenDownsample
@@ -91,12 +107,16 @@ class ConvNextStage(Freezable):
         self.layers = nn.ModuleList(ConvNextLayer(config, channels, rate, fused, **factory) for rate in rates)
         self.fused = fused
         self.gradient_checkpointing = False
+        holder = ("downsampling_layer",)
+        self.watch(((*holder, name) for name in self.downsampling_layer._modules), (holder,))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋), or of the same size in the first stage."""
         if self.downsampling_layer:
-            norm, conv = self.downsampling_layer
-            x = downsample(x, norm, conv, self.fused, self.frozen)
+            if self.reads_weights():
+                x = downsample(x, *self.downsampling_layer, None if self.learns() else self.frozen)
+            else:
+                x = in_turn(self.downsampling_layer, x)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(layer, x, use_reentrant=False)
@@ -106,10 +126,9 @@ class ConvNextStage(Freezable):
 
     def fold(self) -> FrozenDownsample | None:
         """The downsampling LayerNorm's affine folded into its convolution; None in the first stage."""
-        if not self.downsampling_layer:
+        if not self.downsampling_layer or self.change() is not None:
             return None
-        norm, conv = self.downsampling_layer
-        return freeze_downsample(norm.weight, norm.bias, conv.weight, conv.bias)
+        return fold_downsample(*self.downsampling_layer)
 
 
 class ConvNextEncoder(nn.Module):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .block import ConvNextBlock, Downsample, Stem, layer_norm_2d
+from .block import ConvNextBlock, Downsample, Stem
 from .config import ConvNextConfig
+from .layered import in_turn, layer_norm_2d
 from .trunk import ConvNextSwitches, check_image, init_weights
 
 POOLS = ("avg", "max", "")
@@ -48,11 +49,10 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋), or of the same size in the first stage."""
         x = self.downsample(x)
+        if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
+            return self.blocks(x)
         for block in self.blocks:
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = checkpoint(block, x, use_reentrant=False)
         return x
 
 
@@ -163,7 +163,7 @@ class ConvNext(ConvNextSwitches):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last feature map to logits (N, num_classes), or to the pooled features (N, C) before the classifier."""
         self._require_head("forward_head")
-        return self.head(x, pre_logits=pre_logits)
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Any:
         """Image (N, in_chans, H, W) to logits (N, num_classes); to a list of feature maps with ``features_only``."""
@@ -260,8 +260,7 @@ class ConvNext(ConvNextSwitches):
         return f"fused={self.fused}, recompute={self.recompute}"
 
     def _final_norm(self, x: Tensor) -> Tensor:
-        norm = getattr(self, "norm_pre", None)
-        return layer_norm_2d(x, norm) if isinstance(norm, nn.LayerNorm) else x
+        return x if self.features_only else in_turn((self.norm_pre,), x)
 
     def _require_head(self, method: str) -> None:
         if self.features_only:

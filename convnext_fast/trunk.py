@@ -68,18 +68,18 @@ class ConvNextSwitches(nn.Module):
         """
         if not self.fused:
             raise ValueError("freeze() folds weights for the fused path: expected a model with fused=True")
-        trainable = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.eval().requires_grad_(False)
         for module in self._freezable():
             module.freeze()
-        self._trainable_before_freeze = trainable
+        self._trainable_before_freeze = trainable | vars(self).get("_trainable_before_freeze", set())
         return self
 
     def unfreeze(self) -> Any:
         """Undo `freeze`, but for the mode, which stays evaluation; return the model."""
         for module in self._freezable():
             module.unfreeze()
-        trainable = set(self.__dict__.pop("_trainable_before_freeze", ()))
+        trainable = vars(self).pop("_trainable_before_freeze", set())
         for name, parameter in self.named_parameters():
             if name in trainable:
                 parameter.requires_grad_(True)
@@ -94,10 +94,9 @@ class ConvNextSwitches(nn.Module):
             self.unfreeze()
         return super().train(mode)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As `torch.nn.Module.load_state_dict`; undoes `freeze`, whose folded weights would be stale."""
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unfreeze()
-        return super().load_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 def check_image(image: Any, config: ConvNextConfig, name: str) -> None:

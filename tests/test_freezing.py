@@ -195,3 +195,71 @@ def check_bad_operands(x, weights, w1, b1, w2, b2, shrink):
         ops.frozen_downsample(x, weight.flatten(1), bias)
     with pytest.raises(ValueError, match=r"the patch bias has shape \(11,\): expected \(12,\)"):
         ops.frozen_downsample(x, weight, bias[1:])
+
+
+class Detector(torch.nn.Module):
+    """A frozen model inside another."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = model_of(torch.float64)
+
+    def forward(self, x):
+        return self.backbone(x)
+
+
+def test_a_state_dict_that_is_loaded_around_or_inside_is_seen():
+    x = image(torch.float64)
+    other = Detector()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    want = other(x)
+    around = Detector()
+    around.backbone.freeze()
+    around.load_state_dict(other.state_dict())
+    assert torch.equal(around(x), want)
+    assert all(parameter.requires_grad for parameter in around.parameters())
+    inside = Detector()
+    inside.backbone.freeze()
+    for name, module in inside.backbone.named_children():
+        module.load_state_dict(getattr(other.backbone, name).state_dict())
+    assert torch.equal(inside(x), want)
+
+
+def test_freezing_twice_remembers_what_was_trainable():
+    model = model_of()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" not in name)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    model.freeze().freeze()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.train()
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+@pytest.mark.parametrize("made", [ConvNext, ConvNextForImageClassification])
+def test_parameters_that_want_gradients_again_get_them(made):
+    model, plain = model_of(torch.float64, made), model_of(torch.float64, made)
+    model.freeze().requires_grad_(True)
+    gradients = []
+    for each in (model, plain):
+        logits(each, image(torch.float64)).square().sum().backward()
+        gradients.append([parameter.grad for parameter in each.parameters()])
+    for got, want in zip(*gradients, strict=True):
+        assert relative_error(got, want) <= BOUNDS[torch.float64]
+
+
+def test_training_mode_of_a_part_unfreezes_it():
+    model = model_of().freeze()
+    model.stages[1].train()
+    assert {name.split(".")[1] for name in folded_buffers(model)} == {"0"}
+
+
+def test_weights_folded_in_inference_mode_serve_autograd():
+    model = model_of(torch.float64)
+    x = image(torch.float64).requires_grad_()
+    want = torch.autograd.grad(model(x).square().sum(), x)[0]
+    with torch.inference_mode():
+        model.freeze()
+    assert relative_error(torch.autograd.grad(model(x).square().sum(), x)[0], want) <= BOUNDS[torch.float64]

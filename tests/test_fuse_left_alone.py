@@ -273,3 +273,45 @@ def test_wrong_arguments_are_named():
 def test_other_networks_hold_no_block():
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1))
     assert "no ConvNeXt block found" in str(fuse(network))
+
+
+class Boxed(Plain):
+    """Its layers are in a container, as torchvision's."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Sequential(self.expand, self.act, self.shrink)
+        del self.expand, self.act, self.shrink
+
+    def forward(self, x):
+        return x + self.linear(self.norm(self.spatial(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+class Negating(nn.Module):
+    def forward(self, x):
+        return -x
+
+
+def drop_bias(block):
+    block.linear[0].bias = None
+
+
+def append(block):
+    block.linear.append(Negating())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(append, "linear now holds 0, 1, 2, 3, not"), (drop_bias, "linear.0 now lacks bias, not nothing")],
+)
+def test_what_was_done_to_a_container_or_a_bias_after_fusing_is_seen(change, reason):
+    block = randomise(Boxed())
+    twin = copy.deepcopy(block)
+    assert fuse(twin, strict=True).fused == ("",)
+    x = torch.randn(2, WIDTH, 6, 5)
+    before = block(x)
+    for each in (block, twin):
+        change(each)
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert torch.equal(twin(x), block(x))
+    assert not torch.equal(block(x), before)

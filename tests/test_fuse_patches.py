@@ -212,7 +212,7 @@ class Odd(torch.Tensor):
 CHANGES = {
     "hooks on downsampling_layer.1, which": add_hook,
     r"stride of downsampling_layer.1 is now \(3, 3\)": change_stride,
-    "its layers are now 0, 1, 2, not 0, 1": append_layer,
+    "downsampling_layer now holds 0, 1, 2, not 0, 1": append_layer,
     "layers is now Sequential, not ModuleList": replace_blocks,
     "weight of downsampling_layer.1 is now Odd": subclass_weight,
 }

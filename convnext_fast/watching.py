@@ -1,0 +1,115 @@
+"""Layers that a fused forward does not call: what they were, and whether they still are that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+Path = tuple[str, ...]
+
+
+class Watched(NamedTuple):
+    """A layer that the fused forward does not call, as it was when it was looked at.
+
+    Attributes:
+        path: attribute names that lead to it from the module that runs it.
+        kind: its class.
+        settings: its plain attributes and their values, such as a convolution's stride.
+        children: names of the modules in it.
+        absent: names of the parameters that it could have and has not.
+    """
+
+    path: Path
+    kind: type
+    settings: tuple[tuple[str, Any], ...]
+    children: tuple[str, ...]
+    absent: tuple[str, ...]
+
+
+def watch(path: Path, layer: nn.Module, *skip: str) -> Watched:
+    """``layer`` as it is now; ``skip``: settings that may change."""
+    return Watched(path, type(layer), settings_of(layer, *skip), tuple(layer._modules), _absent(layer))
+
+
+def follow(module: nn.Module, path: Path) -> Any:
+    """The layer at ``path``; None where there is none."""
+    layer: Any = module
+    for name in path:
+        layer = None if layer is None else layer._modules.get(name)
+    return layer
+
+
+def change(module: nn.Module, watched: tuple[Watched, ...], weighted: tuple[Path, ...]) -> str | None:
+    """Why the layers of ``module`` must be called again, or None: hooks, other layers, settings, or kinds of weights.
+
+    ``weighted``: paths of the layers whose weights the fused ops read.
+    """
+    for path, kind, settings, children, absent in watched:
+        layer = follow(module, path)
+        if type(layer) is not kind:
+            return f"{dotted(path)} is now {kind_of(layer)}, not {kind.__name__}"
+        if has_hooks(layer):
+            return f"hooks on {dotted(path)}, which the fused forward does not call"
+        now = layer.__dict__
+        if "forward" in now:
+            return f"the forward of {dotted(path)} was replaced"
+        for name, value in settings:
+            if now.get(name) != value:
+                return f"{name} of {dotted(path)} is now {now.get(name)!r}, not {value!r}"
+        if tuple(layer._modules) != children:
+            return f"{dotted(path)} now holds {_listed(layer._modules)}, not {_listed(children)}"
+        if _absent(layer) != absent:
+            return f"{dotted(path)} now lacks {_listed(_absent(layer))}, not {_listed(absent)}"
+    for path in weighted:
+        if not is_plain(follow(module, path).weight):
+            return f"the weight of {dotted(path)} is now {kind_of(follow(module, path).weight)}"
+    return None
+
+
+def _absent(layer: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, parameter in layer._parameters.items() if parameter is None)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "nothing"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook waits for a call of ``module`` or for its gradients."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def settings_of(module: nn.Module, *skip: str) -> tuple[tuple[str, Any], ...]:
+    """The plain attributes of ``module`` but ``training``, private ones and ``skip``."""
+    return tuple(
+        (name, value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in ("training", *skip) and is_setting(value)
+    )
+
+
+def is_setting(value: Any) -> bool:
+    """Whether an attribute is plain data."""
+    if isinstance(value, tuple):
+        return all(is_setting(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether a weight is PyTorch's own kind of tensor (also when sharded, traced or faked), not a quantised one."""
+    kind = type(weight)
+    return kind in (nn.Parameter, Tensor) or kind.__module__.split(".")[0] == "torch"
+
+
+def dotted(path: Path) -> str:
+    """A path as people write it."""
+    return ".".join(path)
+
+
+def kind_of(value: Any) -> str:
+    """The name of the class of ``value``."""
+    return type(value).__name__
