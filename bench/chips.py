@@ -5,6 +5,7 @@ compared in November 2026 with pages that quote them:
 
 - A100, H100: glennklockwood.com/garden/processors (all rates, processors, bandwidths; H100's tensor figures are at
   1.83 GHz, not at the clock below), hmc-tech.com (A100's clock).
+- A10: not compared.
 - B200: the same two sites (2.25 PFLOP/s, 75 TFLOP/s, 148 processors, 1.98 GHz). They give TF32 as 1.10 and 1.13
   PFLOP/s, and the bandwidth as 8 and 7.7 TB/s.
 - RTX 5090: 170 processors, 2.407 GHz, 1.792 TB/s and 838 TFLOP/s for sparse products with float16 sums (Linux Format,
@@ -87,6 +88,23 @@ CHIPS = (
         shared_block=163 * 1024,
         shared_reserved=1024,
         threads=2048,
+        lanes=32,
+    ),
+    Chip(
+        name="A10",
+        target="sm_86",
+        source="NVIDIA A10 data sheet (2021); CUDA C++ Programming Guide, compute capability 8.6",
+        processors=72,
+        clock=1.695e9,
+        tensor_flops=125e12,
+        tf32_flops=62.5e12,
+        fp32_flops=31.2e12,
+        bandwidth=600e9,
+        registers=65536,
+        shared=100 * 1024,
+        shared_block=99 * 1024,
+        shared_reserved=1024,
+        threads=1536,
         lanes=32,
     ),
     Chip(

@@ -115,7 +115,7 @@ class Mlp(NamedTuple):
         if scale is not None:
             z *= scale
         if residual is None:
-            return z if gamma is None else z * gamma
+            return z if gamma is None else (z * gamma).to(z.dtype)
         if gamma is None:
             return residual + z
         return torch.addcmul(residual, z, gamma, out=z if z.dtype == residual.dtype == gamma.dtype else None)

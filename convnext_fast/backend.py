@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Literal
 
@@ -28,9 +29,10 @@ def select(device: torch.device, dtype: torch.dtype) -> Backend:
     """The path that the fused ops take for activations on ``device`` computed in ``dtype``.
 
     ``auto`` takes the Triton kernels on CUDA, ROCm and XPU devices, the ATen form on every other, and the reference
-    for float64 on a GPU, which the kernels do not hold. Under ``TRITON_INTERPRET=1`` a CPU takes the kernels too.
-    Export to ONNX, `torch.jit.trace` and, on a CPU, `torch.export` take the reference, so that a file needs no operator
-    of ours, and so do the transforms of `torch.func` (grad, jvp, vmap, …), which see into it.
+    for what the kernels cannot do on a GPU: float64, and NVIDIA's GPUs before compute capability 8.0. Under
+    ``TRITON_INTERPRET=1`` a CPU takes the kernels too. Export to ONNX, `torch.jit.trace` and, on a CPU, `torch.export`
+    take the reference, so that a file needs no operator of ours, and so do the transforms of `torch.func` (grad, jvp,
+    vmap, …), which see into it.
 
     Raises:
         ValueError: ``CONVNEXT_FAST_BACKEND=triton`` was asked for and the kernels cannot run this dtype.
@@ -48,10 +50,18 @@ def select(device: torch.device, dtype: torch.dtype) -> Backend:
         return REQUEST  # type: ignore[return-value]
     kind = device.type
     if kind in KERNEL_DEVICES:
-        return "triton" if dtype in KERNEL_DTYPES else "reference"
+        served = dtype in KERNEL_DTYPES and (torch.compiler.is_compiling() or not _is_old(device))
+        return "triton" if served else "reference"
     if kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and dtype in KERNEL_DTYPES:
         return "triton"
     return "reference" if torch.compiler.is_exporting() else "aten"
+
+
+@functools.cache
+def _is_old(device: torch.device) -> bool:
+    """Whether ``device`` lacks what the kernels need: a GPU of NVIDIA's before compute capability 8.0."""
+    cuda = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
+    return cuda and torch.cuda.get_device_capability(device)[0] < 8
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), torch.dtype, bool, int, float, str, list))

@@ -22,6 +22,11 @@ from .kernels.pointwise_mlp_bwd import mlp_bwd
 from .kernels.replaying import replayed
 
 
+def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors, or what they are in contiguous memory, as the kernels read them."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
 @replayed
 def block_fwd(
     x: Tensor,
@@ -42,8 +47,10 @@ def block_fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(y, u, partial statistics of u, a); a is None from ``recompute`` 1 on, u and its statistics are from 2 on."""
     rows = (-1, x.shape[3])
-    u, statistics = dwconv_fwd(x, dwconv_weight.contiguous(), dwconv_bias, dtype)
-    folded = fold_fwd(w1.contiguous(), b1, ln_weight, ln_bias, w2.contiguous(), None, dtype)
+    u, statistics = dwconv_fwd(x, *_dense(dwconv_weight, dwconv_bias), dtype)
+    w1, b1, ln_weight, ln_bias, w2 = _dense(w1, b1, ln_weight, ln_bias, w2)
+    b2, gamma, drop_scale = _dense(b2, gamma, drop_scale)
+    folded = fold_fwd(w1, b1, ln_weight, ln_bias, w2, None, dtype)
     y, a = mlp_fwd(u.view(rows), statistics, x.view(rows), *folded, b2, gamma, drop_scale, eps, act, recompute == 0)
     if recompute >= 2:
         return y.view(x.shape), None, None, None
@@ -75,7 +82,8 @@ def block_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x and of the nine parameters, in the order of `block_fwd`."""
     rows = (-1, x.shape[3])
-    dwconv_weight, w1, w2 = dwconv_weight.contiguous(), w1.contiguous(), w2.contiguous()
+    dwconv_weight, dwconv_bias, ln_weight, ln_bias = _dense(dwconv_weight, dwconv_bias, ln_weight, ln_bias)
+    w1, b1, w2, b2, gamma, drop_scale = _dense(w1, b1, w2, b2, gamma, drop_scale)
     if u is None:
         u, statistics = dwconv_fwd(x, dwconv_weight, dwconv_bias, dtype)
     folded = fold_fwd(w1, b1, ln_weight, ln_bias, w2, gamma, dtype)
@@ -103,7 +111,8 @@ def frozen_block_fwd(
 ) -> Tensor:
     """`block_fwd` on the weights of `folding.FrozenBlock`, w1 and w2 in T."""
     rows = (-1, x.shape[3])
-    u, statistics = dwconv_fwd(x, dwconv_weight.contiguous(), dwconv_bias, dtype)
+    u, statistics = dwconv_fwd(x, *_dense(dwconv_weight, dwconv_bias), dtype)
+    w1, b1, w2, b2 = _dense(w1, b1, w2, b2)
     y, _ = mlp_fwd(u.view(rows), statistics, x.view(rows), w1, b1, w2, b2, None, None, eps, act, False)
     return y.view(x.shape)
 
@@ -119,8 +128,8 @@ def dwconv_layernorm_fwd(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(n, u, partial statistics): LayerNorm(u) and u = dwconv(x), (N, H, W, C) in T."""
-    u, statistics = dwconv_fwd(x, weight.contiguous(), bias, dtype)
-    return layernorm_fwd(u, statistics, ln_weight, ln_bias, eps), u, statistics
+    u, statistics = dwconv_fwd(x, *_dense(weight, bias), dtype)
+    return layernorm_fwd(u, statistics, *_dense(ln_weight, ln_bias), eps), u, statistics
 
 
 @replayed
@@ -137,7 +146,7 @@ def dwconv_layernorm_bwd(
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, ln_weight and ln_bias."""
-    du, dg, dbeta = layernorm_bwd(dn, u, statistics, ln_weight, eps)
+    du, dg, dbeta = layernorm_bwd(dn, u, statistics, ln_weight.contiguous(), eps)
     dx = dwconv_dgrad(du, weight.contiguous(), None)
     dweight, dbias = dwconv_wgrad(x, du, weight.shape[3], weight.dtype)
     return dx, dweight, dbias, dg, dbeta
@@ -159,7 +168,8 @@ def pointwise_mlp_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """(y, a); a is None from ``recompute`` 1 on. x, residual, y: (N, H, W, C)."""
     rows = (-1, x.shape[3])
-    folded = fold_fwd(w1.contiguous(), b1, None, None, w2.contiguous(), None, dtype)
+    w1, b1, w2, b2, gamma, drop_scale = _dense(w1, b1, w2, b2, gamma, drop_scale)
+    folded = fold_fwd(w1, b1, None, None, w2, None, dtype)
     residual = None if residual is None else residual.view(rows)
     inputs = x.to(dtype).view(rows)
     y, a = mlp_fwd(inputs, None, residual, *folded, b2, gamma, drop_scale, 0.0, act, recompute == 0)
@@ -182,7 +192,7 @@ def pointwise_mlp_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w1, b1, w2, b2 and gamma; the residual's is dy."""
     rows = (-1, x.shape[3])
-    w1, w2 = w1.contiguous(), w2.contiguous()
+    w1, b1, w2, b2, gamma, drop_scale = _dense(w1, b1, w2, b2, gamma, drop_scale)
     folded = fold_fwd(w1, b1, None, None, w2, gamma, dtype)
     dx, sums = mlp_bwd(dy.view(rows), x.to(dtype).view(rows), None, a, *folded, drop_scale, 0.0, act)
     return dx.view(x.shape), *fold_bwd(sums, None, None, w1, b1, w2, b2, gamma)[4:]
@@ -199,7 +209,7 @@ def patchify_stem_fwd(
     dtype: torch.dtype,
 ) -> Tensor:
     """LayerNorm of the patch convolution, (N, H', W', C) in T."""
-    return stem_fwd(image, weight.contiguous(), bias, ln_weight, ln_bias, eps, dtype)
+    return stem_fwd(image, *_dense(weight, bias, ln_weight, ln_bias), eps, dtype)
 
 
 @replayed
@@ -214,7 +224,7 @@ def patchify_stem_bwd(
     needs_image: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of image, weight, bias, ln_weight and ln_bias."""
-    return stem_bwd(dy, image, weight.contiguous(), bias, ln_weight, ln_bias, eps, needs_image)
+    return stem_bwd(dy, image, *_dense(weight, bias, ln_weight, ln_bias), eps, needs_image)
 
 
 @replayed
@@ -228,14 +238,14 @@ def downsample_fwd(
     dtype: torch.dtype,
 ) -> Tensor:
     """Patch convolution of LayerNorm(x), (N, ⌊H/kh⌋, ⌊W/kw⌋, C') in T."""
-    wg, bg = fold_downsample(weight.contiguous(), bias, ln_weight, ln_bias, dtype)
+    wg, bg = fold_downsample(*_dense(weight, bias, ln_weight, ln_bias), dtype)
     return _downsample_fwd(x, wg, bg, eps, dtype)
 
 
 @replayed
 def frozen_downsample_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`downsample_fwd` on the weights of `folding.FrozenDownsample`, ``weight`` in T."""
-    return _downsample_fwd(x, weight.permute(0, 2, 3, 1).contiguous(), bias, eps, dtype)
+    return _downsample_fwd(x, *_dense(weight.permute(0, 2, 3, 1), bias), eps, dtype)
 
 
 @replayed
@@ -250,5 +260,6 @@ def downsample_bwd(
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, ln_weight, ln_bias, weight and bias."""
-    dx, dweight, dbias, dg, dbeta = _downsample_bwd(dy, x, weight.contiguous(), bias, ln_weight, ln_bias, eps, dtype)
+    parameters = _dense(weight, bias, ln_weight, ln_bias)
+    dx, dweight, dbias, dg, dbeta = _downsample_bwd(dy, x, *parameters, eps, dtype)
     return dx, dg, dbeta, dweight, dbias

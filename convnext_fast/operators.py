@@ -126,7 +126,7 @@ def _as_input(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
 
 
 def _save_for_itself(ctx: Any, *extra: Tensor | None) -> None:
-    """Outputs that only the backward reads have no gradient."""
+    """Outputs that only the backward reads have no gradient, and that of the result may be None, which means zero."""
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(tensor for tensor in extra if tensor is not None))
 
@@ -189,7 +189,9 @@ def _block_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     _save_for_itself(ctx, *output[1:])
 
 
-def _block_autograd(ctx: Any, dy: Tensor, *_: object) -> Gradients:
+def _block_autograd(ctx: Any, dy: Tensor | None, *_: object) -> Gradients:
+    if dy is None:
+        return (None,) * len(ctx.needs_input_grad)
     x, *tensors = ctx.saved_tensors
     parameters_and_scale, saved = tensors[:10], tensors[10:]
     needs_x, needs_dwconv = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
@@ -258,7 +260,9 @@ def _dwconv_layernorm_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...])
     _save_for_itself(ctx, *output[1:])
 
 
-def _dwconv_layernorm_autograd(ctx: Any, dn: Tensor, *_: object) -> Gradients:
+def _dwconv_layernorm_autograd(ctx: Any, dn: Tensor | None, *_: object) -> Gradients:
+    if dn is None:
+        return (None,) * len(ctx.needs_input_grad)
     grads = dwconv_layernorm_bwd(dn.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.dtype)
     return (*_absent(*grads), None, None)
 
@@ -311,7 +315,9 @@ def _pointwise_mlp_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) ->
     _save_for_itself(ctx, output[1])
 
 
-def _pointwise_mlp_autograd(ctx: Any, dy: Tensor, *_: object) -> Gradients:
+def _pointwise_mlp_autograd(ctx: Any, dy: Tensor | None, *_: object) -> Gradients:
+    if dy is None:
+        return (None,) * len(ctx.needs_input_grad)
     grads = _absent(*pointwise_mlp_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.act, ctx.dtype))
     return (grads[0], dy if ctx.has_residual else None, *grads[1:], None, None, None, None)
 

@@ -56,8 +56,8 @@ def convnext_block(
         drop_scale: (N,), the drop-path factor of each sample (0 or 1/keep), or None. Gets no gradient.
         eps: epsilon of the LayerNorm.
         act: one of ``config.ACTIVATIONS``.
-        recompute: what is computed anew in the backward pass instead of saved. 0 saves x, the normalised activations
-            and the hidden ones; 1 does without the hidden ones; 2 saves x alone.
+        recompute: what is computed anew in the backward pass instead of saved. 0 saves x, the convolution's output and
+            the hidden activations; 1 does without the hidden ones; 2 saves x alone.
 
     Returns:
         (N, H, W, C), contiguous.
@@ -185,10 +185,12 @@ def pointwise_mlp(
         residual = residual.to(torch.promote_types(residual.dtype, gamma.dtype))
     if not torch.is_grad_enabled():
         recompute = 2
-    residual = None if residual is None else residual.contiguous()
-    return _implementation(path, _wants_values(x)).pointwise_mlp_fwd(
-        x.contiguous(), residual, w1, b1, w2, b2, gamma, drop_scale, act, recompute, dtype
-    )[0]
+    rest = (w1, b1, w2, b2, gamma, drop_scale, act, recompute, dtype)
+    run = _implementation(path, _wants_values(x)).pointwise_mlp_fwd
+    if residual is not None:
+        return run(x.contiguous(), residual.contiguous(), *rest)[0]
+    y = run(x.contiguous(), None, *rest)[0]
+    return y if gamma is None else y.to(torch.promote_types(y.dtype, gamma.dtype))
 
 
 def patchify_stem(

@@ -62,7 +62,7 @@ if AVAILABLE:
 
     @gluon.jit
     def _fetch_residual(slot, r_ptr, u_off, shift, u_ok, o, o_end, pitch):
-        """Start each thread's copy of what it will add to output row ``o``; `_fetch` commits it."""
+        """Start each thread's copy of what it will add to output row ``o``; the next commit counts it in."""
         async_load(slot, r_ptr + o * pitch + u_off + shift, mask=u_ok & ((o >= 0) & (o < o_end)))
 
     @gluon.jit
@@ -285,6 +285,9 @@ if AVAILABLE:
         if EARLY:
             for d in gl.static_range(LAG, STAGES - 1):
                 _fetch_residual(ends.index(d), r_ptr, u_off, shift, u_ok, d - LAG, o_end, pitch)
+            if LAG < STAGES - 1:  # the rows' copies were committed before: no later wait for a row covers these
+                async_copy.commit_group()
+                async_copy.wait_group(0)
         share = 1.0 / CB
         if C % CB != 0:
             share = 1.0 / gl.minimum(C - c_first, CB).to(gl.float32)
@@ -373,9 +376,13 @@ def _layouts(warps: int, itemsize: int, statistics: bool) -> dict[str, object]:
 
 def serves(x: torch.Tensor) -> bool:
     """Whether this form can take ``x`` (N, H, W, C); a tensor without an address is taken to be aligned."""
-    if not AVAILABLE or not target_of(x).startswith("sm_") or x.shape[3] % 8 != 0:
-        return False
-    return traced(x) or x.is_meta or x.data_ptr() % 16 == 0
+    nvidia = x.device.type != "xpu" and target_of(x).startswith("sm_")
+    return AVAILABLE and nvidia and x.shape[3] % 8 == 0 and _aligned(x)
+
+
+def _aligned(x: torch.Tensor | None) -> bool:
+    """Whether there is ``x``, and copies of 16 bytes may start where it does."""
+    return x is not None and (traced(x) or x.is_meta or x.data_ptr() % 16 == 0)
 
 
 def dwconv_gluon(
@@ -418,7 +425,7 @@ def dwconv_gluon(
             batch, height, width, tiles, config.segment, segments, rows // taps,
             C=channels, TAPS=taps, WARPS=block // 4, TAIL=rows % taps, SPLIT=split, FLIP=flip, BIAS=bias is not None,
             RESIDUAL=residual is not None, STATS=statistics, STAGES=config.stages,
-            EARLY=residual is not None and residual_early(config, taps, block, residual.element_size(), target_of(x)),
+            EARLY=_aligned(residual) and residual_early(config, taps, block, residual.element_size(), target_of(x)),
             WIDE_ROW=x.element_size() == 4, WIDE=images * height * width * channels >= 2**31,
             dtype=gl.bfloat16 if dtype == torch.bfloat16 else gl.float16, num_warps=block // 4,
             **_layouts(block // 4, x.element_size(), statistics),

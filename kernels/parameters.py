@@ -5,7 +5,8 @@ Forward, for w1 (K, C), b1 (K,), g and β of LayerNorm (C,), w2 (C, K), γ (C,):
     w1g = w1∘g, rounded to the compute dtype    b1g = b1 + w1·β    s_k = Σ_c w1g[k, c]    w2g = γ_c·w2, rounded likewise
 
 s lets a GEMM normalise in its epilogue: x̂·w1gᵀ = rstd·(u·w1gᵀ − μ·s). It is summed over the rounded weights, so that
-the mean cancels exactly.
+the mean cancels (in TF32, which also cuts u, to its accuracy). γ begins at 1e-6, and γ·w2 would vanish in float16;
+there w2g is γ·w2/q for a power of two, q ≤ max |γ| < 2q, and a product with w2g is taken q times.
 
 Backward, from D = Σ_p da_k x̂_c (K, C), db1 = Σ_p da_k, E = Σ_p dz'_c h_k (C, K), dz' the gradient of fc2's output
 without γ, and dz_sum = Σ_p dz'_c:
@@ -50,10 +51,21 @@ class Sums(NamedTuple):
 @triton.jit
 def _fold_fwd_kernel(
     w1_ptr, b1_ptr, g_ptr, beta_ptr, w2_ptr, gamma_ptr, w1g_ptr, b1g_ptr, w2g_ptr, K, C,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """w2g is written if wanted."""
+    """w2g is written if wanted; UNIT: by q."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inverse = 1.0
+    if UNIT:
+        most = tl.zeros((BLOCK_C,), tl.float32)
+        for c0 in range(0, C, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            most = tl.maximum(most, tl.abs(tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)))
+        # The exponent of the largest, as float32 holds it, away from the ends, where q or 1/q would be no number.
+        exponent = tl.minimum(tl.maximum(tl.max(most, axis=0).to(tl.int32, bitcast=True) >> 23, 1), 253)
+        unit = (exponent << 23).to(tl.float32, bitcast=True)
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        tl.store(b1g_ptr + 2 * K + k, tl.zeros((BLOCK_K,), tl.float32) + unit, mask=k < K)
     bias = tl.zeros((BLOCK_K,), tl.float32)
     row_sum = tl.zeros((BLOCK_K,), tl.float32)
     for c0 in range(0, C, BLOCK_C):
@@ -72,7 +84,7 @@ def _fold_fwd_kernel(
             at = c[None, :].to(tl.int64) * K + k[:, None]
             w = tl.load(w2_ptr + at, mask=ok, other=0.0).to(tl.float32)
             if gamma_ptr is not None:
-                w = w * tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+                w = w * (tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32) * inverse)[None, :]
             tl.store(w2g_ptr + at, w.to(w2g_ptr.dtype.element_ty), mask=ok)
     if b1_ptr is not None:
         bias += tl.load(b1_ptr + k, mask=k < K, other=0.0).to(tl.float32)
@@ -134,12 +146,12 @@ def _fold_bwd_kernel(
         E *= tl.load(gamma_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
     tl.store(dw2_ptr + at, E.to(dw2_ptr.dtype.element_ty), mask=ok)
 
-    rows = tl.cdiv(R, tl.num_programs(0))
-    dz_sum = add_rows(dz_ptr, tile * rows, tl.minimum(tile * rows + rows, R), c, c_ok, C, 8)
     partial_ptr += tile.to(tl.int64) * 4 * C + c
     tl.store(partial_ptr, dg, mask=c_ok)
     tl.store(partial_ptr + C, dbeta, mask=c_ok)
     tl.store(partial_ptr + 2 * C, dgamma, mask=c_ok)
+    rows = tl.cdiv(R, tl.num_programs(0))
+    dz_sum = add_rows(dz_ptr, tile * rows, tl.minimum(tile * rows + rows, R), c, c_ok, C, 8)
     tl.store(partial_ptr + 3 * C, dz_sum, mask=c_ok)
 
 
@@ -189,19 +201,23 @@ def fold_fwd(
     gamma: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(w1g (K, C) in ``dtype``, b1g (2, K) float32: the folded bias and the row sums s, w2g (C, K) in ``dtype``).
+    """(w1g (K, C) in ``dtype``, b1g (2 or 3, K) float32, w2g (C, K) in ``dtype``).
+
+    The rows of b1g are the folded bias, the row sums s and, for float16 with γ, what a product with w2g is to be
+    multiplied by, q for each hidden unit.
 
     w1 (K, C), b1 (K,) or None, ln_weight, ln_bias and gamma (C,) or None (identity), w2 (C, K), in any float dtypes,
     contiguous. w2g is ``w2`` itself where nothing changes it. One launch.
     """
     K, C = w1.shape
     w1g = torch.empty((K, C), dtype=dtype, device=w1.device)
-    b1g = torch.empty((2, K), dtype=torch.float32, device=w1.device)
+    unit = gamma is not None and dtype == torch.float16
+    b1g = torch.empty((3 if unit else 2, K), dtype=torch.float32, device=w1.device)
     same = gamma is None and w2.dtype == dtype
     w2g = None if same else torch.empty((C, K), dtype=dtype, device=w2.device)
     launch(
         _fold_fwd_kernel, (cdiv(K, 16),),
-        w1, b1, ln_weight, ln_bias, w2, gamma, w1g, b1g, w2g, K, C, BLOCK_K=16, BLOCK_C=128,
+        w1, b1, ln_weight, ln_bias, w2, gamma, w1g, b1g, w2g, K, C, UNIT=unit, BLOCK_K=16, BLOCK_C=128,
     )  # fmt: skip
     return w1g, b1g, w2 if w2g is None else w2g
 

@@ -1,11 +1,12 @@
 """Pointwise MLP of the block, backward: the gradient of its input, and sums from which the parameters' follow.
 
-    dz' = s·dy    dh = dz'·w2g, w2g = γ_c·w2    da = dh·act′(a)    dx̂ = da·w1g
+    dz' = s·dy    dh = q·(dz'·w2g), q·w2g = γ_c·w2    da = dh·act′(a)    dx̂ = da·w1g
     D = daᵀ·x̂ (K, C)    db1 = Σ_p da    E = dz'ᵀ·h (C, K)    dz_sum = Σ_p dz'
 
-``fold_bwd`` (``parameters.py``) turns D, db1, E and dz_sum into the gradients of w1, b1, w2, b2, γ and LayerNorm's
-affine; no other pass over the pixels is made. Narrow blocks in 16 bits recompute the hidden activations on the chip
-(``pointwise_mlp_bwd_fused.py``), the others keep them in memory (``pointwise_mlp_bwd_gemm.py``).
+q is 1 but in float16, where γ·w2 could vanish (``parameters.py``). ``fold_bwd`` there turns D, db1, E and dz_sum into
+the gradients of w1, b1, w2, b2, γ and LayerNorm's affine; no other pass over the pixels is made. Narrow blocks in 16
+bits recompute the hidden activations on the chip (``pointwise_mlp_bwd_fused.py``), the others keep them in memory
+(``pointwise_mlp_bwd_gemm.py``).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Backward of narrow blocks in 16 bits: two kernels, neither of which writes a hidden activation to memory.
 
-    a = x̂·w1gᵀ + b1g    h = act(a)    dz' = s·dy    dh = dz'·w2γ, w2γ = γ_c·w2    da = dh·act′(a)
+    a = x̂·w1gᵀ + b1g    h = act(a)    dz' = s·dy    dh = q·(dz'·w2g), q·w2g = γ_c·w2    da = dh·act′(a)
 
 ``_input_kernel`` owns BLOCK_M pixels and walks K: dx̂ = da·w1g, and LayerNorm's backward in its epilogue,
 du = rstd·(dx̂ − mean(dx̂) − x̂·mean(dx̂·x̂)). ``_weight_kernel`` owns BLOCK_K hidden units and walks a share of the pixels:
@@ -82,8 +82,10 @@ def _input_kernel(
     dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, du_ptr, dz_sum_ptr,
     P, rows_per_sample, eps,
     C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr,
-    ACT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """UNIT: b1 holds q."""
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
     first = pid * BLOCK_M
@@ -122,6 +124,8 @@ def _input_kernel(
             w2 = load_fc2(w2_ptr, k, K, C, PARTS[i][0], PARTS[i][1], BLOCK_K)
             dh = tl.dot(dz[i], w2, dh, input_precision=PRECISION)
         _, slope = activation_and_grad(a, ACT, FORM)
+        if UNIT:
+            dh *= tl.load(b1_ptr + 2 * K + k, mask=k < K, other=0.0)[None, :]
         da = (dh * slope).to(dtype)
         sums = ()
         for i in tl.static_range(len(PARTS)):
@@ -153,8 +157,8 @@ def _store_weights(ptr, value, k, K: tl.constexpr, C: tl.constexpr, FIRST: tl.co
 def _share_of_weights(
     dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr,
     P, rows_per_sample, share, eps, k, split,
-    C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, ACT: tl.constexpr,
-    FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, UNIT: tl.constexpr,
+    ACT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     WANTS_D: tl.constexpr, WANTS_E: tl.constexpr,
 ):  # fmt: skip
     """D and db1, or E, or all, of hidden units ``k`` over share number ``split`` of the pixels."""
@@ -195,6 +199,8 @@ def _share_of_weights(
             dh = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
             for i in tl.static_range(len(PARTS)):
                 dh = tl.dot(w2[i], dz[i].T, dh, input_precision=PRECISION)
+            if UNIT:
+                dh *= tl.load(b1_ptr + 2 * K + k, mask=k < K, other=0.0)[:, None]
             da = dh * slope
             db1 += tl.sum(da, axis=1)
             D_sums = ()
@@ -219,8 +225,9 @@ def _share_of_weights(
 def _weight_kernel(
     dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr,
     P, rows_per_sample, share, eps,
-    C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, ACT: tl.constexpr,
-    FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, APART: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, UNIT: tl.constexpr,
+    ACT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks of hidden units, shares). APART: D and E are two programs, for the sums of both need too many
     registers; they compute a each for itself, five products in the place of four.
@@ -231,20 +238,20 @@ def _weight_kernel(
         if tl.program_id(0) % 2 == 0:
             _share_of_weights(
                 dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr, P,
-                rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, ACT, FORM, PRECISION, BLOCK_M, BLOCK_K,
-                True, False,
+                rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, UNIT, ACT, FORM, PRECISION, BLOCK_M,
+                BLOCK_K, True, False,
             )  # fmt: skip
         else:
             _share_of_weights(
                 dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr, P,
-                rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, ACT, FORM, PRECISION, BLOCK_M, BLOCK_K,
-                False, True,
+                rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, UNIT, ACT, FORM, PRECISION, BLOCK_M,
+                BLOCK_K, False, True,
             )  # fmt: skip
     else:
         k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
         _share_of_weights(
             dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr, P,
-            rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, ACT, FORM, PRECISION, BLOCK_M, BLOCK_K,
+            rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, UNIT, ACT, FORM, PRECISION, BLOCK_M, BLOCK_K,
             True, True,
         )  # fmt: skip
 
@@ -267,7 +274,7 @@ def fused_bwd(
     target = target_of(u)
     CB, NB = norm_blocks(stats, C, u.dtype)
     per_sample = 1 if drop_scale is None else P // drop_scale.numel()
-    shape = {"C": C, "K": K, "PARTS": split_width_bwd(C, target), "CB": CB, "NB": NB}
+    shape = {"C": C, "K": K, "PARTS": split_width_bwd(C, target), "CB": CB, "NB": NB, "UNIT": b1g.shape[0] == 3}
     shape |= {"ACT": act, "FORM": gelu_form(u.dtype), "PRECISION": dot_precision(u)}
     du = torch.empty_like(u)
     config = input_grad_config()

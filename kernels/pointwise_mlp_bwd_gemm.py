@@ -1,6 +1,6 @@
 """Backward of wide blocks, and of float32: three GEMMs with h and da in memory, s the drop-path factor of a sample.
 
-    a = rstd·(u·w1gᵀ − μ·r) + b1g    dh = s·(dy·w2g)    h' = s·act(a)    da' = rstd·dh·act′(a)     _hidden_grad_kernel
+    a = rstd·(u·w1gᵀ − μ·r) + b1g    dh = s·q·(dy·w2g)    h' = s·act(a)    da' = rstd·dh·act′(a)   _hidden_grad_kernel
     du = da'·w1g − m1 − x̂·m2                                                                       _input_grad_kernel
     D = da'ᵀ·u − Σ_p da'·μ    Eᵀ = h'ᵀ·dy    dz_sum = Σ_p s·dy                                     _weight_grad_kernel
 
@@ -37,10 +37,10 @@ from .tuning_mlp_bwd import hidden_grad_config, input_grad_config, weight_grad_c
 def _hidden_grad_kernel(
     u_ptr, stats_ptr, dy_ptr, drop_scale_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr,
     h_ptr, da_ptr, db1_ptr, centre_ptr, means_ptr, P, rows_per_sample, depth, eps,
-    C: tl.constexpr, K: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, UNIT: tl.constexpr, ACT: tl.constexpr,
+    FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h', da': (P, K); a is loaded or recomputed; ``depth`` is C, see ``dot_rows``.
+    """UNIT: b1 holds q. h', da': (P, K); a is loaded or recomputed; ``depth`` is C, see ``dot_rows``.
 
     Partial sums: db1 and, where there are statistics, centre (row tiles, K), and means (column tiles, P, 2), of C·m1
     and C·m2.
@@ -76,6 +76,8 @@ def _hidden_grad_kernel(
     else:
         a += bias[None, :]
     h, slope = activation_and_grad(a, ACT, FORM)
+    if UNIT:
+        dh *= tl.load(b1_ptr + 2 * K + n, mask=n_ok, other=0.0)[None, :]
     da = dh * slope
     if drop_scale_ptr is not None:
         s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
@@ -223,7 +225,7 @@ def gemm_bwd(
     launch(
         _hidden_grad_kernel, (rows * columns,),
         u, stats, dy, drop_scale, a, w1g, b1g, w2g, h, da, db1, centre, means, P, per_sample, C, eps,
-        CB=CB, NB=NB, ACT=act, FORM=gelu_form(u.dtype), **shape, **config.meta(),
+        CB=CB, NB=NB, UNIT=b1g.shape[0] == 3, ACT=act, FORM=gelu_form(u.dtype), **shape, **config.meta(),
     )  # fmt: skip
     du = torch.empty_like(u)
     config = input_grad_config(C, u.dtype, target)

@@ -1,7 +1,7 @@
 """Which target a launch is tuned for: a name that the pure functions of the ``tuning_*`` files take.
 
-A device that is none of the known targets is served by its nearest older relative, a tensor on the CPU (the
-interpreter, or a tool that executes compiled code) by sm_80.
+A device that is none of the known targets is served by its nearest older relative (compute capability 8.9, of the RTX
+40 and the L4, by sm_86), a tensor on the CPU (the interpreter, or a tool that executes compiled code) by sm_80.
 """
 
 from __future__ import annotations
@@ -12,10 +12,17 @@ from collections.abc import Iterator
 
 import torch
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
+TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+PROCESSORS = {"sm_80": 108, "sm_86": 72, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 """Streaming multiprocessors (compute units) of each target's usual chip, for the number of programs that fills it."""
-SHARED_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+SHARED_BYTES = {
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+}
 """Shared memory (LDS) that a program may have."""
 _planned: list[str] = []
 
@@ -26,7 +33,12 @@ def _target_of_cuda(index: int) -> str:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(index)
     known = [name for name in TARGETS if name.startswith("sm_") and int(name[3:]) <= 10 * major + minor]
-    return known[-1] if known else TARGETS[0]
+    if not known:
+        raise RuntimeError(
+            f"the Triton kernels need compute capability 8.0, cuda:{index} has {major}.{minor}: "
+            "expected CONVNEXT_FAST_BACKEND=reference for compiled models on such a device"
+        )
+    return known[-1]
 
 
 def target_of(tensor: torch.Tensor) -> str:

@@ -13,7 +13,10 @@ import torch
 from .sizes import cdiv, remembered
 from .targets import PROCESSORS, SHARED_BYTES
 
-_LANES = {"sm_80": 32, "sm_90": 32, "sm_100": 32, "sm_120": 32, "gfx942": 64}  # threads of a warp
+
+def _lanes(target: str) -> int:
+    """Threads of a warp."""
+    return 64 if target == "gfx942" else 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +118,7 @@ def scalar_config(shape: tuple[int, int, int, int], block: int, target: str) -> 
     Tiles of 7 fit every stage of an image whose side is a multiple of 224 and hold 56 sums a thread; 4 channels of two
     rows are a thread's share. Narrow maps take narrow tiles.
     """
-    threads = 4 * _LANES[target]
+    threads = 4 * _lanes(target)
     share = 8 if shape[3] % 4 == 0 else 4
     return ScalarConfig(tile_width=min(7, shape[2]), block_rows=share * threads // block, num_warps=4)
 
@@ -150,7 +153,7 @@ def wgrad_config(shape: tuple[int, int, int, int], dtype: torch.dtype, target: s
     programs = 2 * PROCESSORS[target]
     if dtype == torch.float32:
         block = 64 if channels > 32 else 32
-        block_rows = 4 * 4 * _LANES[target] // block
+        block_rows = 4 * 4 * _lanes(target) // block
         splits = max(1, programs // (cdiv(channels, block) * 7))
         split = cdiv(cdiv(batch * height, splits), block_rows) * block_rows
         return WgradConfig(min(7, width), block, max(split, block_rows), block_rows, 4)

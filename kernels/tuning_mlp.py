@@ -163,7 +163,7 @@ def statistics_first(channels: int, target: str) -> bool:
     """Whether fc1 merges LayerNorm's statistics before its product or after: the order that spills no register."""
     if target == "sm_90":
         return channels <= 256
-    return target in WARP_GROUPS or (target == "sm_80" and channels > 768)
+    return target in WARP_GROUPS or (target in ("sm_80", "sm_86") and channels > 768)
 
 
 def input_grad_config() -> FusedConfig:
@@ -205,7 +205,7 @@ def weight_grad_config(
 
 
 def stem_config(channels: int) -> GemmConfig:
-    """Configuration of the stem: all channels in a program, and as many rows as 16,384 sums allow."""
+    """Configuration of the stem: all channels in a program, and as many rows as 8,192 sums allow, 16 at least."""
     width = max(16, next_power_of_2(channels))
     rows = min(64, max(16, 8192 // width))
     return GemmConfig(BLOCK_M=rows, BLOCK_N=width, BLOCK_K=16, num_warps=4 if width <= 256 else 8, num_stages=1)

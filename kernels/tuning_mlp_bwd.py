@@ -54,7 +54,7 @@ def weight_grad_config(
         config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
     else:
         columns = 128 if channels % 128 == 0 else 64
-        warps = 8 if wide and target in ("sm_80", "sm_120") else 4
+        warps = 8 if wide and target in ("sm_80", "sm_86", "sm_120") else 4
         config = GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=32, num_warps=warps, num_stages=3)
     tiles = 2 * cdiv(hidden, config.BLOCK_M) * cdiv(channels, config.BLOCK_N)
     shares = max(1, 2 * PROCESSORS[target] // tiles)

@@ -173,3 +173,29 @@ AWKWARD = [
 EMPTY = [Case(0, 49, 40, 160, torch.float16), Case(0, 49, 40, 160, torch.float32)]
 OTHER_ACTS = [Case(1, 33, 17, 40, torch.float32, act=act) for act in ACTS if act != "gelu"]
 OTHER_ACTS_BACKWARD = [dataclasses.replace(case, dtype=torch.float16) for case in OTHER_ACTS]
+
+
+def half_autocast_reference(given: dict, pixels: int, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Every gradient by autograd as autocast computes it in ``dtype``, layer scale and residual in float32; None: all
+    in float64.
+    """
+    leaves = {n: given[n].detach().to(dtype or torch.float64).requires_grad_() for n in ("u",)}
+    leaves |= {n: given[n].detach().to(torch.float32 if dtype else torch.float64).requires_grad_() for n in PARAMETERS}
+    p = {n: leaf if dtype is None else leaf.to(dtype) for n, leaf in leaves.items()}
+    wide = torch.float32 if dtype else torch.float64
+    n = F.layer_norm(leaves["u"].to(wide), (given["u"].shape[1],), leaves["ln_weight"], leaves["ln_bias"], EPS)
+    z = F.linear(F.gelu(F.linear(n.to(p["w1"].dtype), p["w1"], p["b1"])), p["w2"], p["b2"])
+    z = z * leaves["gamma"] * given["drop_scale"].to(wide).repeat_interleave(pixels)[:, None]
+    grads = torch.autograd.grad(z, list(leaves.values()), given["dy"].to(z.dtype))
+    return {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def check_small_layer_scale(case: Case, layer_scale: float, loss_scale: float, backward=mlp_bwd) -> None:
+    """γ as it is at the start of training, or large, beside gradients as a loss scale makes them."""
+    given = inputs(case)
+    given["gamma"] = given["gamma"] * layer_scale
+    given["dy"] = given["dy"] * loss_scale
+    ours = gradients(case, given, backward, save_hidden=False)
+    eager = half_autocast_reference(given, case.pixels, case.dtype)
+    exact = half_autocast_reference(given, case.pixels, None)
+    assert_each_as_good_as_eager([(ours, eager, exact)])

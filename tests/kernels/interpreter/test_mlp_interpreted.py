@@ -13,7 +13,16 @@ from convnext_fast.kernels.pointwise_mlp_bwd import mlp_bwd
 from convnext_fast.kernels.pointwise_mlp_bwd_fused import fused_bwd
 from convnext_fast.kernels.pointwise_mlp_bwd_gemm import gemm_bwd
 from convnext_fast.kernels.targets import planned_for
-from mlp_cases import AWKWARD, EMPTY, OTHER_ACTS, OTHER_ACTS_BACKWARD, Case, check_backward, check_forward
+from mlp_cases import (
+    AWKWARD,
+    EMPTY,
+    OTHER_ACTS,
+    OTHER_ACTS_BACKWARD,
+    Case,
+    check_backward,
+    check_forward,
+    check_small_layer_scale,
+)
 
 
 @pytest.mark.parametrize("forward", [fused_fwd, gemm_fwd])
@@ -76,3 +85,13 @@ def test_backward_from_saved_activations(backward):
 @pytest.mark.parametrize("case", EMPTY, ids=str)
 def test_backward_of_nothing(case):
     check_backward(case, mlp_bwd)
+
+
+@pytest.mark.parametrize("backward", [fused_bwd, gemm_bwd])
+@pytest.mark.parametrize(
+    ("layer_scale", "loss_scale"), [(1e-6, 2.0**13), (1e-3, 2.0**4), (1.0, 1.0), (300.0, 2.0**-8), (0.0, 1.0)]
+)
+def test_layer_scales_of_float16(backward, layer_scale, loss_scale):
+    """γ·w2 alone would vanish in float16 at the start of training, and be infinite beside a large γ."""
+    case = Case(3, 25, 40, 72, torch.float16, residual_dtype=torch.float32)
+    check_small_layer_scale(case, layer_scale, loss_scale, backward)

@@ -1,5 +1,6 @@
 """What the compiler makes of the depthwise convolution for each target, with no device there."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -105,3 +106,42 @@ def test_the_rows_memory_is_theirs_until_all_copies_have_come(segment, residual)
     assert text.index("ttg.async_wait {num = 0") > text.rindex("ttg.async_copy_global_to_local")
     assert text.count("ttg.local_dealloc") == text.count("ttg.local_alloc") == 1 + residual
     assert text.index("ttg.local_dealloc") > last
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs Gluon as Triton has it from 3.6 on")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("segment", [4, 14])
+@pytest.mark.parametrize("taps", [3, 5, 7])
+def test_no_copy_is_outside_the_groups_that_are_waited_for(taps, segment, target):
+    """A copy that is not committed when rows are waited for is counted in a later group than its row's."""
+    x, weight = (
+        torch.empty(8, 14, 14, 64, dtype=torch.bfloat16, device="meta"),
+        torch.empty(64, 1, taps, taps, device="meta"),
+    )
+    options = {"dtype": x.dtype, "out_dtype": x.dtype, "flip": True, "statistics": False}
+    with planned_for(target), recording() as launches:
+        dwconv_gluon(x, weight, None, x, **options, config=GluonConfig(segment, 4))
+    (launch,) = launches
+    assert launch.arguments["EARLY"]
+    ptx = compile_kernel(launch, target).asm["ptx"]
+    steps = re.findall(r"cp\.async\.(commit_group|wait_group|c[ag])", ptx)
+    assert steps.count("wait_group") >= taps
+    opened = 0
+    for step in steps:
+        if step == "wait_group":
+            assert opened == 0, f"{opened} copies are not committed"
+        opened = 0 if step == "commit_group" else opened + (step != "wait_group")
+
+
+def test_a_residual_that_is_not_aligned():
+    """Copies of 16 bytes cannot start there."""
+    x = torch.empty(2, 7, 8, 32, dtype=torch.bfloat16)
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+    weight = torch.empty(32, 1, 7, 7)
+    early = []
+    for residual in (x, shifted):
+        with planned_for("sm_90"), recording() as launches:
+            dwconv_dgrad(x, weight, residual)
+        early.append(launches[0].arguments["EARLY"])
+        assert compile_launch(launches[0], "sm_90").spills == 0
+    assert early == [True, False]
