@@ -40,6 +40,8 @@ def read_config(source: str | Path) -> SavedConfig:
     except FileNotFoundError as error:
         if not Path(source).expanduser().is_dir():
             raise
+        if (Path(source).expanduser() / "model" / "config.json").is_file():
+            raise FileNotFoundError(f"{error}: it is a training run's, whose model is in {source}/model") from None
         raise FileNotFoundError(
             f"{error}: give the weights file itself to infer the configuration from its tensors, or pass config="
         ) from None

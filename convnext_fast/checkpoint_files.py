@@ -126,7 +126,14 @@ def tensor_writers(name: str, tensors: Mapping[str, Tensor], max_bytes: int) -> 
 
 def safetensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
     """A writer of a .safetensors file, for `write_files`."""
-    return lambda path: save_file(_packed(tensors), path, metadata={"format": "pt"})
+
+    def write(path: Path) -> None:
+        try:
+            save_file(_packed(tensors), path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write tensors to {path.parent}, is the disk full? ({error})") from error
+
+    return write
 
 
 def pickle_writer(tensors: Mapping[str, Tensor], key: str | None) -> Callable[[Path], None]:
@@ -134,7 +141,10 @@ def pickle_writer(tensors: Mapping[str, Tensor], key: str | None) -> Callable[[P
 
     def write(path: Path) -> None:
         packed = _packed(tensors)
-        torch.save(packed if key is None else {key: packed}, path)
+        try:
+            torch.save(packed if key is None else {key: packed}, path)
+        except RuntimeError as error:
+            raise OSError(f"cannot write tensors to {path.parent}, is the disk full? ({error})") from error
 
     return write
 

@@ -171,7 +171,7 @@ class ConvNextConfig:
         if not isinstance(id2label, Mapping):
             raise TypeError(f"id2label is a {type(id2label).__name__}: expected a mapping from class index to name")
         try:
-            labels = {int(key): value for key, value in id2label.items()}
+            labels = dict(sorted((int(key), value) for key, value in id2label.items()))
         except (TypeError, ValueError):
             raise ValueError(f"id2label has the keys {list(id2label)[:5]}…: expected class indices") from None
         if num_labels is not None and len(labels) != num_labels:

@@ -10,6 +10,7 @@ import torch
 
 from .checkpoint_files import write_files
 from .model import ConvNext
+from .trunk import check_image
 
 
 def export_onnx(model: ConvNext, path: Path, height: int, width: int) -> float:
@@ -39,6 +40,7 @@ def export_onnx(model: ConvNext, path: Path, height: int, width: int) -> float:
     except ImportError as error:
         raise ImportError(f"ONNX needs more packages ({error}): pip install 'convnext-fast[export]'") from error
     images = torch.randn(2, model.config.num_channels, height, width)
+    check_image(images, model.config, "the image")
     # PyTorch says that torchvision's operators, of which a ConvNeXt has none, are missing, and warns of its own calls.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -44,13 +44,25 @@ def open_image(source: Path | bytes, channels: int) -> PIL.Image.Image:
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             image = PIL.Image.open(io.BytesIO(data))
             image.load()
-            return to_channels(PIL.ImageOps.exif_transpose(image), channels)
+            return to_channels(_upright(image), channels)
     except PIL.UnidentifiedImageError:
         raise ValueError("not an image that pillow can read") from None
     except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"refused: {error}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of damaged files raise whatever their arithmetic meets
         raise ValueError(f"broken image: {error}") from error
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """``image`` by its EXIF orientation; as it lies where that cannot be read."""
+    try:
+        return PIL.ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:
+        return image
 
 
 def to_channels(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
@@ -58,6 +70,8 @@ def to_channels(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
     mode = _mode(channels)
     if image.mode == mode:
         return image
+    if image.mode == "I;16B":
+        image = image.convert("I")
     if image.mode.startswith("I"):
         # Pillow would cut 16-bit samples at 255; keep their upper byte.
         image = image.point(lambda value: value * (1 / 256)).convert("L")

@@ -47,6 +47,10 @@ _NEEDS = {
 }
 
 
+MOST_PIXELS = 1 << 27
+"""Of a resized picture; a narrow one, whose shorter edge gives the size, would take gigabytes."""
+
+
 class ConvNextImageProcessor:
     """Prepares images for a ConvNeXt: resize and crop, rescale, normalise.
 
@@ -163,6 +167,8 @@ class ConvNextImageProcessor:
                 if edge < 1:
                     raise ValueError(f"crop_pct is {values['crop_pct']}: it resizes to no pixel with size {side}")
                 target = shortest_edge_size(*picture_size(picture), edge)
+            if target[0] * target[1] > MOST_PIXELS:
+                raise ValueError(f"{where} would be resized to {target[0]}×{target[1]} pixels, beyond {MOST_PIXELS:,}")
             picture, fractions = resize(picture, target, values["resample"], where)
             if side < WARP_EDGE:
                 picture = center_crop(picture, (side, side))

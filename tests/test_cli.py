@@ -1,10 +1,12 @@
 import io
 import json
+import struct
 import subprocess
 import sys
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,7 +15,7 @@ from training_support import tiny_config
 from convnext_fast import VARIANTS, ConvNext, ConvNextConfig, cli
 from convnext_fast.classify import Classifier, default_processor
 from convnext_fast.huggingface import ConvNextForImageClassification
-from convnext_fast.image_files import open_image
+from convnext_fast.image_files import open_image, to_channels
 from convnext_fast.image_processor import ConvNextImageProcessor
 from convnext_fast.info import count
 
@@ -371,3 +373,20 @@ def test_a_reader_that_leaves_is_no_crash():
     error = command.stderr.read().decode()
     assert command.wait(timeout=120) == 1
     assert error == ""
+
+
+def test_pictures_with_damaged_exif_lie_as_they_are_and_other_damage_is_a_broken_image(tmp_path):
+    entries = struct.pack("<HHHI4s", 2, 256, 2, 3, b"32") + struct.pack("<HHIHH", 274, 3, 1, 6, 0)
+    PIL.Image.new("RGB", (20, 40)).save(tmp_path / "x.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0" + entries + b"\0" * 4)
+    with pytest.raises(struct.error):
+        PIL.ImageOps.exif_transpose(PIL.Image.open(tmp_path / "x.jpg"))
+    assert open_image(tmp_path / "x.jpg", 3).size == (20, 40)
+    (tmp_path / "x.dds").write_bytes(b"DDS \x7c\0\0\0" + b"\x01" * 120)
+    with pytest.raises(ValueError, match="broken image"):
+        open_image(tmp_path / "x.dds", 3)
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("I;16", "<u2"), ("I;16B", ">u2")])
+def test_sixteen_bits_in_either_order_of_bytes(mode, kind):
+    picture = PIL.Image.frombytes(mode, (3, 1), np.array([0, 256 * 7, 65535]).astype(kind).tobytes())
+    assert np.asarray(to_channels(picture, 1)).tolist() == [[0, 7, 255]]

@@ -186,3 +186,10 @@ def test_hub_id_not_in_the_cache(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="someone/never-published is no local folder"):
         ConvNextConfig.from_pretrained("someone/never-published")
+
+
+def test_classes_are_in_the_order_of_their_indices_whatever_that_of_the_file():
+    """JSON sorts "10" before "2"."""
+    names = {i: f"name {i}" for i in range(12)}
+    text = json.dumps(ConvNextConfig(id2label=names).to_dict(), sort_keys=True)
+    assert list(ConvNextConfig.from_dict(json.loads(text)).id2label.items()) == list(names.items())

@@ -100,6 +100,13 @@ def test_bad_images(images, error, words):
         ConvNextImageProcessor(size=16)(images)
 
 
+def test_a_thin_picture_is_refused_before_it_takes_gigabytes():
+    with pytest.raises(
+        ValueError, match=r"image 0 would be resized to (18285714×256|256×18285714|15360000×256|256×15360000)"
+    ):
+        ConvNextImageProcessor(size=224)(PIL.Image.new("RGB", (1, 60000)))
+
+
 def test_more_bad_images():
     with pytest.raises(ValueError, match=r"image 0 has 5 channels: expected 1 to 4"):
         ConvNextImageProcessor(size=16)(pixels((5, 8, 8)), input_data_format="channels_first")

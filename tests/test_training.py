@@ -1,25 +1,39 @@
 import _thread
 import json
 import math
+import os
 import resource
 import signal
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
-from training_support import Quiet, new_trainer, pictures, processor, stored, tiny_config, write_folder
+from training_support import Quiet, new_trainer, pictures, processor, start, stored, tiny_config, write_folder
 
 import convnext_fast
 from convnext_fast import ConvNext, cli
 from convnext_fast.image_files import open_image
 from convnext_fast.image_processor import ConvNextImageProcessor
 from convnext_fast.training import evaluate
+from convnext_fast.training.command import Start, build, evaluate_checkpoint
 from convnext_fast.training.data import evaluation_loader, load_folder
 from convnext_fast.training.optim import layer_ids
-from convnext_fast.training.state import TENSORS, find_checkpoint, load_facts, load_tensors, save_state
+from convnext_fast.training.state import (
+    TENSORS,
+    find_checkpoint,
+    hold,
+    load_facts,
+    load_tensors,
+    remove_remains,
+    save_sharded_state,
+    save_state,
+)
 
 CPU = torch.device("cpu")
 
@@ -123,11 +137,11 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_nor_continued_with_other_o
     new_trainer(tmp_path).run(Quiet())
     with pytest.raises(ValueError, match="holds a run already"):
         new_trainer(tmp_path)
-    with pytest.raises(ValueError, match=r"options differ: lr was 0.01 and is 0.02"):
+    with pytest.raises(ValueError, match=r"its options had other values: lr was 0.01 and is 0.02"):
         new_trainer(tmp_path, resume=True, lr=2e-2)
-    with pytest.raises(ValueError, match="pictures differ"):
+    with pytest.raises(ValueError, match=r"its pictures were 24 of the classes dark, light; this run's are 26 of"):
         new_trainer(tmp_path, resume=True, images=pictures(26))
-    with pytest.raises(ValueError, match="config differ"):
+    with pytest.raises(ValueError, match=r"its config had other values: drop_path_rate was 0.3 and is 0.2"):
         new_trainer(tmp_path, resume=True, drop_path=0.2)
 
 
@@ -137,7 +151,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path):
         model.head.fc.bias[0] = math.inf
     with pytest.raises(ValueError, match="the loss is nan at step 0 of 6"):
         new_trainer(tmp_path, model=model).run(Quiet())
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_an_image_that_cannot_be_read_is_named(image_folder, tmp_path):
@@ -207,7 +221,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "history.json", "model"}
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "checkpoint.pt", "history.json", "model"}
 
 
 # The command
@@ -347,3 +361,95 @@ def test_the_shipped_models_score(capsys):
 def test_what_cannot_be_trained_is_said(image_folder, tmp_path, capsys, arguments, message):
     assert train(image_folder, tmp_path / "run", *arguments) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_model_of_many_classes_is_evaluated_as_it_was_in_training(tmp_path):
+    """Their names sort otherwise than their indices, in the folder as in config.json."""
+    classes = tuple(f"c{i}" for i in range(12))
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(classes):
+        for part, count in (("train", 4), ("val", 2)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(count):
+                array = rng.integers(0, 12, (8, 8), np.uint8) + np.uint8(20 * i)
+                PIL.Image.fromarray(array).save(tmp_path / part / name / f"{number}.png")
+    training = load_folder(tmp_path / "train")
+    validation = load_folder(tmp_path / "val", training.classes)
+    config = tiny_config(num_labels=12, id2label=dict(enumerate(training.classes)))
+    loader = evaluation_loader(validation, processor(), channels=1, batch_size=8, workers=0)
+    trainer = new_trainer(
+        tmp_path / "run",
+        images=training,
+        validation=validation,
+        model=ConvNext(config),
+        epochs=4,
+        mixup=0.0,
+        cutmix=0.0,
+    )
+    record = trainer.run(Quiet())[-1]
+    assert record["validation_loss"] == pytest.approx(evaluate(trainer.result, loader, torch.device("cpu")).loss)
+    model = str(tmp_path / "run" / "model")
+    score, count = evaluate_checkpoint(str(tmp_path), model, batch_size=8, workers=0, device=torch.device("cpu"))
+    assert count == 24
+    assert score.loss == pytest.approx(record["validation_loss"], rel=1e-5)
+    assert score.accuracy == record["accuracy"]
+    tuned, _ = build(Start(checkpoint=model), training.classes, trainer.options, None, digits=False)
+    assert torch.equal(tuned.head.fc.weight, trainer.result.head.fc.weight)
+
+
+def test_what_a_fault_saved_at_the_end_of_an_epoch_does_not_keep_its_record_from_being_saved(tmp_path):
+    """By the sharded kind, a folder for a step: the second is of the same step."""
+    tensors = {name: {"w": torch.ones(3)} for name in TENSORS}
+    facts = {"step": 5, "epoch": {}, "history": [], "scaler": {}, "identity": {}}
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        for history in ([], [{"epoch": 1}]):
+            save_sharded_state(tmp_path, tensors, facts | {"history": history})
+            assert load_facts(find_checkpoint(tmp_path))["history"] == history
+        assert len(list(tmp_path.glob("checkpoint-*"))) == 1
+        save_sharded_state(tmp_path, tensors, facts | {"step": 6})
+        assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000006"]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_only_what_a_run_writes_is_taken_for_its_remains(tmp_path):
+    ours = (
+        ".checkpoint.pt.0a1b2c3d.tmp",
+        ".history.json.00000000.tmp",
+        ".model-00001-of-00002.safetensors.0a1b2c3d.tmp",
+    )
+    theirs = (".notes.tmp", ".checkpoint.pt.tmp", "model.tmp", ".precious.0a1b2c3d.tmp")
+    for name in (*ours, *theirs):
+        (tmp_path / name).write_text("x")
+    for name in (".checkpoint-00000005.tmp", ".checkpoint-00000005-2.tmp", ".mine.tmp"):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    remove_remains(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*theirs, ".mine.tmp"}
+
+
+def test_a_folder_is_written_by_one_run_at_a_time(tmp_path):
+    process = start(_hold_for_a_while, tmp_path)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="another run is writing to"):
+        new_trainer(tmp_path)
+    process.kill()
+    process.join()
+    new_trainer(tmp_path)
+
+
+def _hold_for_a_while(directory):
+    lock = hold(directory)
+    (directory / "held").touch()
+    time.sleep(60)
+    lock.close()
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(tmp_path):
+    output = tmp_path / "run"
+    output.mkdir(mode=0o500)
+    if os.access(output, os.W_OK):
+        pytest.skip("this user may write everywhere")
+    with pytest.raises(PermissionError):
+        new_trainer(output)

@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -9,7 +10,7 @@ from training_support import pictures, processor, tiny_config, write_folder
 from convnext_fast import ConvNext
 from convnext_fast.training import TrainingOptions, load_data
 from convnext_fast.training.augment import augment, mix_pairs
-from convnext_fast.training.data import EpochSampler, load_folder, split, training_loader
+from convnext_fast.training.data import EpochSampler, load_evaluation_folder, load_folder, split, training_loader
 from convnext_fast.training.ema import Ema
 from convnext_fast.training.optim import layer_ids, learning_rate, parameter_groups, set_learning_rate
 
@@ -257,3 +258,13 @@ def test_short_runs_warm_up_for_a_fifth():
 def test_a_bad_option_is_named(field, value, error):
     with pytest.raises(error, match=f"{field} is"):
         TrainingOptions(**{field: value})
+
+
+def test_half_of_a_layout_is_named(image_folder, tmp_path):
+    (tmp_path / "one").mkdir()
+    shutil.copytree(image_folder, tmp_path / "one" / "val")
+    with pytest.raises(ValueError, match="holds val/ but no train/"):
+        load_data(tmp_path / "one", 0.1, 0)
+    (tmp_path / "one" / "val").rename(tmp_path / "one" / "train")
+    with pytest.raises(ValueError, match="holds train/ but no val/"):
+        load_evaluation_folder(tmp_path / "one", ("dark", "light"))

@@ -179,7 +179,7 @@ def test_a_layer_that_overflows_is_told_from_one_with_bad_weights(tmp_path):
         mlp.fc2.weight.fill_(1e30)
     with pytest.raises(ValueError, match=r"at step 0 of 6.*first in stages\.1\.blocks\.0, whose input was finite"):
         trainer.run(Quiet())
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_step_without_a_number_is_skipped_by_choice(tmp_path):
@@ -283,3 +283,16 @@ def test_pictures_of_which_none_can_be_read_end_the_run(images, tmp_path):
     loader = evaluation_loader(images, processor(), channels=1, batch_size=4, skip_unreadable=True)
     with pytest.raises(ValueError, match="none of the pictures to evaluate on can be read"):
         evaluate(ConvNext(tiny_config()), loader, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_gradient_that_no_loss_scale_makes_a_number_ends_a_float16_run(tmp_path, skip):
+    trainer = new_trainer(tmp_path, dtype="float16", epochs=20, skip_nonfinite=skip)
+    trainer.model.head.fc.bias.register_hook(lambda gradient: gradient * math.nan)
+    reporter = Quiet()
+    message = (
+        "every step of epoch .* was skipped" if skip else r"the norm of the gradient is nan at step .*head\.fc\.bias"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.run(reporter)
+    assert len(reporter.losses) >= 16  # the scale begins at 2^16, and is halved first

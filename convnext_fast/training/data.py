@@ -107,6 +107,9 @@ def load_data(source: str | Path, holdout: float, seed: int) -> tuple[ImageSet, 
     if not folder.is_dir():
         raise FileNotFoundError(f"{source} is no folder: expected one with a folder for each class, or 'digits'")
     if not (folder / "train").is_dir():
+        aside = _validation_folder(folder)
+        if aside:
+            raise ValueError(f"{folder} holds {aside.name}/ but no train/: expected both, or a folder for each class")
         return split(load_folder(folder), holdout, seed)
     training = load_folder(folder / "train")
     aside = _validation_folder(folder)
@@ -127,7 +130,10 @@ def load_evaluation_folder(source: str | Path, classes: Sequence[str]) -> ImageS
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"{source} is no folder: expected one with a folder for each class, or 'digits'")
-    return load_folder(_validation_folder(folder) or folder, classes)
+    aside = _validation_folder(folder)
+    if aside is None and (folder / "train").is_dir():
+        raise ValueError(f"{folder} holds train/ but no val/: expected one, or the folder of other pictures")
+    return load_folder(aside or folder, classes)
 
 
 def _validation_folder(folder: Path) -> Path | None:

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from .options import TrainingOptions
 from .state import (
     HISTORY,
     find_checkpoint,
+    hold,
     load_facts,
     load_tensors,
     remove_remains,
@@ -142,6 +143,7 @@ class Trainer:
             "pictures": [len(training), *training.classes],
         }
         self.output.mkdir(parents=True, exist_ok=True)
+        self._lock = self._hold()
         checkpoint = find_checkpoint(self.output)
         if checkpoint is not None:
             if not resume:
@@ -153,6 +155,17 @@ class Trainer:
             remove_remains(self.output)
             remove_remains(self.output / MODEL)
         wait_for_all()
+
+    def _hold(self) -> IO[str] | None:
+        """The first process holds the folder; every one learns if it cannot."""
+        lock = fault = None
+        if self.process.rank == 0:
+            try:
+                lock = hold(self.output)
+            except (OSError, ValueError) as error:
+                fault = error
+        raise_together(fault, self.process.device)
+        return lock
 
     @property
     def steps(self) -> int:
@@ -247,10 +260,14 @@ class Trainer:
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         norm = norm.full_tensor() if self.sharded else norm
-        # In float16 the scaler answers a gradient that overflows: it leaves the step out and lowers the scale.
-        if not self.scaler.is_enabled() and not math.isfinite(norm):
+        # In float16 the scaler answers a gradient that overflows: it leaves the step out and lowers the scale. What is
+        # no number at a scale below 1 does not overflow.
+        scaling = self.scaler.is_enabled()
+        if not math.isfinite(norm) and not (scaling and self.scaler.get_scale() >= 1.0):
             names = dict.fromkeys(name for names in from_all_processes(bad_gradients(self.model)) for name in names)
             self._skip_or_raise(f"the norm of the gradient is {float(norm)}", ", ".join(names), lr, reporter)
+            if scaling:
+                self.scaler.update()
             return value, lr
         if options.clip_grad:
             nn.utils.clip_grads_with_norm_(parameters, options.clip_grad, norm)
@@ -340,7 +357,7 @@ class Trainer:
     def _restore(self, checkpoint: Path) -> None:
         facts = load_facts(checkpoint)
         for name, value in self._identity.items():
-            before = facts["identity"][name]
+            before = facts["identity"].get(name)
             if before != value:
                 raise ValueError(f"cannot resume {self.output}: {_difference(name, before, value)}")
         load_tensors(checkpoint, self._tensors())
@@ -350,7 +367,12 @@ class Trainer:
 
 def _difference(name: str, before: Any, now: Any) -> str:
     """What changed between two runs, in words."""
+    if name == "config" and before is not None:
+        before, now = json.loads(before), json.loads(now)
     if isinstance(before, dict):
-        changed = [key for key in now if before.get(key) != now[key]]
-        return f"{name} differ: " + ", ".join(f"{key} was {before.get(key)} and is {now[key]}" for key in changed)
-    return f"its {name} differ from this run's"
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        text = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in changed)
+        return f"its {name} had other values: {text}"
+    if isinstance(before, list):
+        before, now = (f"{count} of the classes {', '.join(classes)[:200]}" for count, *classes in (before, now))
+    return f"its {name} were {before}; this run's are {now}"

@@ -8,6 +8,8 @@ of `torch.distributed.checkpoint`. Either kind is loaded into a model that is sp
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import pickle
 import re
@@ -15,17 +17,21 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import IO, Any, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..checkpoint_files import json_writer, read_json, write_files
-from .distributed import wait_for_all
+from .distributed import from_all_processes, wait_for_all
 
-CHECKPOINT, HISTORY, FACTS = "checkpoint.pt", "history.json", "run.json"
-FOLDER = re.compile(r"checkpoint-\d{8}")
+CHECKPOINT, HISTORY, FACTS, LOCK = "checkpoint.pt", "history.json", "run.json", ".lock"
+FOLDER = re.compile(r"checkpoint-\d{8}(-2)?")
+_REMAINS = re.compile(
+    rf"\.((checkpoint\.pt|history\.json|config\.json|preprocessor_config\.json|model[\w.-]*)\.[0-9a-f]{{8}}|{FOLDER.pattern})"
+    r"\.tmp"
+)
 TENSORS = ("model", "model_ema", "optimizer")
 """What a checkpoint holds by name, in tensors."""
 ENTRIES = ("step", "epoch", "history", "scaler", "identity")
@@ -78,6 +84,8 @@ def save_sharded_state(directory: Path, tensors: Tree, facts: Mapping[str, Any])
 
     first = dist.get_rank() == 0
     target = directory / f"checkpoint-{facts['step']:08d}"
+    if from_all_processes(target.exists())[0]:  # what a fault saved at the end of an epoch, without the epoch's record
+        target = target.with_name(f"{target.name}-2")
     temporary = directory / f".{target.name}.tmp"
     if first:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -135,9 +143,29 @@ def load_tensors(path: Path, tensors: Tree) -> None:
         raise ValueError(f"{path} is no whole checkpoint: {_reason(error)}") from error
 
 
+def hold(directory: Path) -> IO[str]:
+    """Keep other runs out of a run's folder as long as the returned file is open.
+
+    Raises:
+        OSError: the folder cannot be written.
+        ValueError: another process holds it.
+    """
+    file = (directory / LOCK).open("a", encoding="utf-8")
+    try:
+        # Of all locks this one ends with the process, and is not left to the loader processes that it forked.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise ValueError(f"another run is writing to {directory}: expected one at a time") from None
+    return file
+
+
 def remove_remains(directory: Path) -> None:
     """Delete what processes that were killed while writing have left in a run's folder."""
     for path in directory.glob(".*.tmp"):
+        if not _REMAINS.fullmatch(path.name):
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -145,6 +173,8 @@ def remove_remains(directory: Path) -> None:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
+    if path.is_file() and path.stat().st_size == 0:
+        raise ValueError(f"{path} is no whole checkpoint: it is empty")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
