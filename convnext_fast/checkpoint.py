@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,8 +83,8 @@ def load_model(
     ignore_mismatched_sizes: bool = False,
     use_ema: bool = False,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    **model_options: Any,
+    dtype: torch.dtype | str | None = None,
+    **options: Any,
 ) -> Model:
     """A model of class ``cls`` with the weights of a checkpoint, in evaluation mode.
 
@@ -99,8 +100,9 @@ def load_model(
         ignore_mismatched_sizes: start the classifier anew, with a warning, if the checkpoint's has another size.
         use_ema: take the averaged weights out of a training checkpoint.
         device: of the parameters; None is the CPU.
-        dtype: of the parameters; None keeps the checkpoint's (the widest, where it mixes them).
-        **model_options: passed on to ``cls``, such as ``fused``.
+        dtype: of the parameters, or its name; None and "auto" keep the checkpoint's (the widest, where it mixes them).
+        **options: arguments of ``cls``, such as ``fused``; fields of `ConvNextConfig`, in the place of the
+            checkpoint's; and under transformers' names ``torch_dtype`` for ``dtype`` and ``device_map`` for ``device``.
 
     Raises:
         FileNotFoundError, ImportError: as `load_checkpoint`.
@@ -109,12 +111,15 @@ def load_model(
     """
     if not (isinstance(cls, type) and issubclass(cls, ConvNextSwitches) and hasattr(cls, "checkpoint_format")):
         raise TypeError(f"cls is {cls!r}: expected a model class of convnext_fast")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype is {dtype!r}: expected a floating torch.dtype, or None to keep the checkpoint's")
+    model_options, fields = _sorted_options(cls, options)
+    dtype = _dtype(options.get("torch_dtype", dtype))
+    device = options.get("device_map", device)
     checkpoint = load_checkpoint(source, use_ema=use_ema, config=config)
     config = checkpoint.config
     if num_labels is not None and num_labels != config.num_labels:
-        config = config.amended(num_labels=num_labels)
+        fields = {"num_labels": num_labels} | fields
+    if fields:
+        config = config.amended(**fields)
     if cls.checkpoint_format == "timm":
         own = {"head_norm_first": checkpoint.head_norm_first, "global_pool": checkpoint.global_pool}
         model_options = own | model_options
@@ -211,6 +216,29 @@ def convert_checkpoint(source: str | Path, destination: str | Path, to: str, *, 
     options = {"head_norm_first": checkpoint.head_norm_first, "global_pool": checkpoint.global_pool}
     writers = _folder_writers(config, to, tensors, options, "5GB")
     write_files(path, writers, _stale(path, writers))
+
+
+def _sorted_options(cls: type, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of ``cls`` among the options, and the fields of a configuration."""
+    of_model, of_config = ({*inspect.signature(kind).parameters} for kind in (cls, ConvNextConfig))
+    fields = (of_config - of_model - {"extra"}) | {"output_hidden_states", "return_dict"}
+    unknown = options.keys() - of_model - fields - {"torch_dtype", "device_map"}
+    if unknown:
+        raise TypeError(
+            f"from_pretrained got {', '.join(sorted(unknown))}: expected arguments of {cls.__name__}, "
+            f"{', '.join(sorted(of_model))}, or fields of its configuration"
+        )
+    return (
+        {name: value for name, value in options.items() if name in of_model},
+        {name: value for name, value in options.items() if name in fields},
+    )
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = None if dtype == "auto" else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise TypeError(f"dtype is {dtype!r}: expected a floating torch.dtype, or None to keep the checkpoint's")
+    return found
 
 
 def _common_dtype(tensors: Any) -> torch.dtype:

@@ -117,6 +117,13 @@ def _timm_amendments(fields: Mapping[str, Any], arguments: Mapping[str, Any]) ->
     pretrained = fields.get("pretrained_cfg")
     pretrained = pretrained if isinstance(pretrained, Mapping) else fields
     amendments: dict[str, Any] = {}
+    stride, patch = arguments.get("output_stride", 32), arguments.get("patch_size", 4)
+    if stride != 32:
+        raise ValueError(f"the model was built with output_stride={stride}, which dilates: expected 32")
+    if isinstance(patch, int) and (patch == 2 or patch >= 8):
+        raise ValueError(
+            f"the model was built with patch_size={patch}, where timm's stages have other strides than ours"
+        )
     eps = arguments.get("norm_eps") or (1e-5 if fields["architecture"] == "convnext_xxlarge" else None)
     if eps is not None:
         amendments |= {"norm_eps": eps, "layer_norm_eps": eps}

@@ -53,7 +53,7 @@ class ConvNextConfig:
         id2label, label2id: names of the classes. Keys of ``id2label`` may be strings, as in JSON.
         problem_type: the loss, one of ``PROBLEM_TYPES``, or None to choose from the labels.
         norm_eps: epsilon of every other LayerNorm (stem, blocks, downsampling, backbone).
-        **extra: any other key of a ``config.json``; kept and written back.
+        **extra: any other key of a ``config.json``; kept, read as an attribute, and written back.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or value; the message names the field, the value and what is
@@ -144,8 +144,19 @@ class ConvNextConfig:
 
     @property
     def num_labels(self) -> int:
-        """Number of classes."""
+        """Number of classes; another number gives them new names."""
         return len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, count: int) -> None:
+        if count != len(self.id2label):
+            self._set_labels(count, None, None)
+
+    def __getattr__(self, name: str) -> Any:
+        extra = vars(self).get("extra", {})
+        if name in extra:
+            return extra[name]
+        raise AttributeError(f"this ConvNextConfig has no field {name!r}")
 
     @property
     def stage_names(self) -> list[str]:

@@ -106,7 +106,7 @@ class ConvNextStage(Layered, Freezable):
             self.downsampling_layer.extend([norm, nn.Conv2d(before, channels, 2, stride=2, **factory)])
         self.layers = nn.ModuleList(ConvNextLayer(config, channels, rate, fused, **factory) for rate in rates)
         self.fused = fused
-        self.gradient_checkpointing = False
+        self.checkpointing: dict[str, Any] | None = None
         holder = ("downsampling_layer",)
         self.watch(((*holder, name) for name in self.downsampling_layer._modules), (holder,))
 
@@ -118,8 +118,8 @@ class ConvNextStage(Layered, Freezable):
             else:
                 x = in_turn(self.downsampling_layer, x)
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, use_reentrant=False)
+            if self.checkpointing is not None and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, **self.checkpointing)
             else:
                 x = layer(x)
         return x
@@ -184,33 +184,36 @@ class ConvNextPreTrainedModel(ConvNextSwitches):
         """Dtype of the parameters."""
         return next(self.parameters()).dtype
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """Number of parameters."""
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters; ``exclude_embeddings`` is of transformers and finds no table of embeddings here."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute whole blocks in the backward pass; ``recompute`` is cheaper."""
-        self._set_checkpointing(True)
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute whole blocks in the backward pass; ``recompute`` is cheaper.
+
+        ``gradient_checkpointing_kwargs``: further arguments of `torch.utils.checkpoint.checkpoint`.
+        """
+        self._set_checkpointing({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
 
     def gradient_checkpointing_disable(self) -> None:
         """Undo `gradient_checkpointing_enable`."""
-        self._set_checkpointing(False)
+        self._set_checkpointing(None)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether any stage recomputes its blocks."""
-        return any(m.gradient_checkpointing for m in self.modules() if isinstance(m, ConvNextStage))
+        return any(m.checkpointing is not None for m in self.modules() if isinstance(m, ConvNextStage))
 
-    def _set_checkpointing(self, enable: bool) -> None:
+    def _set_checkpointing(self, options: dict[str, Any] | None) -> None:
         for module in self.modules():
             if isinstance(module, ConvNextStage):
-                module.gradient_checkpointing = enable
+                module.checkpointing = options
 
     def _wants_hidden_states(self, asked: bool | None) -> bool:
-        return bool(self.config.extra.get("output_hidden_states", False) if asked is None else asked)
+        return bool(getattr(self.config, "output_hidden_states", False) if asked is None else asked)
 
     def _returned(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
-        wanted = self.config.extra.get("return_dict", True) if return_dict is None else return_dict
+        wanted = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
 
 
@@ -287,7 +290,8 @@ class ConvNextForImageClassification(ConvNextPreTrainedModel):
 
         The loss follows ``config.problem_type`` or, where that is None, the labels; see `losses.classification_loss`.
         """
-        base = self.convnext(pixel_values, output_hidden_states=self._wants_hidden_states(output_hidden_states))
+        wanted = self._wants_hidden_states(output_hidden_states)
+        base = self.convnext(pixel_values, output_hidden_states=wanted, return_dict=True)
         logits = self.classifier(base.pooler_output)
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
         return self._returned(ImageClassifierOutput(loss, logits, base.hidden_states), return_dict)

@@ -86,7 +86,8 @@ class ConvNext(ConvNextSwitches):
         drop_rate: dropout before the classifier.
         global_pool: "avg", "max", or "" to return the normalised feature map (with ``num_classes=0``).
         head_norm_first: normalise the feature map before pooling instead of the pooled features after.
-        features_only: return the list of the feature maps ``out_indices`` (of stages, 0 to 3) instead of logits.
+        features_only: return the list of the feature maps ``out_indices`` (of stages, 0 to 3) instead of logits, in
+            the order of the stages; later stages are left out.
         device, dtype: of the parameters.
 
     Raises:
@@ -144,6 +145,7 @@ class ConvNext(ConvNextSwitches):
         self.features_only = features_only
         if features_only:
             self.out_indices = self._stage_indices(out_indices)
+            del self.stages[max(self.out_indices) + 1 :]
             self.feature_info = FeatureInfo(self.feature_info[i] for i in self.out_indices)
         elif out_indices is not None:
             raise ValueError("out_indices chooses the maps of features_only=True: expected None without it")
@@ -156,7 +158,7 @@ class ConvNext(ConvNextSwitches):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (N, in_chans, H, W) to the last feature map (N, C, H', W')."""
-        check_image(x, self.config, "x")
+        check_image(x, self.config, "x", len(self.stages))
         x = self.stages(self.stem(x))
         return self._final_norm(x)
 
@@ -190,7 +192,7 @@ class ConvNext(ConvNextSwitches):
             output_fmt: "NCHW" or "NHWC", the shape of the maps.
             intermediates_only: return the maps alone, without the last feature map before them.
         """
-        check_image(x, self.config, "x")
+        check_image(x, self.config, "x", len(self.stages))
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt is {output_fmt!r}: expected 'NCHW' or 'NHWC'")
         wanted = self._stage_indices(indices)
@@ -267,7 +269,7 @@ class ConvNext(ConvNextSwitches):
             raise ValueError(f"{method}() needs a head: this model was built with features_only=True")
 
     def _stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        count = self.config.num_stages
+        count = len(self.stages)
         if indices is None:
             return list(range(count))
         if isinstance(indices, int):
@@ -277,7 +279,9 @@ class ConvNext(ConvNextSwitches):
         chosen = [i + count if i < 0 else i for i in indices]
         if not chosen or any(not 0 <= i < count for i in chosen):
             raise ValueError(f"indices is {list(indices)}: expected stage indices from 0 to {count - 1}")
-        return chosen
+        if len(set(chosen)) != len(chosen):
+            raise ValueError(f"indices is {list(indices)}: expected each stage once")
+        return sorted(chosen)
 
 
 def _check_pool(pool: str, num_classes: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +11,26 @@ from torch import Tensor
 
 
 class ModelOutput(Mapping):
-    """Base of the outputs: a read-only mapping of the fields that are not None, also reachable by index and attribute.
+    """Base of the outputs: a mapping of the fields that are not None, also reachable by index and attribute.
 
     ``output.logits``, ``output["logits"]`` and ``output[0]`` are the same tensor where ``logits`` is the first field
-    present; ``to_tuple()`` gives all fields present.
+    present; ``to_tuple()`` gives all fields present. A mapping or pairs (name, value) in the place of the first field
+    stand for all, which is how `torch.nn.DataParallel` and accelerate put outputs together.
     """
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        first = getattr(self, names[0])
+        if first is None or isinstance(first, (Tensor, tuple)) or not isinstance(first, (Mapping, Iterable)):
+            return
+        given = dict(first)
+        unknown = [name for name in given if name not in names]
+        if unknown or any(getattr(self, name) is not None for name in names[1:]):
+            raise ValueError(
+                f"{type(self).__name__} of the fields {list(given)}: expected some of {names}, and no more"
+            )
+        for name in names:
+            setattr(self, name, given.get(name))
 
     def keys(self) -> list[str]:  # type: ignore[override]
         """Names of the fields present, in order."""
@@ -32,6 +47,11 @@ class ModelOutput(Mapping):
         if key not in self.keys():
             raise KeyError(f"{key!r}: this output holds {self.keys()}")
         return getattr(self, key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in [field.name for field in dataclasses.fields(self)]:  # type: ignore[arg-type]
+            raise KeyError(f"{key!r}: this output holds {self.keys()}")
+        setattr(self, key, value)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())

@@ -157,6 +157,8 @@ def test_incomplete_folders(tmp_path):
         ('{"convnext_fast": [1]}', "config.json, convnext_fast: a configuration is a mapping"),
         ('{"architecture": "convnext_tiny", "model_args": {"act_layer": "mish"}}', "hidden_act is 'mish'"),
         ('{"architecture": "convnext_tiny", "model_args": {"act_layer": 3}}', "hidden_act is 3"),
+        ('{"architecture": "convnext_tiny", "model_args": {"output_stride": 8}}', "output_stride=8, which dilates"),
+        ('{"architecture": "convnext_tiny", "model_args": {"patch_size": 8}}', "patch_size=8, where timm"),
     ],
 )
 def test_other_configs(text, message, tmp_path):
@@ -194,7 +196,7 @@ def test_wrong_arguments(tmp_path):
         load_model(ConvNext, 3)
     with pytest.raises(TypeError, match=r"cls is .*Linear"):
         load_model(torch.nn.Linear, tmp_path)
-    for dtype in ("float32", torch.int8):
+    for dtype in ("float12", torch.int8):
         with pytest.raises(TypeError, match=r"dtype is .*expected a floating"):
             load_model(ConvNext, tmp_path, dtype=dtype)
     with pytest.raises(TypeError, match="config is a dict"):

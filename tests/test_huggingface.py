@@ -8,6 +8,7 @@ import transformers
 from support import BOUNDS, gradients, randomise, relative_error
 
 import convnext_fast
+import convnext_fast.outputs
 
 CONFIGS = [
     {"hidden_sizes": [11, 24, 30, 52], "depths": [1, 2, 1, 1], "num_labels": 5},
@@ -179,6 +180,76 @@ def test_outputs_by_attribute_key_and_index():
     loss, logits = model(x, labels=labels, return_dict=False)
     assert torch.equal(loss, out.loss)
     assert torch.equal(logits, out.logits)
+    out["loss"] = loss * 2
+    assert torch.equal(out.loss, loss * 2)
+    with pytest.raises(KeyError, match="this output holds"):
+        out["attentions"] = loss
+
+
+def test_outputs_are_put_together_as_libraries_do():
+    """accelerate makes one of a dict, `torch.nn.DataParallel` of pairs."""
+    logits, states = torch.randn(2, 3), (torch.randn(1), torch.randn(1))
+    first = convnext_fast.outputs.ImageClassifierOutput(logits=logits, hidden_states=states)
+    again = type(first)({key: value.double() if key == "logits" else value for key, value in first.items()})
+    assert again.loss is None
+    assert torch.equal(again.logits, logits.double())
+    assert again.hidden_states == states
+    loss = torch.tensor(1.0)
+    paired = type(first)((key, value) for key, value in {"loss": loss, "logits": logits}.items())
+    assert (paired.loss, paired.logits, paired.hidden_states) == (loss, logits, None)
+    with pytest.raises(ValueError, match=r"of the fields \['scores'\]: expected some of"):
+        type(first)({"scores": logits})
+
+
+def test_what_a_trainer_of_transformers_asks_for():
+    model = convnext_fast.ConvNextForImageClassification(convnext_fast.ConvNextConfig(**CONFIGS[1])).train()
+    assert model.num_parameters(exclude_embeddings=True) == sum(p.numel() for p in model.parameters())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    x = torch.randn(2, 3, 33, 32, requires_grad=True)
+    model(x, labels=torch.tensor([0, 1])).loss.backward()
+    assert x.grad is not None
+
+
+def test_fields_of_a_configuration_behave_as_in_transformers():
+    config = convnext_fast.ConvNextConfig(num_stages=1, hidden_sizes=[8], depths=[1], made_by="me")
+    assert config.made_by == "me"
+    with pytest.raises(AttributeError, match="no field 'made_for'"):
+        config.made_for  # noqa: B018
+    config.num_labels = 3
+    assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    config.output_hidden_states = True
+    model = convnext_fast.ConvNextForImageClassification(config).eval()
+    x = torch.randn(1, 3, 32, 32)
+    assert len(model(x).hidden_states) == 2
+    assert model(x, output_hidden_states=False).hidden_states is None
+    config.return_dict = False
+    assert [type(value) for value in model(x)] == [torch.Tensor, tuple]
+    assert convnext_fast.ConvNextConfig.from_dict(config.to_dict()) == config
+
+
+def test_options_of_from_pretrained(tmp_path):
+    theirs = transformers.ConvNextForImageClassification(transformers.ConvNextConfig(**CONFIGS[0]))
+    theirs.save_pretrained(tmp_path)
+    names = {0: "a", 1: "b", 2: "c"}
+    labels = {"num_labels": 3, "id2label": names, "label2id": {"a": 0, "b": 1, "c": 2}}
+    with pytest.warns(UserWarning, match="new classifier"):
+        model = convnext_fast.ConvNextForImageClassification.from_pretrained(
+            tmp_path, ignore_mismatched_sizes=True, problem_type="multi_label_classification", **labels
+        )
+    assert model.config.id2label == names
+    assert model.config.problem_type == "multi_label_classification"
+    assert model.classifier.out_features == 3
+    backbone = convnext_fast.ConvNextBackbone
+    with pytest.warns(UserWarning, match="starts with new values"):
+        model = backbone.from_pretrained(tmp_path, out_features=["stage1", "stage2"], torch_dtype="float16")
+    assert model.channels == [11, 24]
+    assert model.dtype == torch.float16
+    made = convnext_fast.ConvNextModel.from_pretrained(tmp_path, dtype="auto", device_map="cpu", drop_path_rate=0.2)
+    assert (made.dtype, made.config.drop_path_rate) == (torch.float32, 0.2)
+    with pytest.raises(TypeError, match="got heads: expected arguments of ConvNextModel"):
+        convnext_fast.ConvNextModel.from_pretrained(tmp_path, heads=3)
+    with pytest.raises(TypeError, match="dtype is 'float12'"):
+        convnext_fast.ConvNextModel.from_pretrained(tmp_path, dtype="float12")
 
 
 def test_gradient_checkpointing_keeps_gradients():

@@ -221,3 +221,26 @@ def test_construction_options():
     assert model.stem[0].in_channels == 5
     assert model.blocks()[-1].drop_path.rate == pytest.approx(0.2)
     assert "fused=True" in repr(model)
+
+
+def test_features_only_holds_the_stages_that_it_runs(tmp_path):
+    sizes = {"num_stages": 4, "hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 2, 1]}
+    config = ConvNextConfig(**sizes, num_labels=5, drop_path_rate=0.3)
+    whole = randomise(ConvNext(config, dtype=torch.float64)).eval()
+    whole.save_pretrained(tmp_path)
+    model = ConvNext.from_pretrained(tmp_path, features_only=True, out_indices=(1, 0))
+    assert len(model.stages) == 2
+    assert model.out_indices == [0, 1]
+    assert model.feature_info.channels() == [8, 12]
+    assert [b.drop_path.rate for b in model.blocks()] == [b.drop_path.rate for b in whole.blocks()[:2]]
+    x = torch.randn(2, 3, 40, 36, dtype=torch.float64)
+    want = whole.forward_intermediates(x, [0, 1], intermediates_only=True)
+    assert all(torch.equal(got, expected) for got, expected in zip(model(x), want, strict=True))
+    assert model(torch.randn(1, 3, 8, 8, dtype=torch.float64))[1].shape == (1, 12, 1, 1)
+    model.train()
+    sum(map(torch.sum, model(x))).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with pytest.raises(ValueError, match="expected each stage once"):
+        ConvNext(config, features_only=True, out_indices=(1, 1))
+    with pytest.raises(ValueError, match="expected stage indices from 0 to 1"):
+        model.forward_intermediates(x, [2])

@@ -10,7 +10,7 @@ from operator_cases import KERNELS_ALONE, ON_CPU, WITHOUT_GRADIENT, cases, regis
 from support import BOUNDS, randomise, relative_error
 from test_block_parity import activations, block_parameters
 
-from convnext_fast import ConvNext, ConvNextConfig, ops
+from convnext_fast import ConvNext, ConvNextConfig, ops, reference
 
 
 def test_every_registered_operator_is_checked():
@@ -162,3 +162,40 @@ def test_deterministic():
     leaves = [x, *parameters.values()]
     runs = [torch.autograd.grad(ops.convnext_block(x, **parameters), leaves, cotangent) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+class NoGradient(torch.autograd.Function):
+    """Passes a tensor on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+@pytest.mark.parametrize("name", ["convnext_block", "dwconv_layernorm", "pointwise_mlp"])
+def test_a_result_without_gradient_gives_none(name):
+    parameters = block_parameters(8, 24, 7, torch.float32)
+    x = activations((2, 5, 4, 8), torch.float32, "contiguous").requires_grad_()
+    full = list(parameters.values())
+    arguments = {"convnext_block": full, "dwconv_layernorm": full[:4], "pointwise_mlp": [x, *full[4:]]}[name]
+    y = getattr(ops, name)(x, *arguments)
+    NoGradient.apply(y).sum().backward()
+    assert x.grad is None
+    assert all(parameter.grad is None for parameter in full)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_mlp_in_bfloat16_with_a_wider_layer_scale(compiled):
+    torch.compiler.reset()
+    parameters = [p.detach().bfloat16() for p in list(block_parameters(8, 24, 7, torch.float32).values())[4:8]]
+    gamma = torch.randn(8)
+    x = activations((2, 5, 4, 8), torch.bfloat16, "contiguous")
+    run = torch.compile(ops.pointwise_mlp, fullgraph=True) if compiled else ops.pointwise_mlp
+    y = run(x, None, *parameters, gamma)
+    exact = reference.pointwise_mlp(x, None, *parameters, gamma, None, "gelu", dtype=torch.float64)
+    assert y.dtype == reference.pointwise_mlp(x, None, *parameters, gamma, None, "gelu").dtype == torch.float32
+    assert relative_error(y, exact) <= 0.02
