@@ -40,9 +40,9 @@ class DropPath(nn.Module):
         return kept / keep if keep > 0.0 else kept
 
     def forward(self, x: Tensor) -> Tensor:
-        """x with each sample's factor applied."""
+        """x (N, C, H, W) with each sample's factor applied."""
         factor = self.draw(x)
-        return x if factor is None else x * factor.view(-1, *([1] * (x.dim() - 1)))
+        return x if factor is None else x * factor.view(-1, 1, 1, 1)
 
     def extra_repr(self) -> str:
         """The rate, for `repr`."""

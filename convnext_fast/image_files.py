@@ -9,18 +9,24 @@ from pathlib import Path
 import PIL.Image
 import PIL.ImageOps
 
+_STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")  # pillow knows these by name alone
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 def is_image_file(path: Path) -> bool:
     """Whether ``path`` is a file, not hidden, whose suffix is one of a format that pillow reads."""
-    known = PIL.Image.registered_extensions()
-    return known.get(path.suffix.lower()) in PIL.Image.OPEN and not path.name.startswith(".") and path.is_file()
+    format = PIL.Image.registered_extensions().get(path.suffix.lower())
+    read = format in PIL.Image.OPEN and format not in _STUBS
+    return read and not path.name.startswith(".") and path.is_file()
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Every image file in ``folder`` and below, sorted by path."""
-    return sorted(path for path in folder.rglob("*") if is_image_file(path))
+    """Every image file in ``folder`` and below, sorted by path; what lies in a hidden folder there is left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if is_image_file(path) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def open_image(source: Path | bytes, channels: int) -> PIL.Image.Image:

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 
 from .batch_feature import BatchFeature, to_framework
+from .checkpoint_files import json_writer, write_files
 from .image_options import DEFAULTS, ImageOptions, check_names, check_option
 from .image_transforms import (
     CHANNELS_LAST,
@@ -213,8 +214,7 @@ class ConvNextImageProcessor:
         directory = Path(directory)
         if directory.is_file():
             raise ValueError(f"directory {directory} is a file: expected a folder to write {FILE_NAME} into")
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / FILE_NAME).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", "utf-8")
+        write_files(directory, {FILE_NAME: json_writer(self.to_dict())})
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **overrides: Unpack[ImageOptions]) -> ConvNextImageProcessor:

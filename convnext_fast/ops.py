@@ -11,6 +11,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+import torch.fx
 from torch import Tensor
 
 from . import backend, reference
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 
+@torch.fx.wrap
 def convnext_block(
     x: Tensor,
     dwconv_weight: Tensor,
@@ -88,6 +90,7 @@ def convnext_block(
     return _implementation(path, _wants_values(x)).block_fwd(x.contiguous(), *args, eps, act, recompute, dtype)[0]
 
 
+@torch.fx.wrap
 def frozen_block(
     x: Tensor,
     dwconv_weight: Tensor,
@@ -193,6 +196,7 @@ def pointwise_mlp(
     return y if gamma is None else y.to(torch.promote_types(y.dtype, gamma.dtype))
 
 
+@torch.fx.wrap
 def patchify_stem(
     image: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor, *, eps: float = 1e-6
 ) -> Tensor:
@@ -216,6 +220,7 @@ def patchify_stem(
     return reference.patchify_stem(image, weight, bias, ln_weight, ln_bias, eps)
 
 
+@torch.fx.wrap
 def downsample(
     x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1e-6
 ) -> Tensor:
@@ -242,6 +247,7 @@ def downsample(
     )
 
 
+@torch.fx.wrap
 def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
     """`downsample` on what `folding.freeze_downsample` made of its parameters.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from . import backend
@@ -104,6 +105,8 @@ def check_image(image: Any, config: ConvNextConfig, name: str, stages: int | Non
 
     ``stages``: how many the model runs; None: all of the configuration's.
     """
+    if isinstance(image, torch.fx.Proxy):
+        return
     if not isinstance(image, Tensor):
         raise TypeError(f"{name} is a {type(image).__name__}: expected a tensor (N, {config.num_channels}, H, W)")
     if not image.is_floating_point():

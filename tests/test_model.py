@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.fx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import BOUNDS, gradients, randomise, relative_error
@@ -244,3 +245,19 @@ def test_features_only_holds_the_stages_that_it_runs(tmp_path):
         ConvNext(config, features_only=True, out_indices=(1, 1))
     with pytest.raises(ValueError, match="expected stage indices from 0 to 1"):
         model.forward_intermediates(x, [2])
+
+
+@pytest.mark.parametrize("kind", ["fused", "plain", "frozen"])
+def test_symbolic_tracing(kind):
+    """As `torchvision.models.feature_extraction` and quantisation by graphs do it."""
+    config = ConvNextConfig(num_stages=2, hidden_sizes=[8, 12], depths=[1, 2], num_labels=5, drop_path_rate=0.5)
+    model = randomise(ConvNext(config, fused=kind != "plain")).train(kind != "frozen")
+    if kind == "frozen":
+        model.freeze()
+    traced = torch.fx.symbolic_trace(model)
+    x = torch.randn(4, 3, 16, 24)
+    results = []
+    for each in (traced, model):
+        torch.manual_seed(0)
+        results.append(each(x))
+    assert torch.equal(*results)

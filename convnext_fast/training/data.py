@@ -205,7 +205,9 @@ class EpochSampler:
         if batch_size % world:
             raise ValueError(f"batch_size is {batch_size}: expected a multiple of {world}, the number of processes")
         if batch_size > length:
-            raise ValueError(f"batch_size is {batch_size}: expected at most {length}, the number of training pictures")
+            raise ValueError(
+                f"batch_size is {batch_size}: expected at most {length}, the number of training pictures (--batch-size)"
+            )
         self.length, self.batch_size, self.seed, self.rank, self.world = length, batch_size, seed, rank, world
         self.epoch = self.first = 0
 

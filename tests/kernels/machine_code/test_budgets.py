@@ -1,8 +1,8 @@
 """What the compiler makes of the launches of whole models, and the counts of a whole pass, against their budgets.
 
-By default ConvNeXt-T in bf16 for sm_90, at recomputation level 1. With ``-m thorough`` four models in bf16 at every
-level for every target, ConvNeXt-T in float32 too, and under autocast for sm_90. With ``-m exhaustive`` four models,
-five dtypes, every level and every target.
+By default ConvNeXt-T in bf16 for sm_90, at recomputation level 1. With ``-m thorough`` ConvNeXt-T in bf16 and fp16 for
+every target, it and three other models in bf16 and float32 for five, at every level; and T under autocast for sm_86 and
+sm_90. With ``-m exhaustive`` four models, five dtypes, every level and every target.
 Launches are recorded on fake tensors (bench/recording.py), compiled once for each specialisation, never run.
 """
 
@@ -29,10 +29,12 @@ from bench.sweep import DTYPES, Pass, collect, describe, faults, passes  # noqa:
 EVERY_PASS = (("inference", "training"), (1, 2, 0), (0.1, 0.0))  # modes, recomputation levels, drop-path rates
 OTHERS = ("base", "atto", "xlarge")
 # (models, dtypes, targets) by mark: each case is a model, a dtype and a target.
+FIVE = tuple(target for target in TARGETS if target != "sm_86")  # which is sm_80 with less shared memory
 THOROUGH = [
-    (("tiny", *OTHERS), ("bf16",), TARGETS),
-    (("tiny",), ("fp32",), TARGETS),
-    (("tiny",), ("autocast-bf16",), ("sm_90",)),
+    (("tiny",), ("bf16", "fp16"), TARGETS),
+    (OTHERS, ("bf16",), FIVE),
+    (("tiny", *OTHERS), ("fp32",), FIVE),
+    (("tiny",), ("autocast-bf16",), ("sm_86", "sm_90")),
 ]
 EXHAUSTIVE = [(("tiny", *OTHERS), DTYPES, TARGETS)]
 
