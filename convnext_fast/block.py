@@ -71,9 +71,10 @@ class ConvNextBlockBase(Layered, Freezable):
     Frozen = FrozenBlock
     drop_path: DropPath
 
-    def __init__(self, act: str, fused: bool):
+    act_name: str
+
+    def __init__(self, fused: bool):
         super().__init__()
-        self.act_name = act
         self.fused = fused
         self.recompute = 1
 
@@ -150,7 +151,7 @@ class ConvNextBlock(ConvNextBlockBase):
         fused: bool = True,
         **factory: Any,
     ):
-        super().__init__(act, fused)
+        super().__init__(fused)
         self.conv_dw = nn.Conv2d(channels, channels, KERNEL_SIZE, padding=KERNEL_SIZE // 2, groups=channels, **factory)
         self.norm = nn.LayerNorm(channels, eps=eps, **factory)
         self.mlp = Mlp(channels, 4 * channels, act, **factory)
@@ -161,6 +162,15 @@ class ConvNextBlock(ConvNextBlockBase):
     def parts(self) -> Parts:
         """The layers of this block."""
         return Parts(self.conv_dw, self.norm, self.mlp.fc1, self.mlp.fc2, self.gamma)
+
+    @property
+    def act_name(self) -> str:  # type: ignore[override]
+        """Activation, one of ``config.ACTIVATIONS``."""
+        return self.mlp.act_name
+
+    @act_name.setter
+    def act_name(self, name: str) -> None:
+        self.mlp.act_name = name
 
     @property
     def eps(self) -> float:

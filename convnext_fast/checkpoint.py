@@ -112,11 +112,11 @@ def load_model(
     if not (isinstance(cls, type) and issubclass(cls, ConvNextSwitches) and hasattr(cls, "checkpoint_format")):
         raise TypeError(f"cls is {cls!r}: expected a model class of convnext_fast")
     model_options, fields = _sorted_options(cls, options)
-    dtype = _dtype(options.get("torch_dtype", dtype))
-    device = options.get("device_map", device)
+    dtype = _dtype(dtype if options.get("torch_dtype") is None else options["torch_dtype"])
+    device = _device(options.get("device_map"), device)
     checkpoint = load_checkpoint(source, use_ema=use_ema, config=config)
     config = checkpoint.config
-    if num_labels is not None and num_labels != config.num_labels:
+    if num_labels is not None and (num_labels != config.num_labels or "id2label" in fields):
         fields = {"num_labels": num_labels} | fields
     if fields:
         config = config.amended(**fields)
@@ -239,6 +239,16 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise TypeError(f"dtype is {dtype!r}: expected a floating torch.dtype, or None to keep the checkpoint's")
     return found
+
+
+def _device(device_map: Any, device: torch.device | str | None) -> torch.device | str | int | None:
+    if device_map is None:
+        return device
+    if isinstance(device_map, Mapping) and list(device_map) == [""]:
+        device_map = device_map[""]
+    if isinstance(device_map, (str, int, torch.device)) and device_map not in ("auto", "balanced", "sequential"):
+        return device_map
+    raise ValueError(f"device_map is {device_map!r}: expected the one device of the whole model")
 
 
 def _common_dtype(tensors: Any) -> torch.dtype:

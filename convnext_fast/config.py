@@ -185,10 +185,8 @@ class ConvNextConfig:
             labels = dict(sorted((int(key), value) for key, value in id2label.items()))
         except (TypeError, ValueError):
             raise ValueError(f"id2label has the keys {list(id2label)[:5]}…: expected class indices") from None
-        if num_labels is not None and len(labels) != num_labels:
-            raise ValueError(
-                f"num_labels is {num_labels} but id2label names {len(labels)} classes: give one or make them agree"
-            )
+        if num_labels is not None:
+            _check_count(num_labels, labels)
         if label2id is not None and not isinstance(label2id, Mapping):
             raise TypeError(f"label2id is a {type(label2id).__name__}: expected a mapping from name to class index")
         self.id2label: dict[int, str] = labels
@@ -288,6 +286,8 @@ class ConvNextConfig:
             "out_features": ("out_indices",),
             "out_indices": ("out_features",),
         }
+        if isinstance(fields.get("id2label"), Mapping) and fields.get("num_labels") is not None:
+            _check_count(fields["num_labels"], fields["id2label"])
         forgotten = {name for field in fields for name in entailed.get(field, ())}
         return type(self).from_dict({k: v for k, v in self.to_dict().items() if k not in forgotten} | fields)
 
@@ -298,6 +298,13 @@ class ConvNextConfig:
 
     def __repr__(self) -> str:
         return f"ConvNextConfig {json.dumps(self.to_dict(), indent=2, default=str)}"
+
+
+def _check_count(num_labels: int, id2label: Mapping[Any, str]) -> None:
+    if len(id2label) != num_labels:
+        raise ValueError(
+            f"num_labels is {num_labels} but id2label names {len(id2label)} classes: give one or make them agree"
+        )
 
 
 def _integer(name: str, value: Any, least: int) -> int:

@@ -27,6 +27,11 @@ def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
+def _above_zero(eps: float) -> float:
+    """``eps``, or next to nothing: rows beyond the pixels, which a tile holds too, are divided by its root."""
+    return max(eps, 1e-37)
+
+
 @replayed
 def block_fwd(
     x: Tensor,
@@ -51,7 +56,9 @@ def block_fwd(
     w1, b1, ln_weight, ln_bias, w2 = _dense(w1, b1, ln_weight, ln_bias, w2)
     b2, gamma, drop_scale = _dense(b2, gamma, drop_scale)
     folded = fold_fwd(w1, b1, ln_weight, ln_bias, w2, None, dtype)
-    y, a = mlp_fwd(u.view(rows), statistics, x.view(rows), *folded, b2, gamma, drop_scale, eps, act, recompute == 0)
+    y, a = mlp_fwd(
+        u.view(rows), statistics, x.view(rows), *folded, b2, gamma, drop_scale, _above_zero(eps), act, recompute == 0
+    )
     if recompute >= 2:
         return y.view(x.shape), None, None, None
     return y.view(x.shape), u, statistics, a
@@ -87,7 +94,7 @@ def block_bwd(
     if u is None:
         u, statistics = dwconv_fwd(x, dwconv_weight, dwconv_bias, dtype)
     folded = fold_fwd(w1, b1, ln_weight, ln_bias, w2, gamma, dtype)
-    du, sums = mlp_bwd(dy.view(rows), u.view(rows), statistics, a, *folded, drop_scale, eps, act)
+    du, sums = mlp_bwd(dy.view(rows), u.view(rows), statistics, a, *folded, drop_scale, _above_zero(eps), act)
     du = du.view(x.shape)
     dx = dwconv_dgrad(du, dwconv_weight, dy) if needs_x else None
     dwconv = None
@@ -113,7 +120,7 @@ def frozen_block_fwd(
     rows = (-1, x.shape[3])
     u, statistics = dwconv_fwd(x, *_dense(dwconv_weight, dwconv_bias), dtype)
     w1, b1, w2, b2 = _dense(w1, b1, w2, b2)
-    y, _ = mlp_fwd(u.view(rows), statistics, x.view(rows), w1, b1, w2, b2, None, None, eps, act, False)
+    y, _ = mlp_fwd(u.view(rows), statistics, x.view(rows), w1, b1, w2, b2, None, None, _above_zero(eps), act, False)
     return y.view(x.shape)
 
 
@@ -129,7 +136,7 @@ def dwconv_layernorm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(n, u, partial statistics): LayerNorm(u) and u = dwconv(x), (N, H, W, C) in T."""
     u, statistics = dwconv_fwd(x, *_dense(weight, bias), dtype)
-    return layernorm_fwd(u, statistics, *_dense(ln_weight, ln_bias), eps), u, statistics
+    return layernorm_fwd(u, statistics, *_dense(ln_weight, ln_bias), _above_zero(eps)), u, statistics
 
 
 @replayed
@@ -146,7 +153,7 @@ def dwconv_layernorm_bwd(
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, ln_weight and ln_bias."""
-    du, dg, dbeta = layernorm_bwd(dn, u, statistics, ln_weight.contiguous(), eps)
+    du, dg, dbeta = layernorm_bwd(dn, u, statistics, ln_weight.contiguous(), _above_zero(eps))
     dx = dwconv_dgrad(du, weight.contiguous(), None)
     dweight, dbias = dwconv_wgrad(x, du, weight.shape[3], weight.dtype)
     return dx, dweight, dbias, dg, dbeta
@@ -209,7 +216,7 @@ def patchify_stem_fwd(
     dtype: torch.dtype,
 ) -> Tensor:
     """LayerNorm of the patch convolution, (N, H', W', C) in T."""
-    return stem_fwd(image, *_dense(weight, bias, ln_weight, ln_bias), eps, dtype)
+    return stem_fwd(image, *_dense(weight, bias, ln_weight, ln_bias), _above_zero(eps), dtype)
 
 
 @replayed
@@ -224,7 +231,7 @@ def patchify_stem_bwd(
     needs_image: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of image, weight, bias, ln_weight and ln_bias."""
-    return stem_bwd(dy, image, *_dense(weight, bias, ln_weight, ln_bias), eps, needs_image)
+    return stem_bwd(dy, image, *_dense(weight, bias, ln_weight, ln_bias), _above_zero(eps), needs_image)
 
 
 @replayed
@@ -239,13 +246,13 @@ def downsample_fwd(
 ) -> Tensor:
     """Patch convolution of LayerNorm(x), (N, ⌊H/kh⌋, ⌊W/kw⌋, C') in T."""
     wg, bg = fold_downsample(*_dense(weight, bias, ln_weight, ln_bias), dtype)
-    return _downsample_fwd(x, wg, bg, eps, dtype)
+    return _downsample_fwd(x, wg, bg, _above_zero(eps), dtype)
 
 
 @replayed
 def frozen_downsample_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`downsample_fwd` on the weights of `folding.FrozenDownsample`, ``weight`` in T."""
-    return _downsample_fwd(x, *_dense(weight.permute(0, 2, 3, 1), bias), eps, dtype)
+    return _downsample_fwd(x, *_dense(weight.permute(0, 2, 3, 1), bias), _above_zero(eps), dtype)
 
 
 @replayed
@@ -261,5 +268,5 @@ def downsample_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, ln_weight, ln_bias, weight and bias."""
     parameters = _dense(weight, bias, ln_weight, ln_bias)
-    dx, dweight, dbias, dg, dbeta = _downsample_bwd(dy, x, *parameters, eps, dtype)
+    dx, dweight, dbias, dg, dbeta = _downsample_bwd(dy, x, *parameters, _above_zero(eps), dtype)
     return dx, dg, dbeta, dweight, dbias

@@ -40,7 +40,9 @@ class Freezable(nn.Module):
     def freeze(self) -> None:
         """Fold the parameters into copies, which the forward uses from then on."""
         folded = self.fold()
-        if folded is not None:
+        if folded is None:
+            self.unfreeze()
+        else:
             for name, value in zip(self._names, folded, strict=True):
                 self.register_buffer(name, value, persistent=False)
 

@@ -48,7 +48,8 @@ class ConvNextLayer(ConvNextBlockBase):
     """The block under transformers' names: dwconv, layernorm, pwconv1, pwconv2, layer_scale_parameter."""
 
     def __init__(self, config: ConvNextConfig, channels: int, drop_path: float, fused: bool, **factory: Any):
-        super().__init__(config.activation, fused)
+        super().__init__(fused)
+        self.act_name = config.activation
         padding = KERNEL_SIZE // 2
         self.dwconv = nn.Conv2d(channels, channels, KERNEL_SIZE, padding=padding, groups=channels, **factory)
         self.layernorm = nn.LayerNorm(channels, eps=config.norm_eps, **factory)

@@ -9,7 +9,7 @@ from pathlib import Path
 import PIL.Image
 import PIL.ImageOps
 
-_STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")  # pillow knows these by name alone
+_STUBS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # pillow knows these by name alone, the last where it is not Windows
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .watching import Path, Watched, change, follow, watch
 
-_LIVE = ("eps", "rate")
+_LIVE = ("eps", "rate", "act_name")
 """Settings that every forward reads anew."""
 
 
@@ -80,5 +80,16 @@ def layer_norm_2d(x: Tensor, norm: nn.Module) -> Tensor:
 def in_turn(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     """x (N, C, H, W) through ``layers``, each of which takes and returns such, but a LayerNorm over the channels."""
     for layer in layers:
-        x = layer_norm_2d(x, layer) if type(layer).forward is nn.LayerNorm.forward else layer(x)
+        x = layer_norm_2d(x, layer) if _is_over_channels_last(layer) else layer(x)
     return x
+
+
+def _is_over_channels_last(layer: nn.Module) -> bool:
+    """Whether ``layer`` is PyTorch's own LayerNorm, or wraps one (as adapters and FullyShardedDataParallel do)."""
+    while type(layer).forward is not nn.LayerNorm.forward:
+        inner = getattr(layer, "original_module", None)
+        children = list(layer.children()) if inner is None else [inner]
+        if len(children) != 1:
+            return False
+        layer = children[0]
+    return True

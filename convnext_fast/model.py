@@ -145,7 +145,7 @@ class ConvNext(ConvNextSwitches):
         self.features_only = features_only
         if features_only:
             self.out_indices = self._stage_indices(out_indices)
-            del self.stages[max(self.out_indices) + 1 :]
+            self._cut(max(self.out_indices) + 1)
             self.feature_info = FeatureInfo(self.feature_info[i] for i in self.out_indices)
         elif out_indices is not None:
             raise ValueError("out_indices chooses the maps of features_only=True: expected None without it")
@@ -156,9 +156,20 @@ class ConvNext(ConvNextSwitches):
             self.head = Head(inner, widths[-1], self.num_classes, global_pool, drop_rate, **factory)
         init_weights(self, config.initializer_range)
 
+    def _cut(self, count: int) -> None:
+        """Leave the stages from ``count`` on out, in the configuration too."""
+        del self.stages[count:]
+        self.config = self.config.amended(
+            num_stages=count,
+            hidden_sizes=self.config.hidden_sizes[:count],
+            depths=self.config.depths[:count],
+            drop_path_rate=max((block.drop_path.rate for block in self.blocks()), default=0.0),
+            out_features=[f"stage{i + 1}" for i in self.out_indices],
+        )
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (N, in_chans, H, W) to the last feature map (N, C, H', W')."""
-        check_image(x, self.config, "x", len(self.stages))
+        check_image(x, self.config, "x")
         x = self.stages(self.stem(x))
         return self._final_norm(x)
 
@@ -192,7 +203,7 @@ class ConvNext(ConvNextSwitches):
             output_fmt: "NCHW" or "NHWC", the shape of the maps.
             intermediates_only: return the maps alone, without the last feature map before them.
         """
-        check_image(x, self.config, "x", len(self.stages))
+        check_image(x, self.config, "x")
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt is {output_fmt!r}: expected 'NCHW' or 'NHWC'")
         wanted = self._stage_indices(indices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,14 +14,14 @@ class ModelOutput(Mapping):
     """Base of the outputs: a mapping of the fields that are not None, also reachable by index and attribute.
 
     ``output.logits``, ``output["logits"]`` and ``output[0]`` are the same tensor where ``logits`` is the first field
-    present; ``to_tuple()`` gives all fields present. A mapping or pairs (name, value) in the place of the first field
-    stand for all, which is how `torch.nn.DataParallel` and accelerate put outputs together.
+    present; ``to_tuple()`` gives all fields present. In the place of the first field a mapping, or an iterator of pairs
+    (name, value), stands for all, which is how accelerate and `torch.nn.DataParallel` put outputs together.
     """
 
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
         first = getattr(self, names[0])
-        if first is None or isinstance(first, (Tensor, tuple)) or not isinstance(first, (Mapping, Iterable)):
+        if not isinstance(first, (Mapping, Iterator)):
             return
         given = dict(first)
         unknown = [name for name in given if name not in names]

@@ -100,11 +100,8 @@ class ConvNextSwitches(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-def check_image(image: Any, config: ConvNextConfig, name: str, stages: int | None = None) -> None:
-    """Raise TypeError or ValueError unless ``image`` is a (N, C, H, W) batch that the model's strides can divide.
-
-    ``stages``: how many the model runs; None: all of the configuration's.
-    """
+def check_image(image: Any, config: ConvNextConfig, name: str) -> None:
+    """Raise TypeError or ValueError unless ``image`` is a (N, C, H, W) batch that the model's strides can divide."""
     if isinstance(image, torch.fx.Proxy):
         return
     if not isinstance(image, Tensor):
@@ -113,7 +110,7 @@ def check_image(image: Any, config: ConvNextConfig, name: str, stages: int | Non
         raise TypeError(f"{name} has dtype {image.dtype}: expected a floating dtype (rescale and normalise the image)")
     if image.dim() != 4 or image.shape[1] != config.num_channels:
         raise ValueError(f"{name} has shape {tuple(image.shape)}: expected (N, {config.num_channels}, H, W)")
-    least = [side << ((stages or config.num_stages) - 1) for side in config.patch_shape]
+    least = [side << (config.num_stages - 1) for side in config.patch_shape]
     if image.shape[2] < least[0] or image.shape[3] < least[1]:
         raise ValueError(f"{name} is {image.shape[2]}×{image.shape[3]} pixels: expected at least {least[0]}×{least[1]}")
 

@@ -16,21 +16,24 @@ class Watched(NamedTuple):
     Attributes:
         path: attribute names that lead to it from the module that runs it.
         kind: its class.
-        settings: its plain attributes and their values, such as a convolution's stride.
+        names, values: its plain attributes, such as a convolution's stride.
         children: names of the modules in it.
-        absent: names of the parameters that it could have and has not.
+        biased: whether it does not say that it has no bias.
     """
 
     path: Path
     kind: type
-    settings: tuple[tuple[str, Any], ...]
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
     children: tuple[str, ...]
-    absent: tuple[str, ...]
+    biased: bool
 
 
 def watch(path: Path, layer: nn.Module, *skip: str) -> Watched:
     """``layer`` as it is now; ``skip``: settings that may change."""
-    return Watched(path, type(layer), settings_of(layer, *skip), tuple(layer._modules), _absent(layer))
+    settings = settings_of(layer, *skip)
+    names, values = (tuple(setting[i] for setting in settings) for i in range(2))
+    return Watched(path, type(layer), names, values, tuple(layer._modules), _biased(layer))
 
 
 def follow(module: nn.Module, path: Path) -> Any:
@@ -44,9 +47,11 @@ def follow(module: nn.Module, path: Path) -> Any:
 def change(module: nn.Module, watched: tuple[Watched, ...], weighted: tuple[Path, ...]) -> str | None:
     """Why the layers of ``module`` must be called again, or None: hooks, other layers, settings, or kinds of weights.
 
+    Every forward asks this: what holds is found out without a loop over the settings.
+
     ``weighted``: paths of the layers whose weights the fused ops read.
     """
-    for path, kind, settings, children, absent in watched:
+    for path, kind, names, values, children, biased in watched:
         layer = follow(module, path)
         if type(layer) is not kind:
             return f"{dotted(path)} is now {kind_of(layer)}, not {kind.__name__}"
@@ -55,21 +60,23 @@ def change(module: nn.Module, watched: tuple[Watched, ...], weighted: tuple[Path
         now = layer.__dict__
         if "forward" in now:
             return f"the forward of {dotted(path)} was replaced"
-        for name, value in settings:
-            if now.get(name) != value:
-                return f"{name} of {dotted(path)} is now {now.get(name)!r}, not {value!r}"
-        if tuple(layer._modules) != children:
+        if tuple(map(now.get, names)) != values:
+            name, value = next((n, v) for n, v in zip(names, values, strict=True) if now.get(n) != v)
+            return f"{name} of {dotted(path)} is now {now.get(name)!r}, not {value!r}"
+        if (layer._modules or children) and tuple(layer._modules) != children:
             return f"{dotted(path)} now holds {_listed(layer._modules)}, not {_listed(children)}"
-        if _absent(layer) != absent:
-            return f"{dotted(path)} now lacks {_listed(_absent(layer))}, not {_listed(absent)}"
+        if _biased(layer) != biased:
+            return f"{dotted(path)} now has {'no' if biased else 'a'} bias"
     for path in weighted:
-        if not is_plain(follow(module, path).weight):
-            return f"the weight of {dotted(path)} is now {kind_of(follow(module, path).weight)}"
+        layer = follow(module, path)
+        if type(layer._parameters.get("weight")) is not nn.Parameter and not is_plain(layer.weight):
+            return f"the weight of {dotted(path)} is now {kind_of(layer.weight)}"
     return None
 
 
-def _absent(layer: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, parameter in layer._parameters.items() if parameter is None)
+def _biased(layer: nn.Module) -> bool:
+    # A name without a value says that there is none; FullyShardedDataParallel takes the names away.
+    return layer._parameters.get("bias", "elsewhere") is not None
 
 
 def _listed(names: Iterable[str]) -> str:

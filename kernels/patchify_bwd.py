@@ -66,7 +66,7 @@ def _stem_bwd_kernel(
             image_ptr, w_ptr, b_ptr, corner, rows_ok, c, c_ok, stride_i, stride_h, stride_w, dtype,
             C, CIN, KH, KW, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        rstd = tl.where(rows_ok, inverse_deviation(m2 * (1.0 / C), eps), 0.0)[:, None]
+        rstd = inverse_deviation(m2 * (1.0 / C), eps)[:, None]
         xhat = centred * rstd
         at = rows[:, None] * C + c[None, :]
         dout = tl.load(dout_ptr + at, mask=rows_ok[:, None] & c_ok[None, :], other=0.0).to(tl.float32)

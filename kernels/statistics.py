@@ -59,7 +59,7 @@ def _merge_block(stats_ptr, rows, rows_ok, P, C, b, mean, m2, CB: tl.constexpr):
 def merge_statistics(stats_ptr, rows, rows_ok, P, C, eps, CB: tl.constexpr, NB: tl.constexpr):
     """(mean, rstd), float32 vectors, of the pixels ``rows`` (a 1-D block of indices, any value where not ``rows_ok``).
 
-    C is the number of channels, CB those of a block, NB = ⌈C / CB⌉. Rows that are not ok give zeros.
+    C is the number of channels, CB those of a block, NB = ⌈C / CB⌉. Rows that are not ok give mean 0, rstd eps^-½.
     """
     rows = rows.to(tl.int64)
     if NB <= 32:
@@ -77,4 +77,4 @@ def merge_statistics(stats_ptr, rows, rows_ok, P, C, eps, CB: tl.constexpr, NB: 
         m2 = tl.zeros(rows.shape, tl.float32)
         for b in range(NB):
             mean, m2 = _merge_block(stats_ptr, rows, rows_ok, P, C, b, mean, m2, CB)
-    return mean, tl.where(rows_ok, inverse_deviation(m2 / C, eps), 0.0)
+    return mean, inverse_deviation(m2 / C, eps)

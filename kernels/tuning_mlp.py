@@ -191,7 +191,7 @@ def weight_grad_config(
         config = FusedConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2 if lean else 1)
     elif target in WARP_GROUPS or target == "gfx942" or (channels <= 64 and lean and not narrow):
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2)
-    elif channels == 96 and lean and target != "sm_120":
+    elif channels == 96 and lean and target not in ("sm_86", "sm_120"):
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=1)
     elif channels <= 96:
         block_rows = 32 if narrow and channels <= 48 else 16

@@ -263,3 +263,12 @@ def test_weights_folded_in_inference_mode_serve_autograd():
     with torch.inference_mode():
         model.freeze()
     assert relative_error(torch.autograd.grad(model(x).square().sum(), x)[0], want) <= BOUNDS[torch.float64]
+
+
+def test_a_change_of_dtype_while_layers_are_called_leaves_no_old_copies():
+    model = model_of().freeze()
+    hooks = [block.norm.register_forward_hook(lambda *_: None) for block in model.blocks()]
+    model.bfloat16()
+    for hook in hooks:
+        hook.remove()
+    assert all("downsample" in name for name in folded_buffers(model))

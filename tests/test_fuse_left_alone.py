@@ -302,7 +302,7 @@ def append(block):
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [(append, "linear now holds 0, 1, 2, 3, not"), (drop_bias, "linear.0 now lacks bias, not nothing")],
+    [(append, "linear now holds 0, 1, 2, 3, not"), (drop_bias, "linear.0 now has no bias")],
 )
 def test_what_was_done_to_a_container_or_a_bias_after_fusing_is_seen(change, reason):
     block = randomise(Boxed())

@@ -199,6 +199,9 @@ def test_outputs_are_put_together_as_libraries_do():
     assert (paired.loss, paired.logits, paired.hidden_states) == (loss, logits, None)
     with pytest.raises(ValueError, match=r"of the fields \['scores'\]: expected some of"):
         type(first)({"scores": logits})
+    lists = torch.utils._pytree.tree_map(lambda value: value.tolist(), first)
+    assert lists.logits == logits.tolist()
+    assert convnext_fast.outputs.BackboneOutput(feature_maps=[logits, logits])[0] == [logits, logits]
 
 
 def test_what_a_trainer_of_transformers_asks_for():
@@ -244,10 +247,15 @@ def test_options_of_from_pretrained(tmp_path):
         model = backbone.from_pretrained(tmp_path, out_features=["stage1", "stage2"], torch_dtype="float16")
     assert model.channels == [11, 24]
     assert model.dtype == torch.float16
-    made = convnext_fast.ConvNextModel.from_pretrained(tmp_path, dtype="auto", device_map="cpu", drop_path_rate=0.2)
+    options = {"dtype": "auto", "torch_dtype": None, "device_map": {"": "cpu"}, "drop_path_rate": 0.2}
+    made = convnext_fast.ConvNextModel.from_pretrained(tmp_path, **options)
     assert (made.dtype, made.config.drop_path_rate) == (torch.float32, 0.2)
     with pytest.raises(TypeError, match="got heads: expected arguments of ConvNextModel"):
         convnext_fast.ConvNextModel.from_pretrained(tmp_path, heads=3)
+    with pytest.raises(ValueError, match="num_labels is 3 but id2label names 2 classes"):
+        backbone.from_pretrained(tmp_path, num_labels=3, id2label={0: "a", 1: "b"})
+    with pytest.raises(ValueError, match="device_map is 'auto': expected the one device"):
+        backbone.from_pretrained(tmp_path, device_map="auto")
     with pytest.raises(TypeError, match="dtype is 'float12'"):
         convnext_fast.ConvNextModel.from_pretrained(tmp_path, dtype="float12")
 

@@ -55,6 +55,17 @@ class Twice(nn.Module):
         return 2 * x
 
 
+class Wrapped(nn.Module):
+    """Calls a layer, as adapters, compilers and sharding do."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.inner = layer
+
+    def forward(self, x):
+        return self.inner(x) + 0.5
+
+
 def layer_of(model, timm, transformers):
     """(holder, name) of a layer of the second stage, by its path under either naming."""
     path = f"stages.1.{timm}" if isinstance(model, ConvNext) else f"convnext.encoder.stages.1.{transformers}"
@@ -111,6 +122,17 @@ def hook_stem(model):
     stem.register_forward_hook(lambda module, inputs, output: output.abs())
 
 
+def wrap_stem_norm(model):
+    """Its channels come last, as those of the norm within."""
+    holder, name = (model.stem, "1") if isinstance(model, ConvNext) else (model.convnext.embeddings, "layernorm")
+    setattr(holder, name, Wrapped(getattr(holder, name)))
+
+
+def wrap_downsampling_norm(model):
+    holder, _ = layer_of(model, "downsample.0", "downsampling_layer.0")
+    holder[0] = Wrapped(holder[0])
+
+
 changes = pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -124,6 +146,8 @@ changes = pytest.mark.parametrize(
         (hook_fc2, "hooks on (mlp.fc2|pwconv2)"),
         (replace_forward, "the forward of (mlp.fc2|pwconv2) was replaced"),
         (hook_stem, "hooks on (0|patch_embeddings)"),
+        (wrap_stem_norm, "(1|layernorm) is now Wrapped"),
+        (wrap_downsampling_norm, "0 is now Wrapped"),
     ],
 )
 
@@ -228,3 +252,26 @@ def test_parametrised_weights():
             gradients.append([parameter.grad for parameter in each.parameters()])
         for got, want in zip(*gradients, strict=True):
             assert relative_error(got, want) <= BOUNDS[torch.float64]
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_parameters_that_lie_elsewhere_are_no_change():
+    """FullyShardedDataParallel takes them out of the layers and leaves views in their place."""
+    model = model_of()
+    want = model(image())
+    for module in model.modules():
+        for name in list(module._parameters):
+            value = module._parameters.pop(name)
+            setattr(module, name, value.detach())
+    assert torch.equal(model(image()), want)
+
+
+@both
+def test_another_activation(made):
+    model, plain = model_of(made), model_of(made, fused=False)
+    before = logits(model)
+    for each in (model, plain):
+        for block in each.blocks():
+            block.act_name = "relu"
+    assert relative_error(logits(model), logits(plain)) <= BOUNDS[torch.float64]
+    assert relative_error(logits(model), before) > 1e-3

@@ -144,7 +144,9 @@ def load_tensors(path: Path, tensors: Tree) -> None:
 
 
 def hold(directory: Path) -> IO[str]:
-    """Keep other runs out of a run's folder as long as the returned file is open.
+    """Keep other processes' runs out of a run's folder until this process ends or closes a handle of the lock's file.
+
+    File systems without locks keep nobody out.
 
     Raises:
         OSError: the folder cannot be written.
