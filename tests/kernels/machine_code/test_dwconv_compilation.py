@@ -109,7 +109,7 @@ def test_the_rows_memory_is_theirs_until_all_copies_have_come(segment, residual)
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="needs Gluon as Triton has it from 3.6 on")
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("segment", [4, 14])
 @pytest.mark.parametrize("taps", [3, 5, 7])
 def test_no_copy_is_outside_the_groups_that_are_waited_for(taps, segment, target):
