@@ -284,7 +284,8 @@ def fused_bwd(
         _input_kernel, (programs,),
         dy, u, stats, a, w1g, b1g, w2g, drop_scale, du, dz_sum, P, per_sample, eps, **shape, **config.meta(),
     )  # fmt: skip
-    config, share = weight_grad_config(P, C, K, target, a is not None, dy.dtype != u.dtype)
+    half = u.dtype == torch.float16
+    config, share = weight_grad_config(P, C, K, target, a is not None, dy.dtype != u.dtype, half)
     apart = weights_apart(C)
 
     def weights(part: Share) -> Sums:

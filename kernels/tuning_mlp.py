@@ -172,20 +172,21 @@ def input_grad_config() -> FusedConfig:
 
 
 def weight_grad_config(
-    rows: int, channels: int, hidden: int, target: str, saved: bool, wide: bool
+    rows: int, channels: int, hidden: int, target: str, saved: bool, wide: bool, half: bool
 ) -> tuple[FusedConfig, int]:
     """(configuration, rows of a share) of the backward kernel that owns hidden units.
 
-    ``saved``: a was; ``wide``: dy is float32; lean: neither. The sums take 2·C registers-worth a hidden unit. Without
-    warp-group MMA fewer loads ahead (96 channels), or 2 warps of half the rows and hidden units, or beyond 96 channels
-    fewer hidden units keep them from spilling. Parts of 16 channels take twice the rows, for loads of 16 bytes, where
-    these do not spill. As many shares as give every processor about two programs, or one of 8 warps; a share is a
-    multiple of BLOCK_M. Programs that share the sums take 128 hidden units, for every program reads its pixels anew;
-    with 96 channels on sm_90 that takes 86 to 89 % of the whole backward's time.
+    ``saved``: a was; ``wide``: dy is float32; lean: neither; ``half``: u is float16. The sums take 2·C registers-worth
+    a hidden unit. Without warp-group MMA fewer loads ahead (96 channels), or 2 warps of half the rows and hidden
+    units, or beyond 96 channels fewer hidden units keep them from spilling. Parts of 16 channels take twice the rows,
+    for loads of 16 bytes, where these do not spill. As many shares as give every processor about two programs, or one
+    of 8 warps; a share is a multiple of BLOCK_M. Programs that share the sums take 128 hidden units, for every program
+    reads its pixels anew; with 96 channels on sm_90 that takes 86 to 89 % of the whole backward's time, but in float16
+    it spills.
     """
     narrow = split_width(channels, target)[-1][1] == 16
     lean = not (saved or wide)
-    if weights_apart(channels) or (target == "sm_90" and channels == 96 and not saved):
+    if weights_apart(channels) or (target == "sm_90" and channels == 96 and not saved and not half):
         config = FusedConfig(BLOCK_M=64, BLOCK_K=128, num_warps=8, num_stages=2)
     elif target in WARP_GROUPS and narrow:
         config = FusedConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2 if lean else 1)
