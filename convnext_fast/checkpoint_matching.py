@@ -59,7 +59,8 @@ def fit(
     fresh, spare = _optional(_layers(names), _layers(state))
     _check_head(cls, checkpoint, _layers(names) & _FINAL_NORMS, format)
     if getattr(model, "features_only", False):
-        spare |= {layer for layer in _layers(state) if layer.startswith("stages.")} - _of_stages(model, state)
+        kept = tuple(f"stages.{i}." for i in range(len(model.stages)))
+        spare |= {layer for layer in _layers(state) if layer.startswith("stages.") and not layer.startswith(kept)}
     dropped = [name for name in state if _layer(name) in spare]
     new = [name for name in names if _layer(name) in fresh]
     for name in dropped:
@@ -100,12 +101,6 @@ def _optional(wanted: set[str], held: set[str]) -> tuple[set[str], set[str]]:
     if not wanted & _FINAL_NORMS:
         may_go |= _FINAL_NORMS
     return may_start & (wanted - held), may_go & (held - wanted)
-
-
-def _of_stages(model: ConvNextSwitches, state: dict[str, Tensor]) -> set[str]:
-    """The layers of the stages that a model of feature maps runs."""
-    kept = tuple(f"stages.{i}." for i in range(len(model.stages)))
-    return {layer for layer in _layers(state) if f"{layer}.".startswith(kept)}
 
 
 def _check_head(cls: str, checkpoint: Checkpoint, wanted_norms: set[str], format: str) -> None:

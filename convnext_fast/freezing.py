@@ -9,7 +9,25 @@ import torch
 from torch import Tensor, nn
 
 
-class Freezable(nn.Module):
+class Unfreezing(nn.Module):
+    """A module that training mode, and a state_dict loaded into it or into a module around it, unfreeze."""
+
+    def unfreeze(self) -> Any:
+        """Undo freezing."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Any:
+        """As `torch.nn.Module.train`; training mode undoes freezing."""
+        if mode:
+            self.unfreeze()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unfreeze()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class Freezable(Unfreezing):
     """A module that `freeze` gives copies of its weights, folded for inference, as buffers outside its state_dict.
 
     The copies follow the module to another device. A change of dtype folds the parameters anew, as the copies have more
@@ -51,16 +69,6 @@ class Freezable(nn.Module):
         for name in self._names:
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
-
-    def train(self, mode: bool = True) -> Any:
-        """As `torch.nn.Module.train`."""
-        if mode:
-            self.unfreeze()
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unfreeze()
-        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = self.frozen

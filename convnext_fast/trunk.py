@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from . import backend
 from .block import ConvNextBlockBase
 from .config import ConvNextConfig
-from .freezing import Freezable
+from .freezing import Freezable, Unfreezing
 
 
-class ConvNextSwitches(nn.Module):
+class ConvNextSwitches(Unfreezing):
     """Mix-in of run-time switches for a model made of `ConvNextBlockBase` blocks."""
 
     config: ConvNextConfig
@@ -88,16 +88,6 @@ class ConvNextSwitches(nn.Module):
 
     def _freezable(self) -> list[Freezable]:
         return [module for module in self.modules() if isinstance(module, Freezable)]
-
-    def train(self, mode: bool = True) -> Any:
-        """As `torch.nn.Module.train`; training mode undoes `freeze`."""
-        if mode:
-            self.unfreeze()
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unfreeze()
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 def check_image(image: Any, config: ConvNextConfig, name: str) -> None:

@@ -1,8 +1,6 @@
 import _thread
 import json
 import math
-import os
-import resource
 import signal
 import threading
 import time
@@ -12,9 +10,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
-from training_support import Quiet, new_trainer, pictures, processor, start, stored, tiny_config, write_folder
+from training_support import Quiet, new_trainer, pictures, processor, stored, tiny_config, write_folder
 
 import convnext_fast
 from convnext_fast import ConvNext, cli
@@ -24,16 +21,6 @@ from convnext_fast.training import evaluate
 from convnext_fast.training.command import Start, build, evaluate_checkpoint
 from convnext_fast.training.data import evaluation_loader, load_folder
 from convnext_fast.training.optim import layer_ids
-from convnext_fast.training.state import (
-    TENSORS,
-    find_checkpoint,
-    hold,
-    load_facts,
-    load_tensors,
-    remove_remains,
-    save_sharded_state,
-    save_state,
-)
 
 CPU = torch.device("cpu")
 
@@ -133,18 +120,6 @@ def test_bf16_trains_float32_weights(tmp_path):
     assert narrow.losses[0] == pytest.approx(exact.losses[0], rel=0.02)
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten_nor_continued_with_other_options(tmp_path):
-    new_trainer(tmp_path).run(Quiet())
-    with pytest.raises(ValueError, match="holds a run already"):
-        new_trainer(tmp_path)
-    with pytest.raises(ValueError, match=r"its options had other values: lr was 0.01 and is 0.02"):
-        new_trainer(tmp_path, resume=True, lr=2e-2)
-    with pytest.raises(ValueError, match=r"its pictures were 24 of the classes dark, light; this run's are 26 of"):
-        new_trainer(tmp_path, resume=True, images=pictures(26))
-    with pytest.raises(ValueError, match=r"its config had other values: drop_path_rate was 0.3 and is 0.2"):
-        new_trainer(tmp_path, resume=True, drop_path=0.2)
-
-
 def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path):
     model = ConvNext(tiny_config())
     with torch.no_grad():
@@ -167,64 +142,6 @@ def test_an_image_that_cannot_be_read_is_named(image_folder, tmp_path):
 def test_the_classes_of_model_and_pictures_have_to_agree(tmp_path):
     with pytest.raises(ValueError, match="the model has 2 classes, the pictures 3"):
         new_trainer(tmp_path, images=pictures(classes=("a", "b", "c")))
-
-
-def test_a_damaged_checkpoint_is_refused(tmp_path):
-    new_trainer(tmp_path).run(Quiet())
-    path = tmp_path / "checkpoint.pt"
-    content = path.read_bytes()
-    for damaged in (content[: len(content) // 2], b"", b"words"):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="no whole checkpoint"):
-            new_trainer(tmp_path, resume=True)
-    torch.save({"step": 1}, path)
-    with pytest.raises(ValueError, match="no checkpoint of a training run"):
-        new_trainer(tmp_path, resume=True)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        load_facts(path)
-
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    trainer = new_trainer(tmp_path)
-    trainer.run(Quiet())
-    target = {"model": {"stem.0.weight": torch.empty(8, 1, 2, 3)}}
-    with pytest.raises(ValueError, match=r"stem\.0\.weight has shape \(8, 1, 2, 2\): expected \(8, 1, 2, 3\)"):
-        load_tensors(tmp_path / "checkpoint.pt", target)
-    with pytest.raises(ValueError, match="lacks stem"):
-        load_tensors(tmp_path / "checkpoint.pt", {"model": {"stem": torch.empty(1)}})
-
-
-def test_of_two_checkpoints_that_a_kill_has_left_the_later_one_counts(tmp_path):
-    new_trainer(tmp_path).run(Quiet())
-    facts = load_facts(tmp_path / "checkpoint.pt")
-    for step, latest in ((4, "checkpoint.pt"), (8, "checkpoint-00000008")):
-        folder = tmp_path / f"checkpoint-{step:08d}"
-        folder.mkdir()
-        (folder / "run.json").write_text(json.dumps(facts | {"step": step}))
-        assert find_checkpoint(tmp_path).name == latest
-    (tmp_path / "checkpoint.pt").unlink()
-    assert find_checkpoint(tmp_path).name == "checkpoint-00000008"
-
-
-def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
-    trainer = new_trainer(tmp_path)
-    trainer.run(Quiet())
-    state = stored(tmp_path)
-    tensors = {name: state.pop(name) for name in TENSORS}
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
-    try:
-        with pytest.raises(OSError, match=r"checkpoint\.pt|too large"):
-            save_state(tmp_path, tensors, state)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", "checkpoint.pt", "history.json", "model"}
-
-
-# The command
 
 
 @pytest.fixture
@@ -395,61 +312,3 @@ def test_a_model_of_many_classes_is_evaluated_as_it_was_in_training(tmp_path):
     assert score.accuracy == record["accuracy"]
     tuned, _ = build(Start(checkpoint=model), training.classes, trainer.options, None, digits=False)
     assert torch.equal(tuned.head.fc.weight, trainer.result.head.fc.weight)
-
-
-def test_what_a_fault_saved_at_the_end_of_an_epoch_does_not_keep_its_record_from_being_saved(tmp_path):
-    """By the sharded kind, a folder for a step: the second is of the same step."""
-    tensors = {name: {"w": torch.ones(3)} for name in TENSORS}
-    facts = {"step": 5, "epoch": {}, "history": [], "scaler": {}, "identity": {}}
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        for history in ([], [{"epoch": 1}]):
-            save_sharded_state(tmp_path, tensors, facts | {"history": history})
-            assert load_facts(find_checkpoint(tmp_path))["history"] == history
-        assert len(list(tmp_path.glob("checkpoint-*"))) == 1
-        save_sharded_state(tmp_path, tensors, facts | {"step": 6})
-        assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000006"]
-    finally:
-        dist.destroy_process_group()
-
-
-def test_only_what_a_run_writes_is_taken_for_its_remains(tmp_path):
-    ours = (
-        ".checkpoint.pt.0a1b2c3d.tmp",
-        ".history.json.00000000.tmp",
-        ".model-00001-of-00002.safetensors.0a1b2c3d.tmp",
-    )
-    theirs = (".notes.tmp", ".checkpoint.pt.tmp", "model.tmp", ".precious.0a1b2c3d.tmp")
-    for name in (*ours, *theirs):
-        (tmp_path / name).write_text("x")
-    for name in (".checkpoint-00000005.tmp", ".checkpoint-00000005-2.tmp", ".mine.tmp"):
-        (tmp_path / name / "inside").mkdir(parents=True)
-    remove_remains(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {*theirs, ".mine.tmp"}
-
-
-def test_a_folder_is_written_by_one_run_at_a_time(tmp_path):
-    process = start(_hold_for_a_while, tmp_path)
-    while not (tmp_path / "held").exists():
-        time.sleep(0.01)
-    with pytest.raises(ValueError, match="another run is writing to"):
-        new_trainer(tmp_path)
-    process.kill()
-    process.join()
-    new_trainer(tmp_path)
-
-
-def _hold_for_a_while(directory):
-    lock = hold(directory)
-    (directory / "held").touch()
-    time.sleep(60)
-    lock.close()
-
-
-def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(tmp_path):
-    output = tmp_path / "run"
-    output.mkdir(mode=0o500)
-    if os.access(output, os.W_OK):
-        pytest.skip("this user may write everywhere")
-    with pytest.raises(PermissionError):
-        new_trainer(output)
