@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import aten, backend, fake
+from . import aten, backend, fake, flops
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -89,6 +89,8 @@ class Operator:
                 return self._run(x, *args)
             if self.differentiable is not None:
                 return self.differentiable.apply(x, *args)
+        elif not torch.compiler.is_compiling():
+            flops.tell_counters()
         return self.registered(x, *(list(_present(x, *a)) if isinstance(a, list) else a for a in args))
 
     def _run(self, x: Tensor, *args: Any) -> Any:
