@@ -5,8 +5,8 @@ Forward, for w1 (K, C), b1 (K,), g and β of LayerNorm (C,), w2 (C, K), γ (C,):
     w1g = w1∘g, rounded to the compute dtype    b1g = b1 + w1·β    s_k = Σ_c w1g[k, c]    w2g = γ_c·w2, rounded likewise
 
 s lets a GEMM normalise in its epilogue: x̂·w1gᵀ = rstd·(u·w1gᵀ − μ·s). It is summed over the rounded weights, so that
-the mean cancels (in TF32, which also cuts u, to its accuracy). γ begins at 1e-6, and γ·w2 would vanish in float16;
-there w2g is γ·w2/q for a power of two, q ≤ max |γ| < 2q, and a product with w2g is taken q times.
+the mean cancels. γ begins at 1e-6, and γ·w2 would vanish in float16; there w2g is γ·w2/q for a power of two,
+q ≤ max |γ| < 2q, and a product with w2g is taken q times.
 
 Backward, from D = Σ_p da_k x̂_c (K, C), db1 = Σ_p da_k, E = Σ_p dz'_c h_k (C, K), dz' the gradient of fc2's output
 without γ, and dz_sum = Σ_p dz'_c:
@@ -203,8 +203,8 @@ def fold_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(w1g (K, C) in ``dtype``, b1g (2 or 3, K) float32, w2g (C, K) in ``dtype``).
 
-    The rows of b1g are the folded bias, the row sums s and, for float16 with γ, what a product with w2g is to be
-    multiplied by, q for each hidden unit.
+    The rows of b1g are the folded bias, the row sums s and, for float16 with γ, q throughout, by which a product with
+    w2g is to be multiplied.
 
     w1 (K, C), b1 (K,) or None, ln_weight, ln_bias and gamma (C,) or None (identity), w2 (C, K), in any float dtypes,
     contiguous. w2g is ``w2`` itself where nothing changes it. One launch.

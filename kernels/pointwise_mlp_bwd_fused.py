@@ -125,7 +125,7 @@ def _input_kernel(
             dh = tl.dot(dz[i], w2, dh, input_precision=PRECISION)
         _, slope = activation_and_grad(a, ACT, FORM)
         if UNIT:
-            dh *= tl.load(b1_ptr + 2 * K + k, mask=k < K, other=0.0)[None, :]
+            dh *= tl.load(b1_ptr + 2 * K)
         da = (dh * slope).to(dtype)
         sums = ()
         for i in tl.static_range(len(PARTS)):
@@ -200,7 +200,7 @@ def _share_of_weights(
             for i in tl.static_range(len(PARTS)):
                 dh = tl.dot(w2[i], dz[i].T, dh, input_precision=PRECISION)
             if UNIT:
-                dh *= tl.load(b1_ptr + 2 * K + k, mask=k < K, other=0.0)[:, None]
+                dh *= tl.load(b1_ptr + 2 * K)
             da = dh * slope
             db1 += tl.sum(da, axis=1)
             D_sums = ()
@@ -277,7 +277,7 @@ def fused_bwd(
     shape = {"C": C, "K": K, "PARTS": split_width_bwd(C, target), "CB": CB, "NB": NB, "UNIT": b1g.shape[0] == 3}
     shape |= {"ACT": act, "FORM": gelu_form(u.dtype), "PRECISION": dot_precision(u)}
     du = torch.empty_like(u)
-    config = input_grad_config()
+    config = input_grad_config(C, u.dtype, target)
     programs = cdiv(P, config.BLOCK_M)
     dz_sum = torch.empty((programs, C), dtype=torch.float32, device=u.device)
     launch(

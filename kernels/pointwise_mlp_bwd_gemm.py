@@ -10,7 +10,10 @@ the epilogue of its GEMM, because both means follow from what the first kernel h
 
     m1 = Σ_k da'_k·r_k / C = rstd·mean(dx̂)        m2 = Σ_k da'_k·(a_k − b1g_k) / C = rstd·mean(dx̂·x̂)
 
-They and the sums over pixels are partial sums, of a tile each, that a later launch adds up in a fixed order.
+In float32 μ is subtracted from u as it is loaded, see pointwise_mlp_gemm.py: a = rstd·((u − μ)·w1gᵀ) + b1g and
+D = da'ᵀ·(u − μ).
+
+The means and the sums over pixels are partial sums, of a tile each, that a later launch adds up in a fixed order.
 """
 
 from __future__ import annotations
@@ -36,14 +39,14 @@ from .tuning_mlp_bwd import hidden_grad_config, input_grad_config, weight_grad_c
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
 def _hidden_grad_kernel(
     u_ptr, stats_ptr, dy_ptr, drop_scale_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr,
-    h_ptr, da_ptr, db1_ptr, centre_ptr, means_ptr, P, rows_per_sample, depth, eps,
+    h_ptr, da_ptr, db1_ptr, centre_ptr, means_ptr, mu_ptr, P, rows_per_sample, depth, eps,
     C: tl.constexpr, K: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, UNIT: tl.constexpr, ACT: tl.constexpr,
     FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """UNIT: b1 holds q. h', da': (P, K); a is loaded or recomputed; ``depth`` is C, see ``dot_rows``.
 
     Partial sums: db1 and, where there are statistics, centre (row tiles, K), and means (column tiles, P, 2), of C·m1
-    and C·m2.
+    and C·m2. In float32 there is mu (P,), μ, instead of centre.
     """
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     tile_m, tile_n = tile_of_program(P, K, BLOCK_M, BLOCK_N, 8)
@@ -54,6 +57,10 @@ def _hidden_grad_kernel(
     n_ok = n < K
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if mu_ptr is not None:
+        mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
+        if tile_n == 0:
+            tl.store(mu_ptr + first + rows, mean, mask=rows_ok)
     for k0 in range(0, depth, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         dy = load_tile(dy_ptr + first * C, rows, rows_ok, k, False, C, BLOCK_K).to(dtype)
@@ -61,23 +68,28 @@ def _hidden_grad_kernel(
         dh = tl.dot(dy, w2, dh, input_precision=PRECISION)
         if a_ptr is None:
             u = load_tile(u_ptr + first * C, rows, rows_ok, k, False, C, BLOCK_K)
+            if mu_ptr is not None:
+                u -= mean[:, None]
             w1 = load_tile(w1_ptr, n, n_ok, k, K % BLOCK_N == 0, C, BLOCK_K)
             a = tl.dot(u, w1.T, a, input_precision=PRECISION)
     at = rows[:, None] * K + n[None, :]
     ok = rows_ok[:, None] & n_ok[None, :]
     bias = tl.load(b1_ptr + n, mask=n_ok, other=0.0)
     if NB > 0:
-        mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
+        if mu_ptr is None:
+            mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
         row_sum = tl.load(b1_ptr + K + n, mask=n_ok, other=0.0)
     if a_ptr is not None:
         a = tl.load(a_ptr + first * K + at, mask=ok, other=0.0).to(tl.float32)
     elif NB > 0:
-        a = tl.fma(tl.fma((-mean)[:, None], row_sum[None, :], a), rstd[:, None], bias[None, :])
+        if mu_ptr is None:
+            a = tl.fma((-mean)[:, None], row_sum[None, :], a)
+        a = tl.fma(a, rstd[:, None], bias[None, :])
     else:
         a += bias[None, :]
     h, slope = activation_and_grad(a, ACT, FORM)
     if UNIT:
-        dh *= tl.load(b1_ptr + 2 * K + n, mask=n_ok, other=0.0)[None, :]
+        dh *= tl.load(b1_ptr + 2 * K)
     da = dh * slope
     if drop_scale_ptr is not None:
         s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
@@ -90,7 +102,8 @@ def _hidden_grad_kernel(
     tl.store(da_ptr + first * K + at, da.to(dtype), mask=ok)
     if NB > 0:
         da = da.to(dtype).to(tl.float32)
-        tl.store(centre_ptr + tile_m.to(tl.int64) * K + n, tl.sum(da * mean[:, None], axis=0), mask=n_ok)
+        if mu_ptr is None:
+            tl.store(centre_ptr + tile_m.to(tl.int64) * K + n, tl.sum(da * mean[:, None], axis=0), mask=n_ok)
         means_ptr += (tile_n.to(tl.int64) * P + first + rows) * 2
         tl.store(means_ptr, tl.sum(da * row_sum[None, :], axis=1), mask=rows_ok)
         tl.store(means_ptr + 1, tl.sum(da * (a - bias[None, :]), axis=1), mask=rows_ok)
@@ -132,11 +145,14 @@ def _input_grad_kernel(
 
 @triton.jit
 def _product(
-    left_ptr, right_ptr, out_ptr, first, share, P, tile_k, tile_c, dtype: tl.constexpr,
+    left_ptr, right_ptr, mu_ptr, out_ptr, first, share, P, tile_k, tile_c, dtype: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Store the tile (tile_k, tile_c) of leftᵀ·right, (K, C), over the ``share`` pixels from ``first`` on."""
+    """Store the tile (tile_k, tile_c) of leftᵀ·(right − mu), (K, C), over the ``share`` pixels from ``first`` on.
+
+    mu: (P,) or None.
+    """
     k = tile_k * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tile_c * BLOCK_N + tl.arange(0, BLOCK_N)
     pixels = tl.arange(0, BLOCK_K)
@@ -146,6 +162,8 @@ def _product(
         pixels_ok = pixel + pixels < P
         left = load_tile(left_ptr + pixel * K, pixels, pixels_ok, k, False, K, BLOCK_M)
         right = load_tile(right_ptr + pixel * C, pixels, pixels_ok, c, False, C, BLOCK_N).to(dtype)
+        if mu_ptr is not None:
+            right -= tl.load(mu_ptr + pixel + pixels, mask=pixels_ok, other=0.0)[:, None]
         out = tl.dot(left.T, right, out, input_precision=PRECISION)
     at = k[:, None].to(tl.int64) * C + c[None, :]
     tl.store(out_ptr + at, out, mask=(k < K)[:, None] & (c < C)[None, :])
@@ -153,7 +171,7 @@ def _product(
 
 @triton.jit(do_not_specialize=["P", "rows_per_sample", "share"])
 def _weight_grad_kernel(
-    da_ptr, u_ptr, h_ptr, dy_ptr, drop_scale_ptr, products_ptr, dz_ptr, P, rows_per_sample, share,
+    da_ptr, u_ptr, mu_ptr, h_ptr, dy_ptr, drop_scale_ptr, products_ptr, dz_ptr, P, rows_per_sample, share,
     C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -182,14 +200,14 @@ def _weight_grad_kernel(
         tl.store(dz_ptr + split * C + c, tl.sum(total, axis=0), mask=c < C)
     elif tile < tiles:
         _product(
-            da_ptr, u_ptr, products_ptr + split * K * C, first, share, P, tile // columns, tile % columns,
+            da_ptr, u_ptr, mu_ptr, products_ptr + split * K * C, first, share, P, tile // columns, tile % columns,
             dtype, C, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         tile -= tiles
         out_ptr = products_ptr + (tl.num_programs(1) + split) * K * C
         _product(
-            h_ptr, dy_ptr, out_ptr, first, share, P, tile // columns, tile % columns,
+            h_ptr, dy_ptr, None, out_ptr, first, share, P, tile // columns, tile % columns,
             dtype, C, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
@@ -219,12 +237,13 @@ def gemm_bwd(
     config = hidden_grad_config(C, u.dtype, target)
     rows, columns = cdiv(P, config.BLOCK_M), cdiv(K, config.BLOCK_N)
     h, da = torch.empty((2, P, K), dtype=u.dtype, device=u.device)
-    db1, centre, means = partial(rows, K), None, None
+    db1, centre, means, mu = partial(rows, K), None, None, None
     if stats is not None:
-        centre, means = partial(rows, K), partial(columns, P, 2)
+        means = partial(columns, P, 2)
+        centre, mu = (None, partial(P)) if u.dtype == torch.float32 else (partial(rows, K), None)
     launch(
         _hidden_grad_kernel, (rows * columns,),
-        u, stats, dy, drop_scale, a, w1g, b1g, w2g, h, da, db1, centre, means, P, per_sample, C, eps,
+        u, stats, dy, drop_scale, a, w1g, b1g, w2g, h, da, db1, centre, means, mu, P, per_sample, C, eps,
         CB=CB, NB=NB, UNIT=b1g.shape[0] == 3, ACT=act, FORM=gelu_form(u.dtype), **shape, **config.meta(),
     )  # fmt: skip
     du = torch.empty_like(u)
@@ -241,7 +260,7 @@ def gemm_bwd(
         products, dz = partial(2, splits, K, C), partial(splits, C)
         launch(
             _weight_grad_kernel, (tiles * (1 + 2 * cdiv(K, config.BLOCK_M)), splits),
-            da, u, h, dy, drop_scale, products, dz, P, per_sample, pixels, **shape, **config.meta(),
+            da, u, mu, h, dy, drop_scale, products, dz, P, per_sample, pixels, **shape, **config.meta(),
         )  # fmt: skip
         return Sums(products, db1, centre, dz)
 

@@ -5,7 +5,9 @@ fc1 takes LayerNorm out of the product, so that u goes to the matrix units as it
     a = rstd·(u·w1gᵀ − μ·s) + b1g      s_k = Σ_c w1g[k, c]      h = act(a)
 
 A normalising prologue would touch every loaded element of u once per column tile (about 2.5·C/BLOCK_N instructions per
-hidden element, and a trip through registers); this epilogue costs 2. fc2 ends with γ, drop path and residual:
+hidden element, and a trip through registers); this epilogue costs 2. float32 passes through registers anyway and has
+digits to lose, with TF32 most of them, so there μ is subtracted from u as it is loaded: a = rstd·((u − μ)·w1gᵀ) + b1g.
+fc2 ends with γ, drop path and residual:
 
     y = residual + scale·γ·(h·w2ᵀ + b2)
 """
@@ -55,16 +57,18 @@ def load_tile(ptr, rows, rows_ok, cols, ROWS_EVEN: tl.constexpr, COLS: tl.conste
 
 @triton.jit
 def dot_rows(
-    a_ptr, b_ptr, rows, rows_ok, n, acc, depth, N: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    a_ptr, b_ptr, mean, rows, rows_ok, n, acc, depth, N: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + A·Bᵀ of a tile, A (·, DEPTH) from ``a_ptr`` at ``rows``, B (N, DEPTH) at ``n``.
+    """acc + (A − mean)·Bᵀ of a tile, A (·, DEPTH) from ``a_ptr`` at ``rows``, B (N, DEPTH) at ``n``; mean may be None.
 
     ``depth`` is DEPTH as a value unknown to the compiler, lest it unroll the whole loop and run out of registers.
     """
     for k0 in range(0, depth, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         a = load_tile(a_ptr, rows, rows_ok, k, False, DEPTH, BLOCK_K)
+        if mean is not None:
+            a -= mean[:, None]
         b = load_tile(b_ptr, n, n < N, k, N % BLOCK_N == 0, DEPTH, BLOCK_K)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     return acc
@@ -80,12 +84,16 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def _store_hidden(
     a, b1_ptr, mean, rstd, a_ptr, h_ptr, rows, rows_ok, n, K: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr
 ):  # fmt: skip
-    """Normalise the columns ``n`` of the product, add the bias; store that, if wanted, and the activations."""
+    """Normalise the columns ``n`` of the product, add the bias; store that, if wanted, and the activations.
+
+    No mean: it is subtracted already; no rstd: there is no LayerNorm.
+    """
     n_ok = n < K
     bias = tl.load(b1_ptr + n, mask=n_ok, other=0.0)
     if mean is not None:
-        row_sum = tl.load(b1_ptr + K + n, mask=n_ok, other=0.0)
-        a = tl.fma(tl.fma((-mean)[:, None], row_sum[None, :], a), rstd[:, None], bias[None, :])
+        a = tl.fma((-mean)[:, None], tl.load(b1_ptr + K + n, mask=n_ok, other=0.0)[None, :], a)
+    if rstd is not None:
+        a = tl.fma(a, rstd[:, None], bias[None, :])
     else:
         a += bias[None, :]
     at = rows[:, None] * K + n[None, :]
@@ -107,11 +115,13 @@ def _fc1_kernel(
     rows = tl.arange(0, BLOCK_M)
     rows_ok = first + rows < P
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mean, rstd = None, None
+    mean, rstd, subtracted = None, None, None
     if NB > 0 and EARLY:
         mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
+        if u_ptr.dtype.element_ty == tl.float32:
+            mean, subtracted = None, mean
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    a = dot_rows(u_ptr + first * C, w1_ptr, rows, rows_ok, n, a, depth, K, C, PRECISION, BLOCK_N, BLOCK_K)
+    a = dot_rows(u_ptr + first * C, w1_ptr, subtracted, rows, rows_ok, n, a, depth, K, C, PRECISION, BLOCK_N, BLOCK_K)
     if NB > 0 and not EARLY:
         mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
     h_ptr += first * K
@@ -155,7 +165,7 @@ def _fc2_kernel(
     rows_ok = first + rows < P
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    z = dot_rows(h_ptr + first * K, w2_ptr, rows, rows_ok, n, z, depth, C, K, PRECISION, BLOCK_N, BLOCK_K)
+    z = dot_rows(h_ptr + first * K, w2_ptr, None, rows, rows_ok, n, z, depth, C, K, PRECISION, BLOCK_N, BLOCK_K)
     s = None
     if drop_scale_ptr is not None:
         s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
@@ -180,13 +190,14 @@ def fc1(
     h = torch.empty((P, K), dtype=u.dtype, device=u.device)
     a = torch.empty_like(h) if save_hidden else None
     CB, NB = norm_blocks(stats, C, u.dtype)
+    early = u.dtype == torch.float32 or statistics_first(C, target_of(u))
 
     def run(config: GemmConfig) -> None:
         launch(
             _fc1_kernel, (cdiv(P, config.BLOCK_M) * cdiv(K, config.BLOCK_N),),
             u, stats, w1g, b1g, h, a, P, C, eps,
             C=C, K=K, CB=CB, NB=NB,
-            ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u), EARLY=statistics_first(C, target_of(u)),
+            ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u), EARLY=early,
             **config.meta(),
         )  # fmt: skip
 

@@ -20,18 +20,16 @@ def hidden_grad_config(channels: int, dtype: torch.dtype, target: str) -> GemmCo
 
     With 4 warps the epilogue spills on sm_90 and sm_100; AMD's waves are twice as wide. Up to 8 blocks of statistics
     sm_100 merges in the registers of every thread of a row, which spills beside more than 32 hidden units; 32 blocks
-    and more spill on sm_120 beside 128 rows. float16's q of each hidden unit (``parameters.py``) takes registers too.
+    and more spill on sm_120 beside 128 rows.
     """
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
     if target == "sm_120" and channels > 768:
         return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3)
     if target == "sm_90":  # several small programs a processor: 81 to 88 % of the whole backward's time
-        depth, stages = (64, 3) if channels <= 512 and dtype != torch.float16 else (32, 4)
+        depth, stages = (64, 3) if channels <= 512 else (32, 4)
         return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=depth, num_warps=4, num_stages=stages)
-    half = dtype == torch.float16 and target in ("sm_86", "sm_100", "sm_120")
-    narrow = half or (target == "sm_100" and channels <= 256)
-    columns = 32 if narrow else 64
+    columns = 32 if target == "sm_100" and channels <= 256 else 64
     return GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=32, num_warps=4 if target == "gfx942" else 8, num_stages=3)
 
 

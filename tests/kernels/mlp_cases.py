@@ -29,6 +29,7 @@ class Case:
     """``samples`` images of ``pixels`` pixels each; ``full`` has every optional operand, else none.
 
     With few numbers an error is a matter of luck, of eager's luck too: ``draws`` of the inputs are taken together.
+    ``offset``: the deviation of a pixel's mean over the channels, in units of that about it.
     """
 
     samples: int
@@ -40,10 +41,12 @@ class Case:
     full: bool = True
     act: str = "gelu"
     draws: int = 1
+    offset: float = 0.5
 
     def __str__(self) -> str:
         kind = "full" if self.full else "plain"
-        return f"{self.samples}x{self.pixels}-C{self.channels}-K{self.hidden}-{self.act}-{kind}-{self.dtype}"
+        far = f"-offset{self.offset:g}" if self.offset != 0.5 else ""
+        return f"{self.samples}x{self.pixels}-C{self.channels}-K{self.hidden}-{self.act}-{kind}-{self.dtype}{far}"
 
 
 def inputs(case: Case, draw: int = 0) -> dict[str, torch.Tensor | None]:
@@ -57,7 +60,7 @@ def inputs(case: Case, draw: int = 0) -> dict[str, torch.Tensor | None]:
 
     residual_dtype = case.residual_dtype or case.dtype
     made = {
-        "u": (normal(P, C) + 0.5 * normal(P, 1)).to(case.dtype),
+        "u": (normal(P, C) + case.offset * normal(P, 1)).to(case.dtype),
         "residual": normal(P, C).to(residual_dtype),
         "dy": normal(P, C).to(residual_dtype),
         "drop_scale": 1.25 * (torch.arange(case.samples) % 2 == 0).float(),
@@ -106,7 +109,7 @@ def run_forward(case: Case, given: dict, forward, save_hidden: bool = False):
 def eager_reference(case: Case, given: dict) -> dict[str, torch.Tensor]:
     """What eager operators give in the case's dtype.
 
-    One channel less its mean is zero, and rstd is eps^-½. Eager subtracts first, which is exact; the kernels multiply
+    One channel less its mean is zero, and rstd is eps^-½. Eager subtracts first, which is exact; most kernels multiply
     first, so that x̂ is a difference of equal terms u·rstd, each rounded by up to 2⁻²⁴ of it: so is x̂ here.
     """
     with eager_products(case.dtype):
@@ -170,6 +173,7 @@ AWKWARD = [
     Case(3, 49, 40, 160, torch.float16),
     Case(1, 130, 96, 96, torch.float32),
 ]
+FAR = [Case(1, 50, 37, 77, torch.float32, offset=offset) for offset in (5.0, 50.0)]
 EMPTY = [Case(0, 49, 40, 160, torch.float16), Case(0, 49, 40, 160, torch.float32)]
 OTHER_ACTS = [Case(1, 33, 17, 40, torch.float32, act=act) for act in ACTS if act != "gelu"]
 OTHER_ACTS_BACKWARD = [dataclasses.replace(case, dtype=torch.float16) for case in OTHER_ACTS]

@@ -16,6 +16,7 @@ from convnext_fast.kernels.targets import planned_for
 from mlp_cases import (
     AWKWARD,
     EMPTY,
+    FAR,
     OTHER_ACTS,
     OTHER_ACTS_BACKWARD,
     Case,
@@ -26,7 +27,7 @@ from mlp_cases import (
 
 
 @pytest.mark.parametrize("forward", [fused_fwd, gemm_fwd])
-@pytest.mark.parametrize("case", [*AWKWARD, *EMPTY, *OTHER_ACTS], ids=str)
+@pytest.mark.parametrize("case", [*AWKWARD, *EMPTY, *OTHER_ACTS, *FAR], ids=str)
 def test_forward(case, forward):
     check_forward(case, forward)
 
@@ -80,6 +81,12 @@ def test_backward(case, backward):
 @pytest.mark.parametrize("backward", [fused_bwd, gemm_bwd])
 def test_backward_from_saved_activations(backward):
     check_backward(Case(2, 25, 24, 72, torch.float16, residual_dtype=torch.float32), backward, save_hidden=True)
+
+
+@pytest.mark.parametrize("case", FAR, ids=str)
+def test_backward_of_float32_far_from_zero(case):
+    for save_hidden in (False, True):
+        check_backward(case, mlp_bwd, save_hidden)
 
 
 @pytest.mark.parametrize("case", EMPTY, ids=str)

@@ -1,7 +1,7 @@
 """What the compiler makes of the launches of whole models, and the counts of a whole pass, against their budgets.
 
-By default ConvNeXt-T in bf16 for sm_90, at recomputation level 1. With ``-m thorough``, at every level, T in bf16
-and fp16 for every target, it in float32 and three other models in bf16 for five; and T under autocast for sm_90. With
+By default ConvNeXt-T in bf16 for sm_90, at recomputation level 1. With ``-m thorough``, at every level, four models in
+bf16, fp16 and float32 for five targets, T in 16 bits for sm_86 besides, and T under autocast for sm_90. With
 ``-m exhaustive`` four models, five dtypes, every level and every target.
 Launches are recorded on fake tensors (bench/recording.py), compiled once for each specialisation, never run.
 """
@@ -32,8 +32,8 @@ OTHERS = ("base", "atto", "xlarge")
 FIVE = tuple(target for target in TARGETS if target != "sm_86")  # which is sm_80 with less shared memory
 THOROUGH = [
     (("tiny",), ("bf16", "fp16"), TARGETS),
-    (OTHERS, ("bf16",), FIVE),
     (("tiny",), ("fp32",), FIVE),
+    (OTHERS, ("bf16", "fp16", "fp32"), FIVE),
     (("tiny",), ("autocast-bf16",), ("sm_90",)),
 ]
 EXHAUSTIVE = [(("tiny", *OTHERS), DTYPES, TARGETS)]

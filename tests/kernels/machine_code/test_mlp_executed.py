@@ -5,7 +5,7 @@ from convnext_fast.kernels.pointwise_mlp import fused_fwd, gemm_fwd, mlp_fwd
 from convnext_fast.kernels.pointwise_mlp_bwd import mlp_bwd
 from convnext_fast.kernels.pointwise_mlp_bwd_fused import fused_bwd
 from convnext_fast.kernels.pointwise_mlp_bwd_gemm import gemm_bwd
-from mlp_cases import EMPTY, Case, check_backward, check_forward, inputs, run_forward
+from mlp_cases import EMPTY, FAR, Case, check_backward, check_forward, inputs, run_forward
 
 BF16, FP16 = torch.bfloat16, torch.float16
 FORWARD = [
@@ -78,6 +78,14 @@ def test_backward_whose_sums_two_programs_share(emulating, monkeypatch, case, sa
 def test_backward_in_float32(emulating, precision):
     with emulating(arch=80, detect_races="rw"):
         check_backward(Case(1, 130, 37, 77, torch.float32))
+
+
+@pytest.mark.parametrize("case", FAR, ids=str)
+def test_float32_far_from_zero(emulating, precision, case):
+    """Where the convolution's output has a mean that its deviations are small beside, TF32 has no digits to cancel."""
+    with emulating(arch=80, detect_races="rw"):
+        check_forward(case)
+        check_backward(case)
 
 
 @pytest.mark.parametrize("backward", [fused_bwd, gemm_bwd])
