@@ -12,6 +12,8 @@ calls as it is: compiled models run the kernel that eager ones run.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .dwconv_gluon import dwconv_gluon, serves
@@ -56,21 +58,13 @@ def dwconv_wgrad(
     return _wgrad(x, du, taps, dtype=dtype)
 
 
-def _tensor_cores(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    flip: bool,
-    statistics: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(u, stats or None) in the form that serves ``x``, as a launch or, where a compiler traces, as an operator."""
+def _tensor_cores(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(u, stats or None) of `_launch`, as a launch or, where a compiler traces, as an operator."""
+    x, statistics = arguments[0], arguments[-1]
     if traced(x) and serves(x):
-        u, stats = dwconv(x, weight, bias, residual, dtype, out_dtype, flip, statistics)
+        u, stats = dwconv(*arguments)
         return u, stats if statistics else None
-    return _launch(x, weight, bias, residual, dtype, out_dtype, flip, statistics)
+    return _launch(*arguments)
 
 
 def _launch(
@@ -83,6 +77,7 @@ def _launch(
     flip: bool,
     statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(u, stats or None) in the form that serves ``x``."""
     form = dwconv_gluon if serves(x) else dwconv_tensor_core
     return form(x, weight, bias, residual, dtype=dtype, out_dtype=out_dtype, flip=flip, statistics=statistics)
 
