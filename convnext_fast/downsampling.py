@@ -39,7 +39,8 @@ class Downsample(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x and of the four parameters."""
-        x, ln_weight, ln_bias, weight, _ = ctx.saved_tensors
+        inputs = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
+        x, ln_weight, ln_bias, weight, _ = inputs
         needs, dtype, channels = ctx.needs_input_grad, ctx.dtype, x.shape[3:]
         n, mean, rstd = torch.native_layer_norm(x, channels, ln_weight.to(x.dtype), ln_bias.to(x.dtype), ctx.eps)
         kernel = list(weight.shape[2:])
@@ -63,5 +64,5 @@ class Downsample(torch.autograd.Function):
                 dn, x, channels, mean, rstd, ln_weight.to(x.dtype), ln_bias.to(x.dtype), list(needs[:3])
             )
         found = (dx, dg, dbeta, dweight, dbias)
-        pairs = zip(found, ctx.saved_tensors, strict=True)
+        pairs = zip(found, inputs, strict=True)
         return (*(None if g is None else g.to(t.dtype) for g, t in pairs), None, None)

@@ -47,10 +47,13 @@ class Operator:
         self.function = function
         self.differentiable: type[torch.autograd.Function] | None = None
 
+        # Where a compiled model runs eagerly, under a mode that dispatches, say, it is not to be compiled by pieces.
+        unseen = torch.compiler.disable(function)
+
         @functools.wraps(function)
         def whole(x: Tensor, *args: object) -> object:
             with torch.autocast(x.device.type, enabled=False):
-                results = function(x, *args)
+                results = unseen(x, *args)
             return results if isinstance(results, Tensor) else type(results)(_present(x, *results))
 
         if shapes is not None:

@@ -43,6 +43,17 @@ def test_backward_counts_two_products_for_each_and_those_made_anew(recompute):
     assert counted(lambda: y.backward(torch.randn_like(y))) == 4 * product + anew
 
 
+def test_a_compiled_model_counts_and_runs_on():
+    torch.compiler.reset()
+    model, x = ConvNext(CONFIG), torch.randn(SIZE)
+    compiled = torch.compile(model)
+    expected = counted(lambda: model(x).sum().backward())
+    assert counted(lambda: compiled(x).sum().backward()) == expected
+    model.zero_grad()
+    compiled(x).sum().backward()
+    torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_every_operator_has_a_formula():
     prefix = "convnext_fast::"
     names = {name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)}

@@ -8,6 +8,7 @@ import torch.fx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import BOUNDS, gradients, randomise, relative_error
+from torch.utils.checkpoint import checkpoint
 
 from convnext_fast import ConvNext, ConvNextConfig
 
@@ -139,6 +140,16 @@ def test_conv_mlp_state_dict_loads_strictly():
     other.load_state_dict(state)
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(other.eval()(x), model.eval()(x))
+
+
+def test_checkpointing_around_the_whole_model_keeps_gradients():
+    model = small(dtype=torch.float64).train()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(0)
+    expected = gradients(model, [model(x)], [x])
+    torch.manual_seed(0)
+    found = gradients(model, [checkpoint(model, x, use_reentrant=False)], [x])
+    assert all(relative_error(found[k], v) <= BOUNDS[torch.float64] for k, v in expected.items())
 
 
 def test_grad_checkpointing_keeps_gradients():
