@@ -31,13 +31,15 @@ def select(device: torch.device, dtype: torch.dtype) -> Backend:
     ``auto`` takes the Triton kernels on CUDA, ROCm and XPU devices, the ATen form on every other, and the reference
     for what the kernels cannot do on a GPU: float64, and NVIDIA's GPUs before compute capability 8.0. Under
     ``TRITON_INTERPRET=1`` a CPU takes the kernels too. Export to ONNX, `torch.jit.trace` and, on a CPU, `torch.export`
-    take the reference, so that a file needs no operator of ours, and so do the transforms of `torch.func` (grad, jvp,
-    vmap, …), which see into it.
+    take the reference, so that a file needs no operator of ours, and so do forward-mode derivatives and the transforms
+    of `torch.func` (grad, jvp, vmap, …), which see into it, and the meta device.
 
     Raises:
         ValueError: ``CONVNEXT_FAST_BACKEND=triton`` was asked for and the kernels cannot run this dtype.
     """
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active():
+        return "reference"
+    if torch.autograd.forward_ad._current_level >= 0:
         return "reference"
     if REQUEST == "triton":
         if dtype not in KERNEL_DTYPES:
@@ -54,7 +56,13 @@ def select(device: torch.device, dtype: torch.dtype) -> Backend:
         return "triton" if served else "reference"
     if kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and dtype in KERNEL_DTYPES:
         return "triton"
-    return "reference" if torch.compiler.is_exporting() else "aten"
+    return "reference" if torch.compiler.is_exporting() or kind == "meta" else "aten"
+
+
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on for x; it leaves float64 alone, and the meta device has none."""
+    kind = x.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
 
 
 @functools.cache

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import backend, ops
 from .folding import FrozenBlock, FrozenDownsample, freeze_block, freeze_downsample
 from .freezing import Freezable
 from .layered import Layered, Pair, in_turn
+from .memory import as_nchw
 from .reference import ACTIVATION_FUNCTIONS
 
 KERNEL_SIZE = 7
@@ -97,13 +98,16 @@ class ConvNextBlockBase(Layered, Freezable):
             return x + self.drop_path(self.branch(x).permute(0, 3, 1, 2))
         nhwc, frozen = x.permute(0, 2, 3, 1), self.frozen
         if frozen is not None and not self.learns():
+            if backend.autocasts(x):  # as without folding: γ stays in its dtype then, and with it what is summed
+                gamma = self.parts().gamma
+                nhwc = nhwc if gamma is None else nhwc.to(torch.promote_types(x.dtype, gamma.dtype))
             y = ops.frozen_block(nhwc, *frozen, eps=self.eps, act=self.act_name)
         else:
             dwconv, norm, fc1, fc2, gamma = self.parts()
             args = (dwconv.weight, dwconv.bias, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
             options = {"eps": norm.eps, "act": self.act_name, "recompute": self.recompute}
             y = ops.convnext_block(nhwc, *args, gamma, self.drop_path.draw(x), **options)
-        return y.permute(0, 3, 1, 2)
+        return as_nchw(y)
 
     def fold(self) -> FrozenBlock | None:
         """LayerNorm's affine and γ folded into the linear layers, and a copy of the convolution."""
@@ -228,7 +232,7 @@ class Downsample(Freezable, Pair):
 def patchify_stem(image: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
     """The stem by the weights of its layers: (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
     y = ops.patchify_stem(image, conv.weight, conv.bias, norm.weight, norm.bias, eps=norm.eps)
-    return y.permute(0, 3, 1, 2)
+    return as_nchw(y)
 
 
 def downsample(x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d, frozen: FrozenDownsample | None) -> Tensor:
@@ -238,7 +242,7 @@ def downsample(x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d, frozen: FrozenDow
         y = ops.frozen_downsample(nhwc, *frozen, eps=norm.eps)
     else:
         y = ops.downsample(nhwc, norm.weight, norm.bias, conv.weight, conv.bias, eps=norm.eps)
-    return y.permute(0, 3, 1, 2)
+    return as_nchw(y)
 
 
 def fold_downsample(norm: nn.LayerNorm, conv: nn.Conv2d) -> FrozenDownsample:

@@ -6,9 +6,10 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from . import ops, reference
+from . import backend, ops, reference
 from .fuse_hosts import Plan
 from .fuse_patches import PatchPlan
+from .memory import as_nchw
 from .watching import follow
 
 
@@ -72,7 +73,7 @@ def _drop_scale(block: nn.Module, plan: Plan, x: Tensor, gamma: Tensor | None) -
 @torch.fx.wrap
 def branch_ones(x: Tensor, gamma: Tensor | None) -> Tensor:
     """Ones (N, 1, 1, 1) in the dtype of the host's residual branch, the one in which it draws."""
-    dtype = torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
+    dtype = torch.get_autocast_dtype(x.device.type) if backend.autocasts(x) else x.dtype
     if gamma is not None:
         dtype = torch.promote_types(dtype, gamma.dtype)
     return x.new_ones((x.shape[0], 1, 1, 1), dtype=dtype)
@@ -94,7 +95,7 @@ def convnext_block(
         y = ops.convnext_block(*args, eps=eps, act=act, recompute=recompute)
     else:
         y = reference.convnext_block(*args, eps=eps, act=act)
-    return y.permute(0, 3, 1, 2)
+    return as_nchw(y)
 
 
 @torch.fx.wrap
@@ -112,9 +113,9 @@ def patchify_stem(
     if image.dim() == 4 and image.shape[1] != conv[0].shape[1]:
         raise ValueError(f"the image has {image.shape[1]} channels: expected {conv[0].shape[1]}")
     function = ops.patchify_stem if fused else reference.patchify_stem
-    y = function(image, *conv, *norm, eps=eps).permute(0, 3, 1, 2)
+    y = as_nchw(function(image, *conv, *norm, eps=eps))
     # Autocast has LayerNorm, and with it the host's residual stream, in float32 on every device but a CPU.
-    return y.float() if _autocasts(image) and image.device.type != "cpu" else y
+    return y.float() if backend.autocasts(image) and image.device.type != "cpu" else y
 
 
 @torch.fx.wrap
@@ -123,8 +124,4 @@ def downsample(
 ) -> Tensor:
     """`ops.downsample` or `reference.downsample`, (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
     function = ops.downsample if fused else reference.downsample
-    return function(x.permute(0, 2, 3, 1), *norm, *conv, eps=eps).permute(0, 3, 1, 2)
-
-
-def _autocasts(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return as_nchw(function(x.permute(0, 2, 3, 1), *norm, *conv, eps=eps))

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import aten, backend, fake, flops
+from . import aten, backend, fake, flops, reference
+from .batched import is_batched, reference_bwd
+from .memory import unlinked
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -78,6 +80,7 @@ class Operator:
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = run(*inputs)
+            output = unlinked(output) if isinstance(output, Tensor) else (unlinked(output[0]), *output[1:])
             setup_context(ctx, inputs, output)
             return output
 
@@ -199,6 +202,15 @@ def _block_autograd(ctx: Any, dy: Tensor | None, *_: object) -> Gradients:
         return (None,) * len(ctx.needs_input_grad)
     x, *tensors = ctx.saved_tensors
     parameters_and_scale, saved = tensors[:10], tensors[10:]
+    if is_batched(dy):
+
+        def plain(
+            x: Tensor, weight: Tensor, bias: Tensor, g: Tensor | None, beta: Tensor | None, *mlp: Tensor
+        ) -> Tensor:
+            g, beta = x.new_ones(x.shape[3]) if g is None else g, x.new_zeros(x.shape[3]) if beta is None else beta
+            return reference.convnext_block(x, weight, bias, g, beta, *mlp, ctx.eps, ctx.act, dtype=ctx.dtype)
+
+        return (*reference_bwd(plain, dy, x, *parameters_and_scale)[:-1], None, None, None, None, None)
     needs_x, needs_dwconv = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
     grads = block_bwd(
         dy.contiguous(), x, saved, *parameters_and_scale, ctx.eps, ctx.act, ctx.dtype, needs_x, needs_dwconv
@@ -268,6 +280,10 @@ def _dwconv_layernorm_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...])
 def _dwconv_layernorm_autograd(ctx: Any, dn: Tensor | None, *_: object) -> Gradients:
     if dn is None:
         return (None,) * len(ctx.needs_input_grad)
+    if is_batched(dn):
+        x, _, _, *parameters = ctx.saved_tensors
+        plain = functools.partial(reference.dwconv_layernorm, eps=ctx.eps, dtype=ctx.dtype)
+        return (*reference_bwd(plain, dn, x, *parameters), None, None)
     grads = dwconv_layernorm_bwd(dn.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.dtype)
     return (*_absent(*grads), None, None)
 
@@ -323,6 +339,14 @@ def _pointwise_mlp_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) ->
 def _pointwise_mlp_autograd(ctx: Any, dy: Tensor | None, *_: object) -> Gradients:
     if dy is None:
         return (None,) * len(ctx.needs_input_grad)
+    if is_batched(dy):
+        x, _, *parameters_and_scale = ctx.saved_tensors
+
+        def plain(x: Tensor, *mlp: Tensor) -> Tensor:
+            return reference.pointwise_mlp(x, None, *mlp, ctx.act, dtype=ctx.dtype)
+
+        dx, *rest, _ = reference_bwd(plain, dy, x, *parameters_and_scale)
+        return (dx, dy if ctx.has_residual else None, *rest, None, None, None, None)
     grads = _absent(*pointwise_mlp_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.act, ctx.dtype))
     return (grads[0], dy if ctx.has_residual else None, *grads[1:], None, None, None, None)
 

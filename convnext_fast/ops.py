@@ -290,7 +290,8 @@ def _wants_values(x: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and type(x) is Tensor
-        and not torch.is_autocast_enabled(x.device.type)
+        and not backend.autocasts(x)
+        and not torch.jit.is_tracing()
         and backend.is_plain(x)
     )
 
@@ -384,8 +385,8 @@ def _check_options(act: str, recompute: int) -> None:
 
 
 def _compute_dtype(x: Tensor, **weights: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on (it leaves float64 alone, as PyTorch's does), otherwise x's own."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    """Autocast's dtype where it is on, otherwise x's own."""
+    if backend.autocasts(x):
         return torch.get_autocast_dtype(x.device.type)
     for name, weight in weights.items():
         if weight.dtype != x.dtype:

@@ -54,8 +54,8 @@ class ConvNextSwitches(Unfreezing):
             raise TypeError(f"x is a {type(x).__name__}: expected a tensor")
         if not self.fused:
             return "reference"
-        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-        return backend.select(x.device, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+        dtype = torch.get_autocast_dtype(x.device.type) if backend.autocasts(x) else x.dtype
+        return backend.select(x.device, dtype)
 
     def freeze(self) -> Any:
         """Make the model ready for inference alone and return it.

@@ -1,0 +1,23 @@
+"""Results that may be changed in place, as those of PyTorch's own layers may.
+
+Autograd forbids that for a view made inside a `torch.autograd.Function`, and, once gradients are wanted, for one made
+under ``no_grad``. What looks like one layer's result from outside is handed out as a tensor of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx
+from torch import Tensor
+
+
+def unlinked(y: Tensor) -> Tensor:
+    """y, or where autograd knows it as a view, the same memory, shape and strides as a tensor that it does not."""
+    return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
+
+
+@torch.fx.wrap
+def as_nchw(y: Tensor) -> Tensor:
+    """(N, H, W, C) seen as (N, C, H, W); the same memory."""
+    seen = y.permute(0, 3, 1, 2)
+    return seen if torch.is_grad_enabled() or torch.compiler.is_compiling() else unlinked(seen)
