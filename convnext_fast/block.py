@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from . import backend, ops
@@ -98,10 +99,7 @@ class ConvNextBlockBase(Layered, Freezable):
             return x + self.drop_path(self.branch(x).permute(0, 3, 1, 2))
         nhwc, frozen = x.permute(0, 2, 3, 1), self.frozen
         if frozen is not None and not self.learns():
-            if backend.autocasts(x):  # as without folding: γ stays in its dtype then, and with it what is summed
-                gamma = self.parts().gamma
-                nhwc = nhwc if gamma is None else nhwc.to(torch.promote_types(x.dtype, gamma.dtype))
-            y = ops.frozen_block(nhwc, *frozen, eps=self.eps, act=self.act_name)
+            y = ops.frozen_block(_residual(nhwc, self.parts().gamma), *frozen, eps=self.eps, act=self.act_name)
         else:
             dwconv, norm, fc1, fc2, gamma = self.parts()
             args = (dwconv.weight, dwconv.bias, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
@@ -227,6 +225,12 @@ class Downsample(Freezable, Pair):
     def fold(self) -> FrozenDownsample | None:
         """LayerNorm's affine folded into the convolution."""
         return None if self.change() is not None else fold_downsample(*self)
+
+
+@torch.fx.wrap
+def _residual(x: Tensor, gamma: Tensor | None) -> Tensor:
+    """x in the dtype of a block's result: autocast leaves γ, though it be folded away, and what is summed in theirs."""
+    return x if gamma is None or not backend.autocasts(x) else x.to(torch.promote_types(x.dtype, gamma.dtype))
 
 
 def patchify_stem(image: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:

@@ -20,4 +20,5 @@ def unlinked(y: Tensor) -> Tensor:
 def as_nchw(y: Tensor) -> Tensor:
     """(N, H, W, C) seen as (N, C, H, W); the same memory."""
     seen = y.permute(0, 3, 1, 2)
-    return seen if torch.is_grad_enabled() or torch.compiler.is_compiling() else unlinked(seen)
+    as_it_is = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return seen if as_it_is else unlinked(seen)
