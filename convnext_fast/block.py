@@ -99,7 +99,9 @@ class ConvNextBlockBase(Layered, Freezable):
             return x + self.drop_path(self.branch(x).permute(0, 3, 1, 2))
         nhwc, frozen = x.permute(0, 2, 3, 1), self.frozen
         if frozen is not None and not self.learns():
-            y = ops.frozen_block(_residual(nhwc, self.parts().gamma), *frozen, eps=self.eps, act=self.act_name)
+            if torch._C._is_any_autocast_enabled():  # to ask for γ takes as long as some kernels
+                nhwc = _residual(nhwc, self.parts().gamma)
+            y = ops.frozen_block(nhwc, *frozen, eps=self.eps, act=self.act_name)
         else:
             dwconv, norm, fc1, fc2, gamma = self.parts()
             args = (dwconv.weight, dwconv.bias, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)

@@ -5,14 +5,12 @@ n = LayerNorm(x), y = patch convolution of n. PyTorch's own calls would save x a
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .batched import is_batched, reference_bwd
+from . import batched, reference
 from .memory import unlinked
 
 _aten = torch.ops.aten
@@ -42,10 +40,9 @@ class Downsample(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x and of the four parameters."""
+        if batched.is_batched(dy):
+            return (*batched.downsample_bwd(ctx, dy), None, None)
         inputs = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
-        if is_batched(dy):
-            plain = partial(reference.downsample, eps=ctx.eps, dtype=ctx.dtype)
-            return (*reference_bwd(plain, dy, *inputs), None, None)
         x, ln_weight, ln_bias, weight, _ = inputs
         needs, dtype, channels = ctx.needs_input_grad, ctx.dtype, x.shape[3:]
         n, mean, rstd = torch.native_layer_norm(x, channels, ln_weight.to(x.dtype), ln_bias.to(x.dtype), ctx.eps)

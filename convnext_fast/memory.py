@@ -10,15 +10,18 @@ import torch
 import torch.fx
 from torch import Tensor
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 
 def unlinked(y: Tensor) -> Tensor:
     """y, or where autograd knows it as a view, the same memory, shape and strides as a tensor that it does not."""
-    return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
+    return _unsafe_view(y, y.shape) if y._is_view() else y
 
 
 @torch.fx.wrap
 def as_nchw(y: Tensor) -> Tensor:
     """(N, H, W, C) seen as (N, C, H, W); the same memory."""
     seen = y.permute(0, 3, 1, 2)
-    as_it_is = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return seen if as_it_is else unlinked(seen)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return seen
+    return _unsafe_view(seen, seen.shape)  # `seen.data` takes a tenth of the time, and loses forward-mode tangents

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import aten, backend, fake, flops, reference
-from .batched import is_batched, reference_bwd
+from . import aten, backend, batched, fake, flops
 from .memory import unlinked
 
 Gradients = tuple[Tensor | None, ...]
@@ -200,17 +199,10 @@ def _block_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def _block_autograd(ctx: Any, dy: Tensor | None, *_: object) -> Gradients:
     if dy is None:
         return (None,) * len(ctx.needs_input_grad)
+    if batched.is_batched(dy):
+        return (*batched.block_bwd(ctx, dy), None, None, None, None)
     x, *tensors = ctx.saved_tensors
     parameters_and_scale, saved = tensors[:10], tensors[10:]
-    if is_batched(dy):
-
-        def plain(
-            x: Tensor, weight: Tensor, bias: Tensor, g: Tensor | None, beta: Tensor | None, *mlp: Tensor
-        ) -> Tensor:
-            g, beta = x.new_ones(x.shape[3]) if g is None else g, x.new_zeros(x.shape[3]) if beta is None else beta
-            return reference.convnext_block(x, weight, bias, g, beta, *mlp, ctx.eps, ctx.act, dtype=ctx.dtype)
-
-        return (*reference_bwd(plain, dy, x, *parameters_and_scale)[:-1], None, None, None, None, None)
     needs_x, needs_dwconv = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
     grads = block_bwd(
         dy.contiguous(), x, saved, *parameters_and_scale, ctx.eps, ctx.act, ctx.dtype, needs_x, needs_dwconv
@@ -280,10 +272,8 @@ def _dwconv_layernorm_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...])
 def _dwconv_layernorm_autograd(ctx: Any, dn: Tensor | None, *_: object) -> Gradients:
     if dn is None:
         return (None,) * len(ctx.needs_input_grad)
-    if is_batched(dn):
-        x, _, _, *parameters = ctx.saved_tensors
-        plain = functools.partial(reference.dwconv_layernorm, eps=ctx.eps, dtype=ctx.dtype)
-        return (*reference_bwd(plain, dn, x, *parameters), None, None)
+    if batched.is_batched(dn):
+        return (*batched.dwconv_layernorm_bwd(ctx, dn), None, None)
     grads = dwconv_layernorm_bwd(dn.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.dtype)
     return (*_absent(*grads), None, None)
 
@@ -339,14 +329,8 @@ def _pointwise_mlp_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) ->
 def _pointwise_mlp_autograd(ctx: Any, dy: Tensor | None, *_: object) -> Gradients:
     if dy is None:
         return (None,) * len(ctx.needs_input_grad)
-    if is_batched(dy):
-        x, _, *parameters_and_scale = ctx.saved_tensors
-
-        def plain(x: Tensor, *mlp: Tensor) -> Tensor:
-            return reference.pointwise_mlp(x, None, *mlp, ctx.act, dtype=ctx.dtype)
-
-        dx, *rest, _ = reference_bwd(plain, dy, x, *parameters_and_scale)
-        return (dx, dy if ctx.has_residual else None, *rest, None, None, None, None)
+    if batched.is_batched(dy):
+        return (*batched.pointwise_mlp_bwd(ctx, dy), None, None, None)
     grads = _absent(*pointwise_mlp_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.act, ctx.dtype))
     return (grads[0], dy if ctx.has_residual else None, *grads[1:], None, None, None, None)
 
@@ -392,6 +376,8 @@ def _patchify_stem_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _patchify_stem_autograd(ctx: Any, dy: Tensor) -> Gradients:
+    if batched.is_batched(dy):
+        return (*batched.patchify_stem_bwd(ctx, dy), None, None)
     grads = patchify_stem_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.dtype, ctx.needs_input_grad[0])
     return (*_absent(*grads), None, None)
 
@@ -442,6 +428,8 @@ def _downsample_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _downsample_autograd(ctx: Any, dy: Tensor) -> Gradients:
+    if batched.is_batched(dy):
+        return (*batched.downsample_bwd(ctx, dy), None, None)
     return (*_absent(*downsample_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.dtype)), None, None)
 
 

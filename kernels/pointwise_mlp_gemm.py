@@ -5,9 +5,9 @@ fc1 takes LayerNorm out of the product, so that u goes to the matrix units as it
     a = rstd·(u·w1gᵀ − μ·s) + b1g      s_k = Σ_c w1g[k, c]      h = act(a)
 
 A normalising prologue would touch every loaded element of u once per column tile (about 2.5·C/BLOCK_N instructions per
-hidden element, and a trip through registers); this epilogue costs 2. float32 passes through registers anyway and has
-digits to lose, with TF32 most of them, so there μ is subtracted from u as it is loaded: a = rstd·((u − μ)·w1gᵀ) + b1g.
-fc2 ends with γ, drop path and residual:
+hidden element, and a trip through registers); this epilogue costs 2. float32 has digits to lose, with TF32 most of
+them, so there μ is subtracted from u as it is loaded, a = rstd·((u − μ)·w1gᵀ) + b1g, for 2 % more instructions, and 8 %
+with TF32 (C = 192, executed on sm_80; in the backward 1 to 2, and 1 to 8). fc2 ends with γ, drop path and residual:
 
     y = residual + scale·γ·(h·w2ᵀ + b2)
 """

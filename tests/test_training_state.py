@@ -88,9 +88,6 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "checkpoint.pt", "history.json", "model"}
 
 
-# The command
-
-
 def test_what_a_fault_saved_at_the_end_of_an_epoch_does_not_keep_its_record_from_being_saved(tmp_path):
     """By the sharded kind, a folder for a step: the second is of the same step."""
     tensors = {name: {"w": torch.ones(3)} for name in TENSORS}

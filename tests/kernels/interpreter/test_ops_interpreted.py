@@ -84,3 +84,25 @@ def test_result_of_an_mlp_without_residual_has_the_dtype_of_eager(gamma_dtype):
     gamma = tensors["gamma"].to(gamma_dtype)
     y = ops.pointwise_mlp(x.half(), None, *mlp, gamma)
     assert y.dtype == reference.pointwise_mlp(x.half(), None, *mlp, gamma, None, "gelu").dtype == gamma_dtype
+
+
+@pytest.mark.parametrize("name", ["convnext_block", "dwconv_layernorm", "pointwise_mlp", "patchify_stem", "downsample"])
+def test_a_batch_of_cotangents(name):
+    """Of which the kernels take one at a time; to a few roundings of float32, as the path is another."""
+    x, tensors = block_inputs()
+    block, affine = list(tensors.values()), (tensors["ln_weight"], tensors["ln_bias"])
+    arguments = {
+        "convnext_block": (x, *block[:-1]),
+        "dwconv_layernorm": (x, *block[:4]),
+        "pointwise_mlp": (x, x.flip(0), *block[4:9]),
+        "patchify_stem": (torch.randn(2, 3, 8, 9), torch.randn(C, 3, 4, 4) / 7, tensors["b2"], *affine),
+        "downsample": (x, *affine, torch.randn(12, C, 2, 2) / 6, None),
+    }[name]
+    leaves = [None if t is None else t.detach().requires_grad_() for t in arguments]
+    y = getattr(ops, name)(*leaves)
+    present = [t for t in leaves if t is not None]
+    cotangents = torch.randn(3, *y.shape)
+    batch = torch.autograd.grad(y, present, cotangents, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(y, present, v, retain_graph=True) for v in cotangents]
+    for at, got in enumerate(batch):
+        torch.testing.assert_close(got, torch.stack([one[at] for one in single]), rtol=1e-4, atol=1e-4)
