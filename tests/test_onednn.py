@@ -7,13 +7,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from frozen_support import frozen_weights, plain_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import relative_error
 from test_block_parity import block_parameters
 
-from convnext_fast import aten_rows, onednn, onednn_block, ops, reference
-from convnext_fast.folding import freeze_block
+from convnext_fast import aten_rows, onednn, ops
+from convnext_fast.onednn_block import OnednnBlock
 
 ACTIVATIONS = {None: lambda t: t, "gelu": F.gelu, "gelu_new": lambda t: F.gelu(t, approximate="tanh"), "silu": F.silu}
 needs_onednn = pytest.mark.skipif(not onednn.serves(torch.empty(1)), reason="PyTorch here has no oneDNN on x86")
@@ -114,18 +115,6 @@ def test_packed_weights_die_with_their_weight():
     assert packed() is None
 
 
-@torch.no_grad()
-def frozen_weights(channels, hidden, side):
-    return freeze_block(**block_parameters(channels, hidden, side, torch.float32))
-
-
-def plain_block(x, weights, act):
-    dwconv_weight, dwconv_bias, w1, b1, w2, b2 = (None if t is None else t.to(x.dtype) for t in weights)
-    ones, zeros = x.new_ones(x.shape[3]), x.new_zeros(x.shape[3])
-    weights = dwconv_weight, dwconv_bias, ones, zeros, w1, b1[0], w2, b2
-    return reference.convnext_block(x, *weights, None, None, 1e-6, act)
-
-
 @needs_onednn
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 14), st.integers(1, 14), st.sampled_from([1, 3, 8, 20, 33])),
@@ -139,33 +128,10 @@ def test_frozen_block(shape, hidden, side, act, most_rows):
     """At sizes other than the one whose layouts were chosen, too, and cut into blocks of rows."""
     weights = frozen_weights(shape[3], hidden, side)
     with mock.patch.object(aten_rows, "_MOST_ROWS", most_rows), mock.patch.object(aten_rows, "_LEAST_ROWS", 1):
+        block = OnednnBlock(torch.randn(shape), weights, act)
         for size in (shape, (1, 5, 9, shape[3]), shape):
             x = torch.randn(size)
             expected, eager = plain_block(x.double(), weights, act), plain_block(x, weights, act)
-            got = onednn_block.frozen_block_fwd(x, *weights, eps=1e-6, act=act)
+            got = block(x, 1e-6)
             assert got.is_contiguous()
             assert relative_error(got, expected) <= 2 * relative_error(eager, expected) + 1e-6
-
-
-@needs_onednn
-def test_a_block_is_prepared_once_for_its_weights_and_dies_with_them():
-    x, weights = torch.randn(1, 4, 4, 8), frozen_weights(8, 16, 3)
-
-    def prepared_for(*weights, act="gelu"):
-        y = onednn_block.frozen_block_fwd(x, *weights, eps=1e-6, act=act)
-        assert relative_error(y, plain_block(x.double(), weights, act)) < 1e-5
-        return onednn_block._PREPARED[id(weights[2])]
-
-    first = prepared_for(*weights)
-    assert prepared_for(*weights) is first
-    *head, b1, w2, b2 = weights
-    for other in ((*head, b1, w2 + 1, b2), (*head, b1 - 1, w2, b2), (*head, b1, w2, b2 + 1)):
-        assert prepared_for(*other) is not first
-    assert prepared_for(weights[0] + 1, *weights[1:]) is not first
-    assert prepared_for(weights[0], None, *weights[2:]) is not first
-    assert prepared_for(*weights, act="relu") is not first
-    gone, key = weakref.ref(prepared_for(*weights)), id(weights.w1)
-    del first, weights, head, b1, w2, b2, other
-    gc.collect()
-    assert gone() is None
-    assert key not in onednn_block._PREPARED

@@ -1,0 +1,114 @@
+"""What an x86 CPU runs as kernels of our own, in float32 (`kernels.cpu`), where llvmlite (extra ``cpu``) is installed.
+
+They need Linux, AVX2, numbers of channels that are multiples of 8, GELU, and PyTorch's threads to be libgomp's.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import backend
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """The launchers; None where llvmlite is missing, or ATen's calls were asked for."""
+    if backend.REQUEST == "aten" or find_spec("llvmlite") is None:
+        return None
+    from .kernels.cpu import launching
+
+    return launching
+
+
+def _machine_for(*channels: int) -> Any:
+    """What kernels for these numbers of channels are compiled for; None where they do not serve."""
+    kernels = _kernels()
+    return None if kernels is None else kernels.machine_for(*channels)
+
+
+@functools.lru_cache(1024)
+def _launch(*arguments: Any) -> Any:
+    return _kernels().Launch(*arguments)
+
+
+class CompiledBlock:
+    """A frozen block as one kernel; ``machine``: what the weights are packed for."""
+
+    def __init__(self, weights: tuple[Tensor | None, ...], machine: Any):
+        dwconv_weight, dwconv_bias, w1, b1, w2, b2 = weights
+        kernels = self.kernels = _kernels()
+        hidden, channels = w1.shape
+        self.machine, self.options = machine, (channels, hidden, dwconv_weight.shape[2])
+        taps = dwconv_weight.reshape(channels, -1).t().contiguous()
+        bias = torch.zeros_like(b2) if dwconv_bias is None else dwconv_bias.contiguous()
+        w1, w2 = kernels.pack(w1, machine), kernels.pack(w2, machine)
+        self.weights = taps, bias, w1, b1[0].contiguous(), w2, b2.contiguous()
+        self.addresses = tuple(weight.data_ptr() for weight in self.weights)
+
+    def __call__(self, x: Tensor, eps: float) -> Tensor:
+        """`prepared.Prepared`."""
+        samples, height, width, _ = x.shape
+        sizes = self.kernels.BlockSizes.of(*self.options, width)
+        image = height, width
+        launch = _launch(self.machine, sizes, samples, image, image, eps, torch.get_num_threads())
+        return launch(x, torch.empty_like(x), self.addresses)
+
+
+def prepare(weights: tuple[Tensor | None, ...], act: str) -> CompiledBlock | None:
+    """The block of these weights made ready; None where the kernel does not serve."""
+    w1 = weights[2]
+    machine = _machine_for(*w1.shape) if act == "gelu" else None
+    return None if machine is None else CompiledBlock(weights, machine)
+
+
+_PACKED = WeakTensorKeyDictionary()
+
+
+def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor | None:
+    """`aten.frozen_downsample_fwd` for x that `onednn.serves`; None where the kernel does not serve."""
+    machine = _machine_for(x.shape[3], weight.shape[0])
+    if machine is None:
+        return None
+    packed = _PACKED.get(weight)
+    if packed is None:
+        packed = _PACKED[weight] = _kernels().pack(weight.permute(0, 2, 3, 1).flatten(1), machine)
+    nowhere = 0, 0
+    return _patches(machine, x, weight, eps, (packed.data_ptr(), bias.data_ptr(), *nowhere), x.shape[3], x.shape[1:3])
+
+
+def stem(
+    image: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor, eps: float
+) -> Tensor | None:
+    """`aten.patchify_stem_fwd` for an image that `onednn.serves`; None where the kernel does not serve."""
+    machine = _machine_for(weight.shape[0])
+    if machine is None or weight[0].numel() % _kernels().UNROLL:
+        return None
+    packed = _kernels().pack(weight.flatten(1), machine)
+    parameters = [packed, packed.new_zeros(weight.shape[0]) if bias is None else bias, ln_weight, ln_bias]
+    parameters = [parameter.contiguous() for parameter in parameters]
+    addresses = tuple(parameter.data_ptr() for parameter in parameters)
+    return _patches(machine, image.contiguous(), weight, eps, addresses, image.shape[1], image.shape[2:], stem=True)
+
+
+def _patches(
+    machine: Any,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    addresses: tuple[int, ...],
+    channels: int,
+    image: torch.Size,
+    stem: bool = False,
+) -> Tensor:
+    out_channels, _, kh, kw = weight.shape
+    result = image[0] // kh, image[1] // kw
+    sizes = _kernels().PatchSizes(channels, out_channels, kh, kw, stem)
+    launch = _launch(machine, sizes, x.shape[0], tuple(image), result, eps, torch.get_num_threads())
+    return launch(x, x.new_empty(x.shape[0], *result, out_channels), addresses)

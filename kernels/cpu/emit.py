@@ -1,0 +1,187 @@
+"""A little language over llvmlite's IR builder: loops, choices, vectors of float32 and pointers to them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llvmlite import ir
+
+I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+POINTER, VOID = ir.PointerType(), ir.VoidType()
+
+
+def integer(value: int) -> ir.Constant:
+    """An index."""
+    return ir.Constant(I64, value)
+
+
+def define(module: ir.Module, name: str, *arguments: ir.Type, local: bool = True) -> ir.Function:
+    """A new function without a result; ``local``: called from its own module alone."""
+    function = ir.Function(module, ir.FunctionType(VOID, arguments), name)
+    if local:
+        function.linkage = "internal"
+    function.attributes.add("nounwind")
+    return function
+
+
+class Emitter:
+    """Emits the body of one function that works on vectors of ``lanes`` float32. Indices are 64-bit integers."""
+
+    def __init__(self, function: ir.Function, lanes: int):
+        self.lanes = lanes
+        self.vector = ir.VectorType(F32, lanes)
+        self.builder = ir.IRBuilder(function.append_basic_block("entry"))
+
+    def loop(
+        self,
+        start: int | ir.Value,
+        stop: int | ir.Value,
+        step: int | ir.Value,
+        body: Callable[..., Sequence[ir.Value] | None],
+        *carried: ir.Value,
+    ) -> Sequence[ir.Value]:
+        """``for i in range(start, stop, step): carried = body(i, *carried)``; returns the last ``carried``."""
+        b = self.builder
+        start, stop, step = map(self.index, (start, stop, step))
+        before, head = b.block, b.append_basic_block("head")
+        inside, after = b.append_basic_block("body"), b.append_basic_block("after")
+        b.branch(head)
+        b.position_at_end(head)
+        i = b.phi(I64)
+        values = [b.phi(value.type) for value in carried]
+        b.cbranch(b.icmp_signed("<", i, stop), inside, after)
+        b.position_at_end(inside)
+        results = body(i, *values) or ()
+        for phi, first, last in zip([i, *values], [start, *carried], [b.add(i, step), *results], strict=True):
+            phi.add_incoming(first, before)
+            phi.add_incoming(last, b.block)
+        b.branch(head)
+        b.position_at_end(after)
+        return values
+
+    def cases(self, key: ir.Value, bodies: Mapping[int, Callable[[], Any]]) -> None:
+        """The body whose number ``key`` is, if any."""
+        b = self.builder
+        after = b.append_basic_block("after")
+        switch = b.switch(key, after)
+        for number, body in bodies.items():
+            block = b.append_basic_block("case")
+            switch.add_case(integer(number), block)
+            b.position_at_end(block)
+            body()
+            b.branch(after)
+        b.position_at_end(after)
+
+    def index(self, value: int | ir.Value) -> ir.Value:
+        """An index as a value."""
+        return integer(value) if isinstance(value, int) else value
+
+    def times(self, x: int | ir.Value, y: int | ir.Value) -> ir.Value:
+        """x·y of indices."""
+        return self.builder.mul(self.index(x), self.index(y))
+
+    def plus(self, x: int | ir.Value, y: int | ir.Value) -> ir.Value:
+        """x + y of indices."""
+        return self.builder.add(self.index(x), self.index(y))
+
+    def minus(self, x: int | ir.Value, y: int | ir.Value) -> ir.Value:
+        """x − y of indices."""
+        return self.builder.sub(self.index(x), self.index(y))
+
+    def over(self, x: int | ir.Value, y: int | ir.Value) -> ir.Value:
+        """⌊x/y⌋ of indices that are not negative."""
+        return self.builder.udiv(self.index(x), self.index(y))
+
+    def smaller(self, x: int | ir.Value, y: int | ir.Value) -> ir.Value:
+        """min(x, y) of indices."""
+        return self.choose(self.less(x, y), x, y)
+
+    def positive(self, x: ir.Value) -> ir.Value:
+        """max(x, 0) of an index."""
+        return self.choose(self.less(x, 0), 0, x)
+
+    def less(self, x: int | ir.Value, y: int | ir.Value) -> ir.Value:
+        """x < y of indices."""
+        return self.builder.icmp_signed("<", self.index(x), self.index(y))
+
+    def choose(self, condition: ir.Value, yes: int | ir.Value, no: int | ir.Value) -> ir.Value:
+        """One of two indices."""
+        return self.builder.select(condition, self.index(yes), self.index(no))
+
+    def at(self, pointer: ir.Value, index: int | ir.Value) -> ir.Value:
+        """&pointer[index] for float32."""
+        return self.builder.gep(pointer, [self.index(index)], inbounds=True, source_etype=F32)
+
+    def stack(self, vectors: int) -> ir.Value:
+        """Room for vectors, until the function returns."""
+        room = self.builder.alloca(ir.ArrayType(self.vector, vectors))
+        room.align = 64
+        # llvmlite gives it a type with what it points to, and casts such a pointer to no plain one.
+        return self.builder.inttoptr(self.builder.ptrtoint(room, I64), POINTER)
+
+    def load(self, pointer: ir.Value, index: int | ir.Value = 0) -> ir.Value:
+        """The vector from pointer[index] on."""
+        return self.builder.load(self.at(pointer, index), align=4, typ=self.vector)
+
+    def store(self, value: ir.Value, pointer: ir.Value, index: int | ir.Value = 0) -> None:
+        """To pointer[index] and after."""
+        self.builder.store(value, self.at(pointer, index), align=4)
+
+    def prefetch(self, pointer: ir.Value, index: int | ir.Value) -> None:
+        """Have the line of &pointer[index] brought into the second level of cache."""
+        module = self.builder.module
+        name = "llvm.prefetch.p0"
+        function = module.globals.get(name) or ir.Function(
+            module, ir.FunctionType(VOID, [POINTER, I32, I32, I32]), name
+        )
+        hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # read; locality 2 of 3; data
+        self.builder.call(function, [self.at(pointer, index), *hints])
+
+    def scalar(self, pointer: ir.Value, index: int | ir.Value = 0) -> ir.Value:
+        """pointer[index]."""
+        return self.builder.load(self.at(pointer, index), align=4, typ=F32)
+
+    def spread(self, value: float | ir.Value) -> ir.Value:
+        """A float32 in every lane."""
+        if isinstance(value, float):
+            return ir.Constant(self.vector, [ir.Constant(F32, to_float32(value))] * self.lanes)
+        b, nothing = self.builder, ir.Constant(self.vector, ir.Undefined)
+        first = b.insert_element(nothing, value, integer(0))
+        return b.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes))
+
+    def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+        """x·y + z, rounded once."""
+        return self._intrinsic("llvm.fma", x, y, z)
+
+    def sqrt(self, x: ir.Value) -> ir.Value:
+        """√x."""
+        return self._intrinsic("llvm.sqrt", x)
+
+    def _intrinsic(self, name: str, *arguments: ir.Value) -> ir.Value:
+        kind = arguments[0].type
+        name += f".v{self.lanes}f32" if kind == self.vector else ".f32"
+        module = self.builder.module
+        function = module.globals.get(name) or ir.Function(module, ir.FunctionType(kind, [kind] * len(arguments)), name)
+        return self.builder.call(function, arguments)
+
+    def clamp(self, x: ir.Value, bound: float) -> ir.Value:
+        """x held to ±bound; +bound for NaN, as a processor's own minimum has it."""
+        b, high, low = self.builder, self.spread(bound), self.spread(-bound)
+        x = b.select(b.fcmp_ordered("<", x, high), x, high)
+        return b.select(b.fcmp_ordered(">", x, low), x, low)
+
+    def sum_of_lanes(self, vector: ir.Value) -> ir.Value:
+        """In halves."""
+        b, width = self.builder, self.lanes
+        while width > 1:
+            width //= 2
+            halves = [ir.Constant(ir.VectorType(I32, width), list(range(i, i + width))) for i in (0, width)]
+            vector = b.fadd(*(b.shuffle_vector(vector, vector, half) for half in halves))
+        return b.extract_element(vector, integer(0))
+
+
+def to_float32(value: float) -> float:
+    """The nearest float32, for LLVM takes no other constant."""
+    return struct.unpack("f", struct.pack("f", value))[0]

@@ -1,0 +1,110 @@
+"""Compiles kernels and runs them on PyTorch's own threads.
+
+PyTorch's Linux builds bring libgomp, whose threads go on spinning for a while after each piece of work. A second pool
+of threads would fight with them for the cores, so kernels are started with ``GOMP_parallel`` of the very library that
+PyTorch has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from llvmlite import binding
+from torch import Tensor
+
+from .block import Block, BlockSizes
+from .gemm import UNROLL as UNROLL
+from .gemm import pack as pack
+from .machine import AVX2, AVX512, NEEDED, Machine, compile_for, host_features, identity, load
+from .object_cache import code_for
+from .patches import Patches, PatchSizes
+from .team import NUMBERS, THREAD_FUNCTIONS, numbers, scratch_rows
+
+_engines: list[binding.ExecutionEngine] = []
+
+
+@functools.cache
+def _threads() -> ctypes.CDLL | None:
+    """The libgomp in this process that is PyTorch's."""
+    if not sys.platform.startswith("linux"):
+        return None
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    paths = dict.fromkeys(line.split(maxsplit=5)[5] for line in lines if "libgomp" in line)
+    folder = str(Path(torch.__file__).parent)
+    for path in sorted(paths, key=lambda path: not path.startswith(folder)):
+        library = ctypes.CDLL(path)
+        library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        library.GOMP_parallel.restype = None
+        return library
+    return None
+
+
+@functools.cache
+def has(machine: Machine) -> bool:
+    """Whether kernels for ``machine`` run here: where the processor and PyTorch (ATEN_CPU_CAPABILITY) agree."""
+    if platform.machine() not in ("x86_64", "AMD64") or _threads() is None:
+        return False
+    allowed = {"DEFAULT": (), "AVX2": (AVX2,)}.get(torch.backends.cpu.get_cpu_capability(), (AVX2, AVX512))
+    return machine in allowed and all(host_features().get(name, False) for name in NEEDED[machine])
+
+
+@functools.cache
+def machine_for(*sizes: int) -> Machine | None:
+    """The widest vectors that this processor has and all sizes are multiples of; None if there are none."""
+    fitting = (machine for machine in (AVX512, AVX2) if not any(size % machine.lanes for size in sizes))
+    return next((machine for machine in fitting if has(machine)), None)
+
+
+@functools.cache
+def _kernel(machine: Machine, sizes: BlockSizes | PatchSizes) -> int:
+    """The address of a compiled kernel."""
+    kind = Block if isinstance(sizes, BlockSizes) else Patches
+    code = code_for(
+        f"{identity(machine)} {kind.NAME} {sizes}", lambda: compile_for(machine, kind(machine, sizes).emit())
+    )
+    threads = _threads()
+    engine = load(machine, code, {name: _address(getattr(threads, name)) for name in THREAD_FUNCTIONS})
+    _engines.append(engine)
+    return engine.get_function_address(kind.NAME)
+
+
+def _address(function: Callable) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+class Launch:
+    """A kernel for images of one shape, not empty, and one number of threads.
+
+    sizes: what the kernel is compiled for; samples: N; image, result: heights and widths of x and y.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        sizes: BlockSizes | PatchSizes,
+        samples: int,
+        image: tuple[int, int],
+        result: tuple[int, int],
+        eps: float,
+        team: int,
+    ):
+        given = numbers(samples, image, result, eps, team)
+        self.kernel, self.team, self.run = _kernel(machine, sizes), team, _threads().GOMP_parallel
+        self.numbers = tuple(given[name] for name in NUMBERS)
+        self.scratch_size = team * scratch_rows(machine, given["unit"], given["units"]) * sizes.row
+        # A tile's rows beyond the last pixel are computed too: on zeros, for what was in memory before can be slow.
+        self.scratch = torch.zeros if result[1] % (machine.rows // 2) else torch.empty
+        self.argument = ctypes.c_int64 * (len(sizes.addresses) + len(NUMBERS))
+
+    def __call__(self, x: Tensor, y: Tensor, weights: Sequence[int]) -> Tensor:
+        """y, filled, for x; both contiguous. ``weights``: the addresses between those of y and of scratch memory."""
+        scratch = self.scratch(self.scratch_size)
+        argument = self.argument(x.data_ptr(), y.data_ptr(), *weights, scratch.data_ptr(), *self.numbers)
+        self.run(self.kernel, ctypes.addressof(argument), self.team, 0)
+        return y

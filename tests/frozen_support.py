@@ -1,0 +1,19 @@
+"""Frozen blocks for tests, and the reference on their weights."""
+
+import torch
+from test_block_parity import block_parameters
+
+from convnext_fast import reference
+from convnext_fast.folding import freeze_block
+
+
+@torch.no_grad()
+def frozen_weights(channels, hidden, side):
+    return freeze_block(**block_parameters(channels, hidden, side, torch.float32))
+
+
+def plain_block(x, weights, act):
+    dwconv_weight, dwconv_bias, w1, b1, w2, b2 = (None if t is None else t.to(x.dtype) for t in weights)
+    ones, zeros = x.new_ones(x.shape[3]), x.new_zeros(x.shape[3])
+    weights = dwconv_weight, dwconv_bias, ones, zeros, w1, b1[0], w2, b2
+    return reference.convnext_block(x, *weights, None, None, 1e-6, act)

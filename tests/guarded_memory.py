@@ -1,0 +1,75 @@
+"""Run the CPU kernels on tensors between pages that may not be touched: a script, for it dies of what it tests for.
+
+Prints a line for each case. An access before the first byte of a tensor, or behind its last one, is a segmentation
+fault; an access to memory in between is seen by the values.
+"""
+
+import ctypes
+import mmap
+
+import torch
+from convnext_fast.kernels.cpu import launching
+from convnext_fast.kernels.cpu.machine import AVX2, AVX512
+from frozen_support import frozen_weights
+
+from convnext_fast import compiled
+
+PAGE = mmap.PAGESIZE
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def guarded(like: torch.Tensor, at_end: bool) -> torch.Tensor:
+    """A copy between two forbidden pages, next to one of them; never freed."""
+    size = like.numel() * 4
+    pages = -(-size // PAGE) * PAGE
+    everything = mmap.PROT_READ | mmap.PROT_WRITE
+    start = _libc.mmap(None, pages + 2 * PAGE, everything, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    for forbidden in (start, start + PAGE + pages):
+        assert _libc.mprotect(forbidden, PAGE, 0) == 0
+    first = start + PAGE + (pages - size if at_end else 0)
+    memory = (ctypes.c_float * like.numel()).from_address(first)
+    return torch.frombuffer(memory, dtype=torch.float32).view(like.shape).copy_(like)
+
+
+def run(launch, x: torch.Tensor, y: torch.Tensor, weights: list[torch.Tensor], expected: torch.Tensor) -> None:
+    for at_end in (True, False):
+        held = [guarded(weight, at_end) for weight in weights]
+        result = guarded(torch.full_like(y, float("nan")), at_end)
+        launch(guarded(x, at_end), result, [weight.data_ptr() for weight in held])
+        assert torch.equal(result, expected)
+
+
+def block(machine, image, channels, hidden, side):
+    kept = compiled.CompiledBlock(frozen_weights(channels, hidden, side), machine)
+    x = torch.randn(*image, channels)
+    sizes = launching.BlockSizes.of(channels, hidden, side, image[2])
+    launch = launching.Launch(machine, sizes, image[0], image[1:], image[1:], 1e-6, torch.get_num_threads())
+    run(launch, x, x, kept.weights, kept(x, 1e-6))
+
+
+def patches(machine, stem):
+    sizes = launching.PatchSizes(3 if stem else 32, 48, 4, 4, stem)
+    image, result = (31, 46), (7, 11)
+    x = torch.randn(2, 3, *image) if stem else torch.randn(2, *image, 32)
+    y = torch.empty(2, *result, 48)
+    weights = [launching.pack(torch.randn(48, sizes.depth), machine), *torch.randn(3, 48)]
+    launch = launching.Launch(machine, sizes, 2, image, result, 1e-6, torch.get_num_threads())
+    expected = launch(x, y, [weight.data_ptr() for weight in weights])
+    run(launch, x, y, weights, expected.clone())
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for machine in filter(launching.has, (AVX2, AVX512)):
+        for case in (
+            ((2, 9, 9), 32, 64, 7), ((1, 3, 70), 48, 80, 7), ((3, 2, 3), 16, 64, 7), ((1, 1, 1), 16, 16, 5),
+            ((1, 30, 7), 80, 96, 3), ((2, 14, 14), 96, 384, 7),
+        ):  # fmt: skip
+            block(machine, *case)
+            print("ok", machine.lanes, *case)
+        for stem in (True, False):
+            patches(machine, stem)
+            print("ok", machine.lanes, "stem" if stem else "downsampling")

@@ -1,0 +1,288 @@
+"""The kernels for x86 CPUs: values at all shapes, equal bits however threads share the work, memory, lifetimes."""
+
+import ctypes
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from frozen_support import frozen_weights, plain_block
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import randomise, relative_error
+
+from convnext_fast import ConvNext, ConvNextConfig, aten, compiled, onednn_block, prepared
+from convnext_fast.folding import FrozenDownsample
+
+launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
+from convnext_fast.kernels.cpu import object_cache, team  # noqa: E402
+from convnext_fast.kernels.cpu.emit import I64, POINTER, Emitter, define  # noqa: E402
+from convnext_fast.kernels.cpu.gelu import gelu  # noqa: E402
+from convnext_fast.kernels.cpu.machine import AVX2, AVX512, compile_for, load  # noqa: E402
+from llvmlite import ir  # noqa: E402
+
+MACHINES = [
+    pytest.param(machine, id=name, marks=pytest.mark.skipif(not launching.has(machine), reason=f"no {name} here"))
+    for name, machine in (("AVX2", AVX2), ("AVX512", AVX512))
+]
+LEFT_ALONE = pytest.mark.skipif(not launching.has(AVX2), reason="these kernels need x86, Linux and AVX2")
+pytestmark = LEFT_ALONE
+
+sizes = st.one_of(st.integers(1, 16), st.sampled_from([28, 57, 65, 130]))
+
+
+@pytest.fixture
+def threads():
+    """A function that sets the number of threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def check(got, expected, eager):
+    assert got.is_contiguous()
+    assert relative_error(got, expected) <= 2 * relative_error(eager, expected) + 1e-7
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@given(
+    st.tuples(st.integers(1, 3), sizes, sizes),
+    st.sampled_from([1, 2, 3, 5]),
+    st.sampled_from([1, 3, 4]),
+    st.sampled_from([3, 5, 7]),
+    st.integers(1, 4),
+)
+@settings(max_examples=12, deadline=None)
+def test_block(machine, image, channels, ratio, side, team_size):
+    channels *= machine.lanes
+    weights = frozen_weights(channels, ratio * channels, side)
+    x = torch.randn(*image, channels)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(team_size)
+        got = compiled.CompiledBlock(weights, machine)(x, 1e-6)
+    finally:
+        torch.set_num_threads(before)
+    check(got, plain_block(x.double(), weights, "gelu"), plain_block(x, weights, "gelu"))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("side", "channels"), [(56, 96), (28, 192), (14, 384), (7, 768)])
+def test_blocks_of_real_models(machine, side, channels):
+    """Products of real depth, against eager's own error; and a mean far from zero."""
+    weights = frozen_weights(channels, 4 * channels, 7)
+    weights = weights._replace(dwconv_bias=weights.dwconv_bias + 5)
+    x = torch.randn(1, side, side, channels)
+    got = compiled.CompiledBlock(weights, machine)(x, 1e-6)
+    check(got, plain_block(x.double(), weights, "gelu"), plain_block(x, weights, "gelu"))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_no_bias_of_the_convolution(machine):
+    weights = frozen_weights(32, 64, 7)._replace(dwconv_bias=None)
+    x = torch.randn(2, 9, 9, 32)
+    got = compiled.CompiledBlock(weights, machine)(x, 1e-6)
+    check(got, plain_block(x.double(), weights, "gelu"), plain_block(x, weights, "gelu"))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("image", [(3, 14, 14), (4, 7, 7), (2, 3, 100), (5, 9, 9)])
+def test_equal_bits_for_every_number_of_threads_and_batch(machine, image, threads):
+    """Whether threads share rows or columns too."""
+    block = compiled.CompiledBlock(frozen_weights(96, 192, 7), machine)
+    x = torch.randn(*image, 96)
+    threads(1)
+    expected = block(x, 1e-6)
+    splits = set()
+    for count in (1, 2, 3, 4, 16):
+        threads(count)
+        splits.add(team.numbers(image[0], image[1:], image[1:], 1e-6, count)["split_columns"])
+        assert torch.equal(block(x, 1e-6), expected)
+        assert torch.equal(torch.cat([block(one, 1e-6) for one in x.split(1)]), expected)
+    assert splits == {0, 1}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_pixel_stays_visible_and_alone(machine, bad):
+    x = torch.randn(1, 12, 30, 32)
+    x[0, 4, 15, 3] = bad
+    finite = compiled.CompiledBlock(frozen_weights(32, 64, 7), machine)(x, 1e-6).isfinite().all(-1)[0]
+    footprint = torch.zeros(12, 30, dtype=torch.bool)
+    footprint[1:8, 12:19] = True
+    assert torch.equal(~finite, footprint)
+
+
+@given(
+    st.tuples(st.integers(1, 3), st.integers(2, 30), st.integers(2, 30)),
+    st.sampled_from([8, 16, 24, 48, 96]),
+    st.sampled_from([8, 32, 40, 96]),
+    st.sampled_from([(2, 2), (1, 2), (2, 1)]),
+)
+@settings(max_examples=12, deadline=None)
+def test_downsampling(image, channels, out_channels, patch):
+    x = torch.randn(*image, channels) * 3 + 1
+    weight = torch.randn(out_channels, channels, *patch) / channels**0.5
+    frozen = FrozenDownsample(weight.contiguous(memory_format=torch.channels_last), torch.randn(out_channels))
+
+    def plain(dtype):
+        n = F.layer_norm(x.to(dtype), [channels], eps=1e-6).permute(0, 3, 1, 2)
+        return F.conv2d(n, *(t.to(dtype) for t in frozen), stride=patch).permute(0, 2, 3, 1)
+
+    got = compiled.frozen_downsample(x, *frozen, 1e-6)
+    check(got, plain(torch.float64), plain(torch.float32))
+
+
+@given(
+    st.tuples(st.integers(1, 2), st.integers(4, 70), st.integers(4, 70)),
+    st.sampled_from([1, 3, 4]),
+    st.sampled_from([8, 48, 96]),
+    st.sampled_from([(4, 4), (2, 4), (4, 1)]),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=12, deadline=None)
+def test_stem(image, channels, out_channels, patch, bias, channels_last):
+    x = torch.randn(image[0], channels, *image[1:])
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    parameters = [
+        torch.randn(out_channels, channels, *patch) / 4,
+        torch.randn(out_channels) if bias else None,
+        torch.randn(out_channels),
+        torch.randn(out_channels),
+    ]
+
+    def plain(dtype):
+        weight, bias, ln_weight, ln_bias = (None if t is None else t.to(dtype) for t in parameters)
+        u = F.conv2d(x.to(dtype), weight, bias, stride=patch).permute(0, 2, 3, 1)
+        return F.layer_norm(u, [out_channels], ln_weight, ln_bias, 1e-6)
+
+    got = compiled.stem(x, *parameters, 1e-6)
+    check(got, plain(torch.float64), plain(torch.float32))
+
+
+def test_what_no_kernel_serves_goes_to_onednn():
+    x = torch.randn(1, 5, 5, 12)
+    for channels, hidden, act in ((12, 48, "gelu"), (16, 20, "gelu"), (16, 64, "silu")):
+        block = prepared.prepared(x, frozen_weights(channels, hidden, 3), act)
+        assert isinstance(block, onednn_block.OnednnBlock)
+    assert compiled.frozen_downsample(x, torch.randn(16, 12, 2, 2), torch.randn(16), 1e-6) is None
+    odd = torch.randn(16, 3, 3, 3), None, torch.randn(16), torch.randn(16)
+    assert compiled.stem(torch.randn(1, 3, 9, 9), *odd, 1e-6) is None
+    assert aten.patchify_stem_fwd(torch.randn(1, 3, 9, 9), *odd, 1e-6, torch.float32).shape == (1, 3, 3, 16)
+
+
+def test_a_block_is_prepared_once_for_its_weights_and_dies_with_them():
+    x, weights = torch.randn(1, 4, 4, 16), frozen_weights(16, 32, 3)
+
+    def prepared_for(*weights, act="gelu"):
+        block = prepared.prepared(x, weights, act)
+        assert relative_error(block(x, 1e-6), plain_block(x.double(), weights, act)) < 1e-5
+        return block
+
+    first = prepared_for(*weights)
+    assert isinstance(first, compiled.CompiledBlock)
+    assert prepared_for(*weights) is first
+    *head, b1, w2, b2 = weights
+    for other in ((*head, b1, w2 + 1, b2), (*head, b1 - 1, w2, b2), (*head, b1, w2, b2 + 1)):
+        assert prepared_for(*other) is not first
+    assert prepared_for(weights[0] + 1, *weights[1:]) is not first
+    assert prepared_for(weights[0], None, *weights[2:]) is not first
+    assert isinstance(prepared_for(*weights, act="relu"), onednn_block.OnednnBlock)
+    gone, key = weakref.ref(prepared_for(*weights)), id(weights.w1)
+    del first, weights, head, b1, w2, b2, other
+    gc.collect()
+    assert gone() is None
+    assert key not in prepared._KEPT
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_gelu(machine):
+    """Numbers of every size: as close to float64 as PyTorch's, and NaN and infinity as the function has them."""
+    scale = torch.logspace(-38, 3, 2000)
+    x = torch.cat([torch.linspace(-20, 20, 40001), scale, -scale, torch.tensor([0.0, float("nan"), float("inf")])])
+    module = ir.Module("gelu")
+    function = define(module, "gelu", POINTER, POINTER, I64, local=False)
+    e = Emitter(function, machine.lanes)
+    source, target, count = function.args
+    e.loop(0, count, machine.lanes, lambda i: e.store(gelu(e, e.load(source, i)), target, i))
+    e.builder.ret_void()
+    engine = load(machine, compile_for(machine, module), {})
+    x = F.pad(x, (0, -len(x) % machine.lanes))
+    got = torch.empty_like(x)
+    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(engine.get_function_address("gelu"))
+    run(x.data_ptr(), got.data_ptr(), len(x))
+
+    expected, eager = F.gelu(x.double()), F.gelu(x)
+    finite = expected.isfinite()
+    assert torch.equal(got[~finite].isnan(), expected[~finite].isnan())
+    assert got[x == float("inf")] == float("inf")
+    error, eagers = ((t.double() - expected)[finite].abs().max() for t in (got, eager))
+    assert error <= 2 * eagers
+    near = (x.abs() < 1) & (x.abs() > 1e-30)
+    assert ((got.double() - expected) / expected)[near].abs().max() < 1e-6
+
+
+def test_memory_is_left_alone_outside_of_the_tensors():
+    """A process that reads or writes a byte before or behind its tensors dies of it."""
+    script = Path(__file__).with_name("guarded_memory.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok") == len(done.stdout.splitlines()) >= 12
+
+
+@pytest.mark.parametrize("without", ["llvmlite", "CONVNEXT_FAST_BACKEND"])
+def test_models_run_without_the_kernels(without):
+    code = (
+        "import sys, torch\n"
+        f"if {without!r} == 'llvmlite':\n"
+        "    from importlib import util\n"
+        "    find_spec = util.find_spec\n"
+        "    util.find_spec = lambda name, *package: None if name == 'llvmlite' else find_spec(name, *package)\n"
+        "from convnext_fast import ConvNext, ConvNextConfig\n"
+        "model = ConvNext(ConvNextConfig(num_stages=1, hidden_sizes=[16], depths=[1])).eval()\n"
+        "model.freeze()\n"
+        "with torch.inference_mode(): print(tuple(model(torch.randn(1, 3, 32, 32)).shape), 'llvmlite' in sys.modules)"
+    )
+    environment = {**os.environ, "CONVNEXT_FAST_BACKEND": "auto" if without == "llvmlite" else "aten"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "(1, 2) False", done.stdout + done.stderr
+
+
+def test_whole_model():
+    config = ConvNextConfig(num_stages=2, hidden_sizes=[16, 40], depths=[2, 1])
+    model = randomise(ConvNext(config)).eval()
+    x = torch.randn(2, 3, 70, 66)
+    with torch.inference_mode():
+        expected = model.double()(x.double())
+        model.float().fused = False
+        eager = model(x)
+        model.fused = True
+        model.freeze()
+        check(model(x), expected, eager)
+
+
+def test_compiled_code_is_kept_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+
+    def compile_(code):
+        calls.append(code)
+        return code
+
+    assert [object_cache.code_for(d, lambda d=d: compile_(d.encode())) for d in "aba"] == [b"a", b"b", b"a"]
+    assert calls == [b"a", b"b"]
+    entries = sorted((tmp_path / "convnext_fast").iterdir())
+    assert len(entries) == 2
+    for entry in entries:
+        entry.write_bytes(entry.read_bytes()[:-1])
+    assert object_cache.code_for("a", lambda: compile_(b"a")) == b"a"
+    assert calls == [b"a", b"b", b"a"]
+    for blocked in ("/dev/null/no/folder", "/proc"):
+        monkeypatch.setenv("XDG_CACHE_HOME", blocked)
+        assert object_cache.code_for("a", lambda: compile_(b"c")) == b"c"
