@@ -20,10 +20,12 @@ from .prepared import prepared
 def _dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(N, H, W, C) to (P, C) in T, a new tensor."""
     bias = None if bias is None else bias.to(dtype)
-    x, weight = x.to(dtype).permute(0, 3, 1, 2), weight.to(dtype)
+    x, weight = x.to(dtype), weight.to(dtype)
     groups, padding = weight.shape[0], [weight.shape[2] // 2, weight.shape[3] // 2]
-    u = F.conv2d(x, weight, bias, padding=padding, groups=groups)
-    return u.permute(0, 2, 3, 1).reshape(-1, groups)
+    u = compiled.dwconv(x, weight, bias) if onednn.serves(x) else None
+    if u is None:
+        u = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=groups).permute(0, 2, 3, 1)
+    return u.reshape(-1, groups)
 
 
 def _dwconv_bwd(
@@ -34,7 +36,10 @@ def _dwconv_bwd(
     if needs_x:
         dx = _dwconv(du.view(x.shape), weight.flip(2, 3), None, du.dtype).view(x.shape)
     if needs_weight:
-        dweight = onednn.dwconv_weight_grad(x, du.view(x.shape), weight.shape[3])
+        du_map, side = du.view(x.shape), weight.shape[3]
+        alike = onednn.serves(x) and onednn.serves(du)
+        dweight = compiled.dwconv_weight_grad(x, du_map, side) if alike else None
+        dweight = onednn.dwconv_weight_grad(x, du_map, side) if dweight is None else dweight
     if needs_bias:
         dbias = du.sum(0, dtype=sum_dtype(du.dtype))
     return dx, dweight, dbias

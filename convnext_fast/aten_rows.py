@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import onednn
+from . import compiled, onednn
 from .reference import ACTIVATION_FUNCTIONS
 
 _aten = torch.ops.aten
@@ -34,6 +34,22 @@ ACTIVATIONS_ = {
 # training, and no blocks at all 3 to 7 %.
 _MOST_ROWS, _LEAST_ROWS = 8192, 256
 _CACHE_BYTES = 96 << 20
+
+
+def _activation(a: Tensor, act: str) -> Tensor:
+    """act(a), a new tensor."""
+    if act == "gelu" and onednn.serves(a) and compiled.serves_gelu(a):
+        return compiled.gelu(a)
+    return ACTIVATION_FUNCTIONS[act](a)
+
+
+def _activation_and_bwd_(dh: Tensor, a: Tensor, act: str, h: Tensor) -> tuple[Tensor, Tensor]:
+    """dh·act'(a) in the place of dh, and act(a) in h, which may be a."""
+    if act == "gelu" and onednn.serves(a) and compiled.serves_gelu(a):
+        compiled.gelu_bwd_(dh, a, h)
+        return dh, h
+    da = _activation_bwd_(dh, a, act)
+    return da, ACTIVATIONS_[act](h if h is a else h.copy_(a))
 
 
 def _activation_bwd_(dh: Tensor, a: Tensor, act: str) -> Tensor:
@@ -159,7 +175,7 @@ def mlp_fwd(
             z = mlp.forward(n, *rest)
         else:
             a = torch.addmm(mlp.b1, n, mlp.w1.t(), out=saved[rows])
-            z = mlp.second(ACTIVATION_FUNCTIONS[mlp.act](a), *rest)
+            z = mlp.second(_activation(a, mlp.act), *rest)
         if len(blocks) == 1:
             return z, saved
         y[rows] = z
@@ -183,6 +199,7 @@ def mlp_bwd(
     # tensor costs the page faults of its first use.
     blocks = row_blocks(x.shape[0], 4 * mlp.w1.shape[0] * x.element_size())
     d_hidden = x.new_empty(blocks[0].stop, mlp.w1.shape[0])
+    hidden = None if a is None else torch.empty_like(d_hidden)
     for rows in blocks:
         n, *statistics = (x[rows],) if norm is None else norm.forward(x[rows])
         dz = dy[rows].to(dtype)
@@ -191,8 +208,7 @@ def mlp_bwd(
         pre = linear(n, mlp.w1, mlp.b1) if a is None else a[rows]
         # PyTorch's BLAS is faster than oneDNN where nothing is fused and the weight is not transposed.
         dh = torch.mm(dz if mlp.gamma is None else (dz * mlp.gamma).to(dtype), mlp.w2, out=d_hidden[: n.shape[0]])
-        da = _activation_bwd_(dh, pre, mlp.act)
-        h = ACTIVATIONS_[mlp.act](pre) if a is None else ACTIVATION_FUNCTIONS[mlp.act](pre)
+        da, h = _activation_and_bwd_(dh, pre, mlp.act, pre if hidden is None else hidden[: n.shape[0]])
         e, dw1 = _plus_product(e, dz.t(), h), _plus_product(dw1, da.t(), n)
         t, db1 = _plus(t, dz.sum(0, dtype=wide)), _plus(db1, da.sum(0, dtype=wide))
         dn = da @ mlp.w1

@@ -68,6 +68,53 @@ def prepare(weights: tuple[Tensor | None, ...], act: str) -> CompiledBlock | Non
     return None if machine is None else CompiledBlock(weights, machine)
 
 
+def dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Depthwise convolution of x (N, H, W, C) that `onednn.serves`, the same shape; None where no kernel serves."""
+    samples, height, width, channels = x.shape
+    machine = _machine_for(channels)
+    if machine is None:
+        return None
+    x, taps = x.contiguous(), weight.reshape(channels, -1).t().contiguous()
+    bias = x.new_zeros(channels) if bias is None else bias.contiguous()
+    sizes = _kernels().DwconvSizes.of(channels, weight.shape[2], width)
+    image = height, width
+    launch = _launch(machine, sizes, samples, image, image, 0.0, torch.get_num_threads())
+    return launch(x, torch.empty_like(x), (taps.data_ptr(), bias.data_ptr()))
+
+
+def dwconv_weight_grad(x: Tensor, du: Tensor, side: int) -> Tensor | None:
+    """(C, 1, side, side) for x and du (N, H, W, C) that `onednn.serves`; None where no kernel serves."""
+    samples, height, width, channels = x.shape
+    machine = _machine_for(channels)
+    if machine is None:
+        return None
+    x, du, dw = x.contiguous(), du.contiguous(), x.new_empty(side * side, channels)
+    kernels = _kernels()
+    pointers = (tensor.data_ptr() for tensor in (x, du, dw))
+    kernels.run(machine, kernels.WgradSizes(channels, side), *pointers, samples, height, width)
+    return dw.t().contiguous().view(channels, 1, side, side)
+
+
+def serves_gelu(a: Tensor) -> bool:
+    """Whether `gelu` and `gelu_bwd_` serve for a that `onednn.serves`."""
+    return a.is_contiguous() and _machine_for(a.shape[-1]) is not None
+
+
+def gelu(a: Tensor) -> Tensor:
+    """GELU(a)."""
+    kernels, machine = _kernels(), _machine_for(a.shape[-1])
+    h = torch.empty_like(a)
+    kernels.run(machine, kernels.ElementwiseSizes(False), a.data_ptr(), h.data_ptr(), 0, a.numel())
+    return h
+
+
+def gelu_bwd_(dh: Tensor, a: Tensor, h: Tensor) -> None:
+    """dh·GELU'(a) in the place of dh, GELU(a) in h, which may be a."""
+    kernels, machine = _kernels(), _machine_for(a.shape[-1])
+    pointers = (tensor.data_ptr() for tensor in (a, h, dh))
+    kernels.run(machine, kernels.ElementwiseSizes(True), *pointers, a.numel())
+
+
 _PACKED = WeakTensorKeyDictionary()
 
 

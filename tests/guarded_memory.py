@@ -61,6 +61,36 @@ def patches(machine, stem):
     run(launch, x, y, weights, expected.clone())
 
 
+def convolution(machine, image, channels, side):
+    x, du = torch.randn(2, *image, channels)
+    taps, bias = torch.randn(side * side, channels), torch.randn(channels)
+    sizes = launching.DwconvSizes.of(channels, side, image[2])
+    launch = launching.Launch(machine, sizes, image[0], image[1:], image[1:], 0.0, torch.get_num_threads())
+    expected = launch(x, torch.empty_like(x), [taps.data_ptr(), bias.data_ptr()])
+    run(launch, x, x, [taps, bias], expected)
+
+    def weight_grad(x, du, dw):
+        pointers = (tensor.data_ptr() for tensor in (x, du, dw))
+        launching.run(machine, launching.WgradSizes(channels, side), *pointers, *image)
+        return dw
+
+    expected = weight_grad(x, du, torch.empty_like(taps))
+    for at_end in (True, False):
+        given = (guarded(tensor, at_end) for tensor in (x, du, torch.full_like(taps, float("nan"))))
+        assert torch.equal(weight_grad(*given), expected)
+
+
+def elementwise(machine, count):
+    a, dh = torch.randn(2, count)
+    for backward in (False, True):
+        for at_end in (True, False):
+            held = [guarded(tensor, at_end) for tensor in (a, torch.empty_like(a), dh)]
+            pointers = (tensor.data_ptr() for tensor in held)
+            launching.run(machine, launching.ElementwiseSizes(backward), *pointers, count)
+            assert torch.allclose(held[1], torch.nn.functional.gelu(a), atol=1e-6)
+            assert torch.equal(held[0], a)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     for machine in filter(launching.has, (AVX2, AVX512)):
@@ -70,6 +100,11 @@ if __name__ == "__main__":
         ):  # fmt: skip
             block(machine, *case)
             print("ok", machine.lanes, *case)
+        for case in (((2, 9, 9), 32, 7), ((1, 3, 70), 48, 5), ((3, 2, 3), 16, 7), ((2, 14, 14), 96, 3)):
+            convolution(machine, *case)
+            print("ok", machine.lanes, *case)
+        elementwise(machine, 16 * 37)
+        print("ok", machine.lanes, "elementwise")
         for stem in (True, False):
             patches(machine, stem)
             print("ok", machine.lanes, "stem" if stem else "downsampling")

@@ -91,15 +91,22 @@ def alone(tmp_path_factory):
     return output
 
 
+def train_plainly(output, options):
+    train(output, options, model=plain(new_model(), torch.float32))
+
+
 @pytest.fixture(scope="module")
 def check(tmp_path_factory):
-    """Says whether a run, of however many processes, is as good as a plain one of one process."""
-    known = []
-    for dtype in (torch.float32, torch.float64):
+    """Says whether a run, of however many processes, is as good as plain ones of one, two and three processes."""
+    eager = []
+    for world in (1, 2, 3):
         output = tmp_path_factory.mktemp("plain")
-        train(output, OPTIONS, model=plain(new_model(), dtype))
-        known.append(results(output, plain(new_model(), dtype)))
-    return lambda output: assert_as_good_as(known[0], results(output), known[1])
+        assert finish(start_ranks(world, train_plainly, output, OPTIONS)) == [0] * world
+        eager.append(results(output, plain(new_model(), torch.float32)))
+    output = tmp_path_factory.mktemp("exact")
+    train(output, OPTIONS, model=plain(new_model(), torch.float64))
+    exact = results(output, plain(new_model(), torch.float64))
+    return lambda output: assert_as_good_as(eager, results(output), exact)
 
 
 def test_the_comparison_sees_one_percent_of_the_gradient(tmp_path, check, alone):
@@ -108,7 +115,7 @@ def test_the_comparison_sees_one_percent_of_the_gradient(tmp_path, check, alone)
     for parameter in model.parameters():
         parameter.register_hook(lambda gradient: 1.01 * gradient)
     train(tmp_path, OPTIONS, model=model)
-    with pytest.raises(AssertionError, match="the plain run"):
+    with pytest.raises(AssertionError, match="the plain runs"):
         check(tmp_path)
 
 

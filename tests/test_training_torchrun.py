@@ -93,7 +93,7 @@ def test_the_command_under_torchrun_gives_the_model_of_one_process(command, tmp_
     assert out.count("epoch 1 ") == 1
     assert cli.main([*command, "--epochs", "2", "--output", str(tmp_path / "one")]) == 0
     for name in ("one", "two"):
-        assert_as_good_as(eager, load_file(tmp_path / name / "model" / "model.safetensors"), exact)
+        assert_as_good_as([eager], load_file(tmp_path / name / "model" / "model.safetensors"), exact)
     assert ConvNext.from_pretrained(tmp_path / "two" / "model").config.id2label == {0: "dark", 1: "light"}
 
 

@@ -86,16 +86,21 @@ def plain(model, dtype):
 
 
 def assert_as_good_as(eager, found, exact):
-    """``found`` errs as little against float64's ``exact`` as the plain ``eager`` run of one process does.
+    """``found`` errs as little against float64's ``exact`` as the plain runs ``eager``.
 
-    In root mean square over all results at most twice as much, and none more than twice that run's largest: AdamW blows
-    up the rounding of the smallest gradients, and it is a matter of luck which result that is seen in.
+    In root mean square over all results at most twice as much as the worst of them, and none more than twice their
+    largest: AdamW blows up the rounding of the smallest gradients, and it is a matter of luck in which result and in
+    which run that is seen.
     """
-    assert found.keys() == eager.keys() == exact.keys()
-    ours, theirs = (torch.tensor([relative_error(x[name], exact[name]) for name in exact]) for x in (found, eager))
-    worst = f"{list(exact)[ours.argmax()]} errs by {ours.max():.2e}, the plain run by {theirs.max():.2e} at most"
+
+    def errors(run):
+        assert run.keys() == exact.keys()
+        return torch.tensor([relative_error(run[name], exact[name]) for name in exact])
+
+    ours, theirs = errors(found), torch.stack([errors(run) for run in eager])
+    worst = f"{list(exact)[ours.argmax()]} errs by {ours.max():.2e}, the plain runs by {theirs.max():.2e} at most"
     assert ours.max() <= 2 * theirs.max(), worst
-    assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt(), worst
+    assert ours.square().mean().sqrt() <= 2 * theirs.square().mean(1).sqrt().max(), worst
 
 
 def stored(directory):

@@ -12,10 +12,14 @@ x: (N, H, W, C); weights: (k·k, C); u: rows of C.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from llvmlite import ir
 
 from .emit import I64, POINTER, Emitter, define
 from .machine import Machine
+from .team import Team
 
 GROUP = 7
 
@@ -46,10 +50,94 @@ def group(
                     sums[p] = e.fma(value, taps[column - p + pad], sums[p])
             return sums
 
-        sums = e.loop(first, last, 1, filter_row, *[e.load(bias, c)] * pixels)
+        sums = e.loop(first, last, 1, filter_row, *[e.spread(0.0)] * pixels)
         for p, u in enumerate(sums):
-            e.store(u, e.at(out, e.times(ldo, p)), c)
+            e.store(e.builder.fadd(u, e.load(bias, c)), e.at(out, e.times(ldo, p)), c)
 
     e.loop(0, channels, machine.lanes, channels_from)
     e.builder.ret_void()
     return function
+
+
+class Convolving(Team):
+    """A team with a depthwise convolution, by the fields x, dwconv_weight and dwconv_bias.
+
+    channels: C; side: k; pixels: of a group, at most W.
+    """
+
+    def __init__(self, machine: Machine, addresses: tuple[str, ...], row: int, channels: int, side: int, pixels: int):
+        super().__init__(machine, addresses, row)
+        self.channels, self.pad, self.pixels, self.side = channels, side // 2, pixels, side
+        # A group as wide as the image has all of the padding on both sides.
+        ends = range(self.pad + 1) if pixels == GROUP else [self.pad]
+        lost = [(left, right) for left in ends for right in ends]
+        self.groups = {missing: group(self.module, machine, pixels, side, channels, missing) for missing in lost}
+
+    def convolve(
+        self, unit: ir.Value, start: ir.Value, u: ir.Value, ldu: int, then: Callable[[ir.Value], None] | None = None
+    ) -> None:
+        """u of a unit, for rows ``ldu`` apart of which the first is pixel ``start``; ``then`` for each row of u."""
+        e, pad, channels, pixels = self.e, self.pad, self.channels, self.pixels
+        width, height = self.given["width"], self.given["height"]
+        row, left = self.row_and_left(unit)
+        right = self.right(left)
+        h = e.builder.urem(row, height)
+        filter_rows = e.positive(e.minus(pad, h)), e.smaller(self.side, e.minus(e.plus(height, pad), h))
+        filter_ = self.given["dwconv_weight"], self.given["dwconv_bias"]
+
+        def pixels_from(w: ir.Value) -> None:
+            w = e.smaller(w, e.minus(right, pixels))  # the last group may do some pixels again
+            pixel = e.plus(e.times(row, width), w)
+            out = e.at(u, e.times(e.minus(pixel, start), ldu))
+            here = e.at(self.given["x"], e.times(pixel, channels))
+            given = [here, e.times(width, channels), *filter_rows, *filter_, out, e.index(ldu)]
+            missing = e.positive(e.minus(pad, w)), e.positive(e.minus(e.plus(w, pixels + pad), width))
+            e.cases(
+                e.plus(e.times(missing[0], pad + 1), missing[1]),
+                {
+                    left * (pad + 1) + right: lambda function=function: e.builder.call(function, given)
+                    for (left, right), function in self.groups.items()
+                },
+            )
+            if then is not None:
+                e.loop(0, pixels, 1, lambda p: then(e.at(out, e.times(p, ldu))))
+
+        e.loop(left, right, pixels, pixels_from)
+
+
+class DwconvSizes(NamedTuple):
+    """What a kernel for the convolution alone is compiled for."""
+
+    channels: int
+    side: int
+    group: int
+
+    @classmethod
+    def of(cls, channels: int, side: int, width: int) -> DwconvSizes:
+        """For images of a width."""
+        return cls(channels, side, min(width, GROUP))
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The kernel's arguments that are addresses."""
+        return ("x", "y", "dwconv_weight", "dwconv_bias", "scratch")
+
+    @property
+    def row(self) -> int:
+        """Numbers of a row of scratch memory."""
+        return 0
+
+
+class Dwconv(Convolving):
+    """Emits ``dwconv``: u in the place of y. With the filter turned around it is the gradient of x."""
+
+    NAME = "dwconv"
+
+    def __init__(self, machine: Machine, sizes: DwconvSizes):
+        super().__init__(machine, sizes.addresses, sizes.row, *sizes)
+
+    def chunk(self, first: ir.Value, last: ir.Value) -> None:
+        """u of the units from ``first`` up to ``last``."""
+        e, nothing = self.e, self.e.index(0)
+        units = e.plus(first, self.member), last, self.members
+        e.loop(*units, lambda unit: self.convolve(unit, nothing, self.given["y"], self.channels))

@@ -19,6 +19,9 @@ from llvmlite import binding
 from torch import Tensor
 
 from .block import Block, BlockSizes
+from .dwconv import Dwconv, DwconvSizes
+from .dwconv_wgrad import DwconvWgrad, WgradSizes
+from .elementwise import Elementwise, ElementwiseSizes
 from .gemm import UNROLL as UNROLL
 from .gemm import pack as pack
 from .machine import AVX2, AVX512, NEEDED, Machine, compile_for, host_features, identity, load
@@ -61,10 +64,20 @@ def machine_for(*sizes: int) -> Machine | None:
     return next((machine for machine in fitting if has(machine)), None)
 
 
+_KINDS = {
+    BlockSizes: Block,
+    PatchSizes: Patches,
+    DwconvSizes: Dwconv,
+    WgradSizes: DwconvWgrad,
+    ElementwiseSizes: Elementwise,
+}
+Sizes = BlockSizes | PatchSizes | DwconvSizes | WgradSizes | ElementwiseSizes
+
+
 @functools.cache
-def _kernel(machine: Machine, sizes: BlockSizes | PatchSizes) -> int:
+def _kernel(machine: Machine, sizes: Sizes) -> int:
     """The address of a compiled kernel."""
-    kind = Block if isinstance(sizes, BlockSizes) else Patches
+    kind = _KINDS[type(sizes)]
     code = code_for(
         f"{identity(machine)} {kind.NAME} {sizes}", lambda: compile_for(machine, kind(machine, sizes).emit())
     )
@@ -78,6 +91,12 @@ def _address(function: Callable) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value
 
 
+def run(machine: Machine, sizes: Sizes, *fields: int) -> None:
+    """A kernel whose argument is these numbers and addresses."""
+    argument = (ctypes.c_int64 * len(fields))(*fields)
+    _threads().GOMP_parallel(_kernel(machine, sizes), ctypes.addressof(argument), torch.get_num_threads(), 0)
+
+
 class Launch:
     """A kernel for images of one shape, not empty, and one number of threads.
 
@@ -87,7 +106,7 @@ class Launch:
     def __init__(
         self,
         machine: Machine,
-        sizes: BlockSizes | PatchSizes,
+        sizes: BlockSizes | PatchSizes | DwconvSizes,
         samples: int,
         image: tuple[int, int],
         result: tuple[int, int],

@@ -56,6 +56,15 @@ def scratch_rows(machine: Machine, unit: int, units: int) -> int:
     return unit * units + machine.rows
 
 
+def thread_and_threads(e: Emitter) -> tuple[ir.Value, ir.Value]:
+    """The number of the thread that runs this, and how many there are."""
+    b, module = e.builder, e.builder.module
+    names = THREAD_FUNCTIONS[:2]
+    functions = (ir.Function(module, ir.FunctionType(I32, []), name) for name in names)
+    thread, threads = (b.sext(b.call(function, []), I64) for function in functions)
+    return thread, threads
+
+
 class Product(NamedTuple):
     """A matrix product over the rows of a chunk: the fields of its weights, its sizes, its end and its tiles."""
 
@@ -85,10 +94,7 @@ class Team:
 
     def emit(self) -> ir.Module:
         """The module."""
-        thread, threads, self._wait = (
-            ir.Function(self.module, ir.FunctionType(result, []), name)
-            for result, name in zip((I32, I32, VOID), THREAD_FUNCTIONS, strict=True)
-        )
+        self._wait = ir.Function(self.module, ir.FunctionType(VOID, []), THREAD_FUNCTIONS[2])
         function = define(self.module, self.NAME, POINTER, local=False)
         e = self.e = Emitter(function, self.machine.lanes)
         b = e.builder
@@ -97,7 +103,7 @@ class Team:
             place = b.gep(function.args[0], [e.index(i)], source_etype=I64)
             given[field] = b.load(place, typ=I64 if field in NUMBERS else POINTER)
         self.epsilon = b.bitcast(b.trunc(given["eps"], I32), e.vector.element)
-        thread, threads = (b.sext(b.call(function, []), I64) for function in (thread, threads))
+        thread, threads = thread_and_threads(e)
         split = self.split = b.icmp_signed("!=", given["split_columns"], e.index(0))
         self.member, self.members = e.choose(split, thread, 0), e.choose(split, threads, 1)
         everything, units = e.times(given["rows"], given["pieces"]), given["units"]
