@@ -16,7 +16,7 @@ from bench.chips import CHIP_OF
 from convnext_fast.measuring import seconds
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("triton", "numpy", "onnx", "onnxruntime", "openvino")
+PACKAGES = ("triton", "llvmlite", "numpy", "onnx", "onnxruntime", "openvino")
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
