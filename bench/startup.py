@@ -58,7 +58,8 @@ def rows(device: torch.device) -> Iterator[dict[str, Any]]:
         yield row | {"first_call_s": taken, "limit_s": LIMIT, "passed": taken < LIMIT, "failure": None}
         with tempfile.TemporaryDirectory() as folder:
             fresh, again = (
-                json.loads(_python("-m", "bench.startup", str(device), TRITON_CACHE_DIR=folder, XDG_CACHE_HOME=folder)) for _ in range(2)
+                json.loads(_python("-m", "bench.startup", str(device), TRITON_CACHE_DIR=folder, XDG_CACHE_HOME=folder))
+                for _ in range(2)
             )
     except (subprocess.CalledProcessError, json.JSONDecodeError) as error:
         yield row | {"failure": failure(error)}

@@ -6,7 +6,7 @@ They need Linux, AVX2, numbers of channels that are multiples of 8, GELU, and Py
 from __future__ import annotations
 
 import functools
-from importlib.util import find_spec
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -16,11 +16,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import backend
 
+_OLDEST_LLVMLITE = 0, 44
+
 
 @functools.cache
 def _kernels() -> ModuleType | None:
-    """The launchers; None where llvmlite is missing, or ATen's calls were asked for."""
-    if backend.REQUEST == "aten" or find_spec("llvmlite") is None:
+    """The launchers; None where llvmlite is missing or old, or ATen's calls were asked for."""
+    try:
+        version = metadata.version("llvmlite")
+    except metadata.PackageNotFoundError:
+        return None
+    if backend.REQUEST == "aten" or tuple(map(int, version.split(".")[:2])) < _OLDEST_LLVMLITE:
         return None
     from .kernels.cpu import launching
 
@@ -45,20 +51,29 @@ class CompiledBlock:
         dwconv_weight, dwconv_bias, w1, b1, w2, b2 = weights
         kernels = self.kernels = _kernels()
         hidden, channels = w1.shape
-        self.machine, self.options = machine, (channels, hidden, dwconv_weight.shape[2])
+        self.machine, self.channels, self.options = machine, channels, (channels, hidden, dwconv_weight.shape[2])
         taps = dwconv_weight.reshape(channels, -1).t().contiguous()
         bias = torch.zeros_like(b2) if dwconv_bias is None else dwconv_bias.contiguous()
         w1, w2 = kernels.pack(w1, machine), kernels.pack(w2, machine)
         self.weights = taps, bias, w1, b1[0].contiguous(), w2, b2.contiguous()
         self.addresses = tuple(weight.data_ptr() for weight in self.weights)
 
-    def __call__(self, x: Tensor, eps: float) -> Tensor:
-        """`prepared.Prepared`."""
+    def launch(self, x: Tensor, eps: float) -> Any:
+        """The kernel for images like x."""
         samples, height, width, _ = x.shape
         sizes = self.kernels.BlockSizes.of(*self.options, width)
         image = height, width
-        launch = _launch(self.machine, sizes, samples, image, image, eps, torch.get_num_threads())
-        return launch(x, torch.empty_like(x), self.addresses)
+        return _launch(self.machine, sizes, samples, image, image, eps, torch.get_num_threads())
+
+    def __call__(self, x: Tensor, eps: float) -> Tensor:
+        """`prepared.Prepared`."""
+        return self.launch(x, eps)(x, torch.empty_like(x), self.addresses)
+
+
+def run_chain(chain: list[tuple[CompiledBlock, float]], x: Tensor) -> Tensor:
+    """x (N, H, W, C), contiguous, through blocks with their epsilons."""
+    launches = [(block.launch(x, eps), block.addresses) for block, eps in chain]
+    return _kernels().run_in_turn(launches, x, [torch.empty_like(x) for _ in launches[:2]])
 
 
 def prepare(weights: tuple[Tensor | None, ...], act: str) -> CompiledBlock | None:

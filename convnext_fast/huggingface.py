@@ -19,6 +19,7 @@ from .block import (
     new_layer_scale,
     patchify_stem,
 )
+from .chain import in_one_go
 from .config import ConvNextConfig
 from .folding import FrozenDownsample
 from .freezing import Freezable
@@ -118,6 +119,9 @@ class ConvNextStage(Layered, Freezable):
                 x = downsample(x, *self.downsampling_layer, None if self.learns() else self.frozen)
             else:
                 x = in_turn(self.downsampling_layer, x)
+        y = in_one_go(self.layers, x)
+        if y is not None:
+            return y
         for layer in self.layers:
             if self.checkpointing is not None and self.training and torch.is_grad_enabled():
                 x = checkpoint(layer, x, **self.checkpointing)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .block import ConvNextBlock, Downsample, Stem
+from .chain import in_one_go
 from .config import ConvNextConfig
 from .layered import in_turn, layer_norm_2d
 from .trunk import ConvNextSwitches, check_image, init_weights
@@ -50,7 +51,8 @@ class Stage(nn.Module):
         """(N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋), or of the same size in the first stage."""
         x = self.downsample(x)
         if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
-            return self.blocks(x)
+            y = in_one_go(self.blocks, x)
+            return self.blocks(x) if y is None else y
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False)
         return x

@@ -87,7 +87,7 @@ def convnext_block(
     if not torch.is_grad_enabled():
         recompute = 2
     args = (dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma, drop_scale)
-    return _implementation(path, _wants_values(x)).block_fwd(x.contiguous(), *args, eps, act, recompute, dtype)[0]
+    return _implementation(path, wants_values(x)).block_fwd(x.contiguous(), *args, eps, act, recompute, dtype)[0]
 
 
 @torch.fx.wrap
@@ -113,7 +113,7 @@ def frozen_block(
     """
     _check_options(act, 2)
     tensors = (x, dwconv_weight, dwconv_bias, w1, b1, w2, b2)
-    values = _wants_values(x)
+    values = wants_values(x)
     described = _described(*tensors) if values else None
     if described in _PASSED:
         dtype = x.dtype
@@ -150,7 +150,7 @@ def dwconv_layernorm(
     if path == "reference":
         return reference.dwconv_layernorm(x, weight, bias, ln_weight, ln_bias, eps)
     arguments = (x.contiguous(), weight, bias, ln_weight, ln_bias, eps, dtype)
-    return _implementation(path, _wants_values(x)).dwconv_layernorm_fwd(*arguments)[0]
+    return _implementation(path, wants_values(x)).dwconv_layernorm_fwd(*arguments)[0]
 
 
 def pointwise_mlp(
@@ -189,7 +189,7 @@ def pointwise_mlp(
     if not torch.is_grad_enabled():
         recompute = 2
     rest = (w1, b1, w2, b2, gamma, drop_scale, act, recompute, dtype)
-    run = _implementation(path, _wants_values(x)).pointwise_mlp_fwd
+    run = _implementation(path, wants_values(x)).pointwise_mlp_fwd
     if residual is not None:
         return run(x.contiguous(), residual.contiguous(), *rest)[0]
     y = run(x.contiguous(), None, *rest)[0]
@@ -214,9 +214,9 @@ def patchify_stem(
     _check(image, "ln_bias", ln_bias, (weight.shape[0],))
     dtype = _compute_dtype(image, weight=weight)
     path = backend.select(image.device, dtype)
-    if path == "triton" or (path == "aten" and _wants_values(image)):
+    if path == "triton" or (path == "aten" and wants_values(image)):
         arguments = (image, weight, bias, ln_weight, ln_bias, eps, dtype)
-        return _implementation(path, _wants_values(image)).patchify_stem_fwd(*arguments)
+        return _implementation(path, wants_values(image)).patchify_stem_fwd(*arguments)
     return reference.patchify_stem(image, weight, bias, ln_weight, ln_bias, eps)
 
 
@@ -242,7 +242,7 @@ def downsample(
         return Downsample.apply(x, ln_weight, ln_bias, weight, bias, eps, dtype)
     if path != "triton":
         return reference.downsample(x, ln_weight, ln_bias, weight, bias, eps)
-    return _implementation("triton", _wants_values(x)).downsample_fwd(
+    return _implementation("triton", wants_values(x)).downsample_fwd(
         x.contiguous(), ln_weight, ln_bias, weight, bias, eps, dtype
     )
 
@@ -262,10 +262,10 @@ def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1
     _check_patches(x, weight, bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
     dtype = _compute_dtype(x, weight=weight)
     path = backend.select(x.device, dtype)
-    serves = path == "triton" or (path == "aten" and _wants_values(x))
+    serves = path == "triton" or (path == "aten" and wants_values(x))
     if weight.dtype != dtype or _wants_gradient(x, weight, bias) or not serves:
         return downsample(x, *_affine(x, None, None), weight, bias.to(weight.dtype), eps=eps)
-    return _implementation(path, _wants_values(x)).frozen_downsample_fwd(x.contiguous(), weight, bias, eps, dtype)
+    return _implementation(path, wants_values(x)).frozen_downsample_fwd(x.contiguous(), weight, bias, eps, dtype)
 
 
 def _implementation(path: backend.Backend, values: bool) -> ModuleType:
@@ -286,7 +286,8 @@ def _implementation(path: backend.Backend, values: bool) -> ModuleType:
     return operators
 
 
-def _wants_values(x: Tensor) -> bool:
+def wants_values(x: Tensor) -> bool:
+    """Whether a call on x is asked for its value alone, and nothing looks on."""
     return (
         not torch.is_grad_enabled()
         and type(x) is Tensor

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -121,9 +122,30 @@ class Launch:
         self.scratch = torch.zeros if result[1] % (machine.rows // 2) else torch.empty
         self.argument = ctypes.c_int64 * (len(sizes.addresses) + len(NUMBERS))
 
-    def __call__(self, x: Tensor, y: Tensor, weights: Sequence[int]) -> Tensor:
-        """y, filled, for x; both contiguous. ``weights``: the addresses between those of y and of scratch memory."""
-        scratch = self.scratch(self.scratch_size)
+    def new_scratch(self) -> Tensor:
+        """Scratch memory."""
+        return self.scratch(self.scratch_size)
+
+    def start(self, x: Tensor, y: Tensor, weights: Sequence[int], scratch: Tensor) -> Callable[[], None]:
+        """A function that runs the kernel; ``weights``: the addresses between those of y and of scratch memory."""
         argument = self.argument(x.data_ptr(), y.data_ptr(), *weights, scratch.data_ptr(), *self.numbers)
-        self.run(self.kernel, ctypes.addressof(argument), self.team, 0)
+        return functools.partial(self.run, self.kernel, argument, self.team, 0)
+
+    def __call__(self, x: Tensor, y: Tensor, weights: Sequence[int]) -> Tensor:
+        """y, filled, for x; both contiguous."""
+        scratch = self.new_scratch()
+        self.start(x, y, weights, scratch)()
         return y
+
+
+def run_in_turn(launches: Sequence[tuple[Launch, Sequence[int]]], x: Tensor, results: Sequence[Tensor]) -> Tensor:
+    """The last result of kernels of which each takes that of the one before, in two tensors by turns."""
+    scratch = max((launch for launch, _ in launches), key=lambda launch: launch.scratch_size).new_scratch()
+    sources = [x, *itertools.islice(itertools.cycle(results), len(launches))]
+    calls = [
+        launch.start(source, target, weights, scratch)
+        for (launch, weights), (source, target) in zip(launches, itertools.pairwise(sources), strict=True)
+    ]
+    for call in calls:
+        call()
+    return sources[-1]

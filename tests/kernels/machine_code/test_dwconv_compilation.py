@@ -29,7 +29,10 @@ def _launches(target, dtype):
     return launches
 
 
-@pytest.mark.parametrize("target", GPU_TARGETS)
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(t, marks=() if t in ("sm_80", "sm_90") else pytest.mark.thorough) for t in GPU_TARGETS],
+)
 def test_bfloat16_on_every_target(target):
     launches = _launches(target, torch.bfloat16)
     assert len(launches) == 4

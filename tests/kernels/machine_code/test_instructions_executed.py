@@ -12,6 +12,7 @@ def _nan_poisoned_allocations():
     """What fills allocations would be recorded."""
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(emulator_path() is None, reason="sass_emulator not found: set CONVNEXT_FAST_SASS_EMULATOR")
 def test_instructions_of_a_pass():
     chosen = passes(("atto",), ("bf16",), ("inference",), (1,), ("sm_80", "sm_90"))

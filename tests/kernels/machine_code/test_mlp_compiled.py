@@ -47,7 +47,9 @@ def patch_launches():
     return launches
 
 
-@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=() if t == "sm_90" else pytest.mark.thorough) for t in SHARED]
+)
 @pytest.mark.parametrize("what", WHAT)
 def test_resources(what, target):
     """No spills, shared memory within the chip's, 128-bit loads of activations, warp-group MMA on sm_90."""
