@@ -20,30 +20,44 @@ from .watching import has_hooks
 
 def in_one_go(blocks: nn.Sequential | nn.ModuleList, x: Tensor) -> Tensor | None:
     """(N, C, H, W) through frozen blocks; None where they have to be called one by one."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(blocks) < 2:
+    if torch.is_grad_enabled() or len(blocks) < 2 or not _serves(x) or not all(map(_serves_as_it_is, blocks)):
         return None
-    chain = _kernels_of(blocks, x)
-    return None if chain is None else as_nchw(compiled.run_chain(chain, x.permute(0, 2, 3, 1).contiguous()))
-
-
-def _kernels_of(blocks: nn.Sequential | nn.ModuleList, x: Tensor) -> list[tuple[compiled.CompiledBlock, float]] | None:
-    """What the blocks run, and their epsilons; None where something else than that is to be done."""
-    if not ops.wants_values(x) or x.dim() != 4 or not onednn.serves(x):
+    if _hooks_everywhere() or not _is_untouched(blocks):
         return None
-    if backend.select(x.device, x.dtype) != "aten" or _hooks_everywhere() or not _is_untouched(blocks):
-        return None
-    chain = []
+    first = blocks[0].frozen
     for block in blocks:
-        if not isinstance(block, ConvNextBlockBase) or not _is_untouched(block):
-            return None
         frozen = block.frozen
-        if frozen is None or not block.fused or block.change() is not None or frozen.w1.dtype != x.dtype:
+        if frozen is None or frozen.w1.dtype != x.dtype or frozen.w1.shape != first.w1.shape:
             return None
-        kernel = prepared(x, tuple(frozen), block.act_name)
-        if not isinstance(kernel, compiled.CompiledBlock) or kernel.channels != x.shape[1]:
+        if frozen.w1.shape[1] != x.shape[1] or block.act_name != blocks[0].act_name:
             return None
-        chain.append((kernel, block.eps))
-    return chain
+    nhwc = x.permute(0, 2, 3, 1)
+    if torch.compiler.is_compiling():
+        from .frozen_stage import frozen_blocks
+
+        weights = [x.new_empty(0) if weight is None else weight for block in blocks for weight in block.frozen]
+        return frozen_blocks(nhwc, weights, [block.eps for block in blocks], blocks[0].act_name).permute(0, 3, 1, 2)
+    chain = [(prepared(x, tuple(block.frozen), block.act_name), block.eps) for block in blocks]
+    if not all(isinstance(kernel, compiled.CompiledBlock) for kernel, _ in chain):
+        return None
+    return as_nchw(compiled.run_chain(chain, nhwc.contiguous()))
+
+
+def _serves(x: Tensor) -> bool:
+    """Whether the path for CPUs takes x, and nothing but a compiler looks on."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    if torch.compiler.is_compiling():
+        looked_at = backend.autocasts(x)
+    else:
+        looked_at = not ops.wants_values(x) or not onednn.serves(x)
+    return not looked_at and backend.select(x.device, x.dtype) == "aten"
+
+
+def _serves_as_it_is(block: nn.Module) -> bool:
+    """Whether the block computes with its frozen weights, and a call of it does nothing else."""
+    ours = isinstance(block, ConvNextBlockBase) and _is_untouched(block)
+    return ours and block.fused and block.change() is None
 
 
 _FORWARDS = ConvNextBlockBase.forward, nn.Sequential.forward, nn.ModuleList.forward

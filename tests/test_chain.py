@@ -6,6 +6,7 @@ from support import randomise
 from torch import nn
 
 from convnext_fast import ConvNext, ConvNextConfig, ConvNextModel, chain, compiled
+from convnext_fast.frozen_stage import frozen_blocks
 
 launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
 from convnext_fast.kernels.cpu.machine import AVX2  # noqa: E402
@@ -135,4 +136,35 @@ def test_a_mode_that_looks_on_sees_the_blocks(model, chains):
     with torch.no_grad(), Watch():
         output(model, torch.randn(1, 3, 32, 32))
     assert names.count("convnext_fast.frozen_block_fwd") == 5
+    assert not chains
+
+
+def test_a_compiled_model_calls_one_operator_a_stage(model, chains):
+    x = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        expected = output(model, x)
+        compiled_model = torch.compile(model, fullgraph=True)
+        assert torch.allclose(output(compiled_model, x), expected, atol=1e-5)
+        x = torch.randn(3, 3, 48, 36)
+        assert torch.allclose(output(compiled_model, x), output(model, x), atol=1e-5)
+    assert chains == [3, 2] * 4
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck(model, bias):
+    frozen = [block.frozen for block in blocks_of(model, 0)]
+    weights = [weight for block in frozen for weight in block]
+    if not bias:
+        weights[1] = torch.empty(0)
+    arguments = torch.randn(2, 9, 9, 16), weights, [1e-6] * 3, "gelu"
+    torch.library.opcheck(frozen_blocks, arguments)
+    torch.library.opcheck(frozen_blocks, (torch.empty(0, 9, 9, 16), *arguments[1:]))
+
+
+def test_no_kernel_serves(chains):
+    model = randomise(ConvNext(ConvNextConfig(num_stages=1, hidden_sizes=[12], depths=[2]))).eval().freeze()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.allclose(torch.compile(model, fullgraph=True)(x), expected, atol=1e-5)
     assert not chains
