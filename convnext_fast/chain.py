@@ -33,7 +33,7 @@ def in_one_go(blocks: nn.Sequential | nn.ModuleList, x: Tensor) -> Tensor | None
             return None
     nhwc = x.permute(0, 2, 3, 1)
     if torch.compiler.is_compiling():
-        from .frozen_stage import frozen_blocks
+        from .frozen_ops import frozen_blocks
 
         weights = [x.new_empty(0) if weight is None else weight for block in blocks for weight in block.frozen]
         return frozen_blocks(nhwc, weights, [block.eps for block in blocks], blocks[0].act_name).permute(0, 3, 1, 2)

@@ -44,6 +44,11 @@ def _launch(*arguments: Any) -> Any:
     return _kernels().Launch(*arguments)
 
 
+def _as_read(vector: Tensor) -> Tensor:
+    """As the kernels read it."""
+    return vector.to(torch.float32).contiguous()
+
+
 class CompiledBlock:
     """A frozen block as one kernel; ``machine``: what the weights are packed for."""
 
@@ -53,9 +58,9 @@ class CompiledBlock:
         hidden, channels = w1.shape
         self.machine, self.channels, self.options = machine, channels, (channels, hidden, dwconv_weight.shape[2])
         taps = dwconv_weight.reshape(channels, -1).t().contiguous()
-        bias = torch.zeros_like(b2) if dwconv_bias is None else dwconv_bias.contiguous()
         w1, w2 = kernels.pack(w1, machine), kernels.pack(w2, machine)
-        self.weights = taps, bias, w1, b1[0].contiguous(), w2, b2.contiguous()
+        bias = w1.new_zeros(channels) if dwconv_bias is None else dwconv_bias
+        self.weights = taps, _as_read(bias), w1, _as_read(b1[0]), w2, _as_read(b2)
         self.addresses = tuple(weight.data_ptr() for weight in self.weights)
 
     def launch(self, x: Tensor, eps: float) -> Any:
@@ -90,7 +95,7 @@ def dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     if machine is None:
         return None
     x, taps = x.contiguous(), weight.reshape(channels, -1).t().contiguous()
-    bias = x.new_zeros(channels) if bias is None else bias.contiguous()
+    bias = x.new_zeros(channels) if bias is None else _as_read(bias)
     sizes = _kernels().DwconvSizes.of(channels, weight.shape[2], width)
     image = height, width
     launch = _launch(machine, sizes, samples, image, image, 0.0, torch.get_num_threads())
@@ -141,8 +146,9 @@ def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Te
     packed = _PACKED.get(weight)
     if packed is None:
         packed = _PACKED[weight] = _kernels().pack(weight.permute(0, 2, 3, 1).flatten(1), machine)
-    nowhere = 0, 0
-    return _patches(machine, x, weight, eps, (packed.data_ptr(), bias.data_ptr(), *nowhere), x.shape[3], x.shape[1:3])
+    bias, nowhere = _as_read(bias), (0, 0)
+    addresses = packed.data_ptr(), bias.data_ptr(), *nowhere
+    return _patches(machine, x.contiguous(), weight, eps, addresses, x.shape[3], x.shape[1:3])
 
 
 def stem(
@@ -153,8 +159,8 @@ def stem(
     if machine is None or weight[0].numel() % _kernels().UNROLL:
         return None
     packed = _kernels().pack(weight.flatten(1), machine)
-    parameters = [packed, packed.new_zeros(weight.shape[0]) if bias is None else bias, ln_weight, ln_bias]
-    parameters = [parameter.contiguous() for parameter in parameters]
+    bias = packed.new_zeros(weight.shape[0]) if bias is None else bias
+    parameters = [packed, *map(_as_read, (bias, ln_weight, ln_bias))]
     addresses = tuple(parameter.data_ptr() for parameter in parameters)
     return _patches(machine, image.contiguous(), weight, eps, addresses, image.shape[1], image.shape[2:], stem=True)
 

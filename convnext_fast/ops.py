@@ -217,6 +217,10 @@ def patchify_stem(
     if path == "triton" or (path == "aten" and wants_values(image)):
         arguments = (image, weight, bias, ln_weight, ln_bias, eps, dtype)
         return _implementation(path, wants_values(image)).patchify_stem_fwd(*arguments)
+    if path == "aten" and dtype == torch.float32 and _compiles_for_values(image, weight, bias, ln_weight, ln_bias):
+        from .frozen_ops import stem
+
+        return stem(image, weight, bias, ln_weight, ln_bias, eps)
     return reference.patchify_stem(image, weight, bias, ln_weight, ln_bias, eps)
 
 
@@ -252,8 +256,7 @@ def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1
     """`downsample` on what `folding.freeze_downsample` made of its parameters.
 
     x: (N, H, W, C); weight: (C', C, kh, kw); bias: (C',). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C'). Where a gradient is wanted,
-    autocast asks for another dtype than that of ``weight``, or a compiler traces on a CPU, this is `downsample` with
-    this weight.
+    or autocast asks for another dtype than that of ``weight``, this is `downsample` with this weight.
 
     Raises:
         TypeError, ValueError: as `convnext_block`.
@@ -262,6 +265,10 @@ def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1
     _check_patches(x, weight, bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
     dtype = _compute_dtype(x, weight=weight)
     path = backend.select(x.device, dtype)
+    if path == "aten" and dtype == weight.dtype == torch.float32 and _compiles_for_values(x, weight, bias):
+        from .frozen_ops import frozen_downsample
+
+        return frozen_downsample(x, weight, bias, eps)
     serves = path == "triton" or (path == "aten" and wants_values(x))
     if weight.dtype != dtype or _wants_gradient(x, weight, bias) or not serves:
         return downsample(x, *_affine(x, None, None), weight, bias.to(weight.dtype), eps=eps)
@@ -295,6 +302,11 @@ def wants_values(x: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and backend.is_plain(x)
     )
+
+
+def _compiles_for_values(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether a compiler traces a call on x, in x's dtype, that needs no gradient."""
+    return torch.compiler.is_compiling() and not backend.autocasts(x) and not _wants_gradient(x, *weights)
 
 
 _PASSED: set[tuple] = set()

@@ -6,7 +6,7 @@ from support import randomise
 from torch import nn
 
 from convnext_fast import ConvNext, ConvNextConfig, ConvNextModel, chain, compiled
-from convnext_fast.frozen_stage import frozen_blocks
+from convnext_fast.frozen_ops import frozen_blocks, frozen_downsample, stem
 
 launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
 from convnext_fast.kernels.cpu.machine import AVX2  # noqa: E402
@@ -157,8 +157,21 @@ def test_opcheck(model, bias):
     if not bias:
         weights[1] = torch.empty(0)
     arguments = torch.randn(2, 9, 9, 16), weights, [1e-6] * 3, "gelu"
-    torch.library.opcheck(frozen_blocks, arguments)
-    torch.library.opcheck(frozen_blocks, (torch.empty(0, 9, 9, 16), *arguments[1:]))
+    check_operator(frozen_blocks, *arguments)
+    check_operator(frozen_blocks, torch.empty(0, 9, 9, 16), *arguments[1:])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck_of_patches(bias):
+    weight, vectors = torch.randn(24, 16, 2, 2), torch.randn(3, 24)
+    for samples in (0, 2):
+        check_operator(frozen_downsample, torch.randn(samples, 9, 8, 16), weight, vectors[0], 1e-6)
+        image, first = torch.randn(samples, 3, 17, 18), torch.randn(24, 3, 4, 4)
+        check_operator(stem, image, first, vectors[0] if bias else None, *vectors[1:], 1e-6)
+
+
+def check_operator(operator, *arguments):
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_no_kernel_serves(chains):

@@ -86,6 +86,32 @@ def test_no_bias_of_the_convolution(machine):
     check(got, plain_block(x.double(), weights, "gelu"), plain_block(x, weights, "gelu"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_default_dtype_and_vectors_of_another_one(dtype):
+    """Kernels read float32 whatever else PyTorch would allocate, and whatever the biases are stored in and how."""
+    weights = frozen_weights(32, 64, 7)
+    biases = {name: getattr(weights, name) for name in ("dwconv_bias", "b1", "b2")}
+    strided = {name: torch.stack((b, b), -1).double()[..., 0] for name, b in biases.items()}
+    frozen = FrozenDownsample(torch.randn(48, 32, 2, 2), torch.randn(48))
+    stem = torch.randn(32, 3, 4, 4), *torch.randn(3, 32)
+    x, picture = torch.randn(2, 9, 11, 32), torch.randn(1, 3, 17, 18)
+    expected = (
+        compiled.CompiledBlock(weights, AVX2)(x, 1e-6),
+        compiled.frozen_downsample(x, *frozen, 1e-6),
+        compiled.stem(picture, *stem, 1e-6),
+    )
+    torch.set_default_dtype(dtype)
+    try:
+        got = (
+            compiled.CompiledBlock(weights._replace(**strided), AVX2)(x, 1e-6),
+            compiled.frozen_downsample(x, frozen.weight, torch.stack((frozen.bias,) * 2, -1).double()[..., 0], 1e-6),
+            compiled.stem(picture, stem[0], *(torch.stack((v, v), -1).double()[..., 0] for v in stem[1:]), 1e-6),
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, got, expected))
+
+
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("image", [(3, 14, 14), (4, 7, 7), (2, 3, 100), (5, 9, 9)])
 def test_equal_bits_for_every_number_of_threads_and_batch(machine, image, threads):

@@ -124,7 +124,7 @@ class Launch:
 
     def new_scratch(self) -> Tensor:
         """Scratch memory."""
-        return self.scratch(self.scratch_size)
+        return self.scratch(self.scratch_size, dtype=torch.float32, device="cpu")
 
     def start(self, x: Tensor, y: Tensor, weights: Sequence[int], scratch: Tensor) -> Callable[[], None]:
         """A function that runs the kernel; ``weights``: the addresses between those of y and of scratch memory."""
