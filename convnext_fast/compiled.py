@@ -6,6 +6,7 @@ They need Linux, AVX2, numbers of channels that are multiples of 8, GELU, and Py
 from __future__ import annotations
 
 import functools
+import warnings
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -28,8 +29,11 @@ def _kernels() -> ModuleType | None:
         return None
     if backend.REQUEST == "aten" or tuple(map(int, version.split(".")[:2])) < _OLDEST_LLVMLITE:
         return None
-    from .kernels.cpu import launching
-
+    try:
+        from .kernels.cpu import launching
+    except (ImportError, OSError) as error:
+        warnings.warn(f"the kernels for CPUs do not run, for llvmlite cannot be imported: {error}", stacklevel=2)
+        return None
     return launching
 
 
@@ -39,7 +43,7 @@ def _machine_for(*channels: int) -> Any:
     return None if kernels is None else kernels.machine_for(*channels)
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(1024, typed=True)
 def _launch(*arguments: Any) -> Any:
     return _kernels().Launch(*arguments)
 
@@ -57,10 +61,11 @@ class CompiledBlock:
         kernels = self.kernels = _kernels()
         hidden, channels = w1.shape
         self.machine, self.channels, self.options = machine, channels, (channels, hidden, dwconv_weight.shape[2])
-        taps = dwconv_weight.reshape(channels, -1).t().contiguous()
+        taps = dwconv_weight.reshape(channels, -1).t().clone(memory_format=torch.contiguous_format)
         w1, w2 = kernels.pack(w1, machine), kernels.pack(w2, machine)
         bias = w1.new_zeros(channels) if dwconv_bias is None else dwconv_bias
-        self.weights = taps, _as_read(bias), w1, _as_read(b1[0]), w2, _as_read(b2)
+        # Copies: PyTorch may move a tensor's memory (`Module.share_memory`), and addresses are kept.
+        self.weights = taps, _as_read(bias).clone(), w1, _as_read(b1[0]).clone(), w2, _as_read(b2).clone()
         self.addresses = tuple(weight.data_ptr() for weight in self.weights)
 
     def launch(self, x: Tensor, eps: float) -> Any:

@@ -34,14 +34,15 @@ _PACKED = WeakTensorKeyDictionary()
 def serves(x: Tensor) -> bool:
     """Whether oneDNN computes for tensors like x: float32 on an x86 CPU, unless ``torch.backends.mkldnn`` is off.
 
-    It takes no empty ones. A compiler sees into these calls only where it has given up on the model around them, and
-    cannot lower them then.
+    It takes no empty ones, and none that are the negative of what is in memory. A compiler sees into these calls only
+    where it has given up on the model around them, and cannot lower them then.
     """
     return (
         x.numel() > 0
         and not torch.compiler.is_compiling()
         and x.dtype == torch.float32
         and x.device.type == "cpu"
+        and not x.is_neg()
         and torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
         and _X86

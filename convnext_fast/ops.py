@@ -114,23 +114,38 @@ def frozen_block(
     _check_options(act, 2)
     tensors = (x, dwconv_weight, dwconv_bias, w1, b1, w2, b2)
     values = wants_values(x)
-    described = _described(*tensors) if values else None
-    if described in _PASSED:
-        dtype = x.dtype
-    else:
-        _check_activation(x, "x")
-        channels, hidden = x.shape[3], _rows_of(w1, "w1")
-        _check(x, "b1", b1, (2, hidden))
-        _check_dwconv(x, dwconv_weight, dwconv_bias)
-        _check_mlp(x, w1, b1[0], w2, b2, None, None, channels, hidden)
-        dtype = _compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
-        if described is not None:
-            _PASSED.add(described)
+    dtype = check_frozen_block(values, *tensors)
     path = backend.select(x.device, dtype)
     if w1.dtype != dtype or _wants_gradient(*tensors) or path == "reference":
         mlp = (w1, b1[0].to(w1.dtype), w2, b2.to(w1.dtype))
         return convnext_block(x, dwconv_weight, dwconv_bias, None, None, *mlp, eps=eps, act=act)
     return _implementation(path, values).frozen_block_fwd(x.contiguous(), *tensors[1:], eps, act, dtype)
+
+
+def check_frozen_block(
+    values: bool,
+    x: Tensor,
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+) -> torch.dtype:
+    """The dtype in which `frozen_block` computes; raises what it raises. ``values``: what `wants_values` says of x."""
+    tensors = (x, dwconv_weight, dwconv_bias, w1, b1, w2, b2)
+    described = _described(*tensors) if values else None
+    if described in _PASSED:
+        return x.dtype
+    _check_activation(x, "x")
+    channels, hidden = x.shape[3], _rows_of(w1, "w1")
+    _check(x, "b1", b1, (2, hidden))
+    _check_dwconv(x, dwconv_weight, dwconv_bias)
+    _check_mlp(x, w1, b1[0], w2, b2, None, None, channels, hidden)
+    dtype = _compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
+    if described is not None:
+        _PASSED.add(described)
+    return dtype
 
 
 def dwconv_layernorm(

@@ -34,8 +34,19 @@ def guarded(like: torch.Tensor, at_end: bool) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.float32).view(like.shape).copy_(like)
 
 
+class GuardedLaunch(launching.Launch):
+    """Guards scratch memory, too."""
+
+    at_end = True
+
+    def new_scratch(self):
+        scratch = super().new_scratch()
+        return guarded(scratch, self.at_end) if scratch.numel() else scratch
+
+
 def run(launch, x: torch.Tensor, y: torch.Tensor, weights: list[torch.Tensor], expected: torch.Tensor) -> None:
     for at_end in (True, False):
+        GuardedLaunch.at_end = at_end
         held = [guarded(weight, at_end) for weight in weights]
         result = guarded(torch.full_like(y, float("nan")), at_end)
         launch(guarded(x, at_end), result, [weight.data_ptr() for weight in held])
@@ -46,7 +57,7 @@ def block(machine, image, channels, hidden, side):
     kept = compiled.CompiledBlock(frozen_weights(channels, hidden, side), machine)
     x = torch.randn(*image, channels)
     sizes = launching.BlockSizes.of(channels, hidden, side, image[2])
-    launch = launching.Launch(machine, sizes, image[0], image[1:], image[1:], 1e-6, torch.get_num_threads())
+    launch = GuardedLaunch(machine, sizes, image[0], image[1:], image[1:], 1e-6, torch.get_num_threads())
     run(launch, x, x, kept.weights, kept(x, 1e-6))
 
 
@@ -56,7 +67,7 @@ def patches(machine, stem):
     x = torch.randn(2, 3, *image) if stem else torch.randn(2, *image, 32)
     y = torch.empty(2, *result, 48)
     weights = [launching.pack(torch.randn(48, sizes.depth), machine), *torch.randn(3, 48)]
-    launch = launching.Launch(machine, sizes, 2, image, result, 1e-6, torch.get_num_threads())
+    launch = GuardedLaunch(machine, sizes, 2, image, result, 1e-6, torch.get_num_threads())
     expected = launch(x, y, [weight.data_ptr() for weight in weights])
     run(launch, x, y, weights, expected.clone())
 
@@ -65,7 +76,7 @@ def convolution(machine, image, channels, side):
     x, du = torch.randn(2, *image, channels)
     taps, bias = torch.randn(side * side, channels), torch.randn(channels)
     sizes = launching.DwconvSizes.of(channels, side, image[2])
-    launch = launching.Launch(machine, sizes, image[0], image[1:], image[1:], 0.0, torch.get_num_threads())
+    launch = GuardedLaunch(machine, sizes, image[0], image[1:], image[1:], 0.0, torch.get_num_threads())
     expected = launch(x, torch.empty_like(x), [taps.data_ptr(), bias.data_ptr()])
     run(launch, x, x, [taps, bias], expected)
 
@@ -96,7 +107,7 @@ if __name__ == "__main__":
     for machine in filter(launching.has, (AVX2, AVX512)):
         for case in (
             ((2, 9, 9), 32, 64, 7), ((1, 3, 70), 48, 80, 7), ((3, 2, 3), 16, 64, 7), ((1, 1, 1), 16, 16, 5),
-            ((1, 30, 7), 80, 96, 3), ((2, 14, 14), 96, 384, 7),
+            ((1, 30, 7), 80, 96, 3), ((2, 14, 14), 96, 384, 7), ((1, 1, 3718), 16, 16, 7), ((1, 2, 4161), 16, 16, 7),
         ):  # fmt: skip
             block(machine, *case)
             print("ok", machine.lanes, *case)

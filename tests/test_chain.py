@@ -70,6 +70,35 @@ def test_the_input_is_not_overwritten_and_the_result_is_anyones(model):
     y.requires_grad_().sum().backward()
 
 
+def test_weights_whose_memory_moves(model):
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = output(model, x)
+        model.share_memory()
+        filler = [torch.full((size,), float("nan")) for size in (16, 24, 32, 48, 64, 96, 128, 192) for _ in range(200)]
+        assert torch.equal(output(model, x), expected)
+    assert filler
+
+
+def test_what_a_block_refuses_a_chain_refuses(model):
+    x = torch.randn(1, 3, 32, 32)
+    block = blocks_of(model, 0)[1]
+    conv = block.parts().dwconv
+    plain = conv.weight
+    with torch.no_grad():
+        output(model, x)
+        for bad, error in (
+            (plain.double(), "the activations are torch.float32 but dwconv_weight is torch.float64"),
+            (plain[..., :4, :4].clone(), "expected a square one of side 3, 5 or 7"),
+            (plain.to("meta"), "is on meta"),
+        ):
+            block.unfreeze()
+            conv.weight = nn.Parameter(bad, requires_grad=False)
+            block.freeze()
+            with pytest.raises((TypeError, ValueError), match=error):
+                output(model, x)
+
+
 def test_gradients_go_block_by_block(model, chains):
     x = torch.randn(1, 3, 32, 32, requires_grad=True)
     output(model, x).sum().backward()

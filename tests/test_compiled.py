@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import randomise, relative_error
 
-from convnext_fast import ConvNext, ConvNextConfig, aten, compiled, onednn_block, prepared
+from convnext_fast import ConvNext, ConvNextConfig, aten, compiled, onednn_block, ops, prepared
 from convnext_fast.folding import FrozenDownsample
 
 launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
@@ -326,6 +327,21 @@ def test_whole_model():
         check(model(x), expected, eager)
 
 
+def test_no_unit_is_narrower_than_a_group():
+    for width in (*range(1, 5000), 16384, 65537):
+        cut = team.numbers(1, (1, width), (1, width), 1e-6, 2)
+        last = width - (cut["pieces"] - 1) * cut["unit"]
+        assert cut["unit"] <= 64
+        assert min(width, team.GROUP) <= last <= cut["unit"]
+
+
+def test_the_negative_of_what_is_in_memory():
+    weights, x = frozen_weights(16, 32, 3), torch.randn(1, 5, 5, 16)
+    with torch.no_grad():
+        expected = ops.frozen_block(-x, *weights)
+        assert relative_error(ops.frozen_block(torch._neg_view(x), *weights), expected) < 1e-5
+
+
 def test_compiled_code_is_kept_on_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     calls = []
@@ -342,6 +358,10 @@ def test_compiled_code_is_kept_on_disk(tmp_path, monkeypatch):
         entry.write_bytes(entry.read_bytes()[:-1])
     assert object_cache.code_for("a", lambda: compile_(b"a")) == b"a"
     assert calls == [b"a", b"b", b"a"]
+    with monkeypatch.context() as context:
+        context.setattr(os, "replace", mock.Mock(side_effect=OSError("no space")))
+        assert object_cache.code_for("c", lambda: b"c") == b"c"
+    assert len(list((tmp_path / "convnext_fast").iterdir())) == 2
     for blocked in ("/dev/null/no/folder", "/proc"):
         monkeypatch.setenv("XDG_CACHE_HOME", blocked)
         assert object_cache.code_for("a", lambda: compile_(b"c")) == b"c"

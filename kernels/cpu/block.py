@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .dwconv import GROUP, Convolving
+from .dwconv import Convolving
 from .gelu import gelu
 from .machine import Machine
 from .normalising import normalise
-from .team import PADDING
+from .team import GROUP, PADDING
 
 ADDRESSES = ("x", "y", "dwconv_weight", "dwconv_bias", "w1", "b1", "w2", "b2", "scratch")
 """x, y: (N, H, W, C); dwconv_weight: (k·k, C); w1, w2: packed (`gemm.pack`)."""

@@ -19,9 +19,7 @@ from llvmlite import ir
 
 from .emit import I64, POINTER, Emitter, define
 from .machine import Machine
-from .team import Team
-
-GROUP = 7
+from .team import GROUP, Team
 
 
 def group(

@@ -15,10 +15,9 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .dwconv import GROUP
 from .emit import I64, POINTER, Emitter, define
 from .machine import Machine
-from .team import thread_and_threads
+from .team import GROUP, thread_and_threads
 
 FIELDS = ("x", "du", "dw", "samples", "height", "width")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -35,18 +36,23 @@ _engines: list[binding.ExecutionEngine] = []
 
 @functools.cache
 def _threads() -> ctypes.CDLL | None:
-    """The libgomp in this process that is PyTorch's."""
+    """The libgomp in this process that is PyTorch's; None where it has another library for its threads."""
     if not sys.platform.startswith("linux"):
         return None
     lines = Path("/proc/self/maps").read_text().splitlines()
-    paths = dict.fromkeys(line.split(maxsplit=5)[5] for line in lines if "libgomp" in line)
-    folder = str(Path(torch.__file__).parent)
-    for path in sorted(paths, key=lambda path: not path.startswith(folder)):
-        library = ctypes.CDLL(path)
-        library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        library.GOMP_parallel.restype = None
-        return library
-    return None
+    paths = {fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6}
+    own = f"{Path(torch.__file__).parent}{os.sep}"
+    found = sorted((path for path in paths if "libgomp" in Path(path).name), key=lambda path: not path.startswith(own))
+    others = any(name in Path(path).name for path in paths for name in ("libiomp", "libomp."))
+    if not found or (others and not found[0].startswith(own)):
+        return None
+    try:
+        library = ctypes.CDLL(found[0])
+    except OSError:  # an upgrade under a process that runs
+        return None
+    library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    library.GOMP_parallel.restype = None
+    return library
 
 
 @functools.cache
@@ -75,7 +81,7 @@ _KINDS = {
 Sizes = BlockSizes | PatchSizes | DwconvSizes | WgradSizes | ElementwiseSizes
 
 
-@functools.cache
+@functools.lru_cache(None, typed=True)  # by the kind of sizes, too
 def _kernel(machine: Machine, sizes: Sizes) -> int:
     """The address of a compiled kernel."""
     kind = _KINDS[type(sizes)]

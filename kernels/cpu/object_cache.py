@@ -22,6 +22,8 @@ def folder() -> Path:
 
 def code_for(description: str, compile_: Callable[[], bytes]) -> bytes:
     """The code that ``description``, and the source of this package, stand for."""
+    if _source_digest() is None:
+        return compile_()
     try:
         entry = folder() / hashlib.sha256(f"{_source_digest()} {description}".encode()).hexdigest()
     except RuntimeError:  # nobody's home
@@ -34,12 +36,17 @@ def code_for(description: str, compile_: Callable[[], bytes]) -> bytes:
     with contextlib.suppress(OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=entry.parent, delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, entry)
+            try:
+                file.write(hashlib.sha256(code).digest() + code)
+                file.flush()
+                os.replace(file.name, entry)
+            except OSError:
+                os.unlink(file.name)
     return code
 
 
 @functools.cache
-def _source_digest() -> str:
+def _source_digest() -> str | None:
+    """None where the source is not there to be read."""
     files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return None if not files else hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -27,6 +27,9 @@ NUMBERS = ("in_height", "in_width", "rows", "height", "width", "pieces", "unit",
 N·height; pieces: units of a row, of ``unit`` pixels, the last may be shorter; units: of a chunk; split_columns: 0 or 1;
 eps: a float32's bits."""
 
+GROUP = 7
+"""Pixels that a convolution does at a time. No unit of a wider image is narrower, for its last group starts earlier."""
+
 _CHUNK_PIXELS = 56
 _WIDEST_UNIT = 64
 _LEAST_PIXELS = 64  # of a thread's own; with fewer, threads share columns
@@ -35,8 +38,10 @@ _LEAST_PIXELS = 64  # of a thread's own; with fewer, threads share columns
 def numbers(samples: int, image: tuple[int, int], result: tuple[int, int], eps: float, threads: int) -> dict[str, int]:
     """``NUMBERS`` for heights and widths of x and y."""
     height, width = result
-    pieces = -(-width // _WIDEST_UNIT)
-    unit = -(-width // pieces)
+    unit = -(-width // -(-width // _WIDEST_UNIT))
+    while 0 < width % unit < GROUP:
+        unit -= 1
+    pieces = -(-width // unit)
     return {
         "in_height": image[0],
         "in_width": image[1],
