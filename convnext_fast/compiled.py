@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import backend
 
-_OLDEST_LLVMLITE = 0, 44
+_OLDEST_LLVMLITE = 0, 46
 
 
 @functools.cache

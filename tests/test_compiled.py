@@ -302,7 +302,7 @@ def test_models_run_without_the_kernels(without):
         "def version(name):\n"
         "    if name != 'llvmlite': return real(name)\n"
         f"    if {without!r} == 'llvmlite': raise metadata.PackageNotFoundError(name)\n"
-        f"    return '0.43.0' if {without!r} == 'a new llvmlite' else real(name)\n"
+        f"    return '0.45.1' if {without!r} == 'a new llvmlite' else real(name)\n"
         "metadata.version = version\n"
         "from convnext_fast import ConvNext, ConvNextConfig\n"
         "model = ConvNext(ConvNextConfig(num_stages=1, hidden_sizes=[16], depths=[1])).eval()\n"
