@@ -37,6 +37,16 @@ def _kernels() -> ModuleType | None:
     return launching
 
 
+def describe() -> str:
+    """What the kernels are compiled for here, in words, or why there are none."""
+    kernels = _kernels()
+    if kernels is None:
+        return "none, they need llvmlite (extra cpu) and CONVNEXT_FAST_BACKEND other than aten"
+    names = {kernels.AVX512: "AVX-512", kernels.AVX2: "AVX2"}
+    found = [name for machine, name in names.items() if kernels.has(machine)]
+    return found[0] if found else "none, they need Linux, an x86 processor with AVX2 and PyTorch's libgomp"
+
+
 def _machine_for(*channels: int) -> Any:
     """What kernels for these numbers of channels are compiled for; None where they do not serve."""
     kernels = _kernels()

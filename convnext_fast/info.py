@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from . import __version__, backend
+from . import __version__, backend, compiled
 from .block import KERNEL_SIZE
 from .config import VARIANTS, ConvNextConfig
 
@@ -81,7 +81,7 @@ def devices() -> list[torch.device]:
 def versions() -> dict[str, str]:
     """Versions of this package and of what it stands on; "not installed" where something is missing."""
     found = {"convnext-fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "numpy", "pillow", "safetensors", "huggingface_hub", "rich", "scikit-learn"):
+    for name in ("triton", "llvmlite", "numpy", "pillow", "safetensors", "huggingface_hub", "rich", "scikit-learn"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -104,6 +104,7 @@ def print_here(console: Console) -> None:
     columns = ("device", *(str(dtype).removeprefix("torch.") for dtype in dtypes))
     print_table(console, "What fused=True runs here", columns, rows)
     console.print(f"CONVNEXT_FAST_BACKEND is {backend.REQUEST}.", soft_wrap=True)
+    console.print(f"Kernels for this CPU: {compiled.describe()}.")
 
 
 def print_variants(console: Console) -> None:

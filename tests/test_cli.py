@@ -260,7 +260,9 @@ def test_info_fits_every_width_and_cuts_nothing_off(run, checkpoint, monkeypatch
     status, out, _ = run("info")
     assert status == 0
     words = " ".join(out.split())
-    assert all(name in words for name in (*VARIANTS, "aten", torch.__version__, "384-768-1536-3072"))
+    assert all(
+        name in words for name in (*VARIANTS, "aten", torch.__version__, "384-768-1536-3072", "Kernels for this CPU")
+    )
     _, out, _ = run("info", "tiny")
     assert all(word in " ".join(out.split()) for word in ("28.59 M", "4.46 G", "stage4"))
     _, out, _ = run("info", checkpoint)
