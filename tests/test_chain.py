@@ -1,8 +1,10 @@
 """Frozen blocks in one go: the same bits as block by block, and whatever looks on is called as ever."""
 
+import copy
+
 import pytest
 import torch
-from support import randomise
+from support import randomise, relative_error
 from torch import nn
 
 from convnext_fast import ConvNext, ConvNextConfig, ConvNextModel, chain, compiled
@@ -23,6 +25,18 @@ def model(request):
 def output(model, x):
     y = model(x)
     return y if isinstance(y, torch.Tensor) else y.last_hidden_state
+
+
+def check(got, model, x):
+    """Against the plain model in float64; no worse than twice the plain model in float32."""
+    exact, eager = (plain(model, x, dtype) for dtype in (torch.float64, torch.float32))
+    assert relative_error(got, exact) <= 2 * relative_error(eager, exact) + 1e-7
+
+
+def plain(model, x, dtype):
+    copied = copy.deepcopy(model)
+    copied.fused = False
+    return output(copied.to(dtype), x.to(dtype))
 
 
 @pytest.fixture
@@ -113,8 +127,6 @@ def test_hooks_fire(model, chains, where):
         handle = nn.modules.module.register_module_forward_hook(lambda module, x, y: seen.append(type(module)))
     else:
         blocks = blocks_of(model, 0)
-        if where == "container" and isinstance(blocks, nn.ModuleList):
-            pytest.skip("a ModuleList is not called")
         holder = blocks[1] if where == "block" else blocks
         handle = holder.register_forward_hook(lambda module, x, y: seen.append(module))
     try:
@@ -126,7 +138,7 @@ def test_hooks_fire(model, chains, where):
         assert seen.count(type(blocks_of(model, 0)[0])) == 5
         assert not chains
     else:
-        assert seen == [holder]
+        assert seen == ([] if isinstance(holder, nn.ModuleList) else [holder])  # a ModuleList is not called
         assert chains == [2]
 
 
@@ -140,7 +152,7 @@ def test_what_was_done_to_a_block_counts(model, chains):
         del block.forward
         assert not torch.equal(changed, before)
         block.unfreeze()
-        assert torch.allclose(output(model, x), before, atol=1e-4)
+        check(output(model, x), model, x)
         block.freeze()
         assert torch.equal(output(model, x), before)
         replaced = nn.LayerNorm(16)
@@ -171,12 +183,11 @@ def test_a_mode_that_looks_on_sees_the_blocks(model, chains):
 def test_a_compiled_model_calls_one_operator_a_stage(model, chains):
     x = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
-        expected = output(model, x)
         compiled_model = torch.compile(model, fullgraph=True)
-        assert torch.allclose(output(compiled_model, x), expected, atol=1e-5)
+        check(output(compiled_model, x), model, x)
         x = torch.randn(3, 3, 48, 36)
-        assert torch.allclose(output(compiled_model, x), output(model, x), atol=1e-5)
-    assert chains == [3, 2] * 4
+        check(output(compiled_model, x), model, x)
+    assert chains == [3, 2] * 2
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -207,6 +218,6 @@ def test_no_kernel_serves(chains):
     model = randomise(ConvNext(ConvNextConfig(num_stages=1, hidden_sizes=[12], depths=[2]))).eval().freeze()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        expected = model(x)
-        assert torch.allclose(torch.compile(model, fullgraph=True)(x), expected, atol=1e-5)
+        check(model(x), model, x)
+        check(torch.compile(model, fullgraph=True)(x), model, x)
     assert not chains

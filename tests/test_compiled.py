@@ -27,8 +27,7 @@ MACHINES = [
     pytest.param(machine, id=name, marks=pytest.mark.skipif(not launching.has(machine), reason=f"no {name} here"))
     for name, machine in (("AVX2", AVX2), ("AVX512", AVX512))
 ]
-LEFT_ALONE = pytest.mark.skipif(not launching.has(AVX2), reason="these kernels need x86, Linux and AVX2")
-pytestmark = LEFT_ALONE
+pytestmark = pytest.mark.skipif(not launching.has(AVX2), reason="these kernels need x86, Linux and AVX2")
 
 sizes = st.one_of(st.integers(1, 16), st.sampled_from([28, 57, 65, 130]))
 
