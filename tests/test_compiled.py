@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from frozen_support import frozen_weights, plain_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import randomise, relative_error
+from support import no_worse, randomise, relative_error
 
 from convnext_fast import ConvNext, ConvNextConfig, aten, compiled, onednn_block, ops, prepared
 from convnext_fast.folding import FrozenDownsample
@@ -42,7 +42,7 @@ def threads():
 
 def check(got, expected, eager):
     assert got.is_contiguous()
-    assert relative_error(got, expected) <= 2 * relative_error(eager, expected) + 1e-7
+    assert no_worse(got, expected, eager)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -155,7 +155,7 @@ def test_convolution_and_its_gradients(image, channels, side):
     got = compiled.dwconv(x, weight, bias), compiled.dwconv(du, weight.flip(2, 3), None)
     got = *got, compiled.dwconv_weight_grad(x, du, side)
     for ours, expected, eager in zip(got, plain(torch.float64), plain(torch.float32), strict=True):
-        assert relative_error(ours, expected) <= 2 * relative_error(eager, expected) + 1e-7
+        assert no_worse(ours, expected, eager)
 
 
 def test_a_weight_gradient_of_equal_bits_for_every_number_of_threads(threads):
