@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import compiled, onednn
 from .aten_rows import Mlp, Norm, linear, mlp_bwd, mlp_fwd, sum_dtype
-from .prepared import prepared
+from .prepared import prepared_block, prepared_downsample
 
 
 def _dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -123,7 +123,7 @@ def frozen_block_fwd(
     """`block_fwd` on the weights of `folding.FrozenBlock`."""
     if dtype == torch.float32 and onednn.serves(x):
         weights = (dwconv_weight, dwconv_bias, w1, b1, w2, b2)
-        return prepared(x, weights, act)(x, eps)
+        return prepared_block(weights, act, x.shape)(x, eps)
     u = _dwconv(x, dwconv_weight, dwconv_bias, dtype)
     norm, mlp = Norm(None, None, eps), Mlp(w1, b1[0], w2, b2, None, act)
     y, _ = mlp_fwd(u, x.reshape(u.shape), norm, mlp, None, overwrite=True)
@@ -133,9 +133,9 @@ def frozen_block_fwd(
 def frozen_downsample_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Convolution of patches of x̂, (N, ⌊H/kh⌋, ⌊W/kw⌋, C') in T, by what `folding.FrozenDownsample` holds."""
     if dtype == torch.float32 and onednn.serves(x):
-        y = compiled.frozen_downsample(x, weight, bias, eps)
-        if y is not None:
-            return y
+        kernel = prepared_downsample(weight, bias)
+        if kernel is not None:
+            return kernel(x.contiguous(), eps)
     n = Norm(None, None, eps).forward(x.reshape(-1, x.shape[3]))[0].view(x.shape).to(dtype).permute(0, 3, 1, 2)
     bias, stride = bias.to(dtype), list(weight.shape[2:])
     if onednn.serves(n):
@@ -159,9 +159,9 @@ def patchify_stem_fwd(
     oneDNN's convolution of an image of three channels is slower, and its result not NHWC.
     """
     if dtype == torch.float32 and onednn.serves(image):
-        y = compiled.stem(image, weight, bias, ln_weight, ln_bias, eps)
-        if y is not None:
-            return y
+        stem = compiled.prepare_stem(weight, bias, ln_weight, ln_bias)
+        if stem is not None:
+            return stem(image.contiguous(), eps)
     kernel = weight.shape[2:]
     height, width = image.shape[2] // kernel[0], image.shape[3] // kernel[1]
     whole = image[:, :, : height * kernel[0], : width * kernel[1]].to(dtype)

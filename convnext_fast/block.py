@@ -19,6 +19,7 @@ from .freezing import Freezable
 from .layered import Layered, Pair, in_turn
 from .memory import as_nchw
 from .reference import ACTIVATION_FUNCTIONS
+from .steps import Step, stepwise
 
 KERNEL_SIZE = 7
 
@@ -61,6 +62,7 @@ class Parts(NamedTuple):
     gamma: nn.Parameter | None
 
 
+@stepwise
 class ConvNextBlockBase(Layered, Freezable):
     """x + drop_path(γ · fc2(act(fc1(LayerNorm(dwconv(x)))))); subclasses name the layers.
 
@@ -108,6 +110,13 @@ class ConvNextBlockBase(Layered, Freezable):
             options = {"eps": norm.eps, "act": self.act_name, "recompute": self.recompute}
             y = ops.convnext_block(nhwc, *args, gamma, self.drop_path.draw(x), **options)
         return as_nchw(y)
+
+    def steps(self) -> list[Step] | None:
+        """See `steps.stepwise`."""
+        frozen = self.frozen
+        if frozen is None or not self.fused or self.change() is not None:
+            return None
+        return [Step(tuple(frozen), self.eps, self.act_name)]
 
     def fold(self) -> FrozenBlock | None:
         """LayerNorm's affine and γ folded into the linear layers, and a copy of the convolution."""
@@ -195,6 +204,7 @@ class ConvNextBlock(ConvNextBlockBase):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+@stepwise
 class Stem(Pair):
     """Patch convolution, then LayerNorm: (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
 
@@ -208,7 +218,12 @@ class Stem(Pair):
         """(N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋), channels_last."""
         return patchify_stem(image, *self) if self.reads_weights() else in_turn(self, image)
 
+    def steps(self) -> list[Step] | None:
+        """See `steps.stepwise`."""
+        return stem_steps(self, *self)
 
+
+@stepwise
 class Downsample(Freezable, Pair):
     """LayerNorm, then 2×2 convolution of stride 2: (N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋)."""
 
@@ -223,6 +238,15 @@ class Downsample(Freezable, Pair):
         if not self.reads_weights():
             return in_turn(self, x)
         return downsample(x, *self, None if self.learns() else self.frozen)
+
+    def steps(self) -> list[Step] | None:
+        """See `steps.stepwise`."""
+        frozen = self.frozen
+        return (
+            None
+            if frozen is None or not self.fused or self.change() is not None
+            else [Step(tuple(frozen), self[0].eps)]
+        )
 
     def fold(self) -> FrozenDownsample | None:
         """LayerNorm's affine folded into the convolution."""
@@ -239,6 +263,14 @@ def patchify_stem(image: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
     """The stem by the weights of its layers: (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
     y = ops.patchify_stem(image, conv.weight, conv.bias, norm.weight, norm.bias, eps=norm.eps)
     return as_nchw(y)
+
+
+def stem_steps(module: Layered, *layers: nn.Module) -> list[Step] | None:
+    """What a stem does whose layers are a convolution and a LayerNorm; see `steps.stepwise`."""
+    if not module.fused or module.change() is not None:
+        return None
+    conv, norm = layers
+    return [Step((conv.weight, conv.bias, norm.weight, norm.bias), norm.eps)]
 
 
 def downsample(x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d, frozen: FrozenDownsample | None) -> Tensor:

@@ -6,16 +6,19 @@ They need Linux, AVX2, numbers of channels that are multiples of 8, GELU, and Py
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import warnings
+from collections.abc import Sequence
 from importlib import metadata
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import backend
+from .steps import patched
 
 _OLDEST_LLVMLITE = 0, 46
 
@@ -58,49 +61,122 @@ def _launch(*arguments: Any) -> Any:
     return _kernels().Launch(*arguments)
 
 
-def _as_read(vector: Tensor) -> Tensor:
-    """As the kernels read it."""
-    return vector.to(torch.float32).contiguous()
+class Kernel:
+    """A step as one kernel.
 
+    machine: what its weights are packed for; weights: copies that its addresses are of, for PyTorch may move a tensor's
+    memory (`Module.share_memory`).
+    """
 
-class CompiledBlock:
-    """A frozen block as one kernel; ``machine``: what the weights are packed for."""
+    def __init__(self, machine: Any, weights: Sequence[Tensor]):
+        self.machine, self.weights = machine, weights
+        self.addresses = tuple(weight.data_ptr() for weight in weights)
 
-    def __init__(self, weights: tuple[Tensor | None, ...], machine: Any):
-        dwconv_weight, dwconv_bias, w1, b1, w2, b2 = weights
-        kernels = self.kernels = _kernels()
-        hidden, channels = w1.shape
-        self.machine, self.channels, self.options = machine, channels, (channels, hidden, dwconv_weight.shape[2])
-        taps = dwconv_weight.reshape(channels, -1).t().clone(memory_format=torch.contiguous_format)
-        w1, w2 = kernels.pack(w1, machine), kernels.pack(w2, machine)
-        bias = w1.new_zeros(channels) if dwconv_bias is None else dwconv_bias
-        # Copies: PyTorch may move a tensor's memory (`Module.share_memory`), and addresses are kept.
-        self.weights = taps, _as_read(bias).clone(), w1, _as_read(b1[0]).clone(), w2, _as_read(b2).clone()
-        self.addresses = tuple(weight.data_ptr() for weight in self.weights)
+    def launch(self, shape: Sequence[int], eps: float) -> Any:
+        """`kernels.cpu.launching.Launch` for images of this shape."""
+        raise NotImplementedError
 
-    def launch(self, x: Tensor, eps: float) -> Any:
-        """The kernel for images like x."""
-        samples, height, width, _ = x.shape
-        sizes = self.kernels.BlockSizes.of(*self.options, width)
-        image = height, width
-        return _launch(self.machine, sizes, samples, image, image, eps, torch.get_num_threads())
+    def result(self, shape: Sequence[int]) -> Sequence[int]:
+        """The shape of what comes of them."""
+        raise NotImplementedError
 
     def __call__(self, x: Tensor, eps: float) -> Tensor:
         """`prepared.Prepared`."""
-        return self.launch(x, eps)(x, torch.empty_like(x), self.addresses)
+        y = x.new_empty(self.result(x.shape))
+        return self.launch(x.shape, eps)(x, y, self.addresses)
 
 
-def run_chain(chain: list[tuple[CompiledBlock, float]], x: Tensor) -> Tensor:
-    """x (N, H, W, C), contiguous, through blocks with their epsilons."""
-    launches = [(block.launch(x, eps), block.addresses) for block, eps in chain]
-    return _kernels().run_in_turn(launches, x, [torch.empty_like(x) for _ in launches[:2]])
+class CompiledBlock(Kernel):
+    """A frozen block."""
+
+    def __init__(self, weights: tuple[Tensor | None, ...], machine: Any):
+        dwconv_weight, dwconv_bias, w1, b1, w2, b2 = weights
+        pack, (hidden, channels) = _kernels().pack, w1.shape
+        self.options = channels, hidden, dwconv_weight.shape[2]
+        taps = dwconv_weight.reshape(channels, -1).t().clone(memory_format=torch.contiguous_format)
+        bias = w1.new_zeros(channels) if dwconv_bias is None else dwconv_bias
+        super().__init__(machine, (taps, _copy(bias), pack(w1, machine), _copy(b1[0]), pack(w2, machine), _copy(b2)))
+
+    def launch(self, shape: Sequence[int], eps: float) -> Any:
+        """As of `Kernel`."""
+        samples, height, width, _ = shape
+        image = height, width
+        sizes = _kernels().BlockSizes.of(*self.options, width)
+        return _launch(self.machine, sizes, samples, image, image, eps, torch.get_num_threads())
+
+    def result(self, shape: Sequence[int]) -> Sequence[int]:
+        """As of `Kernel`."""
+        return shape
 
 
-def prepare(weights: tuple[Tensor | None, ...], act: str) -> CompiledBlock | None:
+class CompiledPatches(Kernel):
+    """A stem, by ``parameters`` bias, ln_weight and ln_bias, or a frozen downsampling layer, by bias alone."""
+
+    def __init__(self, machine: Any, weight: Tensor, *parameters: Tensor):
+        self.stem, self.size = len(parameters) == 3, weight.shape
+        rows = weight if self.stem else weight.permute(0, 2, 3, 1)
+        super().__init__(machine, (_kernels().pack(rows.flatten(1), machine), *map(_copy, parameters)))
+        if not self.stem:
+            self.addresses += 0, 0
+
+    def launch(self, shape: Sequence[int], eps: float) -> Any:
+        """As of `Kernel`."""
+        image = tuple(shape[2:] if self.stem else shape[1:3])
+        out_channels, channels, *patch = self.size
+        sizes = _kernels().PatchSizes(channels, out_channels, *patch, self.stem)
+        return _launch(self.machine, sizes, shape[0], image, self.result(shape)[1:3], eps, torch.get_num_threads())
+
+    def result(self, shape: Sequence[int]) -> Sequence[int]:
+        """As of `Kernel`."""
+        return patched(shape, self.size, self.stem)
+
+
+def _copy(vector: Tensor) -> Tensor:
+    """A copy as the kernels read it."""
+    return vector.to(torch.float32, copy=True).contiguous()
+
+
+def run(
+    kernels: Sequence[Kernel], eps: Sequence[float], shapes: Sequence[Sequence[int]], x: Tensor, ends: Sequence[int]
+) -> list[Tensor]:
+    """x, contiguous, through kernels with their epsilons: what comes out of those of numbers ``ends``.
+
+    ends: in ascending order, the last kernel's too. shapes: of all results. What nobody asked for goes into two
+    tensors by turns.
+    """
+    results = {end: x.new_empty(shapes[end]) for end in ends}
+    befores = itertools.chain([x.shape], shapes)
+    launches = [
+        (kernel.launch(before, e), kernel.addresses) for kernel, e, before in zip(kernels, eps, befores, strict=False)
+    ]
+    between = [math.prod(shape) for i, shape in enumerate(shapes) if i not in results]
+    spare = x.new_empty(2, max(between, default=0))
+    turns = itertools.cycle(row.data_ptr() for row in spare)
+    places = [results[i].data_ptr() if i in results else next(turns) for i in range(len(kernels))]
+    _kernels().run_in_turn(launches, [x.data_ptr(), *places])
+    return [results[end] for end in ends]
+
+
+def prepare_block(weights: tuple[Tensor | None, ...], act: str) -> CompiledBlock | None:
     """The block of these weights made ready; None where the kernel does not serve."""
     w1 = weights[2]
     machine = _machine_for(*w1.shape) if act == "gelu" else None
     return None if machine is None else CompiledBlock(weights, machine)
+
+
+def prepare_downsample(weight: Tensor, bias: Tensor) -> CompiledPatches | None:
+    """`folding.FrozenDownsample` made ready; None where the kernel does not serve."""
+    machine = _machine_for(*weight.shape[:2])
+    return None if machine is None else CompiledPatches(machine, weight, bias)
+
+
+def prepare_stem(weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor) -> CompiledPatches | None:
+    """A stem made ready, as its weights are now; None where the kernel does not serve."""
+    machine = _machine_for(weight.shape[0])
+    if machine is None or weight[0].numel() % _kernels().UNROLL:
+        return None
+    bias = torch.zeros_like(ln_bias) if bias is None else bias
+    return CompiledPatches(machine, weight, bias, ln_weight, ln_bias)
 
 
 def dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -110,7 +186,7 @@ def dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     if machine is None:
         return None
     x, taps = x.contiguous(), weight.reshape(channels, -1).t().contiguous()
-    bias = x.new_zeros(channels) if bias is None else _as_read(bias)
+    bias = x.new_zeros(channels) if bias is None else bias.to(torch.float32).contiguous()
     sizes = _kernels().DwconvSizes.of(channels, weight.shape[2], width)
     image = height, width
     launch = _launch(machine, sizes, samples, image, image, 0.0, torch.get_num_threads())
@@ -148,50 +224,3 @@ def gelu_bwd_(dh: Tensor, a: Tensor, h: Tensor) -> None:
     kernels, machine = _kernels(), _machine_for(a.shape[-1])
     pointers = (tensor.data_ptr() for tensor in (a, h, dh))
     kernels.run(machine, kernels.ElementwiseSizes(True), *pointers, a.numel())
-
-
-_PACKED = WeakTensorKeyDictionary()
-
-
-def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor | None:
-    """`aten.frozen_downsample_fwd` for x that `onednn.serves`; None where the kernel does not serve."""
-    machine = _machine_for(x.shape[3], weight.shape[0])
-    if machine is None:
-        return None
-    packed = _PACKED.get(weight)
-    if packed is None:
-        packed = _PACKED[weight] = _kernels().pack(weight.permute(0, 2, 3, 1).flatten(1), machine)
-    bias, nowhere = _as_read(bias), (0, 0)
-    addresses = packed.data_ptr(), bias.data_ptr(), *nowhere
-    return _patches(machine, x.contiguous(), weight, eps, addresses, x.shape[3], x.shape[1:3])
-
-
-def stem(
-    image: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor, eps: float
-) -> Tensor | None:
-    """`aten.patchify_stem_fwd` for an image that `onednn.serves`; None where the kernel does not serve."""
-    machine = _machine_for(weight.shape[0])
-    if machine is None or weight[0].numel() % _kernels().UNROLL:
-        return None
-    packed = _kernels().pack(weight.flatten(1), machine)
-    bias = packed.new_zeros(weight.shape[0]) if bias is None else bias
-    parameters = [packed, *map(_as_read, (bias, ln_weight, ln_bias))]
-    addresses = tuple(parameter.data_ptr() for parameter in parameters)
-    return _patches(machine, image.contiguous(), weight, eps, addresses, image.shape[1], image.shape[2:], stem=True)
-
-
-def _patches(
-    machine: Any,
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    addresses: tuple[int, ...],
-    channels: int,
-    image: torch.Size,
-    stem: bool = False,
-) -> Tensor:
-    out_channels, _, kh, kw = weight.shape
-    result = image[0] // kh, image[1] // kw
-    sizes = _kernels().PatchSizes(channels, out_channels, kh, kw, stem)
-    launch = _launch(machine, sizes, x.shape[0], tuple(image), result, eps, torch.get_num_threads())
-    return launch(x, x.new_empty(x.shape[0], *result, out_channels), addresses)

@@ -1,79 +1,67 @@
-"""What a compiled frozen model calls on a CPU: the stem, a downsampling layer, and all blocks of a stage.
+"""What a compiled frozen model calls on a CPU: one operator for many steps.
 
-An operator of `torch.library.custom_op` takes 0.1 ms and more a call, for it prepares for gradients, too. These have
-none, and are registered with the dispatcher directly.
+An operator of `torch.library.custom_op` takes 0.1 ms and more a call, for it prepares for gradients, too. This one has
+none, and is registered with the dispatcher directly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from . import aten, compiled, onednn
-from .folding import FrozenBlock
-from .prepared import prepared
+from .prepared import kernel_for
+from .steps import shapes_after
 
 _LIBRARY = torch.library.Library("convnext_fast", "FRAGMENT")
+_IN_CALLS = {4: aten.patchify_stem_fwd, 2: aten.frozen_downsample_fwd}
 
 
-def _operator(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``convnext_fast::<name>_cpu`` with the function's schema."""
-    name = f"{function.__name__}_cpu"
-    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
-    _LIBRARY.impl(name, function, "CPU")
-    return getattr(torch.ops.convnext_fast, name)
+def _steps(
+    x: Tensor,
+    weights: list[Optional[Tensor]],  # noqa: UP045 - what `infer_schema` understands
+    counts: list[int],
+    eps: list[float],
+    act: str,
+    ends: list[int],
+) -> list[Tensor]:
+    """What comes out of steps of the numbers ``ends``, among them the last, one after another (`steps.Step`).
 
-
-def _fake(operator: Callable[..., Tensor]) -> Callable[[Callable], Callable]:
-    return torch.library.register_fake(operator._qualified_op_name, lib=_LIBRARY)
-
-
-@_operator
-def frozen_blocks(x: Tensor, weights: list[Tensor], eps: list[float], act: str) -> Tensor:
-    """x (N, H, W, C) through blocks of which ``weights`` holds what `folding.FrozenBlock` does, one after another.
-
-    An absent bias is an empty tensor.
+    x: (N, H, W, C), or a stem's (N, C, H, W); counts: how many of ``weights`` belong to each step.
     """
-    fields = len(FrozenBlock._fields)
-    blocks = [
-        tuple(weight if weight.numel() else None for weight in weights[i : i + fields])
-        for i in range(0, len(weights), fields)
-    ]
-    x = x.contiguous()
-    if onednn.serves(x):
-        chain = [(prepared(x, block, act), e) for block, e in zip(blocks, eps, strict=True)]
-        if all(isinstance(kernel, compiled.CompiledBlock) for kernel, _ in chain):
-            return compiled.run_chain(chain, x)
-    for block, e in zip(blocks, eps, strict=True):
-        x = aten.frozen_block_fwd(x, *block, e, act, x.dtype)
-    return x
+    steps = _cut(weights, counts)
+    shapes = shapes_after(steps, x.shape)
+    if x.dtype == torch.float32 and onednn.serves(x):
+        befores = [x.shape, *shapes]
+        kernels = [kernel_for(step, act, before) for step, before in zip(steps, befores, strict=False)]
+        if all(isinstance(kernel, compiled.Kernel) for kernel in kernels):
+            return compiled.run(kernels, eps, shapes, x.contiguous(), ends)
+    results = []
+    for i, (step, e) in enumerate(zip(steps, eps, strict=True)):
+        call, options = (aten.frozen_block_fwd, (e, act)) if len(step) == 6 else (_IN_CALLS[len(step)], (e,))
+        x = call(x.contiguous(), *step, *options, x.dtype)
+        if i in ends:
+            results.append(x)
+    return results
 
 
-@_fake(frozen_blocks)
-def _(x: Tensor, weights: list[Tensor], eps: list[float], act: str) -> Tensor:
-    return x.new_empty(x.shape)
+def _cut(weights: list[Tensor | None], counts: list[int]) -> list[tuple[Tensor | None, ...]]:
+    rest = iter(weights)
+    return [tuple(itertools.islice(rest, count)) for count in counts]
 
 
-@_operator
-def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """See `aten.frozen_downsample_fwd`."""
-    return aten.frozen_downsample_fwd(x.contiguous(), weight, bias, eps, x.dtype)
+_LIBRARY.define("frozen_steps_cpu" + torch.library.infer_schema(_steps, mutates_args=()))
+_LIBRARY.impl("frozen_steps_cpu", _steps, "CPU")
+frozen_steps = torch.ops.convnext_fast.frozen_steps_cpu
+"""`_steps`, as an operator."""
 
 
-@_fake(frozen_downsample)
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1] // weight.shape[2], x.shape[2] // weight.shape[3], weight.shape[0])
-
-
-@_operator
-def stem(image: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor, eps: float) -> Tensor:
-    """See `aten.patchify_stem_fwd`."""
-    return aten.patchify_stem_fwd(image, weight, bias, ln_weight, ln_bias, eps, image.dtype)
-
-
-@_fake(stem)
-def _(image: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor, eps: float) -> Tensor:
-    height, width = image.shape[2] // weight.shape[2], image.shape[3] // weight.shape[3]
-    return image.new_empty(image.shape[0], height, width, weight.shape[0])
+@torch.library.register_fake("convnext_fast::frozen_steps_cpu", lib=_LIBRARY)
+def _(
+    x: Tensor, weights: list[Tensor | None], counts: list[int], eps: list[float], act: str, ends: list[int]
+) -> list[Tensor]:
+    shapes = shapes_after(_cut(weights, counts), x.shape)
+    return [x.new_empty(shapes[end]) for end in ends]

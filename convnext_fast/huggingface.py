@@ -18,15 +18,17 @@ from .block import (
     fold_downsample,
     new_layer_scale,
     patchify_stem,
+    stem_steps,
 )
 from .chain import in_one_go
 from .config import ConvNextConfig
 from .folding import FrozenDownsample
 from .freezing import Freezable
-from .layered import Layered, in_turn, layer_norm_2d
+from .layered import Layered, in_turn, layer_norm_2d, outputs_in_turn
 from .losses import classification_loss
 from .outputs import BackboneOutput, BaseModelOutput, ImageClassifierOutput, ModelOutput
 from .reference import ACTIVATION_FUNCTIONS
+from .steps import Step, is_untouched, joined, steps_of, stepwise
 from .trunk import ConvNextSwitches, check_image, init_weights
 
 Output = TypeVar("Output", bound=ModelOutput)
@@ -76,6 +78,7 @@ class ConvNextLayer(ConvNextBlockBase):
         return z if self.layer_scale_parameter is None else self.layer_scale_parameter * z
 
 
+@stepwise
 class ConvNextEmbeddings(Layered):
     """The stem: patch convolution, then LayerNorm."""
 
@@ -92,7 +95,12 @@ class ConvNextEmbeddings(Layered):
         layers = self.patch_embeddings, self.layernorm
         return patchify_stem(pixel_values, *layers) if self.reads_weights() else in_turn(layers, pixel_values)
 
+    def steps(self) -> list[Step] | None:
+        """See `steps.stepwise`."""
+        return stem_steps(self, self.patch_embeddings, self.layernorm)
 
+
+@stepwise
 class ConvNextStage(Layered, Freezable):
     """Downsampling (not in the first stage), then blocks."""
 
@@ -114,20 +122,30 @@ class ConvNextStage(Layered, Freezable):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋), or of the same size in the first stage."""
+        results = in_one_go(lambda: [self.steps()], x)
+        if results is not None:
+            return results[0]
         if self.downsampling_layer:
             if self.reads_weights():
                 x = downsample(x, *self.downsampling_layer, None if self.learns() else self.frozen)
             else:
                 x = in_turn(self.downsampling_layer, x)
-        y = in_one_go(self.layers, x)
-        if y is not None:
-            return y
         for layer in self.layers:
             if self.checkpointing is not None and self.training and torch.is_grad_enabled():
                 x = checkpoint(layer, x, **self.checkpointing)
             else:
                 x = layer(x)
         return x
+
+    def steps(self) -> list[Step] | None:
+        """See `steps.stepwise`."""
+        steps = []
+        if self.downsampling_layer:
+            frozen = self.frozen
+            if frozen is None or not self.fused or self.change() is not None:
+                return None
+            steps.append(Step(tuple(frozen), self.downsampling_layer[0].eps))
+        return joined((steps, *map(steps_of, self.layers)))
 
     def fold(self) -> FrozenDownsample | None:
         """The downsampling LayerNorm's affine folded into its convolution; None in the first stage."""
@@ -136,6 +154,7 @@ class ConvNextStage(Layered, Freezable):
         return fold_downsample(*self.downsampling_layer)
 
 
+@stepwise
 class ConvNextEncoder(nn.Module):
     """The stages."""
 
@@ -146,10 +165,16 @@ class ConvNextEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The stem's output to (it, and the output of each stage)."""
-        states = [x]
-        for stage in self.stages:
-            states.append(stage(states[-1]))
-        return tuple(states)
+        return (x, *outputs_in_turn(self.stages, x))
+
+
+def states_of(embeddings: ConvNextEmbeddings, encoder: ConvNextEncoder, pixel_values: Tensor) -> tuple[Tensor, ...]:
+    """What comes out of the stem and of each stage."""
+
+    def steps() -> list[list[Step] | None]:
+        return list(map(steps_of, (embeddings, *encoder.stages))) if is_untouched(encoder) else [None]
+
+    return tuple(in_one_go(steps, pixel_values) or encoder(embeddings(pixel_values)))
 
 
 class ConvNextPreTrainedModel(ConvNextSwitches):
@@ -251,7 +276,7 @@ class ConvNextModel(ConvNextPreTrainedModel):
     ) -> BaseModelOutput | tuple[Any, ...]:
         """pixel_values (N, num_channels, H, W) to a `BaseModelOutput`, or its tuple with ``return_dict=False``."""
         check_image(pixel_values, self.config, "pixel_values")
-        states = self.encoder(self.embeddings(pixel_values))
+        states = states_of(self.embeddings, self.encoder, pixel_values)
         output = BaseModelOutput(
             last_hidden_state=states[-1],
             pooler_output=self.layernorm(states[-1].mean((2, 3))),
@@ -351,7 +376,7 @@ class ConvNextBackbone(ConvNextPreTrainedModel):
     ) -> BackboneOutput | tuple[Any, ...]:
         """pixel_values (N, num_channels, H, W) to a `BackboneOutput`, each map after its own LayerNorm."""
         check_image(pixel_values, self.config, "pixel_values")
-        states = self.encoder(self.embeddings(pixel_values))
+        states = states_of(self.embeddings, self.encoder, pixel_values)
         chosen = zip(self.out_features, self.out_indices, strict=True)
         maps = tuple(layer_norm_2d(states[i], self.hidden_states_norms[name]) for name, i in chosen)
         hidden = states if self._wants_hidden_states(output_hidden_states) else None

@@ -84,6 +84,15 @@ def in_turn(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
+def outputs_in_turn(modules: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
+    """What comes out of each of ``modules``, the first of which takes x and each other what came out before."""
+    outputs = []
+    for module in modules:
+        x = module(x)
+        outputs.append(x)
+    return outputs
+
+
 def _is_over_channels_last(layer: nn.Module) -> bool:
     """Whether ``layer`` is PyTorch's own LayerNorm, or wraps one (as adapters and FullyShardedDataParallel do)."""
     while type(layer).forward is not nn.LayerNorm.forward:

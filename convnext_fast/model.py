@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from .block import ConvNextBlock, Downsample, Stem
 from .chain import in_one_go
 from .config import ConvNextConfig
-from .layered import in_turn, layer_norm_2d
+from .layered import in_turn, layer_norm_2d, outputs_in_turn
+from .steps import Step, joined, steps_of, stepwise
 from .trunk import ConvNextSwitches, check_image, init_weights
 
 POOLS = ("avg", "max", "")
@@ -38,6 +39,7 @@ class FeatureInfo(list):
         return [entry[key] for entry in self] if index is None else self[index][key]
 
 
+@stepwise
 class Stage(nn.Module):
     """Downsampling, then blocks."""
 
@@ -49,13 +51,19 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋), or of the same size in the first stage."""
+        results = in_one_go(lambda: [self.steps()], x)
+        if results is not None:
+            return results[0]
         x = self.downsample(x)
         if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
-            y = in_one_go(self.blocks, x)
-            return self.blocks(x) if y is None else y
+            return self.blocks(x)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False)
         return x
+
+    def steps(self) -> list[Step] | None:
+        """See `steps.stepwise`."""
+        return joined(map(steps_of, (self.downsample, self.blocks)))
 
 
 class Head(nn.Module):
@@ -172,8 +180,8 @@ class ConvNext(ConvNextSwitches):
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (N, in_chans, H, W) to the last feature map (N, C, H', W')."""
         check_image(x, self.config, "x")
-        x = self.stages(self.stem(x))
-        return self._final_norm(x)
+        results = in_one_go(lambda: [joined(map(steps_of, (self.stem, self.stages)))], x)
+        return self._final_norm(self.stages(self.stem(x)) if results is None else results[0])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last feature map to logits (N, num_classes), or to the pooled features (N, C) before the classifier."""
@@ -210,17 +218,17 @@ class ConvNext(ConvNextSwitches):
             raise ValueError(f"output_fmt is {output_fmt!r}: expected 'NCHW' or 'NHWC'")
         wanted = self._stage_indices(indices)
         last = len(self.stages) - 1
-        x = self.stem(x)
-        maps = []
         run = max(wanted) + 1 if stop_early else last + 1
-        for i, stage in enumerate(self.stages[:run]):
-            x = stage(x)
+        layers = self.stem, *self.stages[:run]
+        results = in_one_go(lambda: list(map(steps_of, layers)), x) or outputs_in_turn(layers, x)
+        maps = []
+        for i, y in enumerate(results[1:]):
             if i in wanted:
-                y = self._final_norm(x) if norm and i == last else x
+                y = self._final_norm(y) if norm and i == last else y
                 maps.append(y if output_fmt == "NCHW" else y.permute(0, 2, 3, 1))
         if intermediates_only:
             return maps
-        return (self._final_norm(x) if run > last else x), maps
+        return (self._final_norm(results[-1]) if run > last else results[-1]), maps
 
     def get_classifier(self) -> nn.Module:
         """The classifier: `torch.nn.Linear`, or Identity without classes."""

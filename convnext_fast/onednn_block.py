@@ -4,6 +4,8 @@ x added. Weights are in oneDNN's own layouts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,19 +18,20 @@ _linear_add = torch.ops.mkldnn._linear_pointwise.binary
 
 
 class OnednnBlock:
-    """What the calls of one block take besides the image. Layouts are those for the size of ``x``."""
+    """What the calls of one block take besides the image. Layouts are those for images of ``shape``, (N, H, W, C)."""
 
-    def __init__(self, x: Tensor, weights: tuple[Tensor | None, ...], act: str):
+    def __init__(self, shape: Sequence[int], weights: tuple[Tensor | None, ...], act: str):
         dwconv_weight, self.dwconv_bias, w1, b1, w2, self.b2 = weights
         self.channels = dwconv_weight.shape[0]
         self.hidden_bytes = w1.shape[0] * w1.element_size()
         self.padding = [side // 2 for side in dwconv_weight.shape[2:]]
         self.after = None if onednn.fuses(act) else ACTIVATIONS_[act]
         self.activation, self.algorithm = onednn.fused_activation(None if self.after else act)
-        size = [x.shape[0], self.channels, *x.shape[1:3]]
+        samples, height, width, _ = shape
+        size = [samples, self.channels, height, width]
         reorder = torch.ops.mkldnn._reorder_convolution_weight
         self.dwconv_weight = reorder(dwconv_weight, self.padding, [1, 1], [1, 1], self.channels, size)
-        pixels = x.numel() // self.channels
+        pixels = samples * height * width
         self.w1 = torch.ops.mkldnn._reorder_linear_weight(w1, pixels)
         self.w2 = torch.ops.mkldnn._reorder_linear_weight(w2, pixels)
         self.b1 = b1[0]

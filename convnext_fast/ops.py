@@ -8,6 +8,7 @@ PyTorch would give them. Activations are (N, H, W, C) and must be contiguous in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -133,19 +134,16 @@ def check_frozen_block(
     b2: Tensor,
 ) -> torch.dtype:
     """The dtype in which `frozen_block` computes; raises what it raises. ``values``: what `wants_values` says of x."""
-    tensors = (x, dwconv_weight, dwconv_bias, w1, b1, w2, b2)
-    described = _described(*tensors) if values else None
-    if described in _PASSED:
-        return x.dtype
-    _check_activation(x, "x")
-    channels, hidden = x.shape[3], _rows_of(w1, "w1")
-    _check(x, "b1", b1, (2, hidden))
-    _check_dwconv(x, dwconv_weight, dwconv_bias)
-    _check_mlp(x, w1, b1[0], w2, b2, None, None, channels, hidden)
-    dtype = _compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
-    if described is not None:
-        _PASSED.add(described)
-    return dtype
+
+    def check() -> torch.dtype:
+        _check_activation(x, "x")
+        channels, hidden = x.shape[3], _rows_of(w1, "w1")
+        _check(x, "b1", b1, (2, hidden))
+        _check_dwconv(x, dwconv_weight, dwconv_bias)
+        _check_mlp(x, w1, b1[0], w2, b2, None, None, channels, hidden)
+        return _compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
+
+    return _once(values, check, x, dwconv_weight, dwconv_bias, w1, b1, w2, b2)
 
 
 def dwconv_layernorm(
@@ -223,20 +221,30 @@ def patchify_stem(
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
-    _check_activation(image, "image")
-    _check_patches(image, weight, bias, channels=image.shape[1], size=tuple(image.shape[2:]))
-    _check(image, "ln_weight", ln_weight, (weight.shape[0],))
-    _check(image, "ln_bias", ln_bias, (weight.shape[0],))
-    dtype = _compute_dtype(image, weight=weight)
+    values = wants_values(image)
+    parameters = (weight, bias, ln_weight, ln_bias)
+    dtype = check_stem(values, image, *parameters)
     path = backend.select(image.device, dtype)
-    if path == "triton" or (path == "aten" and wants_values(image)):
-        arguments = (image, weight, bias, ln_weight, ln_bias, eps, dtype)
-        return _implementation(path, wants_values(image)).patchify_stem_fwd(*arguments)
-    if path == "aten" and dtype == torch.float32 and _compiles_for_values(image, weight, bias, ln_weight, ln_bias):
-        from .frozen_ops import stem
+    if path == "triton" or (path == "aten" and values):
+        return _implementation(path, values).patchify_stem_fwd(image, *parameters, eps, dtype)
+    if path == "aten" and dtype == torch.float32 and _compiles_for_values(image, *parameters):
+        return _compiled_step(image, parameters, eps)
+    return reference.patchify_stem(image, *parameters, eps)
 
-        return stem(image, weight, bias, ln_weight, ln_bias, eps)
-    return reference.patchify_stem(image, weight, bias, ln_weight, ln_bias, eps)
+
+def check_stem(
+    values: bool, image: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor
+) -> torch.dtype:
+    """As `check_frozen_block`, for `patchify_stem`."""
+
+    def check() -> torch.dtype:
+        _check_activation(image, "image")
+        _check_patches(image, weight, bias, channels=image.shape[1], size=tuple(image.shape[2:]))
+        _check(image, "ln_weight", ln_weight, (weight.shape[0],))
+        _check(image, "ln_bias", ln_bias, (weight.shape[0],))
+        return _compute_dtype(image, weight=weight)
+
+    return _once(values, check, image, weight, bias, ln_weight, ln_bias)
 
 
 @torch.fx.wrap
@@ -276,18 +284,33 @@ def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
-    _check_activation(x, "x")
-    _check_patches(x, weight, bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
-    dtype = _compute_dtype(x, weight=weight)
+    values = wants_values(x)
+    dtype = check_frozen_downsample(values, x, weight, bias)
     path = backend.select(x.device, dtype)
     if path == "aten" and dtype == weight.dtype == torch.float32 and _compiles_for_values(x, weight, bias):
-        from .frozen_ops import frozen_downsample
-
-        return frozen_downsample(x, weight, bias, eps)
-    serves = path == "triton" or (path == "aten" and wants_values(x))
+        return _compiled_step(x, (weight, bias), eps)
+    serves = path == "triton" or (path == "aten" and values)
     if weight.dtype != dtype or _wants_gradient(x, weight, bias) or not serves:
         return downsample(x, *_affine(x, None, None), weight, bias.to(weight.dtype), eps=eps)
-    return _implementation(path, wants_values(x)).frozen_downsample_fwd(x.contiguous(), weight, bias, eps, dtype)
+    return _implementation(path, values).frozen_downsample_fwd(x.contiguous(), weight, bias, eps, dtype)
+
+
+def check_frozen_downsample(values: bool, x: Tensor, weight: Tensor, bias: Tensor) -> torch.dtype:
+    """As `check_frozen_block`, for `frozen_downsample`."""
+
+    def check() -> torch.dtype:
+        _check_activation(x, "x")
+        _check_patches(x, weight, bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
+        return _compute_dtype(x, weight=weight)
+
+    return _once(values, check, x, weight, bias)
+
+
+def _compiled_step(x: Tensor, weights: tuple[Tensor | None, ...], eps: float) -> Tensor:
+    """A step of `steps` in a compiler's graph."""
+    from .frozen_ops import frozen_steps
+
+    return frozen_steps(x, list(weights), [len(weights)], [eps], "", [0])[0]
 
 
 def _implementation(path: backend.Backend, values: bool) -> ModuleType:
@@ -329,14 +352,21 @@ _PASSED: set[tuple] = set()
 for a small image on a CPU takes as long as a convolution."""
 
 
-def _described(*tensors: Tensor | None) -> tuple | None:
-    """All that the checks of tensors depend on; None where an argument is none."""
+def _once(values: bool, check: Callable[[], torch.dtype], x: Tensor, *weights: Tensor | None) -> torch.dtype:
+    """What ``check`` says of tensors, asked once for such; ``values``: what `wants_values` says of x."""
+    if not values:
+        return check()
+    try:
+        described = tuple([t if t is None else (t.shape, t.dtype, t.device) for t in (x, *weights)])
+    except AttributeError:
+        return check()
+    if described in _PASSED:
+        return x.dtype
+    dtype = check()
     if len(_PASSED) > 4096:
         _PASSED.clear()
-    try:
-        return tuple([t if t is None else (t.shape, t.dtype, t.device) for t in tensors])
-    except AttributeError:
-        return None
+    _PASSED.add(described)
+    return dtype
 
 
 def _check_activation(x: Tensor, name: str) -> None:

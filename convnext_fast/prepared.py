@@ -1,4 +1,4 @@
-"""A frozen block on a CPU in float32: what does not depend on the image is prepared once and kept with the weights.
+"""Frozen modules on a CPU in float32: what does not depend on the image is prepared once and kept with the weights.
 
 One image keeps a processor busy for so short that what Python does around the calls shows in the time, and a library
 that brings weights into its own layout on every call takes longer for that than for the image.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import weakref
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -15,38 +16,61 @@ from torch import Tensor
 from . import compiled, onednn_block
 
 Weights = tuple[Tensor | None, ...]
-"""Of `folding.FrozenBlock`."""
+"""Of `folding.FrozenBlock` or `folding.FrozenDownsample`, or a stem's."""
 
 
 class Prepared(Protocol):
-    """A block made ready: `aten.frozen_block_fwd` for x that `onednn.serves`, contiguous, of any size."""
+    """A step made ready, for x (N, H, W, C), a stem's (N, C, H, W), that `onednn.serves`, contiguous, of any size."""
 
     def __call__(self, x: Tensor, eps: float) -> Tensor:
-        """(N, H, W, C) to the same, a new tensor."""
+        """A new tensor (N, H, W, C)."""
+        raise NotImplementedError
 
 
 class _Kept(NamedTuple):
-    made_of: Weights  # without w1
+    made_of: Weights  # without the one that it is kept with
     act: str
-    block: Prepared
+    step: Prepared
 
 
 _KEPT: dict[int, _Kept] = {}
-"""By the ``id`` of w1, until w1 dies."""
+"""By the ``id`` of a weight, until that dies."""
 
 
-def prepared(x: Tensor, weights: Weights, act: str) -> Prepared:
-    """The block of these very weights, which must never change; sizes like those of the first x suit it best.
+def _kept(weight: Tensor, others: Weights, act: str, make: Callable[[], Prepared | None]) -> Prepared | None:
+    """What ``make`` makes of these very weights, which must never change."""
+    kept = _KEPT.get(id(weight))
+    if kept is not None and kept.act == act and all(map(operator.is_, kept.made_of, others)):
+        return kept.step
+    step = make()
+    if step is not None:
+        if kept is None:
+            weakref.finalize(weight, _KEPT.pop, id(weight), None)
+        _KEPT[id(weight)] = _Kept(others, act, step)
+    return step
 
-    Kernels of our own, where they serve (`compiled.prepare`), else oneDNN's.
+
+def prepared_block(weights: Weights, act: str, shape: Sequence[int]) -> Prepared:
+    """`aten.frozen_block_fwd` for these weights; sizes like the first ``shape`` suit it best.
+
+    A kernel of our own, where it serves (`compiled.prepare_block`), else oneDNN's.
     """
     dwconv_weight, dwconv_bias, w1, b1, w2, b2 = weights
-    given = dwconv_weight, dwconv_bias, b1, w2, b2
-    kept = _KEPT.get(id(w1))
-    if kept is not None and kept.act == act and all(map(operator.is_, kept.made_of, given)):
-        return kept.block
-    if kept is None:
-        weakref.finalize(w1, _KEPT.pop, id(w1), None)
-    block = compiled.prepare(weights, act) or onednn_block.OnednnBlock(x, weights, act)
-    _KEPT[id(w1)] = _Kept(given, act, block)
-    return block
+    return _kept(
+        w1,
+        (dwconv_weight, dwconv_bias, b1, w2, b2),
+        act,
+        lambda: compiled.prepare_block(weights, act) or onednn_block.OnednnBlock(shape, weights, act),
+    )
+
+
+def prepared_downsample(weight: Tensor, bias: Tensor) -> Prepared | None:
+    """`aten.frozen_downsample_fwd` for these weights; None where no kernel of our own serves."""
+    return _kept(weight, (bias,), "", lambda: compiled.prepare_downsample(weight, bias))
+
+
+def kernel_for(weights: Weights, act: str, shape: Sequence[int]) -> Prepared | None:
+    """A step of `steps` made ready; only what is frozen is kept."""
+    if len(weights) == 6:
+        return prepared_block(weights, act, shape)
+    return prepared_downsample(*weights) if len(weights) == 2 else compiled.prepare_stem(*weights)

@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,3 +14,13 @@ torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTE
 def pytest_runtest_setup(item):
     """The same random numbers for a test whatever ran before it in its process."""
     torch.manual_seed(0)
+
+
+class _TorchRandom:
+    """PyTorch's random numbers, as Hypothesis wants them: so that each example has the same ones again."""
+
+    seed, getstate, setstate = map(staticmethod, (torch.manual_seed, torch.get_rng_state, torch.set_rng_state))
+
+
+RANDOM = _TorchRandom()
+hypothesis.register_random(RANDOM)

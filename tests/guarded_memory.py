@@ -39,9 +39,8 @@ class GuardedLaunch(launching.Launch):
 
     at_end = True
 
-    def new_scratch(self):
-        scratch = super().new_scratch()
-        return guarded(scratch, self.at_end) if scratch.numel() else scratch
+    def start(self, x, y, weights, scratch):
+        return super().start(x, y, weights, guarded(scratch, self.at_end) if scratch.numel() else scratch)
 
 
 def run(launch, x: torch.Tensor, y: torch.Tensor, weights: list[torch.Tensor], expected: torch.Tensor) -> None:

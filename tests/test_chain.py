@@ -1,14 +1,16 @@
-"""Frozen blocks in one go: the same bits as block by block, and whatever looks on is called as ever."""
+"""Frozen models in one go: the same bits as block by block, and whatever looks on is called as ever."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from support import no_worse, randomise
 from torch import nn
 
-from convnext_fast import ConvNext, ConvNextConfig, ConvNextModel, chain, compiled
-from convnext_fast.frozen_ops import frozen_blocks, frozen_downsample, stem
+from convnext_fast import ConvNext, ConvNextBackbone, ConvNextConfig, ConvNextModel, chain, compiled
+from convnext_fast.frozen_ops import frozen_steps
+from convnext_fast.steps import joined, steps_of
 
 launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
 from convnext_fast.kernels.cpu.machine import AVX2  # noqa: E402
@@ -38,13 +40,28 @@ def plain(model, x, dtype):
     return output(copied.to(dtype), x.to(dtype))
 
 
+WHOLE = 1 + 3 + 1 + 2  # stem, blocks, downsampling, blocks
+"""Steps of the model."""
+
+
 @pytest.fixture
 def chains(monkeypatch):
-    """How many blocks each chain had."""
+    """How many steps each chain had."""
     lengths = []
-    run = compiled.run_chain
-    monkeypatch.setattr(compiled, "run_chain", lambda blocks, x: lengths.append(len(blocks)) or run(blocks, x))
+    run = compiled.run
+    monkeypatch.setattr(compiled, "run", lambda kernels, *rest: lengths.append(len(kernels)) or run(kernels, *rest))
     return lengths
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """A function that has modules called one by one from then on."""
+
+    def forbid():
+        for module in ("model", "huggingface"):
+            monkeypatch.setattr(f"convnext_fast.{module}.in_one_go", lambda ask, x: None)
+
+    return forbid
 
 
 def stages(model):
@@ -55,19 +72,50 @@ def blocks_of(model, stage):
     return stages(model)[stage].blocks if isinstance(model, ConvNext) else stages(model)[stage].layers
 
 
+def stem_of(model):
+    return model.stem if isinstance(model, ConvNext) else model.embeddings
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_equal_bits(model, chains, mode, monkeypatch):
-    x = torch.randn(2, 3, 70, 66)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_equal_bits(model, chains, mode, layout, one_by_one):
+    x = torch.randn(2, 3, 70, 66).contiguous(memory_format=layout)
     given = x.clone()
     with mode():
         got = output(model, x)
-        assert chains == [3, 2]
+        assert chains == [WHOLE]
         assert torch.equal(output(model, x), got)
         assert torch.equal(x, given)
-        for module in ("model", "huggingface"):
-            monkeypatch.setattr(f"convnext_fast.{module}.in_one_go", lambda blocks, x: None)
+        one_by_one()
         assert torch.equal(output(model, x), got)
-    assert chains == [3, 2] * 2
+    assert chains == [WHOLE] * 2
+
+
+@pytest.mark.parametrize("depths", [[1, 1], [3, 2], [2, 1]])
+@torch.no_grad()
+def test_maps_on_the_way(depths, chains, one_by_one):
+    """All that models give out besides the last map, for numbers of blocks that leave a stage in either memory."""
+    config = ConvNextConfig(num_stages=2, hidden_sizes=[16, 24], depths=depths, out_features=["stem", "stage1"])
+    timms = randomise(ConvNext(config)).eval().freeze()
+    features = randomise(ConvNext(config, features_only=True, out_indices=[0, 1])).eval().freeze()
+    first = randomise(ConvNext(config, features_only=True, out_indices=[0])).eval().freeze()
+    plain, backbone = (randomise(kind(config)).eval().freeze() for kind in (ConvNextModel, ConvNextBackbone))
+    x = torch.randn(2, 3, 36, 40)
+
+    def maps():
+        last, on_the_way = timms.forward_intermediates(x, norm=True, output_fmt="NHWC")
+        yield from (last, *on_the_way, *timms.forward_intermediates(x, [0], stop_early=True, intermediates_only=True))
+        yield from (*features(x), *first(x))
+        yield from plain(x, output_hidden_states=True).hidden_states
+        yield from (*backbone(x).feature_maps, *backbone(x, output_hidden_states=True).hidden_states)
+
+    got = list(maps())
+    whole, short = 2 + sum(depths), 1 + depths[0]
+    assert chains == [whole, short, whole, short, whole, whole, whole]
+    one_by_one()
+    assert all(map(torch.equal, got, maps()))
+    assert len(chains) == 7
+    assert not any(a.data_ptr() == b.data_ptr() for a, b in itertools.combinations(got[3:], 2))
 
 
 def test_the_input_is_not_overwritten_and_the_result_is_anyones(model):
@@ -75,11 +123,12 @@ def test_the_input_is_not_overwritten_and_the_result_is_anyones(model):
     x = torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last)
     given = x.clone()
     with torch.no_grad():
-        y = chain.in_one_go(blocks, x)
-        again = chain.in_one_go(blocks, x)
+        (y,) = chain.in_one_go(lambda: [joined(map(steps_of, blocks))], x)
+        (again,) = chain.in_one_go(lambda: [joined(map(steps_of, blocks))], x)
         y += 1
     assert torch.equal(x, given)
     assert torch.equal(y, again + 1)
+    assert y.untyped_storage().nbytes() == y.numel() * 4
     y.requires_grad_().sum().backward()
 
 
@@ -112,6 +161,45 @@ def test_what_a_block_refuses_a_chain_refuses(model):
                 output(model, x)
 
 
+def test_what_other_modules_refuse_a_chain_refuses(model):
+    stem = stem_of(model)
+    conv, norm = stem.children()
+    down = stages(model)[1] if isinstance(model, ConvNextModel) else stages(model)[1].downsample
+    with torch.no_grad():
+        for holder, name, bad, error in (
+            (conv, "weight", conv.weight.double(), "the activations are torch.float32 but weight is torch.float64"),
+            (norm, "bias", torch.zeros(17), r"ln_bias has shape \(17,\): expected \(16,\)"),
+            (down, "folded_weight", down.folded_weight.double(), "torch.float32 but weight is torch.float64"),
+            (down, "folded_bias", down.folded_bias.to("meta"), "is on meta"),
+        ):
+            before = getattr(holder, name)
+            store = holder._buffers if name.startswith("folded") else holder._parameters
+            store[name] = bad if store is holder._buffers else nn.Parameter(bad)
+            with pytest.raises((TypeError, ValueError), match=error):
+                output(model, torch.randn(1, 3, 32, 32))
+            store[name] = before
+
+
+def test_an_image_that_a_downsampling_layer_cannot_divide():
+    config = ConvNextConfig(num_stages=2, hidden_sizes=[16, 24], depths=[1, 1])
+    model = randomise(ConvNext(config)).eval().freeze()
+    with torch.no_grad(), pytest.raises(ValueError, match="the image is 1×9: expected at least one patch"):
+        model.stages[1](torch.randn(1, 16, 1, 9))
+
+
+def test_the_stem_is_read_as_it_is(model):
+    """It is not frozen: its weights may change, in place too."""
+    x = torch.randn(1, 3, 32, 32)
+    conv, norm = stem_of(model).children()
+    with torch.no_grad():
+        before = output(model, x)
+        conv.weight.data.mul_(-1)
+        norm.bias.add_(1)
+        changed = output(model, x)
+        assert not torch.equal(changed, before)
+        check(changed, model, x)
+
+
 def test_gradients_go_block_by_block(model, chains):
     x = torch.randn(1, 3, 32, 32, requires_grad=True)
     output(model, x).sum().backward()
@@ -119,26 +207,49 @@ def test_gradients_go_block_by_block(model, chains):
     assert not chains
 
 
-@pytest.mark.parametrize("where", ["block", "container", "everywhere"])
+# The rest of the model still runs in one go, stage by stage.
+LOOKED_AT = {"stem": [3, 3], "block": [3], "container": [3], "stage": [3, 3], "downsample": [3], "everywhere": []}
+
+
+@pytest.mark.parametrize("where", LOOKED_AT)
 def test_hooks_fire(model, chains, where):
-    seen = []
+    seen, expected = [], LOOKED_AT[where]
+    blocks, stage, timms = blocks_of(model, 0), stages(model)[1], isinstance(model, ConvNext)
     if where == "everywhere":
         handle = nn.modules.module.register_module_forward_hook(lambda module, x, y: seen.append(type(module)))
     else:
-        blocks = blocks_of(model, 0)
-        holder = blocks[1] if where == "block" else blocks
+        holders = {"stem": stem_of(model), "block": blocks[1], "container": blocks, "stage": stage}
+        holder = holders.get(where) or (stage.downsample if timms else stage.downsampling_layer[0])
         handle = holder.register_forward_hook(lambda module, x, y: seen.append(module))
+        if where == "container" and not timms:
+            holder, expected = None, [WHOLE]  # a ModuleList is not called
     try:
         with torch.no_grad():
-            output(model, torch.randn(1, 3, 32, 32))
+            if where == "downsample" and not timms:
+                with pytest.warns(RuntimeWarning, match="calls its layers one by one"):
+                    output(model, torch.randn(1, 3, 32, 32))
+            else:
+                output(model, torch.randn(1, 3, 32, 32))
     finally:
         handle.remove()
     if where == "everywhere":
-        assert seen.count(type(blocks_of(model, 0)[0])) == 5
-        assert not chains
+        assert seen.count(type(blocks[0])) == 5
     else:
-        assert seen == ([] if isinstance(holder, nn.ModuleList) else [holder])  # a ModuleList is not called
-        assert chains == [2]
+        assert seen == [holder] * (holder is not None)
+    assert chains == expected
+
+
+def test_an_encoder_that_is_called(chains):
+    model = randomise(ConvNextModel(CONFIG)).eval().freeze()
+    x, seen = torch.randn(1, 3, 32, 32), []
+    handle = model.encoder.register_forward_hook(lambda module, x, y: seen.append(len(y)))
+    with torch.no_grad():
+        output(model, x)
+        assert chains == [3, 3]
+        handle.remove()
+        model.encoder.forward = lambda x: (x, torch.zeros(1, 24, 3, 3))
+        assert not output(model, x).any()
+    assert seen == [3]
 
 
 def test_what_was_done_to_a_block_counts(model, chains):
@@ -160,7 +271,7 @@ def test_what_was_done_to_a_block_counts(model, chains):
         replaced.register_forward_hook(lambda *_: None)
         with pytest.warns(RuntimeWarning, match="calls its layers one by one"):
             output(model, x)
-    assert chains == [3, 2, 2, 2, 3, 2, 2]
+    assert chains == [WHOLE, 3, 3, WHOLE, 3]
 
 
 def test_a_mode_that_looks_on_sees_the_blocks(model, chains):
@@ -179,38 +290,34 @@ def test_a_mode_that_looks_on_sees_the_blocks(model, chains):
     assert not chains
 
 
-def test_a_compiled_model_calls_one_operator_a_stage(model, chains):
+def test_a_compiled_model_calls_one_operator(model, chains):
     x = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
         compiled_model = torch.compile(model, fullgraph=True)
         check(output(compiled_model, x), model, x)
         x = torch.randn(3, 3, 48, 36)
         check(output(compiled_model, x), model, x)
-    assert chains == [3, 2] * 2
+    assert chains == [WHOLE] * 2
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_opcheck(model, bias):
-    frozen = [block.frozen for block in blocks_of(model, 0)]
-    weights = [weight for block in frozen for weight in block]
+@pytest.mark.parametrize("channels", [16, 12])
+def test_opcheck(bias, channels):
+    """Of steps that kernels serve, and that they do not."""
+    config = ConvNextConfig(num_stages=2, hidden_sizes=[channels, 24], depths=[1, 1])
+    model = randomise(ConvNext(config)).freeze()
+    steps = [list(step.weights) for step in joined(map(steps_of, (model.stem, model.stages)))]
     if not bias:
-        weights[1] = torch.empty(0)
-    arguments = torch.randn(2, 9, 9, 16), weights, [1e-6] * 3, "gelu"
-    check_operator(frozen_blocks, *arguments)
-    check_operator(frozen_blocks, torch.empty(0, 9, 9, 16), *arguments[1:])
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_opcheck_of_patches(bias):
-    weight, vectors = torch.randn(24, 16, 2, 2), torch.randn(3, 24)
-    for samples in (0, 2):
-        check_operator(frozen_downsample, torch.randn(samples, 9, 8, 16), weight, vectors[0], 1e-6)
-        image, first = torch.randn(samples, 3, 17, 18), torch.randn(24, 3, 4, 4)
-        check_operator(stem, image, first, vectors[0] if bias else None, *vectors[1:], 1e-6)
-
-
-def check_operator(operator, *arguments):
-    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+        steps[0][1] = steps[1][1] = None
+    counts = list(map(len, steps))
+    assert counts == [4, 6, 2, 6]
+    for ends in ([3], [0, 2, 3]):
+        for samples in (2, 0):
+            image, weights = torch.randn(samples, 3, 33, 32), [weight for step in steps for weight in step]
+            arguments = image, weights, counts, [1e-6] * 4, "gelu", ends
+            torch.library.opcheck(frozen_steps, arguments, test_utils=("test_schema", "test_faketensor"))
+    one = torch.randn(2, 9, 8, channels), steps[2], [2], [1e-6], "", [0]
+    torch.library.opcheck(frozen_steps, one, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_no_kernel_serves(chains):
@@ -219,4 +326,7 @@ def test_no_kernel_serves(chains):
     with torch.no_grad():
         check(model(x), model, x)
         check(torch.compile(model, fullgraph=True)(x), model, x)
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        compiled_maps = torch.compile(model.forward_intermediates)(x, intermediates_only=True)
+        assert all(map(torch.equal, compiled_maps, maps))
     assert not chains

@@ -90,22 +90,25 @@ def test_no_bias_of_the_convolution(machine):
 def test_default_dtype_and_vectors_of_another_one(dtype):
     """Kernels read float32 whatever else PyTorch would allocate, and whatever the biases are stored in and how."""
     weights = frozen_weights(32, 64, 7)
-    biases = {name: getattr(weights, name) for name in ("dwconv_bias", "b1", "b2")}
-    strided = {name: torch.stack((b, b), -1).double()[..., 0] for name, b in biases.items()}
+
+    def strided(vector):
+        return torch.stack((vector, vector), -1).double()[..., 0]
+
+    biases = {name: strided(getattr(weights, name)) for name in ("dwconv_bias", "b1", "b2")}
     frozen = FrozenDownsample(torch.randn(48, 32, 2, 2), torch.randn(48))
     stem = torch.randn(32, 3, 4, 4), *torch.randn(3, 32)
     x, picture = torch.randn(2, 9, 11, 32), torch.randn(1, 3, 17, 18)
     expected = (
         compiled.CompiledBlock(weights, AVX2)(x, 1e-6),
-        compiled.frozen_downsample(x, *frozen, 1e-6),
-        compiled.stem(picture, *stem, 1e-6),
+        compiled.prepare_downsample(*frozen)(x, 1e-6),
+        compiled.prepare_stem(*stem)(picture, 1e-6),
     )
     torch.set_default_dtype(dtype)
     try:
         got = (
-            compiled.CompiledBlock(weights._replace(**strided), AVX2)(x, 1e-6),
-            compiled.frozen_downsample(x, frozen.weight, torch.stack((frozen.bias,) * 2, -1).double()[..., 0], 1e-6),
-            compiled.stem(picture, stem[0], *(torch.stack((v, v), -1).double()[..., 0] for v in stem[1:]), 1e-6),
+            compiled.CompiledBlock(weights._replace(**biases), AVX2)(x, 1e-6),
+            compiled.prepare_downsample(frozen.weight, strided(frozen.bias))(x, 1e-6),
+            compiled.prepare_stem(stem[0], *map(strided, stem[1:]))(picture, 1e-6),
         )
     finally:
         torch.set_default_dtype(torch.float32)
@@ -183,7 +186,7 @@ def test_downsampling(image, channels, out_channels, patch):
         n = F.layer_norm(x.to(dtype), [channels], eps=1e-6).permute(0, 3, 1, 2)
         return F.conv2d(n, *(t.to(dtype) for t in frozen), stride=patch).permute(0, 2, 3, 1)
 
-    got = compiled.frozen_downsample(x, *frozen, 1e-6)
+    got = compiled.prepare_downsample(*frozen)(x, 1e-6)
     check(got, plain(torch.float64), plain(torch.float32))
 
 
@@ -211,18 +214,17 @@ def test_stem(image, channels, out_channels, patch, bias, channels_last):
         u = F.conv2d(x.to(dtype), weight, bias, stride=patch).permute(0, 2, 3, 1)
         return F.layer_norm(u, [out_channels], ln_weight, ln_bias, 1e-6)
 
-    got = compiled.stem(x, *parameters, 1e-6)
+    got = compiled.prepare_stem(*parameters)(x.contiguous(), 1e-6)
     check(got, plain(torch.float64), plain(torch.float32))
 
 
 def test_what_no_kernel_serves_goes_to_onednn():
-    x = torch.randn(1, 5, 5, 12)
     for channels, hidden, act in ((12, 48, "gelu"), (16, 20, "gelu"), (16, 64, "silu")):
-        block = prepared.prepared(x, frozen_weights(channels, hidden, 3), act)
+        block = prepared.prepared_block(frozen_weights(channels, hidden, 3), act, (1, 5, 5, channels))
         assert isinstance(block, onednn_block.OnednnBlock)
-    assert compiled.frozen_downsample(x, torch.randn(16, 12, 2, 2), torch.randn(16), 1e-6) is None
+    assert prepared.prepared_downsample(torch.randn(16, 12, 2, 2), torch.randn(16)) is None
     odd = torch.randn(16, 3, 3, 3), None, torch.randn(16), torch.randn(16)
-    assert compiled.stem(torch.randn(1, 3, 9, 9), *odd, 1e-6) is None
+    assert compiled.prepare_stem(*odd) is None
     assert aten.patchify_stem_fwd(torch.randn(1, 3, 9, 9), *odd, 1e-6, torch.float32).shape == (1, 3, 3, 16)
 
 
@@ -230,7 +232,7 @@ def test_a_block_is_prepared_once_for_its_weights_and_dies_with_them():
     x, weights = torch.randn(1, 4, 4, 16), frozen_weights(16, 32, 3)
 
     def prepared_for(*weights, act="gelu"):
-        block = prepared.prepared(x, weights, act)
+        block = prepared.prepared_block(weights, act, x.shape)
         assert relative_error(block(x, 1e-6), plain_block(x.double(), weights, act)) < 1e-5
         return block
 
@@ -245,6 +247,20 @@ def test_a_block_is_prepared_once_for_its_weights_and_dies_with_them():
     assert isinstance(prepared_for(*weights, act="relu"), onednn_block.OnednnBlock)
     gone, key = weakref.ref(prepared_for(*weights)), id(weights.w1)
     del first, weights, head, b1, w2, b2, other
+    gc.collect()
+    assert gone() is None
+    assert key not in prepared._KEPT
+
+
+def test_a_downsampling_layer_is_prepared_once_for_its_weights_and_dies_with_them():
+    weight, bias = torch.randn(16, 8, 2, 2), torch.randn(16)
+    first = prepared.prepared_downsample(weight, bias)
+    assert prepared.prepared_downsample(weight, bias) is first
+    second = prepared.prepared_downsample(weight, bias + 1)
+    x = torch.randn(1, 4, 4, 8)
+    assert torch.allclose(second(x, 1e-6), first(x, 1e-6) + 1, atol=1e-5)
+    gone, key = weakref.ref(second), id(weight)
+    del first, second, weight
     gc.collect()
     assert gone() is None
     assert key not in prepared._KEPT

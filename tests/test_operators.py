@@ -16,11 +16,11 @@ from convnext_fast import ConvNext, ConvNextConfig, ops, reference
 def test_every_registered_operator_is_checked():
     """Here or, through the kernels, in kernels/machine_code: test_operators_executed.py, and dwconv in its own file.
 
-    Those of frozen_ops.py in test_chain.py.
+    That of frozen_ops.py in test_chain.py.
     """
     for module in ("kernels.dwconv", "frozen_ops"):
         importlib.import_module(f"convnext_fast.{module}")
-    elsewhere = "dwconv", "frozen_blocks_cpu", "frozen_downsample_cpu", "stem_cpu"
+    elsewhere = "dwconv", "frozen_steps_cpu"
     assert registered() == {*ON_CPU, *(f"{name}_cpu" for name in ON_CPU), *KERNELS_ALONE, *elsewhere}
 
 

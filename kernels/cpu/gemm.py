@@ -34,7 +34,9 @@ Activation = Callable[[Emitter, ir.Value], ir.Value]
 
 def pack(weight: Tensor, machine: Machine) -> Tensor:
     """w (N, K) as the panels of the formula, one after the other: (N·K,)."""
-    return torch.cat([panel.t().flatten() for panel in weight.split(machine.panel)])
+    whole = len(weight) // machine.panel * machine.panel
+    panels = weight[:whole].unflatten(0, (-1, machine.panel)).transpose(1, 2)
+    return torch.cat([panels.flatten(), weight[whole:].t().flatten()])
 
 
 def tile(

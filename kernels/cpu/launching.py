@@ -125,33 +125,27 @@ class Launch:
         self.numbers = tuple(given[name] for name in NUMBERS)
         self.scratch_size = team * scratch_rows(machine, given["unit"], given["units"]) * sizes.row
         # A tile's rows beyond the last pixel are computed too: on zeros, for what was in memory before can be slow.
-        self.scratch = torch.zeros if result[1] % (machine.rows // 2) else torch.empty
+        self.wants_zeros = bool(result[1] % (machine.rows // 2))
         self.argument = ctypes.c_int64 * (len(sizes.addresses) + len(NUMBERS))
 
-    def new_scratch(self) -> Tensor:
-        """Scratch memory."""
-        return self.scratch(self.scratch_size, dtype=torch.float32, device="cpu")
-
-    def start(self, x: Tensor, y: Tensor, weights: Sequence[int], scratch: Tensor) -> Callable[[], None]:
+    def start(self, x: int, y: int, weights: Sequence[int], scratch: Tensor) -> Callable[[], None]:
         """A function that runs the kernel; ``weights``: the addresses between those of y and of scratch memory."""
-        argument = self.argument(x.data_ptr(), y.data_ptr(), *weights, scratch.data_ptr(), *self.numbers)
+        argument = self.argument(x, y, *weights, scratch.data_ptr(), *self.numbers)
         return functools.partial(self.run, self.kernel, argument, self.team, 0)
 
     def __call__(self, x: Tensor, y: Tensor, weights: Sequence[int]) -> Tensor:
         """y, filled, for x; both contiguous."""
-        scratch = self.new_scratch()
-        self.start(x, y, weights, scratch)()
+        run_in_turn([(self, weights)], [x.data_ptr(), y.data_ptr()])
         return y
 
 
-def run_in_turn(launches: Sequence[tuple[Launch, Sequence[int]]], x: Tensor, results: Sequence[Tensor]) -> Tensor:
-    """The last result of kernels of which each takes that of the one before, in two tensors by turns."""
-    scratch = max((launch for launch, _ in launches), key=lambda launch: launch.scratch_size).new_scratch()
-    sources = [x, *itertools.islice(itertools.cycle(results), len(launches))]
+def run_in_turn(launches: Sequence[tuple[Launch, Sequence[int]]], places: Sequence[int]) -> None:
+    """Kernels with the addresses of their weights, from the first of ``places`` in memory to the second, and so on."""
+    new = torch.zeros if any(launch.wants_zeros for launch, _ in launches) else torch.empty
+    scratch = new(max(launch.scratch_size for launch, _ in launches), dtype=torch.float32, device="cpu")
     calls = [
         launch.start(source, target, weights, scratch)
-        for (launch, weights), (source, target) in zip(launches, itertools.pairwise(sources), strict=True)
+        for (launch, weights), (source, target) in zip(launches, itertools.pairwise(places), strict=True)
     ]
     for call in calls:
         call()
-    return sources[-1]
