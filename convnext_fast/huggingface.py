@@ -142,7 +142,7 @@ class ConvNextStage(Layered, Freezable):
         steps = []
         if self.downsampling_layer:
             frozen = self.frozen
-            if frozen is None or not self.fused or self.change() is not None:
+            if frozen is None or not self.stands():
                 return None
             steps.append(Step(tuple(frozen), self.downsampling_layer[0].eps))
         return joined((steps, *map(steps_of, self.layers)))

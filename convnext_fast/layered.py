@@ -49,12 +49,30 @@ class Layered(nn.Module):
             warnings.warn(f"a fused {kind} calls its layers one by one: {reason}", RuntimeWarning, stacklevel=3)
         return reason is None
 
+    def stands(self) -> bool:
+        """Whether the fused ops run, for `steps.stepwise`.
+
+        A compiler asks once: a guard for every setting of every layer takes as long as a kernel. Later it looks at the
+        kinds of the layers alone.
+        """
+        for path in self._weighted:
+            if follow(self, path) is None:
+                return False
+        return _stands(self)
+
     def learns(self) -> bool:
         """Whether autograd records and a parameter whose values are read wants a gradient."""
         if not torch.is_grad_enabled():
             return False
         holders = (self, *(follow(self, path) for path in self._weighted))
         return any(p is not None and p.requires_grad for holder in holders for p in holder._parameters.values())
+
+
+def _stands(module: Layered) -> bool:
+    return module.fused and module.change() is None
+
+
+_stands._dynamo_marked_constant = True  # `torch.compiler.assume_constant_result`, which takes a second to import
 
 
 class Pair(Layered, nn.Sequential):

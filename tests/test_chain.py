@@ -300,6 +300,28 @@ def test_a_compiled_model_calls_one_operator(model, chains):
     assert chains == [WHOLE] * 2
 
 
+class OtherNorm(nn.LayerNorm):
+    """A layer that somebody put in the place of ours."""
+
+
+def test_a_compiled_model_sees_what_changes(model, chains):
+    x = torch.randn(2, 3, 40, 40)
+    block = blocks_of(model, 0)[1]
+    compiled_model = torch.compile(model)
+    with torch.no_grad():
+        check(output(compiled_model, x), model, x)
+        block.unfreeze()
+        check(output(compiled_model, x), model, x)
+        block.freeze()
+        check(output(compiled_model, x), model, x)
+        assert chains == [WHOLE, 1, 3, WHOLE]  # the stem alone, and the other stage
+        del chains[:]
+        name = "norm" if isinstance(model, ConvNext) else "layernorm"
+        setattr(block, name, randomise(OtherNorm(16), seed=5))
+        check(output(compiled_model, x), model, x)
+        assert chains == [1, 3]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("channels", [16, 12])
 def test_opcheck(bias, channels):
