@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.modules import module as globally
 
 from . import backend, compiled, onednn, ops
+from .checks import check_frozen_block, check_frozen_downsample, check_stem
 from .memory import as_nchw
 from .prepared import kernel_for
 from .steps import Step, shapes_after
 
-_CHECKS = {4: ops.check_stem, 2: ops.check_frozen_downsample, 6: ops.check_frozen_block}
+_CHECKS = {4: check_stem, 2: check_frozen_downsample, 6: check_frozen_block}
 
 
 def in_one_go(ask: Callable[[], Sequence[list[Step] | None]], x: Tensor) -> list[Tensor] | None:

@@ -8,7 +8,6 @@ PyTorch would give them. Activations are (N, H, W, C) and must be contiguous in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -16,7 +15,19 @@ import torch.fx
 from torch import Tensor
 
 from . import backend, reference
-from .config import ACTIVATIONS
+from .checks import (
+    check_activation,
+    check_dwconv,
+    check_frozen_block,
+    check_frozen_downsample,
+    check_mlp,
+    check_options,
+    check_patches,
+    check_stem,
+    check_tensor,
+    compute_dtype,
+    rows_of,
+)
 from .downsampling import Downsample
 
 __all__ = [
@@ -69,14 +80,14 @@ def convnext_block(
         TypeError: a tensor has a dtype that is not floating, or differs from x's outside autocast.
         ValueError: a shape, a device or an option is not as above.
     """
-    _check_activation(x, "x")
-    channels, hidden = x.shape[3], _rows_of(w1, "w1")
-    _check_dwconv(x, dwconv_weight, dwconv_bias)
-    _check(x, "ln_weight", ln_weight, (channels,), optional=True)
-    _check(x, "ln_bias", ln_bias, (channels,), optional=True)
-    _check_mlp(x, w1, b1, w2, b2, gamma, drop_scale, channels, hidden)
-    _check_options(act, recompute)
-    dtype = _compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
+    check_activation(x, "x")
+    channels, hidden = x.shape[3], rows_of(w1, "w1")
+    check_dwconv(x, dwconv_weight, dwconv_bias)
+    check_tensor(x, "ln_weight", ln_weight, (channels,), optional=True)
+    check_tensor(x, "ln_bias", ln_bias, (channels,), optional=True)
+    check_mlp(x, w1, b1, w2, b2, gamma, drop_scale, channels, hidden)
+    check_options(act, recompute)
+    dtype = compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
     if gamma is not None:
         x = x.to(torch.promote_types(x.dtype, gamma.dtype))
     path = backend.select(x.device, dtype)
@@ -112,7 +123,7 @@ def frozen_block(
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
-    _check_options(act, 2)
+    check_options(act, 2)
     tensors = (x, dwconv_weight, dwconv_bias, w1, b1, w2, b2)
     values = wants_values(x)
     dtype = check_frozen_block(values, *tensors)
@@ -123,29 +134,6 @@ def frozen_block(
     return _implementation(path, values).frozen_block_fwd(x.contiguous(), *tensors[1:], eps, act, dtype)
 
 
-def check_frozen_block(
-    values: bool,
-    x: Tensor,
-    dwconv_weight: Tensor,
-    dwconv_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-) -> torch.dtype:
-    """The dtype in which `frozen_block` computes; raises what it raises. ``values``: what `wants_values` says of x."""
-
-    def check() -> torch.dtype:
-        _check_activation(x, "x")
-        channels, hidden = x.shape[3], _rows_of(w1, "w1")
-        _check(x, "b1", b1, (2, hidden))
-        _check_dwconv(x, dwconv_weight, dwconv_bias)
-        _check_mlp(x, w1, b1[0], w2, b2, None, None, channels, hidden)
-        return _compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
-
-    return _once(values, check, x, dwconv_weight, dwconv_bias, w1, b1, w2, b2)
-
-
 def dwconv_layernorm(
     x: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor, *, eps: float = 1e-6
 ) -> Tensor:
@@ -154,11 +142,11 @@ def dwconv_layernorm(
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
-    _check_activation(x, "x")
-    _check_dwconv(x, weight, bias)
-    _check(x, "ln_weight", ln_weight, (x.shape[3],))
-    _check(x, "ln_bias", ln_bias, (x.shape[3],))
-    dtype = _compute_dtype(x, weight=weight)
+    check_activation(x, "x")
+    check_dwconv(x, weight, bias)
+    check_tensor(x, "ln_weight", ln_weight, (x.shape[3],))
+    check_tensor(x, "ln_bias", ln_bias, (x.shape[3],))
+    dtype = compute_dtype(x, weight=weight)
     path = backend.select(x.device, dtype)
     if path == "reference":
         return reference.dwconv_layernorm(x, weight, bias, ln_weight, ln_bias, eps)
@@ -186,12 +174,12 @@ def pointwise_mlp(
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
-    _check_activation(x, "x")
+    check_activation(x, "x")
     if residual is not None:
-        _check(x, "residual", residual, tuple(x.shape))
-    _check_mlp(x, w1, b1, w2, b2, gamma, drop_scale, x.shape[3], _rows_of(w1, "w1"))
-    _check_options(act, recompute)
-    dtype = _compute_dtype(x, w1=w1, w2=w2)
+        check_tensor(x, "residual", residual, tuple(x.shape))
+    check_mlp(x, w1, b1, w2, b2, gamma, drop_scale, x.shape[3], rows_of(w1, "w1"))
+    check_options(act, recompute)
+    dtype = compute_dtype(x, w1=w1, w2=w2)
     path = backend.select(x.device, dtype)
     if path == "reference":
         return reference.pointwise_mlp(x, residual, w1, b1, w2, b2, gamma, drop_scale, act)
@@ -232,21 +220,6 @@ def patchify_stem(
     return reference.patchify_stem(image, *parameters, eps)
 
 
-def check_stem(
-    values: bool, image: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor
-) -> torch.dtype:
-    """As `check_frozen_block`, for `patchify_stem`."""
-
-    def check() -> torch.dtype:
-        _check_activation(image, "image")
-        _check_patches(image, weight, bias, channels=image.shape[1], size=tuple(image.shape[2:]))
-        _check(image, "ln_weight", ln_weight, (weight.shape[0],))
-        _check(image, "ln_bias", ln_bias, (weight.shape[0],))
-        return _compute_dtype(image, weight=weight)
-
-    return _once(values, check, image, weight, bias, ln_weight, ln_bias)
-
-
 @torch.fx.wrap
 def downsample(
     x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1e-6
@@ -259,11 +232,11 @@ def downsample(
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
-    _check_activation(x, "x")
-    _check_patches(x, weight, bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
-    _check(x, "ln_weight", ln_weight, (x.shape[3],))
-    _check(x, "ln_bias", ln_bias, (x.shape[3],))
-    dtype = _compute_dtype(x, weight=weight)
+    check_activation(x, "x")
+    check_patches(x, weight, bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
+    check_tensor(x, "ln_weight", ln_weight, (x.shape[3],))
+    check_tensor(x, "ln_bias", ln_bias, (x.shape[3],))
+    dtype = compute_dtype(x, weight=weight)
     path = backend.select(x.device, dtype)
     if path == "aten" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return Downsample.apply(x, ln_weight, ln_bias, weight, bias, eps, dtype)
@@ -293,17 +266,6 @@ def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1
     if weight.dtype != dtype or _wants_gradient(x, weight, bias) or not serves:
         return downsample(x, *_affine(x, None, None), weight, bias.to(weight.dtype), eps=eps)
     return _implementation(path, values).frozen_downsample_fwd(x.contiguous(), weight, bias, eps, dtype)
-
-
-def check_frozen_downsample(values: bool, x: Tensor, weight: Tensor, bias: Tensor) -> torch.dtype:
-    """As `check_frozen_block`, for `frozen_downsample`."""
-
-    def check() -> torch.dtype:
-        _check_activation(x, "x")
-        _check_patches(x, weight, bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
-        return _compute_dtype(x, weight=weight)
-
-    return _once(values, check, x, weight, bias)
 
 
 def _compiled_step(x: Tensor, weights: tuple[Tensor | None, ...], eps: float) -> Tensor:
@@ -345,113 +307,6 @@ def wants_values(x: Tensor) -> bool:
 def _compiles_for_values(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether a compiler traces a call on x, in x's dtype, that needs no gradient."""
     return torch.compiler.is_compiling() and not backend.autocasts(x) and not _wants_gradient(x, *weights)
-
-
-_PASSED: set[tuple] = set()
-"""Descriptions of arguments that passed all checks of a call that only wants values: they are not checked again, which
-for a small image on a CPU takes as long as a convolution."""
-
-
-def _once(values: bool, check: Callable[[], torch.dtype], x: Tensor, *weights: Tensor | None) -> torch.dtype:
-    """What ``check`` says of tensors, asked once for such; ``values``: what `wants_values` says of x."""
-    if not values:
-        return check()
-    try:
-        described = tuple([t if t is None else (t.shape, t.dtype, t.device) for t in (x, *weights)])
-    except AttributeError:
-        return check()
-    if described in _PASSED:
-        return x.dtype
-    dtype = check()
-    if len(_PASSED) > 4096:
-        _PASSED.clear()
-    _PASSED.add(described)
-    return dtype
-
-
-def _check_activation(x: Tensor, name: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}: expected a tensor")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}: expected a floating dtype")
-    if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected 4 dimensions, all but the first at least 1")
-
-
-def _check(x: Tensor, name: str, value: Tensor | None, shape: tuple[int, ...], optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}: expected a tensor of shape {shape}")
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {shape}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} has dtype {value.dtype}: expected a floating dtype")
-    if value.device != x.device:
-        raise ValueError(f"{name} is on {value.device}: expected {x.device}, where the activations are")
-
-
-def _rows_of(weight: Tensor, name: str) -> int:
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        what = f"has shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"is a {type(weight).__name__}"
-        raise ValueError(f"{name} {what}: expected a matrix (K, C)")
-    return weight.shape[0]
-
-
-def _check_dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    side = weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() == 4 else 7
-    if side not in (3, 5, 7):
-        raise ValueError(f"the depthwise kernel is {tuple(weight.shape)}: expected a square one of side 3, 5 or 7")
-    _check(x, "the depthwise weight", weight, (x.shape[3], 1, side, side))
-    _check(x, "the depthwise bias", bias, (x.shape[3],), optional=True)
-
-
-def _check_patches(x: Tensor, weight: Tensor, bias: Tensor | None, channels: int, size: tuple[int, int]) -> None:
-    if not isinstance(weight, Tensor) or weight.dim() != 4:
-        what = f"has shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"is a {type(weight).__name__}"
-        raise ValueError(f"the patch weight {what}: expected (C', C, kh, kw)")
-    _check(x, "the patch weight", weight, (weight.shape[0], channels, *weight.shape[2:]))
-    _check(x, "the patch bias", bias, (weight.shape[0],), optional=True)
-    if size[0] < weight.shape[2] or size[1] < weight.shape[3]:
-        raise ValueError(f"the image is {size[0]}×{size[1]}: expected at least one patch of {tuple(weight.shape[2:])}")
-
-
-def _check_mlp(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
-    channels: int,
-    hidden: int,
-) -> None:
-    _check(x, "w1", w1, (hidden, channels))
-    _check(x, "b1", b1, (hidden,))
-    _check(x, "w2", w2, (channels, hidden))
-    _check(x, "b2", b2, (channels,))
-    _check(x, "gamma", gamma, (channels,), optional=True)
-    _check(x, "drop_scale", drop_scale, (x.shape[0],), optional=True)
-
-
-def _check_options(act: str, recompute: int) -> None:
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act is {act!r}: expected one of {', '.join(ACTIVATIONS)}")
-    if recompute not in (0, 1, 2):
-        raise ValueError(f"recompute is {recompute!r}: expected 0, 1 or 2")
-
-
-def _compute_dtype(x: Tensor, **weights: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, otherwise x's own."""
-    if backend.autocasts(x):
-        return torch.get_autocast_dtype(x.device.type)
-    for name, weight in weights.items():
-        if weight.dtype != x.dtype:
-            raise TypeError(
-                f"the activations are {x.dtype} but {name} is {weight.dtype}: convert one, or use torch.autocast"
-            )
-    return x.dtype
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

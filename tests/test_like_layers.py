@@ -10,7 +10,7 @@ from torch import nn
 from transformers import ConvNextConfig as HostConfig
 from transformers import ConvNextModel as Host
 
-from convnext_fast import ConvNext, ConvNextConfig, fuse, ops
+from convnext_fast import ConvNext, ConvNextConfig, checks, fuse, ops
 
 CONFIG = ConvNextConfig(num_stages=2, hidden_sizes=[8, 16], depths=[2, 1], num_labels=5)
 BOUND = BOUNDS[torch.float64]
@@ -162,10 +162,10 @@ def test_autocast_keeps_the_dtype_of_a_frozen_models_maps(dtype):
 
 def test_a_trace_leaves_nothing_behind():
     model = ConvNext(CONFIG).eval().freeze()
-    before = len(ops._PASSED)
+    before = len(checks._PASSED)
     with torch.no_grad():
         torch.jit.trace(model, images(torch.float32), check_trace=False)
-    assert len(ops._PASSED) == before
+    assert len(checks._PASSED) == before
 
 
 def test_an_inplace_activation_after_a_backbone():
