@@ -28,13 +28,15 @@ def in_one_go(ask: Callable[[], Sequence[list[Step] | None]], x: Tensor) -> list
 
     None where modules have to be called one by one. ``ask`` is asked only where kernels may serve.
     """
-    if torch.is_grad_enabled() or not _serves(x) or _hooks_everywhere():
+    if not _serves(x) or _hooks_everywhere():
         return None
     parts = ask()
     if not all(parts):
         return None
     steps = list(chain.from_iterable(parts))
     weights = [step.weights for step in steps]
+    if torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in chain.from_iterable(weights)):
+        return None
     eps = [step.eps for step in steps]
     ends = [count - 1 for count in accumulate(map(len, parts))]
     values = x if len(weights[0]) == 4 else x.permute(0, 2, 3, 1)
@@ -65,13 +67,15 @@ def _checked(steps: list[tuple[Tensor | None, ...]], x: Tensor) -> list[tuple[in
 
 
 def _serves(x: Tensor) -> bool:
-    """Whether the path for CPUs takes x, and nothing but a compiler looks on."""
+    """Whether the path for CPUs takes x, which wants no gradient, and nothing but a compiler looks on."""
     if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    if torch.is_grad_enabled() and x.requires_grad:
         return False
     if torch.compiler.is_compiling():
         looked_at = backend.autocasts(x)
     else:
-        looked_at = not ops.wants_values(x) or not onednn.serves(x)
+        looked_at = not ops.is_unseen(x) or not onednn.serves(x)
     return not looked_at and backend.select(x.device, x.dtype) == "aten"
 
 

@@ -295,13 +295,12 @@ def _implementation(path: backend.Backend, values: bool) -> ModuleType:
 
 def wants_values(x: Tensor) -> bool:
     """Whether a call on x is asked for its value alone, and nothing looks on."""
-    return (
-        not torch.is_grad_enabled()
-        and type(x) is Tensor
-        and not backend.autocasts(x)
-        and not torch.jit.is_tracing()
-        and backend.is_plain(x)
-    )
+    return not torch.is_grad_enabled() and is_unseen(x)
+
+
+def is_unseen(x: Tensor) -> bool:
+    """Whether nothing but autograd looks on at a call on x, or changes its dtype."""
+    return type(x) is Tensor and not backend.autocasts(x) and not torch.jit.is_tracing() and backend.is_plain(x)
 
 
 def _compiles_for_values(x: Tensor, *weights: Tensor | None) -> bool:

@@ -91,6 +91,21 @@ def test_equal_bits(model, chains, mode, layout, one_by_one):
     assert chains == [WHOLE] * 2
 
 
+@pytest.mark.parametrize("compile_", [False, True])
+def test_no_gradient_is_wanted_though_autograd_records(model, chains, compile_):
+    """As in a script without ``no_grad``."""
+    called = torch.compile(model, fullgraph=True) if compile_ else model
+    x = torch.randn(2, 3, 40, 36)
+    got = output(called, x)
+    assert not got.requires_grad
+    assert chains == [WHOLE]
+    check(got, model, x)
+    got += 1
+    stem_of(model).requires_grad_(True)
+    assert output(called, x).requires_grad
+    assert chains == [WHOLE]
+
+
 @pytest.mark.parametrize("depths", [[1, 1], [3, 2], [2, 1]])
 @torch.no_grad()
 def test_maps_on_the_way(depths, chains, one_by_one):
