@@ -114,7 +114,7 @@ class ConvNextBlockBase(Layered, Freezable):
     def steps(self) -> list[Step] | None:
         """See `steps.stepwise`."""
         frozen = self.frozen
-        if frozen is None or not self.stands():
+        if frozen is None or not self.stands(frozen):
             return None
         return [Step(tuple(frozen), self.eps, self.act_name)]
 
@@ -242,7 +242,7 @@ class Downsample(Freezable, Pair):
     def steps(self) -> list[Step] | None:
         """See `steps.stepwise`."""
         frozen = self.frozen
-        return None if frozen is None or not self.stands() else [Step(tuple(frozen), self[0].eps)]
+        return None if frozen is None or not self.stands(frozen) else [Step(tuple(frozen), self[0].eps)]
 
     def fold(self) -> FrozenDownsample | None:
         """LayerNorm's affine folded into the convolution."""
@@ -263,7 +263,7 @@ def patchify_stem(image: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
 
 def stem_steps(module: Layered, *layers: nn.Module) -> list[Step] | None:
     """What a stem does whose layers are a convolution and a LayerNorm; see `steps.stepwise`."""
-    if not module.stands():
+    if not module.stands(None):
         return None
     conv, norm = layers
     return [Step((conv.weight, conv.bias, norm.weight, norm.bias), norm.eps)]

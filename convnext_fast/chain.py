@@ -1,8 +1,8 @@
 """Frozen modules on a CPU one after another, with nothing but their kernels in between.
 
-While a kernel runs, its data push Python's out of the caches: what a block does around its kernel takes some 0.2 ms
-then, and the same is true of a downsampling layer. Together that is a seventh of the time of ConvNeXt-T on one image.
-So all that is asked of the modules is asked before the first kernel starts.
+While a kernel runs, its data push Python's out of the caches: what a block or a downsampling layer does around its
+kernel takes 0.2 to 0.5 ms then, and a kernel of ConvNeXt-T on one image 2. So all that is asked of the modules is asked
+before the first kernel starts.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn.modules import module as globally
 
 from . import backend, compiled, onednn, ops
-from .checks import check_frozen_block, check_frozen_downsample, check_stem
+from .checks import check_frozen_block, check_frozen_downsample, check_options, check_stem
 from .memory import as_nchw
-from .prepared import kernel_for
-from .steps import Step, shapes_after
+from .prepared import kernels_for
+from .steps import BLOCK, DOWNSAMPLE, STEM, Step, shapes_after
 
-_CHECKS = {4: check_stem, 2: check_frozen_downsample, 6: check_frozen_block}
+_CHECKS = {STEM: check_stem, DOWNSAMPLE: check_frozen_downsample, BLOCK: check_frozen_block}
 
 
 def in_one_go(ask: Callable[[], Sequence[list[Step] | None]], x: Tensor) -> list[Tensor] | None:
@@ -35,32 +35,31 @@ def in_one_go(ask: Callable[[], Sequence[list[Step] | None]], x: Tensor) -> list
         return None
     steps = list(chain.from_iterable(parts))
     weights = [step.weights for step in steps]
-    if torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in chain.from_iterable(weights)):
+    if any(len(step) == STEM for step in weights[1:]):
         return None
-    eps = [step.eps for step in steps]
+    eps, acts = [step.eps for step in steps], [step.act for step in steps]
     ends = [count - 1 for count in accumulate(map(len, parts))]
-    values = x if len(weights[0]) == 4 else x.permute(0, 2, 3, 1)
-    shapes = _checked(weights, values)
+    x = x if len(weights[0]) == STEM else x.permute(0, 2, 3, 1)
+    shapes = _checked(steps, x)
     if torch.compiler.is_compiling():
-        acts = {step.act for step in steps if step.act}
-        if len(acts) > 1:
+        kinds = {act for act in acts if act}
+        if len(kinds) > 1:
             return None
         from .frozen_ops import frozen_steps
 
         flat, counts = list(chain.from_iterable(weights)), list(map(len, weights))
-        return [y.permute(0, 3, 1, 2) for y in frozen_steps(values, flat, counts, eps, "".join(acts), ends)]
-    befores = [values.shape, *shapes]
-    kernels = [kernel_for(step.weights, step.act, before) for step, before in zip(steps, befores, strict=False)]
-    if not all(isinstance(kernel, compiled.Kernel) for kernel in kernels):
-        return None
-    return list(map(as_nchw, compiled.run(kernels, eps, shapes, values.contiguous(), ends)))
+        return [y.permute(0, 3, 1, 2) for y in frozen_steps(x, flat, counts, eps, "".join(kinds), ends)]
+    kernels = kernels_for(weights, acts, [x.shape, *shapes[:-1]])
+    return None if kernels is None else list(map(as_nchw, compiled.run(kernels, eps, shapes, x.contiguous(), ends)))
 
 
-def _checked(steps: list[tuple[Tensor | None, ...]], x: Tensor) -> list[tuple[int, ...]]:
+def _checked(steps: list[Step], x: Tensor) -> list[tuple[int, ...]]:
     """`steps.shapes_after`; raises what the ops raise for steps that do not fit x."""
-    wants_values, shapes = not torch.compiler.is_compiling(), shapes_after(steps, x.shape)
-    for weights, shape in zip(steps, shapes, strict=True):
-        _CHECKS[len(weights)](wants_values, x, *weights)
+    shapes = shapes_after([step.weights for step in steps], x.shape)
+    for (weights, _, act), shape in zip(steps, shapes, strict=True):
+        if len(weights) == BLOCK:
+            check_options(act, 2)
+        _CHECKS[len(weights)](not torch.compiler.is_compiling(), x, *weights)
         if shape != x.shape:
             x = x.new_empty(1).expand(shape)
     return shapes
@@ -70,7 +69,7 @@ def _serves(x: Tensor) -> bool:
     """Whether the path for CPUs takes x, which wants no gradient, and nothing but a compiler looks on."""
     if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu":
         return False
-    if torch.is_grad_enabled() and x.requires_grad:
+    if ops.wants_gradient(x):
         return False
     if torch.compiler.is_compiling():
         looked_at = backend.autocasts(x)

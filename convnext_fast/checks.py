@@ -104,7 +104,7 @@ def compute_dtype(x: Tensor, **weights: Tensor) -> torch.dtype:
 
 
 def check_frozen_block(
-    values: bool,
+    remembers: bool,
     x: Tensor,
     dwconv_weight: Tensor,
     dwconv_bias: Tensor | None,
@@ -113,7 +113,10 @@ def check_frozen_block(
     w2: Tensor,
     b2: Tensor,
 ) -> torch.dtype:
-    """The dtype in which `ops.frozen_block` computes. ``values``: what `ops.wants_values` says of x."""
+    """The dtype in which `ops.frozen_block` computes.
+
+    ``remembers``: whether such tensors need no check the next time, for they are plain ones (`ops.is_unseen`).
+    """
 
     def check() -> torch.dtype:
         check_activation(x, "x")
@@ -123,11 +126,11 @@ def check_frozen_block(
         check_mlp(x, w1, b1[0], w2, b2, None, None, channels, hidden)
         return compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
 
-    return _once(values, check, x, dwconv_weight, dwconv_bias, w1, b1, w2, b2)
+    return _once(remembers, check, x, dwconv_weight, dwconv_bias, w1, b1, w2, b2)
 
 
 def check_stem(
-    values: bool, image: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor
+    remembers: bool, image: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor
 ) -> torch.dtype:
     """As `check_frozen_block`, for `ops.patchify_stem`."""
 
@@ -138,10 +141,10 @@ def check_stem(
         check_tensor(image, "ln_bias", ln_bias, (weight.shape[0],))
         return compute_dtype(image, weight=weight)
 
-    return _once(values, check, image, weight, bias, ln_weight, ln_bias)
+    return _once(remembers, check, image, weight, bias, ln_weight, ln_bias)
 
 
-def check_frozen_downsample(values: bool, x: Tensor, weight: Tensor, bias: Tensor) -> torch.dtype:
+def check_frozen_downsample(remembers: bool, x: Tensor, weight: Tensor, bias: Tensor) -> torch.dtype:
     """As `check_frozen_block`, for `ops.frozen_downsample`."""
 
     def check() -> torch.dtype:
@@ -149,17 +152,17 @@ def check_frozen_downsample(values: bool, x: Tensor, weight: Tensor, bias: Tenso
         check_patches(x, weight, bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
         return compute_dtype(x, weight=weight)
 
-    return _once(values, check, x, weight, bias)
+    return _once(remembers, check, x, weight, bias)
 
 
 _PASSED: set[tuple] = set()
-"""Descriptions of arguments that passed all checks of a call that only wants values: they are not checked again, which
-for a small image on a CPU takes as long as a convolution."""
+"""Descriptions of plain tensors that passed all checks of a call: they are not checked again, which for a small image
+on a CPU takes as long as a convolution."""
 
 
-def _once(values: bool, check: Callable[[], torch.dtype], x: Tensor, *weights: Tensor | None) -> torch.dtype:
-    """What ``check`` says of tensors, asked once for such; ``values``: what `ops.wants_values` says of x."""
-    if not values:
+def _once(remembers: bool, check: Callable[[], torch.dtype], x: Tensor, *weights: Tensor | None) -> torch.dtype:
+    """What ``check`` says of tensors, asked once for such if it ``remembers``."""
+    if not remembers:
         return check()
     try:
         described = tuple([t if t is None else (t.shape, t.dtype, t.device) for t in (x, *weights)])

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from . import aten, compiled, onednn
-from .prepared import kernel_for
-from .steps import shapes_after
+from .prepared import kernels_for
+from .steps import BLOCK, DOWNSAMPLE, STEM, shapes_after
 
 _LIBRARY = torch.library.Library("convnext_fast", "FRAGMENT")
-_IN_CALLS = {4: aten.patchify_stem_fwd, 2: aten.frozen_downsample_fwd}
+_IN_CALLS = {STEM: aten.patchify_stem_fwd, DOWNSAMPLE: aten.frozen_downsample_fwd, BLOCK: aten.frozen_block_fwd}
 
 
 def _steps(
@@ -35,14 +35,13 @@ def _steps(
     steps = _cut(weights, counts)
     shapes = shapes_after(steps, x.shape)
     if x.dtype == torch.float32 and onednn.serves(x):
-        befores = [x.shape, *shapes]
-        kernels = [kernel_for(step, act, before) for step, before in zip(steps, befores, strict=False)]
-        if all(isinstance(kernel, compiled.Kernel) for kernel in kernels):
+        kernels = kernels_for(steps, [act] * len(steps), [x.shape, *shapes[:-1]])
+        if kernels is not None:
             return compiled.run(kernels, eps, shapes, x.contiguous(), ends)
     results = []
     for i, (step, e) in enumerate(zip(steps, eps, strict=True)):
-        call, options = (aten.frozen_block_fwd, (e, act)) if len(step) == 6 else (_IN_CALLS[len(step)], (e,))
-        x = call(x.contiguous(), *step, *options, x.dtype)
+        options = (e, act) if len(step) == BLOCK else (e,)
+        x = _IN_CALLS[len(step)](x.contiguous(), *step, *options, x.dtype)
         if i in ends:
             results.append(x)
     return results

@@ -142,7 +142,7 @@ class ConvNextStage(Layered, Freezable):
         steps = []
         if self.downsampling_layer:
             frozen = self.frozen
-            if frozen is None or not self.stands():
+            if frozen is None or not self.stands(frozen):
                 return None
             steps.append(Step(tuple(frozen), self.downsampling_layer[0].eps))
         return joined((steps, *map(steps_of, self.layers)))
@@ -174,7 +174,8 @@ def states_of(embeddings: ConvNextEmbeddings, encoder: ConvNextEncoder, pixel_va
     def steps() -> list[list[Step] | None]:
         return list(map(steps_of, (embeddings, *encoder.stages))) if is_untouched(encoder) else [None]
 
-    return tuple(in_one_go(steps, pixel_values) or encoder(embeddings(pixel_values)))
+    results = in_one_go(steps, pixel_values)
+    return encoder(embeddings(pixel_values)) if results is None else tuple(results)
 
 
 class ConvNextPreTrainedModel(ConvNextSwitches):

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .watching import Path, Watched, change, follow, watch
+from .watching import Path, Records, change, follow, recall, remember, watch
 
 _LIVE = ("eps", "rate", "act_name")
 """Settings that every forward reads anew."""
@@ -27,17 +28,29 @@ class Layered(nn.Module):
     """
 
     fused: bool
-    _watched: tuple[Watched, ...] = ()
-    _weighted: tuple[Path, ...] = ()
+    _records = Records()
+    _number = remember(Records())
 
     def watch(self, weighted: Iterable[Path], others: Iterable[Path] = ()) -> None:
         """Remember the layers as they are: those whose weights are read, and those that are only not called."""
-        self._weighted = tuple(weighted)
-        self._watched = tuple(watch(path, follow(self, path), *_LIVE) for path in (*self._weighted, *others))
+        weighted = tuple(weighted)
+        watched = tuple(watch(path, follow(self, path), *_LIVE) for path in (*weighted, *others))
+        self._records = Records(watched, weighted)
+        self._number = remember(self._records)
 
-    def change(self) -> str | None:
-        """Why the layers must be called, whatever ``fused`` says; None where there is no reason."""
-        return change(self, self._watched, self._weighted)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = remember(self._records)
+
+    def change(self, reads: bool = True) -> str | None:
+        """Why the layers must be called, whatever ``fused`` says; None where there is no reason.
+
+        ``reads``: whether the weights are read, and not copies of them.
+        """
+        return change(self, self._recalled(), reads)
+
+    def _recalled(self) -> Records:
+        return recall(self._number) if torch.compiler.is_compiling() else self._records
 
     def reads_weights(self) -> bool:
         """Whether the fused ops run; warns where the layers are called though ``fused`` is set."""
@@ -49,30 +62,19 @@ class Layered(nn.Module):
             warnings.warn(f"a fused {kind} calls its layers one by one: {reason}", RuntimeWarning, stacklevel=3)
         return reason is None
 
-    def stands(self) -> bool:
-        """Whether the fused ops run, for `steps.stepwise`.
-
-        A compiler asks once: a guard for every setting of every layer takes as long as a kernel. Later it looks at the
-        kinds of the layers alone.
-        """
-        for path in self._weighted:
-            if follow(self, path) is None:
-                return False
-        return _stands(self)
+    def stands(self, frozen: Any) -> bool:
+        """Whether a step by ``frozen`` copies of the weights, or by the weights, does what a call does."""
+        if not self.fused or self.learns():
+            return False
+        # A compiler would guard every weight that is looked at.
+        return self.change(reads=frozen is None or not torch.compiler.is_compiling()) is None
 
     def learns(self) -> bool:
         """Whether autograd records and a parameter whose values are read wants a gradient."""
         if not torch.is_grad_enabled():
             return False
-        holders = (self, *(follow(self, path) for path in self._weighted))
+        holders = (self, *(follow(self, path) for path in self._recalled().weighted))
         return any(p is not None and p.requires_grad for holder in holders for p in holder._parameters.values())
-
-
-def _stands(module: Layered) -> bool:
-    return module.fused and module.change() is None
-
-
-_stands._dynamo_marked_constant = True  # `torch.compiler.assume_constant_result`, which takes a second to import
 
 
 class Pair(Layered, nn.Sequential):
@@ -83,11 +85,11 @@ class Pair(Layered, nn.Sequential):
         self.fused = fused
         self.watch((("0",), ("1",)))
 
-    def change(self) -> str | None:
+    def change(self, reads: bool = True) -> str | None:
         """As `Layered.change`."""
         if len(self._modules) != 2:
             return f"it holds {len(self._modules)} layers, not 2"
-        return super().change()
+        return super().change(reads)
 
 
 def layer_norm_2d(x: Tensor, norm: nn.Module) -> Tensor:

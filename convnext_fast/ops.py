@@ -128,7 +128,7 @@ def frozen_block(
     values = wants_values(x)
     dtype = check_frozen_block(values, *tensors)
     path = backend.select(x.device, dtype)
-    if w1.dtype != dtype or _wants_gradient(*tensors) or path == "reference":
+    if w1.dtype != dtype or wants_gradient(*tensors) or path == "reference":
         mlp = (w1, b1[0].to(w1.dtype), w2, b2.to(w1.dtype))
         return convnext_block(x, dwconv_weight, dwconv_bias, None, None, *mlp, eps=eps, act=act)
     return _implementation(path, values).frozen_block_fwd(x.contiguous(), *tensors[1:], eps, act, dtype)
@@ -263,7 +263,7 @@ def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1
     if path == "aten" and dtype == weight.dtype == torch.float32 and _compiles_for_values(x, weight, bias):
         return _compiled_step(x, (weight, bias), eps)
     serves = path == "triton" or (path == "aten" and values)
-    if weight.dtype != dtype or _wants_gradient(x, weight, bias) or not serves:
+    if weight.dtype != dtype or wants_gradient(x, weight, bias) or not serves:
         return downsample(x, *_affine(x, None, None), weight, bias.to(weight.dtype), eps=eps)
     return _implementation(path, values).frozen_downsample_fwd(x.contiguous(), weight, bias, eps, dtype)
 
@@ -305,10 +305,11 @@ def is_unseen(x: Tensor) -> bool:
 
 def _compiles_for_values(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether a compiler traces a call on x, in x's dtype, that needs no gradient."""
-    return torch.compiler.is_compiling() and not backend.autocasts(x) and not _wants_gradient(x, *weights)
+    return torch.compiler.is_compiling() and not backend.autocasts(x) and not wants_gradient(x, *weights)
 
 
-def _wants_gradient(*tensors: Tensor | None) -> bool:
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records a call on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from . import compiled, onednn_block
+from .steps import BLOCK, DOWNSAMPLE
 
 Weights = tuple[Tensor | None, ...]
 """Of `folding.FrozenBlock` or `folding.FrozenDownsample`, or a stem's."""
@@ -69,8 +70,20 @@ def prepared_downsample(weight: Tensor, bias: Tensor) -> Prepared | None:
     return _kept(weight, (bias,), "", lambda: compiled.prepare_downsample(weight, bias))
 
 
-def kernel_for(weights: Weights, act: str, shape: Sequence[int]) -> Prepared | None:
-    """A step of `steps` made ready; only what is frozen is kept."""
-    if len(weights) == 6:
+def kernels_for(
+    steps: Sequence[Weights], acts: Sequence[str], shapes: Sequence[Sequence[int]]
+) -> list[compiled.Kernel] | None:
+    """Steps of `steps` as kernels of our own; None where one has none. ``shapes``: before each step."""
+    kernels = []
+    for weights, act, shape in reversed(list(zip(steps, acts, shapes, strict=True))):  # a stem, never kept, last
+        kernel = _kernel_for(weights, act, shape)
+        if not isinstance(kernel, compiled.Kernel):
+            return None
+        kernels.append(kernel)
+    return kernels[::-1]
+
+
+def _kernel_for(weights: Weights, act: str, shape: Sequence[int]) -> Prepared | None:
+    if len(weights) == BLOCK:
         return prepared_block(weights, act, shape)
-    return prepared_downsample(*weights) if len(weights) == 2 else compiled.prepare_stem(*weights)
+    return prepared_downsample(*weights) if len(weights) == DOWNSAMPLE else compiled.prepare_stem(*weights)

@@ -12,11 +12,15 @@ from .watching import has_hooks
 Kind = TypeVar("Kind", bound=type[nn.Module])
 
 
+STEM, DOWNSAMPLE, BLOCK = 4, 2, 6
+"""How many weights a step of each kind has, by which it is known."""
+
+
 class Step(NamedTuple):
     """A stem, a frozen downsampling layer or a frozen block.
 
-    weights: what `ops.patchify_stem` (4 of them), `ops.frozen_downsample` (2) or `ops.frozen_block` (6) takes after the
-    activations. act: a block's.
+    weights: what `ops.patchify_stem`, `ops.frozen_downsample` or `ops.frozen_block` takes after the activations. act: a
+    block's.
     """
 
     weights: tuple[Tensor | None, ...]
@@ -28,8 +32,8 @@ def shapes_after(steps: Iterable[tuple[Tensor | None, ...]], shape: Sequence[int
     """(N, H, W, C) after each step, of which the weights are given; ``shape``: before, a stem's is (N, C, H, W)."""
     shapes = []
     for weights in steps:
-        if len(weights) < 6:
-            shape = patched(shape, weights[0].shape, stem=len(weights) == 4)
+        if len(weights) != BLOCK:
+            shape = patched(shape, weights[0].shape, stem=len(weights) == STEM)
         shapes.append(tuple(shape))
     return shapes
 
@@ -47,18 +51,18 @@ _FORWARDS = [nn.Sequential.forward, nn.Identity.forward]
 def stepwise(kind: Kind) -> Kind:
     """Class decorator: the forward of ``kind`` does nothing but its ``steps()``, a list, or None where it does more.
 
-    Without such a method, nothing but call what it holds, as `torch.nn.Sequential` does.
+    Without such a method, nothing but call the modules that it holds, one after another.
     """
     _FORWARDS.append(kind.forward)
     return kind
 
 
-def steps_of(module: nn.Module) -> list[Step] | None:
+def steps_of(module: nn.Module | None) -> list[Step] | None:
     """What a call of ``module`` does; None where that is more than steps."""
-    if not is_untouched(module):
+    if module is None or not is_untouched(module):
         return None
     steps: Any = getattr(module, "steps", None)
-    return joined(map(steps_of, module.children())) if steps is None else steps()
+    return joined(map(steps_of, module._modules.values())) if steps is None else steps()
 
 
 def joined(parts: Iterable[list[Step] | None]) -> list[Step] | None:

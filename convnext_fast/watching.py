@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -44,13 +46,43 @@ def follow(module: nn.Module, path: Path) -> Any:
     return layer
 
 
-def change(module: nn.Module, watched: tuple[Watched, ...], weighted: tuple[Path, ...]) -> str | None:
+class Records(NamedTuple):
+    """All layers that a module does not call, and the paths of those whose weights the fused ops read."""
+
+    watched: tuple[Watched, ...] = ()
+    weighted: tuple[Path, ...] = ()
+
+
+_NUMBERS: dict[Records, int] = {}
+_LOCK = threading.Lock()
+
+
+def remember(records: Records) -> int:
+    """A number that stands for these records in this process, the same for equal ones."""
+    with _LOCK:
+        return _NUMBERS.setdefault(records, len(_NUMBERS))
+
+
+def recall(number: int) -> Records:
+    """The records that a number stands for.
+
+    A compiler takes them for constants of this number, which it guards: a guard for each of their fields would take as
+    long as a kernel.
+    """
+    return next(itertools.islice(_NUMBERS, number, None))
+
+
+recall._dynamo_marked_constant = True  # `torch.compiler.assume_constant_result`, which takes a second to import
+
+
+def change(module: nn.Module, records: Records, reads: bool = True) -> str | None:
     """Why the layers of ``module`` must be called again, or None: hooks, other layers, settings, or kinds of weights.
 
     Every forward asks this: what holds is found out without a loop over the settings.
 
-    ``weighted``: paths of the layers whose weights the fused ops read.
+    ``reads``: whether the weights are read, and not copies of them.
     """
+    watched, weighted = records
     for path, kind, names, values, children, biased in watched:
         layer = follow(module, path)
         if type(layer) is not kind:
@@ -65,9 +97,9 @@ def change(module: nn.Module, watched: tuple[Watched, ...], weighted: tuple[Path
             return f"{name} of {dotted(path)} is now {now.get(name)!r}, not {value!r}"
         if (layer._modules or children) and tuple(layer._modules) != children:
             return f"{dotted(path)} now holds {_listed(layer._modules)}, not {_listed(children)}"
-        if _biased(layer) != biased:
+        if reads and _biased(layer) != biased:
             return f"{dotted(path)} now has {'no' if biased else 'a'} bias"
-    for path in weighted:
+    for path in weighted if reads else ():
         layer = follow(module, path)
         if type(layer._parameters.get("weight")) is not nn.Parameter and not is_plain(layer.weight):
             return f"the weight of {dotted(path)} is now {kind_of(layer.weight)}"

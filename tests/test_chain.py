@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from support import no_worse, randomise
 from torch import nn
 
 from convnext_fast import ConvNext, ConvNextBackbone, ConvNextConfig, ConvNextModel, chain, compiled
+from convnext_fast.block import Stem
 from convnext_fast.frozen_ops import frozen_steps
 from convnext_fast.steps import joined, steps_of
 
@@ -94,7 +96,7 @@ def test_equal_bits(model, chains, mode, layout, one_by_one):
 @pytest.mark.parametrize("compile_", [False, True])
 def test_no_gradient_is_wanted_though_autograd_records(model, chains, compile_):
     """As in a script without ``no_grad``."""
-    called = torch.compile(model, fullgraph=True) if compile_ else model
+    called = torch.compile(model, backend="aot_eager", fullgraph=True) if compile_ else model
     x = torch.randn(2, 3, 40, 36)
     got = output(called, x)
     assert not got.requires_grad
@@ -215,6 +217,45 @@ def test_the_stem_is_read_as_it_is(model):
         check(changed, model, x)
 
 
+def test_an_activation_that_there_is_not(model):
+    block = blocks_of(model, 0)[1]
+    block.act_name = "glue"
+    with torch.no_grad(), pytest.raises(ValueError, match="act is 'glue': expected one of gelu"):
+        output(model, torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("compile_", [False, True])
+@pytest.mark.parametrize("part", ["stem", "block", "downsample"])
+def test_a_parameter_that_wants_a_gradient_though_the_model_is_frozen(model, chains, part, compile_):
+    down = stages(model)[1].downsample if isinstance(model, ConvNext) else stages(model)[1].downsampling_layer
+    module = {"stem": stem_of(model), "block": blocks_of(model, 1)[0], "downsample": down}[part]
+    parameter = list(module.parameters())[-1].requires_grad_()
+    called = torch.compile(model, backend="aot_eager") if compile_ else model
+    y = output(called, torch.randn(1, 3, 32, 32))
+    assert WHOLE not in chains
+    (y * torch.randn_like(y)).sum().backward()
+    assert parameter.grad.abs().sum() > 0
+
+
+def test_a_module_twice(model):
+    """`torch.nn.Module.children` would say it once."""
+    blocks = blocks_of(model, 0)
+    blocks[2] = blocks[0]
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        check(output(model, x), model, x)
+
+
+def test_a_stem_in_the_place_of_a_downsampling_layer(chains):
+    model = ConvNext(CONFIG)
+    model.stages[1].downsample = Stem(16, 24, (2, 2), 1e-6, True)
+    randomise(model).eval().freeze()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        check(model(x), model, x)
+    assert WHOLE not in chains
+
+
 def test_gradients_go_block_by_block(model, chains):
     x = torch.randn(1, 3, 32, 32, requires_grad=True)
     output(model, x).sum().backward()
@@ -319,22 +360,56 @@ class OtherNorm(nn.LayerNorm):
     """A layer that somebody put in the place of ours."""
 
 
-def test_a_compiled_model_sees_what_changes(model, chains):
+def dilate(model):
+    conv = blocks_of(model, 0)[1].parts().dwconv
+    conv.dilation, conv.padding = (2, 2), (6, 6)
+
+
+def replace(model):
+    name = "norm" if isinstance(model, ConvNext) else "layernorm"
+    setattr(blocks_of(model, 0)[1], name, randomise(OtherNorm(16), seed=5))
+
+
+def stop_fusing(model):
+    blocks_of(model, 0)[1].fused = False
+
+
+def stride_of_the_stem(model):
+    next(stem_of(model).children()).stride = (2, 2)
+
+
+def unfreeze(model):
+    blocks_of(model, 0)[1].unfreeze()
+
+
+@pytest.mark.parametrize("do", [dilate, replace, stop_fusing, stride_of_the_stem, unfreeze])
+def test_a_compiled_model_sees_what_is_done_to_it(model, chains, do):
+    torch.compiler.reset()
     x = torch.randn(2, 3, 40, 40)
-    block = blocks_of(model, 0)[1]
-    compiled_model = torch.compile(model)
+    compiled_model = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
         check(output(compiled_model, x), model, x)
-        block.unfreeze()
+        assert chains == [WHOLE]
+        do(model)
         check(output(compiled_model, x), model, x)
-        block.freeze()
-        check(output(compiled_model, x), model, x)
-        assert chains == [WHOLE, 1, 3, WHOLE]  # the stem alone, and the other stage
-        del chains[:]
-        name = "norm" if isinstance(model, ConvNext) else "layernorm"
-        setattr(block, name, randomise(OtherNorm(16), seed=5))
-        check(output(compiled_model, x), model, x)
-        assert chains == [1, 3]
+        assert WHOLE not in chains[1:]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_models_of_one_kind_share_a_graph(keep):
+    """Also one that comes out of a pickle, or is a copy."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    x, kept = torch.randn(2, 3, 40, 40), []
+    for seed in range(10):
+        model = randomise(ConvNext(CONFIG), seed=seed).eval().freeze()
+        if seed % 3:
+            model = copy.deepcopy(model) if seed % 3 == 1 else pickle.loads(pickle.dumps(model))
+        with torch.no_grad():
+            check(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model, x)
+        if keep:
+            kept.append(model)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("bias", [True, False])

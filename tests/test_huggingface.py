@@ -291,3 +291,14 @@ def test_bad_pixels_are_named(x, error, message):
             cls(config)(x)
     with pytest.raises(TypeError, match="config is a dict"):
         convnext_fast.ConvNextModel({})
+
+
+def test_traced_with_the_encoder_as_a_leaf():
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return name in ("embeddings", "encoder") or super().is_leaf_module(module, name)
+
+    asked = {"output_hidden_states": False, "return_dict": False}
+    config = convnext_fast.ConvNextConfig(num_stages=1, hidden_sizes=[8], depths=[1])
+    nodes = Tracer().trace(convnext_fast.ConvNextModel(config), concrete_args=asked).nodes
+    assert [node.target for node in nodes if node.op == "call_module"][:2] == ["embeddings", "encoder"]
