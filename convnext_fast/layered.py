@@ -47,7 +47,7 @@ class Layered(nn.Module):
 
         ``reads``: whether the weights are read, and not copies of them.
         """
-        return change(self, self._recalled(), reads)
+        return change(self, *self._recalled(), reads)
 
     def _recalled(self) -> Records:
         return recall(self._number) if torch.compiler.is_compiling() else self._records

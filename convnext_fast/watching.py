@@ -75,14 +75,15 @@ def recall(number: int) -> Records:
 recall._dynamo_marked_constant = True  # `torch.compiler.assume_constant_result`, which takes a second to import
 
 
-def change(module: nn.Module, records: Records, reads: bool = True) -> str | None:
+def change(
+    module: nn.Module, watched: tuple[Watched, ...], weighted: tuple[Path, ...], reads: bool = True
+) -> str | None:
     """Why the layers of ``module`` must be called again, or None: hooks, other layers, settings, or kinds of weights.
 
     Every forward asks this: what holds is found out without a loop over the settings.
 
-    ``reads``: whether the weights are read, and not copies of them.
+    ``weighted``: paths of the layers whose weights the fused ops read; ``reads``: unless copies of them are read.
     """
-    watched, weighted = records
     for path, kind, names, values, children, biased in watched:
         layer = follow(module, path)
         if type(layer) is not kind:
