@@ -1,12 +1,19 @@
 """Settings of the whole suite."""
 
+import getpass
 import os
+import tempfile
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Inductor's cache gives out code for vectors of another length, which ATEN_CPU_CAPABILITY asked for before: it writes
+# over memory.
+_compiled = f"convnext_fast_inductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / _compiled))
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
