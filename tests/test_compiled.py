@@ -257,8 +257,11 @@ def test_a_downsampling_layer_is_prepared_once_for_its_weights_and_dies_with_the
     first = prepared.prepared_downsample(weight, bias)
     assert prepared.prepared_downsample(weight, bias) is first
     second = prepared.prepared_downsample(weight, bias + 1)
-    x = torch.randn(1, 4, 4, 8)
-    assert torch.allclose(second(x, 1e-6), first(x, 1e-6) + 1, atol=1e-5)
+    x, plain = torch.randn(1, 4, 4, 8), []
+    for dtype in (torch.float64, torch.float32):
+        n = F.layer_norm(x.to(dtype), [8], eps=1e-6).permute(0, 3, 1, 2)
+        plain.append(F.conv2d(n, weight.to(dtype), (bias + 1).to(dtype), stride=2).permute(0, 2, 3, 1))
+    check(second(x, 1e-6), *plain)
     gone, key = weakref.ref(second), id(weight)
     del first, second, weight
     gc.collect()
