@@ -47,12 +47,16 @@ step(224, 8)
 print(json.dumps(memory("VmHWM:") - before))
 """
 
+# Tensors of 64 KiB and more are pages of their own, which go back when the tensor dies. Without this, glibc moves its
+# threshold with what was freed, and holes in its heap make 25 MB more of one step in one run and none in the next.
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
 
 def peak(name, layout):
     """Bytes beyond those held before the step."""
     done = subprocess.run(
         [sys.executable, "-c", STEP, name, layout],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+        env=os.environ | ALLOCATOR | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -66,7 +70,7 @@ def test_a_training_step_needs_a_part_of_the_memory():
     """ConvNeXt-atto, 8 images of 224², float32: at each level of recompute against the better of timm's layouts."""
     theirs = min(peak("timm", layout) for layout in ("contiguous_format", "channels_last"))
     ratios = {level: peak(level, "channels_last") / theirs for level in ("0", "1", "2")}
-    # One run: timm 276 MB (the better layout), ours 0.67, 0.43 and 0.38 of it.
-    assert ratios["2"] < ratios["1"] < ratios["0"], ratios
-    assert ratios["0"] < 0.8, ratios
-    assert ratios["1"] < 0.55, ratios
+    # Five runs: timm 267 MB (the better layout), ours 0.55, 0.28 and 0.24 of it, within 0.001.
+    assert ratios["0"] < 0.65, ratios
+    assert ratios["1"] < 0.33, ratios
+    assert ratios["2"] < 0.28, ratios
