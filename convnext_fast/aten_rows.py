@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import compiled, onednn
+from . import compiled, compiled_mlp, onednn
 from .reference import ACTIVATION_FUNCTIONS
 
 _aten = torch.ops.aten
@@ -162,8 +162,11 @@ def mlp_fwd(
     x: (P, C) in T; residual and y: (P, C) in R; drop_scale: (N,), for P/N rows each; a: (P, K) in T. ``overwrite``: y
     may take the place of x, which saves the page faults of a large new tensor.
     """
-    mlp = mlp.to(x.dtype)
+    machine = None if residual is None else compiled_mlp.machine_for((x, residual), mlp, norm)
     scale = _row_scale(drop_scale, x)
+    if machine is not None:
+        return compiled_mlp.mlp_fwd(machine, x, residual, norm, mlp, scale, save_hidden, overwrite)
+    mlp = mlp.to(x.dtype)
     blocks = row_blocks(x.shape[0], mlp.w1.shape[0] * x.element_size())
     like = x if residual is None else residual
     y = x if overwrite and x.dtype == like.dtype else torch.empty_like(like)
@@ -190,10 +193,13 @@ def mlp_bwd(
     dx: (P, C) in T, the others in at least float32. γ's gradient needs no z: for E = Σ_p dz' ⊗ h and t = Σ_p dz', with
     dz' = drop_scale·dy, it is dγ = Σ_k w2∘E + b2·t; dw2 = γ∘E and db2 = γ·t.
     """
+    scale = _row_scale(drop_scale, x)
+    machine = compiled_mlp.machine_for((dy, x, a), mlp, norm)
+    if machine is not None:
+        return compiled_mlp.mlp_bwd(machine, dy, x, a, norm, mlp, scale)
     dtype, wide = x.dtype, sum_dtype(x.dtype)
     original, mlp = mlp, mlp.to(dtype)
     dw1 = db1 = e = t = dg = dbeta = None
-    scale = _row_scale(drop_scale, x)
     dx = torch.empty_like(x)
     # dh, a, h and da of a block are used together; da takes the place of dh, and h that of an a made here, for a new
     # tensor costs the page faults of its first use.

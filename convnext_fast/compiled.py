@@ -24,7 +24,7 @@ _OLDEST_LLVMLITE = 0, 46
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
+def launchers() -> ModuleType | None:
     """The launchers; None where llvmlite is missing or old, or ATen's calls were asked for."""
     try:
         version = metadata.version("llvmlite")
@@ -42,7 +42,7 @@ def _kernels() -> ModuleType | None:
 
 def describe() -> str:
     """What the kernels are compiled for here, in words, or why there are none."""
-    kernels = _kernels()
+    kernels = launchers()
     if kernels is None:
         return "none, they need llvmlite (extra cpu) and CONVNEXT_FAST_BACKEND other than aten"
     names = {kernels.AVX512: "AVX-512", kernels.AVX2: "AVX2"}
@@ -50,15 +50,15 @@ def describe() -> str:
     return found[0] if found else "none, they need Linux, an x86 processor with AVX2 and PyTorch's libgomp"
 
 
-def _machine_for(*channels: int) -> Any:
+def machine_for(*channels: int) -> Any:
     """What kernels for these numbers of channels are compiled for; None where they do not serve."""
-    kernels = _kernels()
+    kernels = launchers()
     return None if kernels is None else kernels.machine_for(*channels)
 
 
 @functools.lru_cache(1024, typed=True)
 def _launch(*arguments: Any) -> Any:
-    return _kernels().Launch(*arguments)
+    return launchers().Launch(*arguments)
 
 
 class Kernel:
@@ -91,7 +91,7 @@ class CompiledBlock(Kernel):
 
     def __init__(self, weights: tuple[Tensor | None, ...], machine: Any):
         dwconv_weight, dwconv_bias, w1, b1, w2, b2 = weights
-        pack, (hidden, channels) = _kernels().pack, w1.shape
+        pack, (hidden, channels) = launchers().pack, w1.shape
         self.options = channels, hidden, dwconv_weight.shape[2]
         taps = dwconv_weight.reshape(channels, -1).t().clone(memory_format=torch.contiguous_format)
         bias = w1.new_zeros(channels) if dwconv_bias is None else dwconv_bias
@@ -101,7 +101,7 @@ class CompiledBlock(Kernel):
         """As of `Kernel`."""
         samples, height, width, _ = shape
         image = height, width
-        sizes = _kernels().BlockSizes.of(*self.options, width)
+        sizes = launchers().BlockSizes.of(*self.options, width)
         return _launch(self.machine, sizes, samples, image, image, eps, torch.get_num_threads())
 
     def result(self, shape: Sequence[int]) -> Sequence[int]:
@@ -115,7 +115,7 @@ class CompiledPatches(Kernel):
     def __init__(self, machine: Any, weight: Tensor, *parameters: Tensor):
         self.stem, self.size = len(parameters) == 3, weight.shape
         rows = weight if self.stem else weight.permute(0, 2, 3, 1)
-        super().__init__(machine, (_kernels().pack(rows.flatten(1), machine), *map(_copy, parameters)))
+        super().__init__(machine, (launchers().pack(rows.flatten(1), machine), *map(_copy, parameters)))
         if not self.stem:
             self.addresses += 0, 0
 
@@ -123,7 +123,7 @@ class CompiledPatches(Kernel):
         """As of `Kernel`."""
         image = tuple(shape[2:] if self.stem else shape[1:3])
         out_channels, channels, *patch = self.size
-        sizes = _kernels().PatchSizes(channels, out_channels, *patch, self.stem)
+        sizes = launchers().PatchSizes(channels, out_channels, *patch, self.stem)
         return _launch(self.machine, sizes, shape[0], image, self.result(shape)[1:3], eps, torch.get_num_threads())
 
     def result(self, shape: Sequence[int]) -> Sequence[int]:
@@ -153,27 +153,27 @@ def run(
     spare = x.new_empty(2, max(between, default=0))
     turns = itertools.cycle(row.data_ptr() for row in spare)
     places = [results[i].data_ptr() if i in results else next(turns) for i in range(len(kernels))]
-    _kernels().run_in_turn(launches, [x.data_ptr(), *places])
+    launchers().run_in_turn(launches, [x.data_ptr(), *places])
     return [results[end] for end in ends]
 
 
 def prepare_block(weights: tuple[Tensor | None, ...], act: str) -> CompiledBlock | None:
     """The block of these weights made ready; None where the kernel does not serve."""
     w1 = weights[2]
-    machine = _machine_for(*w1.shape) if act == "gelu" else None
+    machine = machine_for(*w1.shape) if act == "gelu" else None
     return None if machine is None else CompiledBlock(weights, machine)
 
 
 def prepare_downsample(weight: Tensor, bias: Tensor) -> CompiledPatches | None:
     """`folding.FrozenDownsample` made ready; None where the kernel does not serve."""
-    machine = _machine_for(*weight.shape[:2])
+    machine = machine_for(*weight.shape[:2])
     return None if machine is None else CompiledPatches(machine, weight, bias)
 
 
 def prepare_stem(weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor) -> CompiledPatches | None:
     """A stem made ready, as its weights are now; None where the kernel does not serve."""
-    machine = _machine_for(weight.shape[0])
-    if machine is None or weight[0].numel() % _kernels().UNROLL:
+    machine = machine_for(weight.shape[0])
+    if machine is None or weight[0].numel() % launchers().UNROLL:
         return None
     bias = torch.zeros_like(ln_bias) if bias is None else bias
     return CompiledPatches(machine, weight, bias, ln_weight, ln_bias)
@@ -182,12 +182,12 @@ def prepare_stem(weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias
 def dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """Depthwise convolution of x (N, H, W, C) that `onednn.serves`, the same shape; None where no kernel serves."""
     samples, height, width, channels = x.shape
-    machine = _machine_for(channels)
+    machine = machine_for(channels)
     if machine is None:
         return None
     x, taps = x.contiguous(), weight.reshape(channels, -1).t().contiguous()
     bias = x.new_zeros(channels) if bias is None else bias.to(torch.float32).contiguous()
-    sizes = _kernels().DwconvSizes.of(channels, weight.shape[2], width)
+    sizes = launchers().DwconvSizes.of(channels, weight.shape[2], width)
     image = height, width
     launch = _launch(machine, sizes, samples, image, image, 0.0, torch.get_num_threads())
     return launch(x, torch.empty_like(x), (taps.data_ptr(), bias.data_ptr()))
@@ -196,11 +196,11 @@ def dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 def dwconv_weight_grad(x: Tensor, du: Tensor, side: int) -> Tensor | None:
     """(C, 1, side, side) for x and du (N, H, W, C) that `onednn.serves`; None where no kernel serves."""
     samples, height, width, channels = x.shape
-    machine = _machine_for(channels)
+    machine = machine_for(channels)
     if machine is None:
         return None
     x, du, dw = x.contiguous(), du.contiguous(), x.new_empty(side * side, channels)
-    kernels = _kernels()
+    kernels = launchers()
     pointers = (tensor.data_ptr() for tensor in (x, du, dw))
     kernels.run(machine, kernels.WgradSizes(channels, side), *pointers, samples, height, width)
     return dw.t().contiguous().view(channels, 1, side, side)
@@ -208,12 +208,12 @@ def dwconv_weight_grad(x: Tensor, du: Tensor, side: int) -> Tensor | None:
 
 def serves_gelu(a: Tensor) -> bool:
     """Whether `gelu` and `gelu_bwd_` serve for a that `onednn.serves`."""
-    return a.is_contiguous() and _machine_for(a.shape[-1]) is not None
+    return a.is_contiguous() and machine_for(a.shape[-1]) is not None
 
 
 def gelu(a: Tensor) -> Tensor:
     """GELU(a)."""
-    kernels, machine = _kernels(), _machine_for(a.shape[-1])
+    kernels, machine = launchers(), machine_for(a.shape[-1])
     h = torch.empty_like(a)
     kernels.run(machine, kernels.ElementwiseSizes(False), a.data_ptr(), h.data_ptr(), 0, a.numel())
     return h
@@ -221,6 +221,6 @@ def gelu(a: Tensor) -> Tensor:
 
 def gelu_bwd_(dh: Tensor, a: Tensor, h: Tensor) -> None:
     """dh·GELU'(a) in the place of dh, GELU(a) in h, which may be a."""
-    kernels, machine = _kernels(), _machine_for(a.shape[-1])
+    kernels, machine = launchers(), machine_for(a.shape[-1])
     pointers = (tensor.data_ptr() for tensor in (a, h, dh))
     kernels.run(machine, kernels.ElementwiseSizes(True), *pointers, a.numel())

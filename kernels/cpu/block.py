@@ -12,7 +12,7 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from .dwconv import Convolving
-from .gelu import gelu
+from .gemm import store_gelu, store_sum
 from .machine import Machine
 from .normalising import normalise
 from .team import GROUP, PADDING
@@ -55,8 +55,8 @@ class Block(Convolving):
         super().__init__(machine, ADDRESSES, sizes.row, channels, side, pixels)
         self.hidden = hidden
         self.normalise = normalise(self.module, machine, channels)
-        self.fc1 = self.product("w1", "b1", channels, hidden, act=gelu)
-        self.fc2 = self.product("w2", "b2", hidden, channels, adds=True)
+        self.fc1 = self.product("w1", "b1", channels, hidden, store_gelu)
+        self.fc2 = self.product("w2", "b2", hidden, channels, store_sum, arrays=2)
 
     def chunk(self, first: ir.Value, last: ir.Value) -> None:
         """y of the units from ``first`` up to ``last``."""
@@ -73,7 +73,7 @@ class Block(Convolving):
         units = e.plus(first, self.member), last, self.members
         e.loop(*units, lambda unit: self.convolve(unit, start, n, ldn, normalise_in_place))
         self.barrier()
-        self.multiply(self.fc1, n, count, h, self.hidden + PADDING)
+        self.multiply(self.fc1, n, count, (h, self.hidden + PADDING), whole=True)
         self.barrier()
-        self.multiply(self.fc2, h, count, y, channels, residual=x)
+        self.multiply(self.fc2, h, count, (y, channels), (x, channels))
         self.barrier()

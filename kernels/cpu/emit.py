@@ -172,6 +172,20 @@ class Emitter:
         x = b.select(b.fcmp_ordered("<", x, high), x, high)
         return b.select(b.fcmp_ordered(">", x, low), x, low)
 
+    def transposed(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
+        """The columns of as many vectors as there are lanes: blocks beside the diagonal swap, of 1, 2, 4, … lanes."""
+        rows, size = list(rows), 1
+        while size < self.lanes:
+            # The lane of the first vector, or that of the second after it.
+            upper = [self.lanes + lane - size if lane & size else lane for lane in range(self.lanes)]
+            lower = [self.lanes + lane if lane & size else lane + size for lane in range(self.lanes)]
+            masks = [ir.Constant(ir.VectorType(I32, self.lanes), lanes) for lanes in (upper, lower)]
+            for i in (i for i in range(self.lanes) if not i & size):
+                pair = rows[i], rows[i + size]
+                rows[i], rows[i + size] = (self.builder.shuffle_vector(*pair, mask) for mask in masks)
+            size *= 2
+        return rows
+
     def sum_of_lanes(self, vector: ir.Value) -> ir.Value:
         """In halves."""
         b, width = self.builder, self.lanes

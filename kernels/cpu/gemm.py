@@ -1,9 +1,10 @@
 """A tile of a matrix product that keeps the registers full of sums: rows of A by a panel of packed weights.
 
-    out[r, j] = end(Σ_k a[r, k]·w[j, k] + bias[j])
+    z[r, j] = Σ_k a[r, k]·w[j, k] + bias[j]
 
-for ``rows`` rows r and ``vectors``·lanes columns j. Each step k loads the panel's vectors, spreads one a[r, k] over the
-lanes for each r, and multiplies each by each: with AVX-512, 28 FMA for 2 vectors and 14 numbers read.
+for ``rows`` rows r and ``vectors``·lanes columns j; what becomes of z is the product's `End`. Each step k loads the
+panel's vectors, spreads one a[r, k] over the lanes for each r, and multiplies each by each: with AVX-512, 28 FMA for 2
+vectors and 14 numbers read.
 
 One chain of thousands of additions would err several times as much as BLAS does. So sums of ``CHUNK`` products each are
 added up on the stack, for 1 to 3 % of the time.
@@ -16,20 +17,37 @@ Packed weights (`pack`): (⌈N/panel⌉, K, panel), the last panel as narrow as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from llvmlite import ir
 from torch import Tensor
 
 from .emit import I64, POINTER, Emitter, define
+from .gelu import gelu
 from .machine import Machine
 
 CHUNK = 96
 UNROLL = 4
 LINE = 16  # numbers of a cache line
 
-Activation = Callable[[Emitter, ir.Value], ir.Value]
+End = Callable[[Emitter, ir.Value, Sequence[ir.Value]], None]
+"""Emits what is done with a vector of z, for its places in the arrays that the product reads and writes."""
+
+
+def store(e: Emitter, z: ir.Value, places: Sequence[ir.Value]) -> None:
+    """out = z."""
+    e.store(z, places[0])
+
+
+def store_gelu(e: Emitter, z: ir.Value, places: Sequence[ir.Value]) -> None:
+    """out = GELU(z)."""
+    e.store(gelu(e, z), places[0])
+
+
+def store_sum(e: Emitter, z: ir.Value, places: Sequence[ir.Value]) -> None:
+    """out = residual + z, for places in out and in the residual."""
+    e.store(e.builder.fadd(e.load(places[1]), z), places[0])
 
 
 def pack(weight: Tensor, machine: Machine) -> Tensor:
@@ -40,27 +58,20 @@ def pack(weight: Tensor, machine: Machine) -> Tensor:
 
 
 def tile(
-    module: ir.Module,
-    machine: Machine,
-    name: str,
-    rows: int,
-    vectors: int,
-    depth: int,
-    act: Activation | None,
-    adds: bool,
+    module: ir.Module, machine: Machine, name: str, rows: int, vectors: int, depth: int, end: End, arrays: int
 ) -> ir.Function:
-    """``f(a, lda, panel, bias, out, ldo, residual, valid)`` for one tile of the product ``name``.
+    """``f(a, lda, panel, bias, valid, *places)`` for one tile of the product ``name``.
 
-    The tile's end is act(·), or the addition of residual[r, j], laid out as out, or nothing. All rows of a are read,
-    but only ``valid`` of them have a residual and a result. lda, ldo: numbers from row to row; depth: K, a multiple of
-    ``UNROLL``.
+    places: for each of the ``arrays`` of ``end`` the address of its first number and the numbers from row to row. All
+    rows of a are read, lda apart, but only the first ``valid`` have an end. depth: K, a multiple of ``UNROLL``.
     """
-    function = define(module, f"{name}_{rows}_{vectors}", POINTER, I64, POINTER, POINTER, POINTER, I64, POINTER, I64)
-    a, lda, panel, bias, out, ldo, residual, valid = function.args
+    kinds = POINTER, I64, POINTER, POINTER, I64, *[POINTER, I64] * arrays
+    function = define(module, f"{name}_{rows}_{vectors}", *kinds)
+    a, lda, panel, bias, valid, *places = function.args
     e = Emitter(function, machine.lanes)
     add, lanes, width = e.builder.fadd, machine.lanes, vectors * machine.lanes
-    places = [(r, j) for r in range(rows) for j in range(vectors)]
-    total = e.stack(len(places))
+    sums_at = [(r, j) for r in range(rows) for j in range(vectors)]
+    total = e.stack(len(sums_at))
     starts = [e.at(a, e.times(lda, r)) for r in range(rows)]
 
     def sums_from(start: int | ir.Value, count: int) -> list[tuple[int, int, ir.Value]]:
@@ -77,9 +88,9 @@ def tile(
                 sums = following
             return sums
 
-        zeros = [e.spread(0.0)] * len(places)
+        zeros = [e.spread(0.0)] * len(sums_at)
         sums = e.loop(start, e.plus(start, count), UNROLL, step, *zeros)
-        return [(j * lanes, r * width + j * lanes, s) for (r, j), s in zip(places, sums, strict=True)]
+        return [(j * lanes, r * width + j * lanes, s) for (r, j), s in zip(sums_at, sums, strict=True)]
 
     first = depth % CHUNK or CHUNK
     for column, place, part in sums_from(0, first):
@@ -91,14 +102,12 @@ def tile(
 
     e.loop(first, depth, CHUNK, another)
 
-    def end(r: ir.Value) -> None:
-        row, there = e.at(total, e.times(r, width)), e.times(r, ldo)
+    def row(r: ir.Value) -> None:
+        here = [e.at(place, e.times(r, ld)) for place, ld in zip(places[::2], places[1::2], strict=True)]
         for j in range(vectors):
-            z = e.load(row, j * lanes)
-            z = act(e, z) if act is not None else z
-            z = add(e.load(e.at(residual, there), j * lanes), z) if adds else z
-            e.store(z, e.at(out, there), j * lanes)
+            z = e.load(e.at(total, e.times(r, width)), j * lanes)
+            end(e, z, [e.at(place, j * lanes) for place in here])
 
-    e.loop(0, e.smaller(valid, rows), 1, end)
+    e.loop(0, e.smaller(valid, rows), 1, row)
     e.builder.ret_void()
     return function

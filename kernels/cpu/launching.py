@@ -27,9 +27,15 @@ from .elementwise import Elementwise, ElementwiseSizes
 from .gemm import UNROLL as UNROLL
 from .gemm import pack as pack
 from .machine import AVX2, AVX512, NEEDED, Machine, compile_for, host_features, identity, load
+from .mlp import Mlp, MlpSizes
+from .mlp_bwd import MlpBwd, MlpBwdSizes
 from .object_cache import code_for
+from .packing import Pack, PackSizes
 from .patches import Patches, PatchSizes
-from .team import NUMBERS, THREAD_FUNCTIONS, numbers, scratch_rows
+from .team import NUMBERS, THREAD_FUNCTIONS, numbers, numbers_of_rows, scratch_rows
+from .team import PADDING as PADDING
+from .team import rows_of_chunk as rows_of_chunk
+from .weight_grad import WeightGrad, WeightGradSizes
 
 _engines: list[binding.ExecutionEngine] = []
 
@@ -77,8 +83,22 @@ _KINDS = {
     DwconvSizes: Dwconv,
     WgradSizes: DwconvWgrad,
     ElementwiseSizes: Elementwise,
+    PackSizes: Pack,
+    MlpSizes: Mlp,
+    MlpBwdSizes: MlpBwd,
+    WeightGradSizes: WeightGrad,
 }
-Sizes = BlockSizes | PatchSizes | DwconvSizes | WgradSizes | ElementwiseSizes
+Sizes = (
+    BlockSizes
+    | PatchSizes
+    | DwconvSizes
+    | WgradSizes
+    | ElementwiseSizes
+    | PackSizes
+    | MlpSizes
+    | MlpBwdSizes
+    | WeightGradSizes
+)
 
 
 @functools.lru_cache(None, typed=True)  # by the kind of sizes, too
@@ -102,6 +122,14 @@ def run(machine: Machine, sizes: Sizes, *fields: int) -> None:
     """A kernel whose argument is these numbers and addresses."""
     argument = (ctypes.c_int64 * len(fields))(*fields)
     _threads().GOMP_parallel(_kernel(machine, sizes), ctypes.addressof(argument), torch.get_num_threads(), 0)
+
+
+def run_rows(machine: Machine, sizes: MlpSizes | MlpBwdSizes, rows: int, eps: float, *addresses: int) -> None:
+    """A kernel on rows without neighbours; ``addresses``: all but that of scratch memory, which is the last."""
+    team, chunk = torch.get_num_threads(), rows_of_chunk(machine, sizes.channels * sizes.hidden, rows)
+    given = numbers_of_rows(rows, chunk, eps, team)
+    scratch = torch.empty(team * scratch_rows(machine, chunk, 1) * sizes.row, dtype=torch.float32, device="cpu")
+    run(machine, sizes, *addresses, scratch.data_ptr(), *(given[name] for name in NUMBERS))
 
 
 class Launch:

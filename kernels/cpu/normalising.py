@@ -8,24 +8,28 @@ from .emit import F32, POINTER, Emitter, define
 from .machine import Machine
 
 
-def normalise(module: ir.Module, machine: Machine, channels: int, affine: bool = False) -> ir.Function:
-    """``f(x, out, epsilon)``, or with ``affine`` ``f(x, out, epsilon, weight, bias)``; out may be x."""
-    function = define(module, "normalise", POINTER, POINTER, F32, *[POINTER, POINTER] * affine)
-    x, out, epsilon, *parameters = function.args
-    e = Emitter(function, machine.lanes)
-    b, step, zero = e.builder, machine.lanes, e.spread(0.0)
-    count = ir.Constant(F32, float(channels))
-
-    (total,) = e.loop(0, channels, step, lambda c, s: [b.fadd(s, e.load(x, c))], zero)
+def statistics(e: Emitter, x: ir.Value, channels: int, epsilon: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """μ and rstd of a row, in every lane."""
+    b, zero, count = e.builder, e.spread(0.0), ir.Constant(F32, float(channels))
+    (total,) = e.loop(0, channels, e.lanes, lambda c, s: [b.fadd(s, e.load(x, c))], zero)
     mean = e.spread(b.fdiv(e.sum_of_lanes(total), count))
 
     def square(c: ir.Value, s: ir.Value) -> list[ir.Value]:
         deviation = b.fsub(e.load(x, c), mean)
         return [e.fma(deviation, deviation, s)]
 
-    (squares,) = e.loop(0, channels, step, square, zero)
+    (squares,) = e.loop(0, channels, e.lanes, square, zero)
     variance = b.fdiv(e.sum_of_lanes(squares), count)
-    rstd = e.spread(b.fdiv(ir.Constant(F32, 1.0), e.sqrt(b.fadd(variance, epsilon))))
+    return mean, e.spread(b.fdiv(ir.Constant(F32, 1.0), e.sqrt(b.fadd(variance, epsilon))))
+
+
+def normalise(module: ir.Module, machine: Machine, channels: int, affine: bool = False) -> ir.Function:
+    """``f(x, out, epsilon)``, or with ``affine`` ``f(x, out, epsilon, weight, bias)``; out may be x."""
+    function = define(module, "normalise", POINTER, POINTER, F32, *[POINTER, POINTER] * affine)
+    x, out, epsilon, *parameters = function.args
+    e = Emitter(function, machine.lanes)
+    b, step = e.builder, machine.lanes
+    mean, rstd = statistics(e, x, channels, epsilon)
 
     def scale(c: ir.Value) -> None:
         n = b.fmul(b.fsub(e.load(x, c), mean), rstd)

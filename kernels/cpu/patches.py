@@ -76,7 +76,7 @@ class Patches(Team):
 
         of_units(self._gather_numbers if self.sizes.stem else self._gather_pixels)
         self.barrier()
-        self.multiply(self.linear, self.scratch, e.minus(self.first_pixel(last), start), y, columns)
+        self.multiply(self.linear, self.scratch, e.minus(self.first_pixel(last), start), (y, columns))
         self.barrier()
         if self.sizes.stem:
             of_units(lambda _, __, ___, place: self._normalise(e.at(y, e.times(place, columns))))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from .emit import I32, I64, POINTER, VOID, Emitter, define
-from .gemm import Activation, tile
+from .gemm import End, store, tile
 from .machine import Machine
 
 PADDING = 16
@@ -32,6 +32,7 @@ GROUP = 7
 
 _CHUNK_PIXELS = 56
 _WIDEST_UNIT = 64
+_WIDE_WEIGHT = 1 << 20
 _LEAST_PIXELS = 64  # of a thread's own; with fewer, threads share columns
 
 
@@ -56,6 +57,25 @@ def numbers(samples: int, image: tuple[int, int], result: tuple[int, int], eps: 
     }
 
 
+def rows_of_chunk(machine: Machine, weight: int, rows: int) -> int:
+    """Of a kernel on rows without neighbours, whose weights have ``weight`` numbers each: whole tiles.
+
+    Small chunks where there are few rows to share. Large ones where the weights fill the last level of cache: each
+    chunk reads them once.
+    """
+    most = 7 if weight >= _WIDE_WEIGHT else 4
+    tiles = next((tiles for tiles in (most, 2) if rows >= 4 * tiles * machine.rows), 1)
+    return tiles * machine.rows
+
+
+def numbers_of_rows(rows: int, chunk: int, eps: float, threads: int) -> dict[str, int]:
+    """``NUMBERS`` for rows without neighbours, ``chunk`` at a time."""
+    chunks = -(-rows // chunk)
+    uneven = chunks < 4 * threads and chunks % threads > 0
+    shares = {"unit": chunk, "units": 1, "pieces": chunks, "split_columns": int(uneven)}
+    return numbers(1, (1, rows), (1, rows), eps, threads) | shares
+
+
 def scratch_rows(machine: Machine, unit: int, units: int) -> int:
     """Rows of scratch memory that a thread needs; the last tile may be larger than what is left of a chunk."""
     return unit * units + machine.rows
@@ -77,7 +97,6 @@ class Product(NamedTuple):
     bias: str
     depth: int
     columns: int
-    adds: bool
     tiles: dict[tuple[int, int], ir.Function]  # by rows and vectors
 
 
@@ -140,29 +159,27 @@ class Team:
         row, left = self.row_and_left(unit)
         return self.e.plus(self.e.times(row, self.given["width"]), left)
 
-    def product(
-        self, weight: str, bias: str, depth: int, columns: int, act: Activation | None = None, adds: bool = False
-    ) -> Product:
-        """A product of ``depth`` by ``columns``, ended by an activation, or by the addition of a residual."""
+    def product(self, weight: str, bias: str, depth: int, columns: int, end: End = store, arrays: int = 1) -> Product:
+        """A product of ``depth`` by ``columns`` whose ``end`` has places in ``arrays``."""
         machine = self.machine
         widths = {machine.vectors if columns >= machine.panel else 0, columns % machine.panel // machine.lanes} - {0}
         tiles = {
-            (rows, vectors): tile(self.module, machine, weight, rows, vectors, depth, act, adds)
+            (rows, vectors): tile(self.module, machine, weight, rows, vectors, depth, end, arrays)
             for rows in (machine.rows, machine.rows // 2)
             for vectors in widths
         }
-        return Product(weight, bias, depth, columns, adds, tiles)
+        return Product(weight, bias, depth, columns, tiles)
 
     def multiply(
-        self, product: Product, a: ir.Value, count: ir.Value, out: ir.Value, ldo: int, residual: ir.Value | None = None
+        self, product: Product, a: ir.Value, count: ir.Value, *arrays: tuple[ir.Value, int], whole: bool = False
     ) -> None:
         """This member's panels of a product, for ``count`` rows of a, which are ``depth`` + PADDING apart.
 
-        With an activation, whole tiles are written, for another product reads them.
+        arrays: those of the product's end, each with the numbers from row to row. ``whole``: the rows of the last tile
+        that are beyond ``count`` have an end, too, for another product reads them.
         """
         e, machine = self.e, self.machine
         lda, half = product.depth + PADDING, machine.rows // 2
-        residual = out if residual is None else residual
         wide = product.columns // machine.panel
         narrow = product.columns % machine.panel // machine.lanes
 
@@ -172,13 +189,14 @@ class Team:
             bias = e.at(self.given[product.bias], column)
 
             def tile_at(r: ir.Value, rows: int, vectors: int) -> None:
-                place = e.plus(e.times(r, ldo), column)
-                valid = e.minus(count, r) if ldo == product.columns else e.index(rows)
-                e.builder.call(
-                    product.tiles[rows, vectors],
-                    [e.at(a, e.times(r, lda)), e.index(lda), weight, bias, e.at(out, place), e.index(ldo),
-                     e.at(residual, place), valid],
-                )  # fmt: skip
+                valid = e.index(rows) if whole else e.minus(count, r)
+                places = [
+                    value
+                    for array, ld in arrays
+                    for value in (e.at(array, e.plus(e.times(r, ld), column)), e.index(ld))
+                ]
+                first = e.at(a, e.times(r, lda))
+                e.builder.call(product.tiles[rows, vectors], [first, e.index(lda), weight, bias, valid, *places])
 
             def all_rows(vectors: int) -> None:
                 """Whole tiles while more than half of one is left, then half of one."""

@@ -1,0 +1,97 @@
+"""LayerNorm and the pointwise MLP of a block in training, a chunk of pixels at a time.
+
+    n = LayerNorm(u)·g + β     a = n·w1ᵀ + b1     h = GELU(a)     y = x + s·(h·w2ᵀ + b2)
+
+w2 and b2 hold γ already (`packing`). s: the factor of drop path for each pixel. n and h of a chunk never leave the
+second level of cache; a is written where it is saved.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llvmlite import ir
+
+from .emit import Emitter
+from .gemm import store, store_gelu, store_sum
+from .machine import Machine
+from .normalising import normalise
+from .team import PADDING, Team
+
+ADDRESSES = ("u", "x", "y", "a", "scale", "ln_weight", "ln_bias", "w1", "b1", "w2", "b2", "scratch")
+"""u, x, y: (P, C); a: (P, K); scale: (P,); w1, w2: packed."""
+
+
+class MlpSizes(NamedTuple):
+    """What a kernel is compiled for; ``saves``: a is written; ``scaled``: there are factors of drop path."""
+
+    channels: int
+    hidden: int
+    saves: bool
+    scaled: bool
+
+    @property
+    def row(self) -> int:
+        """Numbers of a row of scratch memory: n and h."""
+        return self.channels + self.hidden + 2 * PADDING
+
+
+def store_both(e: Emitter, z: ir.Value, places: list[ir.Value]) -> None:
+    """h = GELU(z) and a = z, for places in h and in a."""
+    store_gelu(e, z, places)
+    e.store(z, places[1])
+
+
+class Rows(Team):
+    """A team whose chunks are P rows, as one image row of P pixels; see `team.numbers_of_rows`."""
+
+    def rows(self, count: ir.Value, work: object) -> None:
+        """``work(r)`` for this member's rows of a chunk."""
+        self.e.loop(self.member, count, self.members, work)
+
+
+class Mlp(Rows):
+    """Emits ``mlp``."""
+
+    NAME = "mlp"
+
+    def __init__(self, machine: Machine, sizes: MlpSizes):
+        super().__init__(machine, ADDRESSES, sizes.row)
+        self.sizes = sizes
+        channels, hidden, saves, scaled = sizes
+        self.normalise = normalise(self.module, machine, channels, affine=True)
+        self.fc1 = self.product("w1", "b1", channels, hidden, store_both if saves else store_gelu, 1 + saves)
+        self.fc2 = self.product("w2", "b2", hidden, channels, store if scaled else store_sum, 2 - scaled)
+
+    def chunk(self, first: ir.Value, last: ir.Value) -> None:
+        """y of the units from ``first`` up to ``last``."""
+        e, given, (channels, hidden, saves, scaled) = self.e, self.given, self.sizes
+        start = self.first_pixel(first)
+        count = e.minus(self.first_pixel(last), start)
+        n, ldn = self.scratch, channels + PADDING
+        h = e.at(n, e.times(self.scratch_rows, ldn)), hidden + PADDING
+        u, x, y = (e.at(given[name], e.times(start, channels)) for name in ("u", "x", "y"))
+        a = e.at(given["a"], e.times(start, hidden)), hidden
+
+        def normalise_row(r: ir.Value) -> None:
+            places = e.at(u, e.times(r, channels)), e.at(n, e.times(r, ldn))
+            e.builder.call(self.normalise, [*places, self.epsilon, given["ln_weight"], given["ln_bias"]])
+
+        def scale_row(r: ir.Value) -> None:
+            factor = e.spread(e.scalar(given["scale"], e.plus(start, r)))
+
+            def vector(c: ir.Value) -> None:
+                place = e.plus(e.times(r, channels), c)
+                e.store(e.fma(e.load(y, place), factor, e.load(x, place)), y, place)
+
+            e.loop(0, channels, e.lanes, vector)
+
+        self.rows(count, normalise_row)
+        self.barrier()
+        self.multiply(self.fc1, n, count, *([h, a] if saves else [h]))
+        self.barrier()
+        self.multiply(self.fc2, h[0], count, *([(y, channels)] if scaled else [(y, channels), (x, channels)]))
+        self.barrier()
+        if scaled:
+            self.rows(count, scale_row)
+            self.barrier()

@@ -1,0 +1,160 @@
+"""The backward of `mlp` for each pixel, a chunk at a time; weights' gradients are `weight_grad`'s.
+
+    dz = s·dy     dh = dz·(γ∘w2)     da = dh·GELU'(a)     h = GELU(a)     dn = da·w1
+    du = rstd·(dn∘g − mean(dn∘g) − x̂·mean(dn∘g∘x̂))
+
+n, dz, h and da go to memory for them, with ``PADDING`` numbers after each row. Each chunk leaves the sums over its rows
+of da, dz, dn∘x̂ and dn, so what is summed in which order does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llvmlite import ir
+
+from .emit import F32, POINTER, Emitter, define
+from .gelu import gelu, gelu_derivative
+from .machine import Machine
+from .mlp import Rows
+from .normalising import normalise, statistics
+from .team import PADDING
+
+ADDRESSES = (
+    *("dy", "u", "a", "scale", "du", "n", "dz", "h", "da", "sums"),
+    *("ln_weight", "ln_bias", "w1", "b1", "w2", "w1_back", "zeros", "scratch"),
+)
+"""dy, u, du: (P, C); a: (P, K), given unless it is computed anew; n, dz: (P, C), h, da: (P, K), padded; sums:
+(chunks, K + 3·C); w1: packed for a; w2, w1_back: for dh and dn; zeros: max(C, K)."""
+
+_SUMMED = 8
+"""Rows in one chain of additions."""
+
+
+class MlpBwdSizes(NamedTuple):
+    """What a kernel is compiled for; ``saved``: a is given; ``scaled``: there are factors of drop path."""
+
+    channels: int
+    hidden: int
+    saved: bool
+    scaled: bool
+
+    @property
+    def row(self) -> int:
+        """Numbers of a row of scratch memory: dn, and dn∘x̂."""
+        return 2 * (self.channels + PADDING)
+
+
+def through_gelu(e: Emitter, dh: ir.Value, places: list[ir.Value]) -> None:
+    """da = dh·GELU'(a) and h = GELU(a), for places in da, h and a; a may be h."""
+    a = e.load(places[2])
+    e.store(e.builder.fmul(dh, gelu_derivative(e, a)), places[0])
+    e.store(gelu(e, a), places[1])
+
+
+class MlpBwd(Rows):
+    """Emits ``mlp_bwd``."""
+
+    NAME = "mlp_bwd"
+
+    def __init__(self, machine: Machine, sizes: MlpBwdSizes):
+        super().__init__(machine, ADDRESSES, sizes.row)
+        self.sizes = sizes
+        channels, hidden, saved, _ = sizes
+        self.normalise = normalise(self.module, machine, channels, affine=True)
+        self.normalise_bwd = normalise_bwd(self.module, machine, channels)
+        self.fc1 = None if saved else self.product("w1", "b1", channels, hidden)
+        self.fc2_back = self.product("w2", "zeros", channels, hidden, through_gelu, 3)
+        self.fc1_back = self.product("w1_back", "zeros", hidden, channels)
+
+    def chunk(self, first: ir.Value, last: ir.Value) -> None:
+        """All of the units from ``first`` up to ``last``."""
+        e, given, (channels, hidden, saved, scaled) = self.e, self.given, self.sizes
+        start = self.first_pixel(first)
+        count = e.minus(self.first_pixel(last), start)
+        ldn, ldh = channels + PADDING, hidden + PADDING
+        dy, u, du = (e.at(given[name], e.times(start, channels)) for name in ("dy", "u", "du"))
+        n, dz = (e.at(given[name], e.times(start, ldn)) for name in ("n", "dz"))
+        h, da = (e.at(given[name], e.times(start, ldh)) for name in ("h", "da"))
+        a = (e.at(given["a"], e.times(start, hidden)), hidden) if saved else (h, ldh)
+        dn = self.scratch
+        dn_x = e.at(dn, e.times(self.scratch_rows, ldn))
+        sums = e.at(given["sums"], e.times(first, hidden + 3 * channels))
+
+        def before(r: ir.Value) -> None:
+            row, padded = e.times(r, channels), e.times(r, ldn)
+            places = e.at(u, row), e.at(n, padded)
+            e.builder.call(self.normalise, [*places, self.epsilon, given["ln_weight"], given["ln_bias"]])
+            factor = e.spread(e.scalar(given["scale"], e.plus(start, r))) if scaled else None
+
+            def vector(c: ir.Value) -> None:
+                value = e.load(dy, e.plus(row, c))
+                e.store(value if factor is None else e.builder.fmul(value, factor), dz, e.plus(padded, c))
+
+            e.loop(0, channels, e.lanes, vector)
+
+        def after(r: ir.Value) -> None:
+            row, padded = e.times(r, channels), e.times(r, ldn)
+            places = e.at(u, row), e.at(dn, padded), e.at(dn_x, padded), e.at(du, row)
+            e.builder.call(self.normalise_bwd, [*places, self.epsilon, given["ln_weight"]])
+
+        self.rows(count, before)
+        self.barrier()
+        if self.fc1 is not None:
+            self.multiply(self.fc1, n, count, (h, ldh))
+        self.multiply(self.fc2_back, dz, count, (da, ldh), (h, ldh), a)
+        self.barrier()
+        self.multiply(self.fc1_back, da, count, (dn, ldn))
+        self.barrier()
+        self.rows(count, after)
+        self.barrier()
+        self._sum(da, ldh, hidden, count, sums)
+        for i, array in enumerate((dz, dn_x, dn)):
+            self._sum(array, ldn, channels, count, e.at(sums, hidden + i * channels))
+        self.barrier()
+
+    def _sum(self, array: ir.Value, ld: int, columns: int, count: ir.Value, out: ir.Value) -> None:
+        """This member's columns of the sums over a chunk's rows."""
+        e = self.e
+
+        def vector(v: ir.Value) -> None:
+            c = e.times(v, e.lanes)
+
+            def add(r: ir.Value, part: ir.Value) -> list[ir.Value]:
+                return [e.builder.fadd(part, e.load(e.at(array, e.times(r, ld)), c))]
+
+            def add_few(r: ir.Value, total: ir.Value) -> list[ir.Value]:
+                end = e.smaller(e.plus(r, _SUMMED), count)
+                return [e.builder.fadd(total, *e.loop(r, end, 1, add, e.spread(0.0)))]
+
+            e.store(*e.loop(0, count, _SUMMED, add_few, e.spread(0.0)), out, c)
+
+        e.loop(self.member, columns // e.lanes, self.members, vector)
+
+
+def normalise_bwd(module: ir.Module, machine: Machine, channels: int) -> ir.Function:
+    """``f(x, dn, dn_x, dx, epsilon, weight)`` for one row: dx of LayerNorm, and dn∘x̂ in dn_x."""
+    function = define(module, "normalise_bwd", POINTER, POINTER, POINTER, POINTER, F32, POINTER)
+    x, dn, dn_x, dx, epsilon, weight = function.args
+    e = Emitter(function, machine.lanes)
+    b, step, zero = e.builder, machine.lanes, e.spread(0.0)
+    mean, rstd = statistics(e, x, channels, epsilon)
+    share = ir.Constant(F32, -1.0 / channels)
+
+    def products(c: ir.Value, first: ir.Value, second: ir.Value) -> list[ir.Value]:
+        value, normed = e.load(dn, c), b.fmul(b.fsub(e.load(x, c), mean), rstd)
+        product, weighed = b.fmul(value, normed), b.fmul(value, e.load(weight, c))
+        e.store(product, dn_x, c)
+        return [b.fadd(first, weighed), e.fma(weighed, normed, second)]
+
+    sums = e.loop(0, channels, step, products, zero, zero)
+    first, second = (e.spread(b.fmul(e.sum_of_lanes(total), share)) for total in sums)
+
+    def result(c: ir.Value) -> None:
+        normed = b.fmul(b.fsub(e.load(x, c), mean), rstd)
+        weighed = b.fmul(e.load(dn, c), e.load(weight, c))
+        e.store(b.fmul(rstd, e.fma(normed, second, b.fadd(weighed, first))), dx, c)
+
+    e.loop(0, channels, step, result)
+    b.ret_void()
+    return function
