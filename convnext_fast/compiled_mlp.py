@@ -51,12 +51,12 @@ def mlp_fwd(
     y = x if overwrite else torch.empty_like(x)
     a = x.new_empty(len(x), hidden) if save_hidden else None
     b2 = mlp.b2 if mlp.gamma is None else mlp.b2 * mlp.gamma
-    weights = _pack(machine, mlp.w1, None, True), _contiguous(mlp.b1), _pack(machine, mlp.w2, mlp.gamma, True), b2
+    weights = pack(machine, mlp.w1, None, True), _contiguous(mlp.b1), pack(machine, mlp.w2, mlp.gamma, True), b2
     kernels = compiled.launchers()
     sizes = kernels.MlpSizes(channels, hidden, save_hidden, scale is not None)
     scale = None if scale is None else scale.contiguous()
     given = x, residual, y, a, scale, *_affine(x, norm), *weights
-    kernels.run_rows(machine, sizes, len(x), norm.eps, *_addresses(given))
+    kernels.run_rows(machine, sizes, len(x), norm.eps, *addresses(given))
     return y, a
 
 
@@ -66,8 +66,8 @@ def mlp_bwd(
     """As `aten_rows.mlp_bwd`; scale: (P, 1)."""
     kernels, (hidden, channels) = compiled.launchers(), mlp.w1.shape
     dx, e, dw1 = torch.empty_like(x), x.new_empty(channels, hidden), x.new_empty(hidden, channels)
-    w1 = _pack(machine, mlp.w1, None, True) if a is None else None
-    weights = w1, mlp.b1, _pack(machine, mlp.w2, mlp.gamma, False), _pack(machine, mlp.w1, None, False)
+    w1 = pack(machine, mlp.w1, None, True) if a is None else None
+    weights = w1, mlp.b1, pack(machine, mlp.w2, mlp.gamma, False), pack(machine, mlp.w1, None, False)
     given = *_affine(x, norm), *map(_contiguous, weights), x.new_zeros(max(channels, hidden))
     sizes = kernels.MlpBwdSizes(channels, hidden, a is not None, scale is not None)
     size, totals = min(len(x), _ROWS), 0.0
@@ -80,11 +80,11 @@ def mlp_bwd(
         chunks = -(-count // kernels.rows_of_chunk(machine, channels * hidden, count))
         sums = x.new_empty(chunks, hidden + 3 * channels)
         pixels = (None if t is None else t[rows] for t in (dy, x, a, scale, dx))
-        kernels.run_rows(machine, sizes, count, norm.eps, *_addresses((*pixels, n, dz, h, da, sums, *given)))
+        kernels.run_rows(machine, sizes, count, norm.eps, *addresses((*pixels, n, dz, h, da, sums, *given)))
         totals = totals + sums.sum(0)
         for left, right, out in ((dz, h, e), (da, n, dw1)):
             shape = kernels.WeightGradSizes(*out.shape)
-            kernels.run(machine, shape, *_addresses((left, right, out)), count, int(start > 0))
+            kernels.run(machine, shape, *addresses((left, right, out)), count, int(start > 0))
     # Results of an operator share no memory.
     db1, t, dg, dbeta = (total.clone() for total in totals.split((hidden, channels, channels, channels)))
     dg, dbeta = (None if p is None else d for p, d in ((norm.weight, dg), (norm.bias, dbeta)))
@@ -94,11 +94,12 @@ def mlp_bwd(
     return dx, dg, dbeta, dw1, db1, e.mul_(mlp.gamma[:, None]), t * mlp.gamma, dgamma
 
 
-def _pack(machine: Any, weight: Tensor, scale: Tensor | None, transposed: bool) -> Tensor:
+def pack(machine: Any, weight: Tensor, scale: Tensor | None, transposed: bool) -> Tensor:
+    """The numbers of `kernels.cpu.packing`, in the shape of weight; scale: a factor for each of its rows."""
     kernels, weight = compiled.launchers(), weight.contiguous()
     packed, scale = torch.empty_like(weight), _contiguous(scale)
     sizes = kernels.PackSizes(*weight.shape, transposed, scale is not None)
-    kernels.run(machine, sizes, *_addresses((weight, scale, packed)))
+    kernels.run(machine, sizes, *addresses((weight, scale, packed)))
     return packed
 
 
@@ -112,5 +113,6 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _addresses(tensors: tuple[Tensor | None, ...]) -> list[int]:
+def addresses(tensors: tuple[Tensor | None, ...]) -> list[int]:
+    """For a launch; 0 for what is absent."""
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -12,7 +12,8 @@ from convnext_fast.kernels.cpu import launching
 from convnext_fast.kernels.cpu.machine import AVX2, AVX512
 from frozen_support import frozen_weights
 
-from convnext_fast import compiled
+from convnext_fast import compiled, compiled_mlp
+from convnext_fast.aten_rows import Mlp, Norm
 
 PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -102,6 +103,42 @@ def elementwise(machine, count):
             assert all(map(torch.equal, held, expected))
 
 
+def rows_alone(machine, rows, channels, hidden, scaled, saves):
+    """Forward and backward of the MLP, which launch their kernels themselves: every tensor of a launch is guarded."""
+    u, residual, dy = torch.randn(3, rows, channels)
+    norm = Norm(*torch.randn(2, channels), 1e-6)
+    weights = torch.randn(hidden, channels), torch.randn(hidden), torch.randn(channels, hidden)
+    mlp = Mlp(*weights, *torch.randn(2, channels), "gelu")
+    scale = torch.rand(rows, 1) if scaled else None
+
+    def step():
+        y, a = compiled_mlp.mlp_fwd(machine, u, residual, norm, mlp, scale, saves, overwrite=False)
+        return [y, *compiled_mlp.mlp_bwd(machine, dy, u, a, norm, mlp, scale)]
+
+    expected = step()
+    plain = compiled_mlp.addresses, launching.run, launching.memory
+    for at_end in (True, False):
+        pairs = []
+
+        def addresses(tensors, at_end=at_end, pairs=pairs):
+            pairs += [(tensor, guarded(tensor, at_end)) for tensor in tensors if tensor is not None]
+            held = iter(pairs[len(pairs) - sum(tensor is not None for tensor in tensors) :])
+            return [0 if tensor is None else next(held)[1].data_ptr() for tensor in tensors]
+
+        def run(*arguments, pairs=pairs):
+            plain[1](*arguments)
+            for tensor, copy in pairs:
+                tensor.copy_(copy)
+            pairs.clear()
+
+        compiled_mlp.addresses, launching.run = addresses, run
+        launching.memory = lambda count, at_end=at_end: guarded(torch.full((count,), float("nan")), at_end)
+        try:
+            assert all(map(torch.equal, step(), expected))
+        finally:
+            compiled_mlp.addresses, launching.run, launching.memory = plain
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     for machine in filter(launching.has, (AVX2, AVX512)):
@@ -113,6 +150,9 @@ if __name__ == "__main__":
             print("ok", machine.lanes, *case)
         for case in (((2, 9, 9), 32, 7), ((1, 3, 70), 48, 5), ((3, 2, 3), 16, 7), ((2, 14, 14), 96, 3)):
             convolution(machine, *case)
+            print("ok", machine.lanes, *case)
+        for case in ((1, 16, 16, False, True), (70, 48, 80, True, False), (229, 32, 128, False, False)):
+            rows_alone(machine, *case)
             print("ok", machine.lanes, *case)
         elementwise(machine, 16 * 37)
         print("ok", machine.lanes, "elementwise")

@@ -124,11 +124,16 @@ def run(machine: Machine, sizes: Sizes, *fields: int) -> None:
     _threads().GOMP_parallel(_kernel(machine, sizes), ctypes.addressof(argument), torch.get_num_threads(), 0)
 
 
+def memory(count: int) -> Tensor:
+    """So many numbers, of any value."""
+    return torch.empty(count, dtype=torch.float32, device="cpu")
+
+
 def run_rows(machine: Machine, sizes: MlpSizes | MlpBwdSizes, rows: int, eps: float, *addresses: int) -> None:
     """A kernel on rows without neighbours; ``addresses``: all but that of scratch memory, which is the last."""
     team, chunk = torch.get_num_threads(), rows_of_chunk(machine, sizes.channels * sizes.hidden, rows)
     given = numbers_of_rows(rows, chunk, eps, team)
-    scratch = torch.empty(team * scratch_rows(machine, chunk, 1) * sizes.row, dtype=torch.float32, device="cpu")
+    scratch = memory(team * scratch_rows(machine, chunk, 1) * sizes.row)
     run(machine, sizes, *addresses, scratch.data_ptr(), *(given[name] for name in NUMBERS))
 
 

@@ -1,0 +1,175 @@
+"""The kernels of a training step's MLP on an x86 CPU: values and gradients at all sizes, equal bits, bad rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import no_worse
+from test_compiled import MACHINES, threads  # noqa: F401
+
+from convnext_fast import aten_rows, compiled, compiled_mlp
+from convnext_fast.aten_rows import Mlp, Norm
+
+launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
+from convnext_fast.kernels.cpu.machine import AVX2, AVX512  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not launching.has(AVX2), reason="these kernels need x86, Linux and AVX2")
+
+NAMES = "y", "du", "dg", "dβ", "dw1", "db1", "dw2", "db2", "dγ"
+
+
+def parameters(channels, hidden, affine=True, layer_scale=True):
+    norm = Norm(*(torch.randn(2, channels) if affine else (None, None)), 1e-6)
+    w1, w2 = torch.randn(hidden, channels) / channels**0.5, torch.randn(channels, hidden) / hidden**0.5
+    gamma = torch.randn(channels) if layer_scale else None
+    return norm, Mlp(w1, torch.randn(hidden), w2, torch.randn(channels), gamma, "gelu")
+
+
+def plain(dtype, dy, u, residual, norm, mlp, scale):
+    """y and the gradients by autograd, None for those of absent parameters."""
+    leaves = [t if t is None else t.to(dtype, copy=True).requires_grad_() for t in (u, *norm[:2], *mlp[:5])]
+    u, weight, bias, w1, b1, w2, b2, gamma = leaves
+    z = F.linear(F.gelu(F.linear(F.layer_norm(u, u.shape[1:], weight, bias, norm.eps), w1, b1)), w2, b2)
+    z = z if gamma is None else gamma * z
+    y = residual.to(dtype) + (z if scale is None else scale.to(dtype) * z)
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    grads = iter(torch.autograd.grad(y, wanted, dy.to(dtype)))
+    return [y, *(None if leaf is None else next(grads) for leaf in leaves)]
+
+
+def ours(machine, dy, u, residual, norm, mlp, scale, saves):
+    y, a = compiled_mlp.mlp_fwd(machine, u, residual, norm, mlp, scale, saves, overwrite=False)
+    assert (a is not None) == saves
+    return [y, *compiled_mlp.mlp_bwd(machine, dy, u, a, norm, mlp, scale)]
+
+
+def check(got, *given_):
+    expectations = (plain(dtype, *given_) for dtype in (torch.float64, torch.float32))
+    for name, actual, expected, eager in zip(NAMES, got, *expectations, strict=True):
+        if expected is None:
+            assert actual is None, name
+        else:
+            assert actual.is_contiguous(), name
+            assert no_worse(actual, expected, eager), name
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@given(
+    st.one_of(st.integers(1, 60), st.sampled_from([111, 112, 113, 224, 500, 897])),
+    st.sampled_from([1, 2, 3, 5]),
+    st.sampled_from([1, 3, 4]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.integers(1, 4),
+)
+@settings(max_examples=15, deadline=None)
+def test_values_and_gradients(machine, rows, channels, ratio, affine, layer_scale, scaled, saves, team_size):
+    channels *= machine.lanes
+    scale = torch.rand(rows, 1) + 0.5 if scaled else None
+    given_ = *torch.randn(3, rows, channels), *parameters(channels, ratio * channels, affine, layer_scale), scale
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(team_size)
+        got = ours(machine, *given_, saves)
+    finally:
+        torch.set_num_threads(before)
+    check(got, *given_)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("channels", "rows"), [(96, 3136), (384, 784), (768, 98)])
+def test_real_models(machine, channels, rows):
+    """Products of real depth, and a mean far from zero."""
+    dy, u, residual = torch.randn(3, rows, channels)
+    given_ = dy, u + 5, residual, *parameters(channels, 4 * channels), None
+    check(ours(machine, *given_, True), *given_)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("saves", [True, False])
+def test_blocks_of_rows_add_up(machine, saves, monkeypatch):
+    """The backward's blocks, the last one not whole, with a factor for each row."""
+    monkeypatch.setattr(compiled_mlp, "_ROWS", 50)
+    given_ = *torch.randn(3, 170, 48), *parameters(48, 96), torch.rand(170, 1)
+    check(ours(machine, *given_, saves), *given_)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("channels", "rows"), [(48, 30), (96, 700), (512, 450)])
+def test_equal_bits_for_every_number_of_threads_and_level(machine, channels, rows, threads):  # noqa: F811
+    given_ = *torch.randn(3, rows, channels), *parameters(channels, 4 * channels), torch.rand(rows, 1)
+    threads(1)
+    expected = ours(machine, *given_, True)
+    for count in (1, 2, 3, 16):
+        threads(count)
+        for saves in (True, False):
+            assert all(map(torch.equal, ours(machine, *given_, saves), expected))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_row_stays_visible_and_alone(machine, bad):
+    dy, u, residual = torch.randn(3, 40, 32)
+    u[20, 3] = bad
+    y, du, *sums = ours(machine, dy, u, residual, *parameters(32, 64), None, False)
+    row = torch.arange(40) == 20
+    for result in (y, du):
+        assert torch.equal(~result.isfinite().all(1), row)
+    assert not any(total.isfinite().all() for total in sums[:-2])
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("shape", [(96, 64), (48, 80), (16, 16)])
+def test_weights_are_packed_as_for_frozen_models(machine, shape):
+    weight, scale = torch.randn(*shape), torch.randn(shape[0])
+    for factor in (None, scale):
+        scaled = weight if factor is None else factor[:, None] * weight
+        for transposed in (True, False):
+            expected = launching.pack(scaled if transposed else scaled.t(), machine)
+            got = compiled_mlp.pack(machine, weight.t().contiguous().t(), factor, transposed)
+            assert torch.equal(got.flatten(), expected)
+
+
+def test_the_result_may_take_the_place_of_u():
+    u, residual = torch.randn(2, 130, 32)
+    norm, mlp = parameters(32, 64)
+    expected, _ = compiled_mlp.mlp_fwd(AVX2, u, residual, norm, mlp, None, False, overwrite=False)
+    y, _ = compiled_mlp.mlp_fwd(AVX2, u, residual, norm, mlp, None, False, overwrite=True)
+    assert y.data_ptr() == u.data_ptr()
+    assert torch.equal(y, expected)
+
+
+def test_what_the_kernels_serve():
+    norm, mlp = parameters(32, 64)
+    x = torch.randn(5, 32)
+    assert compiled_mlp.machine_for((x, None, x), mlp, norm) in (AVX2, AVX512)
+    for rows, other, normed in (
+        ((x.double(),), mlp, norm),
+        ((x[:0],), mlp, norm),
+        ((x.t().contiguous().t(),), mlp, norm),
+        ((x,), mlp._replace(act="silu"), norm),
+        ((x,), mlp._replace(w2=mlp.w2.double()), norm),
+        ((x,), mlp, None),
+        ((x,), mlp, norm._replace(bias=norm.weight.half())),
+        ((torch.randn(5, 12),), parameters(12, 48)[1], parameters(12, 48)[0]),
+    ):
+        assert compiled_mlp.machine_for(rows, other, normed) is None
+
+
+@pytest.mark.parametrize("serving", [True, False])
+@pytest.mark.parametrize("saves", [True, False])
+def test_both_ways_with_factors_of_samples(serving, saves, monkeypatch):
+    """What `aten_rows` calls, on the kernels and with ATen's calls."""
+    if not serving:
+        monkeypatch.setattr(compiled, "machine_for", lambda *_: None)
+    called = []
+    real = compiled_mlp.mlp_bwd
+    monkeypatch.setattr(compiled_mlp, "mlp_bwd", lambda *a: called.append(1) or real(*a))
+    (dy, u, residual), (norm, mlp), factors = torch.randn(3, 60, 32), parameters(32, 64), torch.rand(3)
+    y, a = aten_rows.mlp_fwd(u, residual, norm, mlp, factors, save_hidden=saves)
+    got = [y, *aten_rows.mlp_bwd(dy, u, a, norm, mlp, factors)]
+    check(got, dy, u, residual, norm, mlp, factors.repeat_interleave(20)[:, None])
+    assert bool(called) is serving
