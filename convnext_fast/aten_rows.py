@@ -164,7 +164,7 @@ def mlp_fwd(
     """
     machine = None if residual is None else compiled_mlp.machine_for((x, residual), mlp, norm)
     scale = _row_scale(drop_scale, x)
-    if machine is not None:
+    if machine is not None and compiled_mlp.forward_pays(len(x), mlp):
         return compiled_mlp.mlp_fwd(machine, x, residual, norm, mlp, scale, save_hidden, overwrite)
     mlp = mlp.to(x.dtype)
     blocks = row_blocks(x.shape[0], mlp.w1.shape[0] * x.element_size())

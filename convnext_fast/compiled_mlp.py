@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _ROWS = 4096
 """Of a block in the backward: its n, dz, h and da lie near the last level of cache."""
 
+_WIDE, _LEAST_ROWS_OF_WIDE = 1 << 20, 384
+"""Numbers of a weight that is packed from memory into memory, and the rows from which on the forward wins that back."""
+
 
 def machine_for(rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None) -> Any:
     """What the kernels are compiled for; None where they do not serve. rows: x, and the residual or dy and a."""
@@ -34,6 +37,11 @@ def machine_for(rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None) ->
     if any(t.dtype != torch.float32 or t.is_neg() for t in parameters):
         return None
     return compiled.machine_for(*mlp.w1.shape)
+
+
+def forward_pays(rows: int, mlp: Mlp) -> bool:
+    """Whether the forward is no slower than ATen's calls, which pack nothing."""
+    return mlp.w1.numel() < _WIDE or rows >= _LEAST_ROWS_OF_WIDE
 
 
 def mlp_fwd(
