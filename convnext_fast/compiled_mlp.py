@@ -62,8 +62,7 @@ def mlp_fwd(
     weights = pack(machine, mlp.w1, None, True), _contiguous(mlp.b1), pack(machine, mlp.w2, mlp.gamma, True), b2
     kernels = compiled.launchers()
     sizes = kernels.MlpSizes(channels, hidden, save_hidden, scale is not None)
-    scale = None if scale is None else scale.contiguous()
-    given = x, residual, y, a, scale, *_affine(x, norm), *weights
+    given = x, residual, y, a, _contiguous(scale), *_affine(x, norm), *weights
     kernels.run_rows(machine, sizes, len(x), norm.eps, *addresses(given))
     return y, a
 
@@ -78,7 +77,7 @@ def mlp_bwd(
     weights = w1, mlp.b1, pack(machine, mlp.w2, mlp.gamma, False), pack(machine, mlp.w1, None, False)
     given = *_affine(x, norm), *map(_contiguous, weights), x.new_zeros(max(channels, hidden))
     sizes = kernels.MlpBwdSizes(channels, hidden, a is not None, scale is not None)
-    size, totals = min(len(x), _ROWS), 0.0
+    size, totals, scale = min(len(x), _ROWS), 0.0, _contiguous(scale)
     room = size + machine.rows  # the last tile reads them
     n, dz = x.new_empty(2, room, channels + kernels.PADDING)
     h, da = x.new_empty(2, room, hidden + kernels.PADDING)
@@ -98,8 +97,9 @@ def mlp_bwd(
     dg, dbeta = (None if p is None else d for p, d in ((norm.weight, dg), (norm.bias, dbeta)))
     if mlp.gamma is None:
         return dx, dg, dbeta, dw1, db1, e, t, None
-    dgamma = torch.addcmul((mlp.w2 * e).sum(1), mlp.b2, t)
-    return dx, dg, dbeta, dw1, db1, e.mul_(mlp.gamma[:, None]), t * mlp.gamma, dgamma
+    dot, w2, gamma = x.new_empty(channels), mlp.w2.contiguous(), mlp.gamma.contiguous()
+    kernels.run(machine, kernels.LayerScaleSizes(channels, hidden), *addresses((e, w2, gamma, dot)))
+    return dx, dg, dbeta, dw1, db1, e, t * gamma, dot.addcmul_(mlp.b2, t)
 
 
 def pack(machine: Any, weight: Tensor, scale: Tensor | None, transposed: bool) -> Tensor:

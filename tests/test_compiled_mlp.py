@@ -124,7 +124,7 @@ def test_a_bad_row_stays_visible_and_alone(machine, bad):
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("shape", [(96, 64), (48, 80), (16, 16)])
 def test_weights_are_packed_as_for_frozen_models(machine, shape):
-    weight, scale = torch.randn(*shape), torch.randn(shape[0])
+    weight, scale = torch.randn(*shape), torch.randn(shape[0], 2)[:, 0]
     for factor in (None, scale):
         scaled = weight if factor is None else factor[:, None] * weight
         for transposed in (True, False):
@@ -161,15 +161,16 @@ def test_what_the_kernels_serve():
 
 @pytest.mark.parametrize("serving", [True, False])
 @pytest.mark.parametrize("saves", [True, False])
-def test_both_ways_with_factors_of_samples(serving, saves, monkeypatch):
+@pytest.mark.parametrize("samples", [1, 3])
+def test_both_ways_with_factors_of_samples(serving, saves, samples, monkeypatch):
     """What `aten_rows` calls, on the kernels and with ATen's calls."""
     if not serving:
         monkeypatch.setattr(compiled, "machine_for", lambda *_: None)
     called = []
     real = compiled_mlp.mlp_bwd
     monkeypatch.setattr(compiled_mlp, "mlp_bwd", lambda *a: called.append(1) or real(*a))
-    (dy, u, residual), (norm, mlp), factors = torch.randn(3, 60, 32), parameters(32, 64), torch.rand(3)
+    (dy, u, residual), (norm, mlp), factors = torch.randn(3, 60, 32), parameters(32, 64), torch.rand(samples) + 0.5
     y, a = aten_rows.mlp_fwd(u, residual, norm, mlp, factors, save_hidden=saves)
     got = [y, *aten_rows.mlp_bwd(dy, u, a, norm, mlp, factors)]
-    check(got, dy, u, residual, norm, mlp, factors.repeat_interleave(20)[:, None])
+    check(got, dy, u, residual, norm, mlp, factors.repeat_interleave(60 // samples)[:, None])
     assert bool(called) is serving

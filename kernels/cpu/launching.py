@@ -26,6 +26,7 @@ from .dwconv_wgrad import DwconvWgrad, WgradSizes
 from .elementwise import Elementwise, ElementwiseSizes
 from .gemm import UNROLL as UNROLL
 from .gemm import pack as pack
+from .layer_scale_bwd import LayerScaleBwd, LayerScaleSizes
 from .machine import AVX2, AVX512, NEEDED, Machine, compile_for, host_features, identity, load
 from .mlp import Mlp, MlpSizes
 from .mlp_bwd import MlpBwd, MlpBwdSizes
@@ -87,6 +88,7 @@ _KINDS = {
     MlpSizes: Mlp,
     MlpBwdSizes: MlpBwd,
     WeightGradSizes: WeightGrad,
+    LayerScaleSizes: LayerScaleBwd,
 }
 Sizes = (
     BlockSizes
@@ -98,6 +100,7 @@ Sizes = (
     | MlpSizes
     | MlpBwdSizes
     | WeightGradSizes
+    | LayerScaleSizes
 )
 
 

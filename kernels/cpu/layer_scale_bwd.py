@@ -1,0 +1,64 @@
+"""What layer scale leaves of E = Σ_p dz ⊗ h, in one pass over it and the weight.
+
+dot[c] = Σ_k w2[c, k]·E[c, k], dγ without b2's part     dw2[c, k] = γ[c]·E[c, k], in the place of E
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llvmlite import ir
+
+from .emit import I64, POINTER, Emitter, define
+from .machine import Machine
+from .team import thread_and_threads
+
+_SUMMED = 16
+"""Vectors in one chain of additions."""
+
+
+class LayerScaleSizes(NamedTuple):
+    """What a kernel is compiled for: C and K."""
+
+    channels: int
+    hidden: int
+
+
+class LayerScaleBwd:
+    """Emits ``layer_scale_bwd(argument)`` for the addresses of E, w2 (C, K), γ and dot (C,)."""
+
+    NAME = "layer_scale_bwd"
+
+    def __init__(self, machine: Machine, sizes: LayerScaleSizes):
+        self.machine, self.sizes = machine, sizes
+
+    def emit(self) -> ir.Module:
+        """The module."""
+        module = ir.Module(self.NAME)
+        function = define(module, self.NAME, POINTER, local=False)
+        e = Emitter(function, self.machine.lanes)
+        b, (channels, hidden), lanes = e.builder, self.sizes, self.machine.lanes
+        places = [b.gep(function.args[0], [e.index(i)], source_etype=I64) for i in range(4)]
+        gradient, weight, gamma, dot = (b.load(place, typ=POINTER) for place in places)
+        thread, threads = thread_and_threads(e)
+        share = [e.over(e.times(channels, t), threads) for t in (thread, e.plus(thread, 1))]
+
+        def row(c: ir.Value) -> None:
+            ours, weights = (e.at(array, e.times(c, hidden)) for array in (gradient, weight))
+            factor = e.spread(e.scalar(gamma, c))
+
+            def vector(k: ir.Value, part: ir.Value) -> list[ir.Value]:
+                value = e.load(ours, k)
+                e.store(b.fmul(value, factor), ours, k)
+                return [e.fma(value, e.load(weights, k), part)]
+
+            def few(k: ir.Value, total: ir.Value) -> list[ir.Value]:
+                end = e.smaller(e.plus(k, _SUMMED * lanes), hidden)
+                return [b.fadd(total, *e.loop(k, end, lanes, vector, e.spread(0.0)))]
+
+            (total,) = e.loop(0, hidden, _SUMMED * lanes, few, e.spread(0.0))
+            b.store(e.sum_of_lanes(total), e.at(dot, c), align=4)
+
+        e.loop(*share, 1, row)
+        b.ret_void()
+        return module
