@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import compiled, compiled_mlp, onednn
 from .reference import ACTIVATION_FUNCTIONS
+from .row_blocks import row_blocks
 
 _aten = torch.ops.aten
 
@@ -28,12 +29,6 @@ ACTIVATIONS_ = {
     "silu": _aten.silu_,
     "selu": torch.selu_,
 }
-
-# Rows of a block: few enough for their hidden activations to stay near the last-level cache, enough for matrix products
-# at full speed and for Python's share to be small. With 36 MiB of cache, quarters of these took 5 to 6 % longer in
-# training, and no blocks at all 3 to 7 %.
-_MOST_ROWS, _LEAST_ROWS = 8192, 256
-_CACHE_BYTES = 96 << 20
 
 
 def _activation(a: Tensor, act: str) -> Tensor:
@@ -63,14 +58,6 @@ def _activation_bwd_(dh: Tensor, a: Tensor, act: str) -> Tensor:
     if act == "silu":
         return _aten.silu_backward.grad_input(dh, a, grad_input=dh)
     return _aten.elu_backward.grad_input(dh, 1.6732632423543772, 1.0507009873554805, 1.0, False, a, grad_input=dh)
-
-
-def row_blocks(rows: int, row_bytes: int) -> list[slice]:
-    """Slices of rows for cache-sized work, ``row_bytes`` a row, alike in size; one empty slice of no rows."""
-    most = min(_MOST_ROWS, max(_LEAST_ROWS, _CACHE_BYTES // row_bytes))
-    count = max(1, -(-rows // most))
-    size = -(-rows // count)
-    return [slice(i * size, min((i + 1) * size, rows)) for i in range(count)]
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

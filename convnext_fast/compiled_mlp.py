@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from . import compiled, onednn
+from .row_blocks import row_blocks
 
 if TYPE_CHECKING:
     from .aten_rows import Mlp, Norm
 
-_ROWS = 4096
+_MOST_ROWS, _BLOCK_BYTES = 4096, 32 << 20
 """Of a block in the backward: its n, dz, h and da lie near the last level of cache."""
 
 _WIDE, _LEAST_ROWS_OF_WIDE = 1 << 20, 384
@@ -40,7 +41,7 @@ def machine_for(rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None) ->
 
 
 def forward_pays(rows: int, mlp: Mlp) -> bool:
-    """Whether the forward is no slower than ATen's calls, which pack nothing."""
+    """Whether the forward wins back what ATen's calls, which pack nothing, have not to spend on a wide layer."""
     return mlp.w1.numel() < _WIDE or rows >= _LEAST_ROWS_OF_WIDE
 
 
@@ -59,10 +60,10 @@ def mlp_fwd(
     y = x if overwrite else torch.empty_like(x)
     a = x.new_empty(len(x), hidden) if save_hidden else None
     b2 = mlp.b2 if mlp.gamma is None else mlp.b2 * mlp.gamma
-    weights = pack(machine, mlp.w1, None, True), _contiguous(mlp.b1), pack(machine, mlp.w2, mlp.gamma, True), b2
+    w1, w2 = pack(machine, mlp.w1, None, True), pack(machine, mlp.w2, mlp.gamma, True)
     kernels = compiled.launchers()
     sizes = kernels.MlpSizes(channels, hidden, save_hidden, scale is not None)
-    given = x, residual, y, a, _contiguous(scale), *_affine(x, norm), *weights
+    given = x, residual, y, a, _contiguous(scale), *_affine(x, norm), w1, _contiguous(mlp.b1), w2, _contiguous(b2)
     kernels.run_rows(machine, sizes, len(x), norm.eps, *addresses(given))
     return y, a
 
@@ -77,23 +78,25 @@ def mlp_bwd(
     weights = w1, mlp.b1, pack(machine, mlp.w2, mlp.gamma, False), pack(machine, mlp.w1, None, False)
     given = *_affine(x, norm), *map(_contiguous, weights), x.new_zeros(max(channels, hidden))
     sizes = kernels.MlpBwdSizes(channels, hidden, a is not None, scale is not None)
-    size, totals, scale = min(len(x), _ROWS), 0.0, _contiguous(scale)
-    room = size + machine.rows  # the last tile reads them
-    n, dz = x.new_empty(2, room, channels + kernels.PADDING)
-    h, da = x.new_empty(2, room, hidden + kernels.PADDING)
-    for start in range(0, len(x), size):
-        rows = slice(start, min(start + size, len(x)))
-        count = rows.stop - start
+    scale, totals = _contiguous(scale), []
+    ldn, ldh = channels + kernels.PADDING, hidden + kernels.PADDING
+    blocks = row_blocks(len(x), 2 * (ldn + ldh) * x.element_size(), _MOST_ROWS, _BLOCK_BYTES)
+    room = blocks[0].stop + machine.rows  # the last tile reads them
+    n, dz = x.new_empty(2, room, ldn)
+    h, da = x.new_empty(2, room, ldh)
+    for rows in blocks:
+        count = rows.stop - rows.start
         chunks = -(-count // kernels.rows_of_chunk(machine, channels * hidden, count))
         sums = x.new_empty(chunks, hidden + 3 * channels)
         pixels = (None if t is None else t[rows] for t in (dy, x, a, scale, dx))
         kernels.run_rows(machine, sizes, count, norm.eps, *addresses((*pixels, n, dz, h, da, sums, *given)))
-        totals = totals + sums.sum(0)
+        totals.append(sums.sum(0))
         for left, right, out in ((dz, h, e), (da, n, dw1)):
             shape = kernels.WeightGradSizes(*out.shape)
-            kernels.run(machine, shape, *addresses((left, right, out)), count, int(start > 0))
+            kernels.run(machine, shape, *addresses((left, right, out)), count, int(rows.start > 0))
+    parts = torch.stack(totals).sum(0).split((hidden, channels, channels, channels))
     # Results of an operator share no memory.
-    db1, t, dg, dbeta = (total.clone() for total in totals.split((hidden, channels, channels, channels)))
+    db1, t, dg, dbeta = (part.clone() for part in parts)
     dg, dbeta = (None if p is None else d for p, d in ((norm.weight, dg), (norm.bias, dbeta)))
     if mlp.gamma is None:
         return dx, dg, dbeta, dw1, db1, e, t, None

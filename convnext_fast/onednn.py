@@ -60,14 +60,19 @@ def fused_activation(act: str | None) -> tuple[str, str]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
-    """act(x·weightᵀ + bias) for x (P, C), weight (K, C) of any strides, bias (K,); ``act`` as `fuses` says, or None."""
+    """act(x·weightᵀ + bias) for x (P, C), weight (K, C) and bias (K,), these of any strides; act: `fuses`, or None."""
     attribute, algorithm = fused_activation(act)
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, attribute, [], algorithm)
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, _dense(bias), attribute, [], algorithm)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """residual + x·weightᵀ + bias."""
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, _dense(bias), "add")
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
+    """As these calls read it, whatever its strides are."""
+    return None if bias is None else bias.contiguous()
 
 
 def frozen_convolution(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import onednn
-from .aten_rows import ACTIVATIONS_, row_blocks
+from .aten_rows import ACTIVATIONS_
+from .row_blocks import row_blocks
 
 _convolution = torch.ops.mkldnn._convolution_pointwise.default
 _linear = torch.ops.mkldnn._linear_pointwise.default

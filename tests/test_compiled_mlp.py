@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import no_worse
+from support import no_worse, relative_error
 from test_compiled import MACHINES, threads  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convnext_fast import aten_rows, compiled, compiled_mlp
 from convnext_fast.aten_rows import Mlp, Norm
@@ -89,10 +90,42 @@ def test_real_models(machine, channels, rows):
 
 
 @pytest.mark.parametrize("machine", MACHINES)
+def test_sums_over_many_pixels(machine):
+    """No chain of additions is long: the gradients of 100,000 pixels, which do not cancel, as exact as eager's."""
+    dy, u, residual = torch.rand(3, 100_352, machine.lanes)
+    given_ = dy + 0.5, u, residual, *parameters(machine.lanes, machine.lanes), None
+    check(ours(machine, *given_, False), *given_)
+
+
+class Memory(TorchDispatchMode):
+    """The bytes of the largest tensor that is made, of those that are not results."""
+
+    def __init__(self, results):
+        super().__init__()
+        self.results, self.largest = results, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        makes = function in (torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default)
+        if makes and made.shape not in self.results:
+            self.largest = max(self.largest, made.numel() * made.element_size())
+        return made
+
+
+@pytest.mark.parametrize(("channels", "rows"), [(1024, 4096), (48, 60_000)])
+def test_memory_of_the_backward_depends_on_no_batch(channels, rows):
+    norm, mlp = parameters(channels, 2 * channels)
+    dy, u = torch.randn(2, rows, channels)
+    with Memory({u.shape, mlp.w1.shape, mlp.w2.shape}) as memory:
+        compiled_mlp.mlp_bwd(AVX2, dy, u, None, norm, mlp, None)
+    assert 1 << 20 < memory.largest < 32 << 20
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("saves", [True, False])
 def test_blocks_of_rows_add_up(machine, saves, monkeypatch):
     """The backward's blocks, the last one not whole, with a factor for each row."""
-    monkeypatch.setattr(compiled_mlp, "_ROWS", 50)
+    monkeypatch.setattr(compiled_mlp, "row_blocks", lambda rows, *_: [slice(0, 60), slice(60, 120), slice(120, rows)])
     given_ = *torch.randn(3, 170, 48), *parameters(48, 96), torch.rand(170, 1)
     check(ours(machine, *given_, saves), *given_)
 
@@ -133,13 +166,42 @@ def test_weights_are_packed_as_for_frozen_models(machine, shape):
             assert torch.equal(got.flatten(), expected)
 
 
-def test_the_result_may_take_the_place_of_u():
-    u, residual = torch.randn(2, 130, 32)
-    norm, mlp = parameters(32, 64)
-    expected, _ = compiled_mlp.mlp_fwd(AVX2, u, residual, norm, mlp, None, False, overwrite=False)
-    y, _ = compiled_mlp.mlp_fwd(AVX2, u, residual, norm, mlp, None, False, overwrite=True)
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_result_may_take_the_place_of_u(machine, scaled):
+    (u, residual), (norm, mlp) = torch.randn(2, 130, 32), parameters(32, 64)
+    scale = torch.rand(130, 1) if scaled else None
+    expected, _ = compiled_mlp.mlp_fwd(machine, u, residual, norm, mlp, scale, False, overwrite=False)
+    y, _ = compiled_mlp.mlp_fwd(machine, u, residual, norm, mlp, scale, False, overwrite=True)
     assert y.data_ptr() == u.data_ptr()
     assert torch.equal(y, expected)
+
+
+def strided(tensor):
+    """The same values, every second number of what is in memory."""
+    return torch.stack((tensor, torch.full_like(tensor, float("nan"))), -1)[..., 0]
+
+
+@pytest.mark.parametrize("serving", [True, False])
+@pytest.mark.parametrize("layer_scale", [True, False])
+@pytest.mark.parametrize("dimensions", [(1,), (2,), (1, 2)])
+def test_parameters_of_any_strides(serving, layer_scale, dimensions, monkeypatch):
+    if not serving:
+        monkeypatch.setattr(compiled, "machine_for", lambda *_: None)
+    (dy, u, residual), (norm, mlp) = torch.randn(3, 60, 32), parameters(32, 64, layer_scale=layer_scale)
+    mlp = mlp._replace(b1=torch.ones(1).expand(64))
+
+    def step(change):
+        odd = Norm(*map(change, norm[:2]), norm.eps), Mlp(*(None if t is None else change(t) for t in mlp[:5]), mlp.act)
+        y, a = aten_rows.mlp_fwd(u, residual, *odd, change(torch.ones(3)), save_hidden=True)
+        return [y, *aten_rows.mlp_bwd(dy, u, a, *odd, change(torch.ones(3)))]
+
+    def some(tensor):
+        return strided(tensor) if tensor.dim() in dimensions else tensor.contiguous()
+
+    for got, expected in zip(step(some), step(torch.Tensor.contiguous), strict=True):
+        assert (got is None) == (expected is None)
+        assert got is None or relative_error(got, expected) < 1e-6
 
 
 def test_what_the_kernels_serve():
@@ -154,6 +216,8 @@ def test_what_the_kernels_serve():
         ((x,), mlp._replace(w2=mlp.w2.double()), norm),
         ((x,), mlp, None),
         ((x,), mlp, norm._replace(bias=norm.weight.half())),
+        ((torch._neg_view(x),), mlp, norm),
+        ((x,), mlp._replace(gamma=torch._neg_view(mlp.gamma)), norm),
         ((torch.randn(5, 12),), parameters(12, 48)[1], parameters(12, 48)[0]),
     ):
         assert compiled_mlp.machine_for(rows, other, normed) is None
@@ -167,10 +231,20 @@ def test_both_ways_with_factors_of_samples(serving, saves, samples, monkeypatch)
     if not serving:
         monkeypatch.setattr(compiled, "machine_for", lambda *_: None)
     called = []
-    real = compiled_mlp.mlp_bwd
-    monkeypatch.setattr(compiled_mlp, "mlp_bwd", lambda *a: called.append(1) or real(*a))
+    for name in ("mlp_fwd", "mlp_bwd"):
+        real = getattr(compiled_mlp, name)
+        monkeypatch.setattr(compiled_mlp, name, lambda *a, r=real, n=name: called.append(n) or r(*a))
     (dy, u, residual), (norm, mlp), factors = torch.randn(3, 60, 32), parameters(32, 64), torch.rand(samples) + 0.5
     y, a = aten_rows.mlp_fwd(u, residual, norm, mlp, factors, save_hidden=saves)
     got = [y, *aten_rows.mlp_bwd(dy, u, a, norm, mlp, factors)]
     check(got, dy, u, residual, norm, mlp, factors.repeat_interleave(60 // samples)[:, None])
-    assert bool(called) is serving
+    assert called == (["mlp_fwd", "mlp_bwd"] if serving else [])
+
+
+@pytest.mark.parametrize(("channels", "rows", "pays"), [(512, 383, False), (512, 384, True), (504, 1, True)])
+def test_a_wide_layer_is_packed_for_many_rows_alone(channels, rows, pays, monkeypatch):
+    called = []
+    monkeypatch.setattr(compiled_mlp, "mlp_fwd", lambda *_: called.append(1) or (None, None))
+    x, (norm, mlp) = torch.randn(rows, channels), parameters(channels, 4 * channels)
+    aten_rows.mlp_fwd(x, x, norm, mlp, None)
+    assert bool(called) is pays

@@ -3,9 +3,10 @@
     out[i, j] (+)= Σ_p left[p, i]·right[p, j]
 
 A tile of out stays in registers for ``CHUNK`` pixels: for each one the vectors of right are loaded and each number of
-left is spread over the lanes, as in `gemm`, but nothing has to be packed. The sums of a chunk are added to out. Pixels
-are taken so many at a time that the narrower matrix stays in the second level of cache; of the wider one a strip of a
-tile's width is used for all tiles along the other. Threads share the tiles, so nothing depends on their number.
+left is spread over the lanes, as in `gemm`, but nothing has to be packed. Pixels are taken in blocks, so many that the
+narrower matrix stays in the second level of cache; of the wider one a strip of a tile's width is used for all tiles
+along the other. The sums of a block's chunks are added up on the stack, those of blocks in out, so that no chain of
+additions is long. Threads share the tiles, so nothing depends on their number.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .team import PADDING, thread_and_threads
 
 FIELDS = ("left", "right", "out", "pixels", "adds")
 
-_BLOCK_BYTES, _LEAST_BLOCK = 256 << 10, 512
+_BLOCK_BYTES, _LEAST_BLOCK = 512 << 10, 512
 """Of the narrower matrix, and pixels; with fewer, a wide layer's out, which lies in no cache, is read too often."""
 
 
@@ -120,19 +121,28 @@ class WeightGrad:
                 sums = following
             return sums
 
+        total = e.stack(len(places))
+        numbers = [lanes * i for i in range(len(places))]
+        for number in numbers:
+            e.store(e.spread(0.0), total, number)
+
         def chunk(start: ir.Value) -> None:
             end = e.smaller(e.plus(start, CHUNK), count)
             whole = e.plus(start, e.times(e.over(e.minus(end, start), UNROLL), UNROLL))
             zeros = [e.spread(0.0)] * len(places)
             sums = e.loop(start, whole, UNROLL, lambda p, *sums: products(p, UNROLL, sums), *zeros)
             sums = e.loop(whole, end, 1, lambda p, *sums: products(p, 1, sums), *sums)
-            first = b.and_(b.icmp_signed("==", start, e.index(0)), b.icmp_signed("!=", fresh, e.index(0)))
-            for (r, column), part in zip(places, sums, strict=True):
-                place = e.at(out, r * self.sizes.right + column)
-                before = b.select(first, e.spread(0.0), e.load(place))
-                e.store(b.fadd(before, part), place)
+            for number, part in zip(numbers, sums, strict=True):
+                e.store(b.fadd(e.load(total, number), part), total, number)
 
         e.loop(0, count, CHUNK, chunk)
+        # Not read where it is fresh: a new page that is read first is made twice.
+        with b.if_else(b.icmp_signed("!=", fresh, e.index(0))) as (first, later):
+            for branch, adds in ((first, False), (later, True)):
+                with branch:
+                    for (r, column), number in zip(places, numbers, strict=True):
+                        place, value = e.at(out, r * self.sizes.right + column), e.load(total, number)
+                        e.store(b.fadd(e.load(place), value) if adds else value, place)
         b.ret_void()
         return function
 
