@@ -1,5 +1,6 @@
 """The calls of oneDNN behind the CPU path: values, shapes, non-finite inputs, and the lifetime of packed weights."""
 
+import functools
 import gc
 import weakref
 from unittest import mock
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from support import no_worse, relative_error
 from test_block_parity import block_parameters
 
-from convnext_fast import aten_rows, onednn, ops
+from convnext_fast import onednn, onednn_block, ops, row_blocks
 from convnext_fast.onednn_block import OnednnBlock
 
 ACTIVATIONS = {None: lambda t: t, "gelu": F.gelu, "gelu_new": lambda t: F.gelu(t, approximate="tanh"), "silu": F.silu}
@@ -127,7 +128,8 @@ def test_packed_weights_die_with_their_weight():
 def test_frozen_block(shape, hidden, side, act, most_rows):
     """At sizes other than the one whose layouts were chosen, too, and cut into blocks of rows."""
     weights = frozen_weights(shape[3], hidden, side)
-    with mock.patch.object(aten_rows, "_MOST_ROWS", most_rows), mock.patch.object(aten_rows, "_LEAST_ROWS", 1):
+    blocks = functools.partial(row_blocks.row_blocks, most=most_rows)
+    with mock.patch.object(onednn_block, "row_blocks", blocks), mock.patch.object(row_blocks, "_LEAST_ROWS", 1):
         block = OnednnBlock(shape, weights, act)
         for size in (shape, (1, 5, 9, shape[3]), shape):
             x = torch.randn(size)
