@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _MOST_ROWS, _BLOCK_BYTES = 4096, 32 << 20
 """Of a block in the backward: its n, dz, h and da lie near the last level of cache."""
 
-_WIDE, _LEAST_ROWS_OF_WIDE = 1 << 20, 384
-"""Numbers of a weight that is packed from memory into memory, and the rows from which on the forward wins that back."""
+_LEAST_ROWS_OF_WIDE = 384
+"""From which on the forward of a wide layer wins back what packing its weights from memory into memory costs."""
 
 
 def machine_for(rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None) -> Any:
@@ -41,8 +41,8 @@ def machine_for(rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None) ->
 
 
 def forward_pays(rows: int, mlp: Mlp) -> bool:
-    """Whether the forward wins back what ATen's calls, which pack nothing, have not to spend on a wide layer."""
-    return mlp.w1.numel() < _WIDE or rows >= _LEAST_ROWS_OF_WIDE
+    """Whether the forward wins back the packing, which ATen's calls do without."""
+    return mlp.w1.numel() < compiled.launchers().WIDE_WEIGHT or rows >= _LEAST_ROWS_OF_WIDE
 
 
 def mlp_fwd(

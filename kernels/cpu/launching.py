@@ -35,6 +35,7 @@ from .packing import Pack, PackSizes
 from .patches import Patches, PatchSizes
 from .team import NUMBERS, THREAD_FUNCTIONS, numbers, numbers_of_rows, scratch_rows
 from .team import PADDING as PADDING
+from .team import WIDE_WEIGHT as WIDE_WEIGHT
 from .team import rows_of_chunk as rows_of_chunk
 from .weight_grad import WeightGrad, WeightGradSizes
 

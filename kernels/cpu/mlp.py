@@ -8,6 +8,7 @@ second level of cache; a is written where it is saved.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -36,7 +37,7 @@ class MlpSizes(NamedTuple):
         return self.channels + self.hidden + 2 * PADDING
 
 
-def store_both(e: Emitter, z: ir.Value, places: list[ir.Value]) -> None:
+def store_both(e: Emitter, z: ir.Value, places: Sequence[ir.Value]) -> None:
     """h = GELU(z) and a = z, for places in h and in a."""
     store_gelu(e, z, places)
     e.store(z, places[1])
@@ -45,7 +46,7 @@ def store_both(e: Emitter, z: ir.Value, places: list[ir.Value]) -> None:
 class Rows(Team):
     """A team whose chunks are P rows, as one image row of P pixels; see `team.numbers_of_rows`."""
 
-    def rows(self, count: ir.Value, work: object) -> None:
+    def rows(self, count: ir.Value, work: Callable[[ir.Value], None]) -> None:
         """``work(r)`` for this member's rows of a chunk."""
         self.e.loop(self.member, count, self.members, work)
 

@@ -9,6 +9,7 @@ of da, dz, dn∘x̂ and dn, so what is summed in which order does not depend on 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -45,7 +46,7 @@ class MlpBwdSizes(NamedTuple):
         return 2 * (self.channels + PADDING)
 
 
-def through_gelu(e: Emitter, dh: ir.Value, places: list[ir.Value]) -> None:
+def through_gelu(e: Emitter, dh: ir.Value, places: Sequence[ir.Value]) -> None:
     """da = dh·GELU'(a) and h = GELU(a), for places in da, h and a; a may be h."""
     a = e.load(places[2])
     e.store(e.builder.fmul(dh, gelu_derivative(e, a)), places[0])

@@ -30,9 +30,11 @@ eps: a float32's bits."""
 GROUP = 7
 """Pixels that a convolution does at a time. No unit of a wider image is narrower, for its last group starts earlier."""
 
+WIDE_WEIGHT = 1 << 20
+"""Numbers of a weight that fills much of the last level of cache."""
+
 _CHUNK_PIXELS = 56
 _WIDEST_UNIT = 64
-_WIDE_WEIGHT = 1 << 20
 _LEAST_PIXELS = 64  # of a thread's own; with fewer, threads share columns
 
 
@@ -63,7 +65,7 @@ def rows_of_chunk(machine: Machine, weight: int, rows: int) -> int:
     Small chunks where there are few rows to share. Large ones where the weights fill the last level of cache: each
     chunk reads them once.
     """
-    most = 7 if weight >= _WIDE_WEIGHT else 4
+    most = 7 if weight >= WIDE_WEIGHT else 4
     tiles = next((tiles for tiles in (most, 2) if rows >= 4 * tiles * machine.rows), 1)
     return tiles * machine.rows
 
