@@ -17,7 +17,7 @@ from llvmlite import ir
 
 from .emit import I64, POINTER, Emitter, define
 from .machine import Machine
-from .team import GROUP, thread_and_threads
+from .team import GROUP, entry, share
 
 FIELDS = ("x", "du", "dw", "samples", "height", "width")
 
@@ -70,18 +70,13 @@ class DwconvWgrad:
                      for left in ends for right in ends}
             for pixels in (GROUP, 1)
         }  # fmt: skip
-        function = define(module, self.NAME, POINTER, local=False)
-        e = self.e = Emitter(function, machine.lanes)
-        b = e.builder
-        self.given = {}
-        for i, field in enumerate(FIELDS):
-            place = b.gep(function.args[0], [e.index(i)], source_etype=I64)
-            self.given[field] = b.load(place, typ=POINTER if i < 3 else I64)
+        kinds = [POINTER] * 3 + [I64] * (len(FIELDS) - 3)
+        e, fields = entry(module, machine, self.NAME, kinds)
+        self.given = dict(zip(FIELDS, fields, strict=True))
+        self.e, b = e, e.builder
         self.levels = [e.stack(side) for _ in range(3)]
-        thread, threads = thread_and_threads(e)
         work = side * (channels // machine.lanes)
-        share = [e.over(e.times(work, t), threads) for t in (thread, e.plus(thread, 1))]
-        e.loop(*share, 1, lambda unit: self._filter_row(b.urem(unit, e.index(side)), e.over(unit, side)))
+        e.loop(*share(e, work), 1, lambda unit: self._filter_row(b.urem(unit, e.index(side)), e.over(unit, side)))
         b.ret_void()
         return module
 

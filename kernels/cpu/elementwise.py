@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .emit import I64, POINTER, Emitter, define
+from .emit import I64, POINTER
 from .gelu import gelu, gelu_derivative
 from .machine import Machine
-from .team import thread_and_threads
+from .team import entry, share
 
 
 class ElementwiseSizes(NamedTuple):
@@ -34,15 +34,9 @@ class Elementwise:
     def emit(self) -> ir.Module:
         """The module."""
         module = ir.Module(self.NAME)
-        function = define(module, self.NAME, POINTER, local=False)
-        e = Emitter(function, self.machine.lanes)
+        e, (a, h, dh, count) = entry(module, self.machine, self.NAME, (POINTER, POINTER, POINTER, I64))
         b, lanes = e.builder, self.machine.lanes
-        kinds = POINTER, POINTER, POINTER, I64
-        places = [b.gep(function.args[0], [e.index(i)], source_etype=I64) for i in range(len(kinds))]
-        a, h, dh, count = (b.load(place, typ=kind) for place, kind in zip(places, kinds, strict=True))
-        thread, threads = thread_and_threads(e)
-        vectors = e.over(count, lanes)
-        share = [e.times(e.over(e.times(vectors, t), threads), lanes) for t in (thread, e.plus(thread, 1))]
+        numbers = [e.times(vector, lanes) for vector in share(e, e.over(count, lanes))]
 
         def vector(i: ir.Value) -> None:
             x = e.load(a, i)
@@ -50,6 +44,6 @@ class Elementwise:
                 e.store(b.fmul(e.load(dh, i), gelu_derivative(e, x)), dh, i)
             e.store(gelu(e, x), h, i)
 
-        e.loop(*share, lanes, vector)
+        e.loop(*numbers, lanes, vector)
         b.ret_void()
         return module

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .emit import I64, POINTER, Emitter, define
+from .emit import POINTER
 from .machine import Machine
-from .team import thread_and_threads
+from .team import entry, share
 
 _SUMMED = 16
 """Vectors in one chain of additions."""
@@ -35,13 +35,8 @@ class LayerScaleBwd:
     def emit(self) -> ir.Module:
         """The module."""
         module = ir.Module(self.NAME)
-        function = define(module, self.NAME, POINTER, local=False)
-        e = Emitter(function, self.machine.lanes)
+        e, (gradient, weight, gamma, dot) = entry(module, self.machine, self.NAME, [POINTER] * 4)
         b, (channels, hidden), lanes = e.builder, self.sizes, self.machine.lanes
-        places = [b.gep(function.args[0], [e.index(i)], source_etype=I64) for i in range(4)]
-        gradient, weight, gamma, dot = (b.load(place, typ=POINTER) for place in places)
-        thread, threads = thread_and_threads(e)
-        share = [e.over(e.times(channels, t), threads) for t in (thread, e.plus(thread, 1))]
 
         def row(c: ir.Value) -> None:
             ours, weights = (e.at(array, e.times(c, hidden)) for array in (gradient, weight))
@@ -59,6 +54,6 @@ class LayerScaleBwd:
             (total,) = e.loop(0, hidden, _SUMMED * lanes, few, e.spread(0.0))
             b.store(e.sum_of_lanes(total), e.at(dot, c), align=4)
 
-        e.loop(*share, 1, row)
+        e.loop(*share(e, channels), 1, row)
         b.ret_void()
         return module

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .emit import I64, POINTER, Emitter, define
+from .emit import POINTER
 from .machine import Machine
-from .team import thread_and_threads
+from .team import entry, share
 
 
 class PackSizes(NamedTuple):
@@ -38,15 +38,10 @@ class Pack:
         """The module."""
         machine, sizes = self.machine, self.sizes
         module = ir.Module(self.NAME)
-        function = define(module, self.NAME, POINTER, local=False)
-        e = self.e = Emitter(function, machine.lanes)
-        places = [e.builder.gep(function.args[0], [e.index(i)], source_etype=I64) for i in range(3)]
-        self.weight, self.scale, self.out = (e.builder.load(place, typ=POINTER) for place in places)
+        e, (self.weight, self.scale, self.out) = entry(module, machine, self.NAME, [POINTER] * 3)
+        self.e = e
         columns, self.depth = (sizes.rows, sizes.columns) if sizes.transposed else (sizes.columns, sizes.rows)
-        thread, threads = thread_and_threads(e)
         wide, narrow = columns // machine.panel, columns % machine.panel // machine.lanes
-        panels = wide + bool(narrow)
-        share = [e.over(e.times(panels, t), threads) for t in (thread, e.plus(thread, 1))]
 
         def panel(p: ir.Value) -> None:
             for vectors, mine in ((machine.vectors, e.less(p, wide)), (narrow, e.less(wide - 1, p))):
@@ -54,7 +49,7 @@ class Pack:
                     with e.builder.if_then(mine):
                         self._panel(e.times(p, machine.panel), vectors)
 
-        e.loop(*share, 1, panel)
+        e.loop(*share(e, wide + bool(narrow)), 1, panel)
         e.builder.ret_void()
         return module
 

@@ -10,6 +10,7 @@ number of threads.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -92,6 +93,22 @@ def thread_and_threads(e: Emitter) -> tuple[ir.Value, ir.Value]:
     return thread, threads
 
 
+def entry(
+    module: ir.Module, machine: Machine, name: str, kinds: Sequence[ir.Type]
+) -> tuple[Emitter, tuple[ir.Value, ...]]:
+    """Begins ``name(argument)``, which every thread of a team runs: also the argument's fields, 64 bits each."""
+    function = define(module, name, POINTER, local=False)
+    e = Emitter(function, machine.lanes)
+    places = [e.builder.gep(function.args[0], [e.index(i)], source_etype=I64) for i in range(len(kinds))]
+    return e, tuple(e.builder.load(place, typ=kind) for place, kind in zip(places, kinds, strict=True))
+
+
+def share(e: Emitter, work: int | ir.Value) -> list[ir.Value]:
+    """Of so many pieces of work this thread's first, and the one after its last."""
+    thread, threads = thread_and_threads(e)
+    return [e.over(e.times(work, t), threads) for t in (thread, e.plus(thread, 1))]
+
+
 class Product(NamedTuple):
     """A matrix product over the rows of a chunk: the fields of its weights, its sizes, its end and its tiles."""
 
@@ -121,13 +138,10 @@ class Team:
     def emit(self) -> ir.Module:
         """The module."""
         self._wait = ir.Function(self.module, ir.FunctionType(VOID, []), THREAD_FUNCTIONS[2])
-        function = define(self.module, self.NAME, POINTER, local=False)
-        e = self.e = Emitter(function, self.machine.lanes)
-        b = e.builder
-        self.given = given = {}
-        for i, field in enumerate((*self.addresses, *NUMBERS)):
-            place = b.gep(function.args[0], [e.index(i)], source_etype=I64)
-            given[field] = b.load(place, typ=I64 if field in NUMBERS else POINTER)
+        kinds = [POINTER] * len(self.addresses) + [I64] * len(NUMBERS)
+        e, fields = entry(self.module, self.machine, self.NAME, kinds)
+        self.e, b = e, e.builder
+        self.given = given = dict(zip((*self.addresses, *NUMBERS), fields, strict=True))
         self.epsilon = b.bitcast(b.trunc(given["eps"], I32), e.vector.element)
         thread, threads = thread_and_threads(e)
         split = self.split = b.icmp_signed("!=", given["split_columns"], e.index(0))

@@ -18,7 +18,7 @@ from llvmlite import ir
 from .emit import I64, POINTER, Emitter, define
 from .gemm import CHUNK, UNROLL
 from .machine import Machine
-from .team import PADDING, thread_and_threads
+from .team import PADDING, entry, share
 
 FIELDS = ("left", "right", "out", "pixels", "adds")
 
@@ -45,25 +45,20 @@ class WeightGrad:
         """The module."""
         machine, (left, right) = self.machine, self.sizes
         self.module = module = ir.Module(self.NAME)
-        strips = [_strips(left, machine.rows, 1), _strips(right, machine.vectors, machine.lanes)]
+        strips = -(-left // machine.rows), -(-right // machine.panel)
         self.tiles = {
             (rows, vectors): self._tile(rows, vectors)
             for rows in {machine.rows, left % machine.rows} - {0}
             for vectors in {machine.vectors, right % machine.panel // machine.lanes} - {0}
         }
-        function = define(module, self.NAME, POINTER, local=False)
-        e = self.e = Emitter(function, machine.lanes)
-        b = e.builder
-        self.given = {}
-        for i, field in enumerate(FIELDS):
-            place = b.gep(function.args[0], [e.index(i)], source_etype=I64)
-            self.given[field] = b.load(place, typ=POINTER if i < 3 else I64)
-        thread, threads = thread_and_threads(e)
+        kinds = [POINTER] * 3 + [I64] * (len(FIELDS) - 3)
+        e, fields = entry(module, machine, self.NAME, kinds)
+        self.given = dict(zip(FIELDS, fields, strict=True))
+        self.e, b = e, e.builder
         # Strips of the wider matrix, one after the other, each with all strips of the narrower one.
         by_rows = left > right
         inner = strips[1] if by_rows else strips[0]
-        work = strips[0] * strips[1]
-        share = [e.over(e.times(work, t), threads) for t in (thread, e.plus(thread, 1))]
+        tiles = share(e, strips[0] * strips[1])
         pixels, most = self.given["pixels"], max(_LEAST_BLOCK, _BLOCK_BYTES // (4 * min(left, right)))
         blocks = e.over(e.plus(pixels, most - 1), most)
         block = e.over(e.plus(pixels, e.minus(blocks, 1)), blocks)
@@ -76,7 +71,7 @@ class WeightGrad:
                 pair = e.over(unit, inner), b.urem(unit, e.index(inner))
                 self._run_tile(*(pair if by_rows else pair[::-1]), p, count, b.zext(fresh, I64))
 
-            e.loop(*share, 1, tile)
+            e.loop(*tiles, 1, tile)
 
         e.loop(0, pixels, block, pixels_from)
         b.ret_void()
@@ -145,11 +140,6 @@ class WeightGrad:
                         e.store(b.fadd(e.load(place), value) if adds else value, place)
         b.ret_void()
         return function
-
-
-def _strips(size: int, count: int, unit: int) -> int:
-    """How many strips of ``count`` units cover ``size``."""
-    return -(-size // (count * unit))
 
 
 def _sizes(e: Emitter, index: ir.Value, whole: int, size: int, rest: int) -> ir.Value:
