@@ -38,8 +38,9 @@ def test_wheel_holds_our_packages_alone(tmp_path):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"convnext_fast"}
     assert {"convnext_fast/py.typed", "convnext_fast/kernels/__init__.py"} <= set(names)
-    sources = [p.relative_to(ROOT / "kernels") for p in (ROOT / "kernels").rglob("*.py")]
-    assert {f"convnext_fast/kernels/{p}" for p in sources} <= set(names)
+    sources = {f"convnext_fast/kernels/{p.relative_to(ROOT / 'kernels')}" for p in (ROOT / "kernels").rglob("*.py")}
+    sources |= {str(p.relative_to(ROOT)) for p in (ROOT / "convnext_fast").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == sources
 
 
 def test_import_is_light():
