@@ -14,7 +14,8 @@ from torch import Tensor
 from bench.environment import DTYPES, cache_bytes
 from bench.timing import Contender, Job, Reference
 from bench.work import Work, op_work
-from convnext_fast import ops, reference
+from convnext_fast import ops
+from convnext_fast.backends import reference
 from convnext_fast.config import VARIANTS
 from convnext_fast.measuring import Call
 

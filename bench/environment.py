@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench.chips import CHIP_OF
+from bench.static_analysis.chips import CHIP_OF
 from convnext_fast.measuring import seconds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +125,7 @@ def roofline(device: torch.device, measured: Roofline) -> Roofline:
     target = next((target for known, target in _SHEETS.items() if known in name), None)
     if device.type != "cuda" or target is None:
         return measured
-    from convnext_fast.kernels.tuning_mlp import dot_precision  # needs Triton, which a CPU's benchmarks do without
+    from convnext_fast.kernels.mlp.tuning import dot_precision  # needs Triton, which a CPU's benchmarks do without
 
     chip = CHIP_OF[target]
     fp32 = chip.tf32_flops if dot_precision(torch.empty(0)) == "tf32" else chip.fp32_flops

@@ -19,13 +19,23 @@ from convnext_fast.kernels.targets import TARGETS
 from rich.console import Console
 from rich.table import Table
 
-from bench.analysis import Compiled, analyse_all
-from bench.chips import CHIP_OF, Chip
-from bench.compilation import Launch
-from bench.counts import BUDGETS, COUNTED, PEERS, Counts, count_tiny, flops, output_elements, programs, traffic
-from bench.executed import BATCH, instructions_per_output
-from bench.recording import MODES, Specialised
-from bench.sweep import DTYPES, Kernel, Pass, collect, faults, large_tile, passes
+from bench.static_analysis.analysis import Compiled, analyse_all
+from bench.static_analysis.chips import CHIP_OF, Chip
+from bench.static_analysis.compilation import Launch
+from bench.static_analysis.counts import (
+    BUDGETS,
+    COUNTED,
+    PEERS,
+    Counts,
+    count_tiny,
+    flops,
+    output_elements,
+    programs,
+    traffic,
+)
+from bench.static_analysis.executed import BATCH, instructions_per_output
+from bench.static_analysis.recording import MODES, Specialised
+from bench.static_analysis.sweep import DTYPES, Kernel, Pass, collect, faults, large_tile, passes
 from convnext_fast.config import VARIANTS
 
 

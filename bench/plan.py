@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from convnext_fast.kernels.targets import TARGETS
 
-from bench import cases, correctness, modelled, scaling, startup, variants
+from bench import cases, correctness, scaling, startup, variants
 from bench.environment import DTYPES, Roofline
 from bench.results import Results
+from bench.static_analysis import modelled
 from bench.timing import Contender, Measured, failure, measure, rates
 from bench.variants import Cell, Subject
 from bench.work import Work, model_work

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from convnext_fast import ConvNextConfig
-from convnext_fast.block import KERNEL_SIZE
-from convnext_fast.info import count
+from convnext_fast.cli.info import count
+from convnext_fast.models.layers import KERNEL_SIZE
 
 MODES = ("forward", "backward", "both")
 

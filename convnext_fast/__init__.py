@@ -1,10 +1,10 @@
 """convnext_fast: a drop-in ConvNeXt whose blocks run on fused Triton kernels."""
 
 from .config import VARIANTS, ConvNextConfig
-from .fuse import FuseReport, fuse, unfuse
-from .huggingface import ConvNextBackbone, ConvNextForImageClassification, ConvNextModel
-from .image_processor import ConvNextFeatureExtractor, ConvNextImageProcessor
-from .model import ConvNext
+from .fusion.apply import FuseReport, fuse, unfuse
+from .images.processor import ConvNextFeatureExtractor, ConvNextImageProcessor
+from .models.convnext import ConvNext
+from .models.huggingface import ConvNextBackbone, ConvNextForImageClassification, ConvNextModel
 
 __version__ = "0.1.0"
 

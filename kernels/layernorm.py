@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv, next_power_of_2
 from .launching import launch
-from .sizes import cdiv, next_power_of_2
 from .statistics import merge_statistics, stats_block
 
 

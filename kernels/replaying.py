@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
 from .launching import PLAIN, current, listening
-from .tuning_mlp import dot_precision
+from .mlp.tuning import dot_precision
 
 Function = TypeVar("Function", bound=Callable)
 MOST = 4096

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .sizes import cdiv, remembered
+from .integers import cdiv, remembered
 
 _BLOCKS = {torch.float32: (64, 32, 16), torch.float16: (32, 16), torch.bfloat16: (32, 16)}
 

@@ -1,10 +1,10 @@
 """Frozen blocks for tests, and the reference on their weights."""
 
 import torch
-from test_block_parity import block_parameters
+from block_cases import block_parameters
 
-from convnext_fast import reference
-from convnext_fast.folding import freeze_block
+from convnext_fast.backends import reference
+from convnext_fast.ops.folding import freeze_block
 
 
 @torch.no_grad()

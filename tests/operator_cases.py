@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from test_block_parity import activations, block_parameters
+from block_cases import activations, block_parameters
 from torch import Tensor
 
-from convnext_fast import operators
+from convnext_fast.ops import operators
 
 ON_CPU = (
     "block_bwd",

@@ -14,7 +14,7 @@ import torch
 from support import relative_error
 
 from convnext_fast import ConvNext, ConvNextConfig
-from convnext_fast.image_processor import ConvNextImageProcessor
+from convnext_fast.images.processor import ConvNextImageProcessor
 from convnext_fast.training import ImageSet, Trainer, TrainingOptions
 from convnext_fast.training.distributed import Process
 
@@ -112,7 +112,12 @@ def stored(directory):
 def _forks():
     """A context whose processes are forked from one that has imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    modules = ["training_support", "convnext_fast.operators", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+    modules = [
+        "training_support",
+        "convnext_fast.ops.operators",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint",
+    ]
     context.set_forkserver_preload(modules)
     from multiprocessing import forkserver
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..classify import default_processor, load_processor
+from ..cli.classify import default_processor, load_processor
 from ..config import ConvNextConfig
 from ..console import Silence, TrainingProgress, new_console
-from ..image_processor import ConvNextImageProcessor
-from ..model import ConvNext
+from ..images.processor import ConvNextImageProcessor
+from ..models.convnext import ConvNext
 from .data import evaluation_loader, load_data, load_evaluation_folder
 from .digits import digits_config, digits_processor, load_digits
 from .distributed import process_group

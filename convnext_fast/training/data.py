@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..image_files import find_images, open_image, to_channels
-from ..image_processor import ConvNextImageProcessor
+from ..images.files import find_images, open_image, to_channels
+from ..images.processor import ConvNextImageProcessor
 from .augment import augment, mix_pairs
 
 _ORDER, _AUGMENT, _MIX, _SPLIT = range(4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..config import ConvNextConfig
-from ..image_processor import ConvNextImageProcessor
+from ..images.processor import ConvNextImageProcessor
 from .data import ImageSet
 
 CLASSES = tuple(str(digit) for digit in range(10))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..model import ConvNext
+from ..models.convnext import ConvNext
 
 STRATEGIES = ("ddp", "fsdp")
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from ..model import ConvNext
+from ..models.convnext import ConvNext
 from .data import batches
 from .distributed import largest_over_processes, raise_together, sum_over_processes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..model import ConvNext
+from ..models.convnext import ConvNext
 
 
 def first_bad_layer(model: ConvNext, call: nn.Module, pixels: Tensor) -> tuple[int, str] | None:

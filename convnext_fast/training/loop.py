@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint_files import json_writer, write_files
-from ..image_processor import ConvNextImageProcessor
-from ..model import ConvNext
+from ..checkpoints.tensor_files import json_writer, write_files
+from ..images.processor import ConvNextImageProcessor
+from ..models.convnext import ConvNext
 from .data import Batch, EpochSampler, ImageSet, batches, dead_worker, evaluation_loader, training_loader
 from .distributed import (
     STRATEGIES,

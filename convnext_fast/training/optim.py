@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..model import ConvNext
+from ..models.convnext import ConvNext
 from .options import TrainingOptions
 
 

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .emit import I64, POINTER, Emitter, define
+from .llvm_builder import I64, POINTER, Emitter, define
 from .machine import Machine
-from .team import GROUP, Team
+from .work_sharing import GROUP, Team
 
 
 def group(

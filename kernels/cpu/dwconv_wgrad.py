@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .emit import I64, POINTER, Emitter, define
+from .llvm_builder import I64, POINTER, Emitter, define
 from .machine import Machine
-from .team import GROUP, entry, share
+from .work_sharing import GROUP, entry, share
 
 FIELDS = ("x", "du", "dw", "samples", "height", "width")
 

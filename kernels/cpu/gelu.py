@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from .emit import Emitter
+from .llvm_builder import Emitter
 
 F_LIMIT = 5.5
 F = (

@@ -23,8 +23,8 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from .emit import I64, POINTER, Emitter, define
 from .gelu import gelu
+from .llvm_builder import I64, POINTER, Emitter, define
 from .machine import Machine
 
 CHUNK = 96

@@ -20,24 +20,24 @@ import torch
 from llvmlite import binding
 from torch import Tensor
 
-from .block import Block, BlockSizes
+from .code_cache import code_for
 from .dwconv import Dwconv, DwconvSizes
 from .dwconv_wgrad import DwconvWgrad, WgradSizes
-from .elementwise import Elementwise, ElementwiseSizes
+from .frozen_block import Block, BlockSizes
+from .gelu_rows import Elementwise, ElementwiseSizes
 from .gemm import UNROLL as UNROLL
 from .gemm import pack as pack
 from .layer_scale_bwd import LayerScaleBwd, LayerScaleSizes
 from .machine import AVX2, AVX512, NEEDED, Machine, compile_for, host_features, identity, load
 from .mlp import Mlp, MlpSizes
 from .mlp_bwd import MlpBwd, MlpBwdSizes
-from .object_cache import code_for
 from .packing import Pack, PackSizes
-from .patches import Patches, PatchSizes
-from .team import NUMBERS, THREAD_FUNCTIONS, numbers, numbers_of_rows, scratch_rows
-from .team import PADDING as PADDING
-from .team import WIDE_WEIGHT as WIDE_WEIGHT
-from .team import rows_of_chunk as rows_of_chunk
+from .patchify import Patches, PatchSizes
 from .weight_grad import WeightGrad, WeightGradSizes
+from .work_sharing import NUMBERS, THREAD_FUNCTIONS, numbers, numbers_of_rows, scratch_rows
+from .work_sharing import PADDING as PADDING
+from .work_sharing import WIDE_WEIGHT as WIDE_WEIGHT
+from .work_sharing import rows_of_chunk as rows_of_chunk
 
 _engines: list[binding.ExecutionEngine] = []
 

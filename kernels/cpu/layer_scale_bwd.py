@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .emit import POINTER
+from .llvm_builder import POINTER
 from .machine import Machine
-from .team import entry, share
+from .work_sharing import entry, share
 
 _SUMMED = 16
 """Vectors in one chain of additions."""

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .emit import Emitter
 from .gemm import store, store_gelu, store_sum
+from .layernorm import normalise
+from .llvm_builder import Emitter
 from .machine import Machine
-from .normalising import normalise
-from .team import PADDING, Team
+from .work_sharing import PADDING, Team
 
 ADDRESSES = ("u", "x", "y", "a", "scale", "ln_weight", "ln_bias", "w1", "b1", "w2", "b2", "scratch")
 """u, x, y: (P, C); a: (P, K); scale: (P,); w1, w2: packed."""

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .emit import F32, POINTER, Emitter, define
 from .gelu import gelu, gelu_derivative
+from .layernorm import normalise, statistics
+from .llvm_builder import F32, POINTER, Emitter, define
 from .machine import Machine
 from .mlp import Rows
-from .normalising import normalise, statistics
-from .team import PADDING
+from .work_sharing import PADDING
 
 ADDRESSES = (
     *("dy", "u", "a", "scale", "du", "n", "dz", "h", "da", "sums"),

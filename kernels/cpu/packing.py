@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .emit import POINTER
+from .llvm_builder import POINTER
 from .machine import Machine
-from .team import entry, share
+from .work_sharing import entry, share
 
 
 class PackSizes(NamedTuple):

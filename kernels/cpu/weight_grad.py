@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .emit import I64, POINTER, Emitter, define
 from .gemm import CHUNK, UNROLL
+from .llvm_builder import I64, POINTER, Emitter, define
 from .machine import Machine
-from .team import PADDING, entry, share
+from .work_sharing import PADDING, entry, share
 
 FIELDS = ("left", "right", "out", "pixels", "adds")
 

@@ -210,7 +210,7 @@ def test_timm_shortcut_is_left_alone():
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_bench_loads_by_name(library):
-    from convnext_fast.model_bench import load_model
+    from convnext_fast.cli.bench import load_model
 
     with torch.device("meta"):
         assert len(fuse(load_model(f"{library}:convnext_tiny")).fused) == 18

@@ -7,7 +7,7 @@ import torch
 from support import BOUNDS, gradients, randomise, relative_error
 
 from convnext_fast import ConvNext, ConvNextConfig
-from convnext_fast.checkpoint_formats import to_timm
+from convnext_fast.checkpoints.formats import to_timm
 
 convnext = pytest.importorskip("torchvision.models.convnext")
 

@@ -1,0 +1,226 @@
+"""What an x86 CPU runs as kernels of our own, in float32 (`kernels.cpu`), where llvmlite (extra ``cpu``) is installed.
+
+They need Linux, AVX2, numbers of channels that are multiples of 8, GELU, and PyTorch's threads to be libgomp's.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.steps import patched
+from .. import choose
+
+_OLDEST_LLVMLITE = 0, 46
+
+
+@functools.cache
+def launchers() -> ModuleType | None:
+    """The launchers; None where llvmlite is missing or old, or ATen's calls were asked for."""
+    try:
+        version = metadata.version("llvmlite")
+    except metadata.PackageNotFoundError:
+        return None
+    if choose.REQUEST == "aten" or tuple(map(int, version.split(".")[:2])) < _OLDEST_LLVMLITE:
+        return None
+    try:
+        from ...kernels.cpu import launching
+    except (ImportError, OSError) as error:
+        warnings.warn(f"the kernels for CPUs do not run, for llvmlite cannot be imported: {error}", stacklevel=2)
+        return None
+    return launching
+
+
+def describe() -> str:
+    """What the kernels are compiled for here, in words, or why there are none."""
+    kernels = launchers()
+    if kernels is None:
+        return "none, they need llvmlite (extra cpu) and CONVNEXT_FAST_BACKEND other than aten"
+    names = {kernels.AVX512: "AVX-512", kernels.AVX2: "AVX2"}
+    found = [name for machine, name in names.items() if kernels.has(machine)]
+    return found[0] if found else "none, they need Linux, an x86 processor with AVX2 and PyTorch's libgomp"
+
+
+def machine_for(*channels: int) -> Any:
+    """What kernels for these numbers of channels are compiled for; None where they do not serve."""
+    kernels = launchers()
+    return None if kernels is None else kernels.machine_for(*channels)
+
+
+@functools.lru_cache(1024, typed=True)
+def _launch(*arguments: Any) -> Any:
+    return launchers().Launch(*arguments)
+
+
+class Kernel:
+    """A step as one kernel.
+
+    machine: what its weights are packed for; weights: copies that its addresses are of, for PyTorch may move a tensor's
+    memory (`Module.share_memory`).
+    """
+
+    def __init__(self, machine: Any, weights: Sequence[Tensor]):
+        self.machine, self.weights = machine, weights
+        self.addresses = tuple(weight.data_ptr() for weight in weights)
+
+    def launch(self, shape: Sequence[int], eps: float) -> Any:
+        """`kernels.cpu.launching.Launch` for images of this shape."""
+        raise NotImplementedError
+
+    def result(self, shape: Sequence[int]) -> Sequence[int]:
+        """The shape of what comes of them."""
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor, eps: float) -> Tensor:
+        """`prepared.Prepared`."""
+        y = x.new_empty(self.result(x.shape))
+        return self.launch(x.shape, eps)(x, y, self.addresses)
+
+
+class CompiledBlock(Kernel):
+    """A frozen block."""
+
+    def __init__(self, weights: tuple[Tensor | None, ...], machine: Any):
+        dwconv_weight, dwconv_bias, w1, b1, w2, b2 = weights
+        pack, (hidden, channels) = launchers().pack, w1.shape
+        self.options = channels, hidden, dwconv_weight.shape[2]
+        taps = dwconv_weight.reshape(channels, -1).t().clone(memory_format=torch.contiguous_format)
+        bias = w1.new_zeros(channels) if dwconv_bias is None else dwconv_bias
+        super().__init__(machine, (taps, _copy(bias), pack(w1, machine), _copy(b1[0]), pack(w2, machine), _copy(b2)))
+
+    def launch(self, shape: Sequence[int], eps: float) -> Any:
+        """As of `Kernel`."""
+        samples, height, width, _ = shape
+        image = height, width
+        sizes = launchers().BlockSizes.of(*self.options, width)
+        return _launch(self.machine, sizes, samples, image, image, eps, torch.get_num_threads())
+
+    def result(self, shape: Sequence[int]) -> Sequence[int]:
+        """As of `Kernel`."""
+        return shape
+
+
+class CompiledPatches(Kernel):
+    """A stem, by ``parameters`` bias, ln_weight and ln_bias, or a frozen downsampling layer, by bias alone."""
+
+    def __init__(self, machine: Any, weight: Tensor, *parameters: Tensor):
+        self.stem, self.size = len(parameters) == 3, weight.shape
+        rows = weight if self.stem else weight.permute(0, 2, 3, 1)
+        super().__init__(machine, (launchers().pack(rows.flatten(1), machine), *map(_copy, parameters)))
+        if not self.stem:
+            self.addresses += 0, 0
+
+    def launch(self, shape: Sequence[int], eps: float) -> Any:
+        """As of `Kernel`."""
+        image = tuple(shape[2:] if self.stem else shape[1:3])
+        out_channels, channels, *patch = self.size
+        sizes = launchers().PatchSizes(channels, out_channels, *patch, self.stem)
+        return _launch(self.machine, sizes, shape[0], image, self.result(shape)[1:3], eps, torch.get_num_threads())
+
+    def result(self, shape: Sequence[int]) -> Sequence[int]:
+        """As of `Kernel`."""
+        return patched(shape, self.size, self.stem)
+
+
+def _copy(vector: Tensor) -> Tensor:
+    """A copy as the kernels read it."""
+    return vector.to(torch.float32, copy=True).contiguous()
+
+
+def run(
+    kernels: Sequence[Kernel], eps: Sequence[float], shapes: Sequence[Sequence[int]], x: Tensor, ends: Sequence[int]
+) -> list[Tensor]:
+    """x, contiguous, through kernels with their epsilons: what comes out of those of numbers ``ends``.
+
+    ends: in ascending order, the last kernel's too. shapes: of all results. What nobody asked for goes into two
+    tensors by turns.
+    """
+    results = {end: x.new_empty(shapes[end]) for end in ends}
+    befores = itertools.chain([x.shape], shapes)
+    launches = [
+        (kernel.launch(before, e), kernel.addresses) for kernel, e, before in zip(kernels, eps, befores, strict=False)
+    ]
+    between = [math.prod(shape) for i, shape in enumerate(shapes) if i not in results]
+    spare = x.new_empty(2, max(between, default=0))
+    turns = itertools.cycle(row.data_ptr() for row in spare)
+    places = [results[i].data_ptr() if i in results else next(turns) for i in range(len(kernels))]
+    launchers().run_in_turn(launches, [x.data_ptr(), *places])
+    return [results[end] for end in ends]
+
+
+def prepare_block(weights: tuple[Tensor | None, ...], act: str) -> CompiledBlock | None:
+    """The block of these weights made ready; None where the kernel does not serve."""
+    w1 = weights[2]
+    machine = machine_for(*w1.shape) if act == "gelu" else None
+    return None if machine is None else CompiledBlock(weights, machine)
+
+
+def prepare_downsample(weight: Tensor, bias: Tensor) -> CompiledPatches | None:
+    """`folding.FrozenDownsample` made ready; None where the kernel does not serve."""
+    machine = machine_for(*weight.shape[:2])
+    return None if machine is None else CompiledPatches(machine, weight, bias)
+
+
+def prepare_stem(weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor) -> CompiledPatches | None:
+    """A stem made ready, as its weights are now; None where the kernel does not serve."""
+    machine = machine_for(weight.shape[0])
+    if machine is None or weight[0].numel() % launchers().UNROLL:
+        return None
+    bias = torch.zeros_like(ln_bias) if bias is None else bias
+    return CompiledPatches(machine, weight, bias, ln_weight, ln_bias)
+
+
+def dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Depthwise convolution of x (N, H, W, C) that `onednn.serves`, the same shape; None where no kernel serves."""
+    samples, height, width, channels = x.shape
+    machine = machine_for(channels)
+    if machine is None:
+        return None
+    x, taps = x.contiguous(), weight.reshape(channels, -1).t().contiguous()
+    bias = x.new_zeros(channels) if bias is None else bias.to(torch.float32).contiguous()
+    sizes = launchers().DwconvSizes.of(channels, weight.shape[2], width)
+    image = height, width
+    launch = _launch(machine, sizes, samples, image, image, 0.0, torch.get_num_threads())
+    return launch(x, torch.empty_like(x), (taps.data_ptr(), bias.data_ptr()))
+
+
+def dwconv_weight_grad(x: Tensor, du: Tensor, side: int) -> Tensor | None:
+    """(C, 1, side, side) for x and du (N, H, W, C) that `onednn.serves`; None where no kernel serves."""
+    samples, height, width, channels = x.shape
+    machine = machine_for(channels)
+    if machine is None:
+        return None
+    x, du, dw = x.contiguous(), du.contiguous(), x.new_empty(side * side, channels)
+    kernels = launchers()
+    pointers = (tensor.data_ptr() for tensor in (x, du, dw))
+    kernels.run(machine, kernels.WgradSizes(channels, side), *pointers, samples, height, width)
+    return dw.t().contiguous().view(channels, 1, side, side)
+
+
+def serves_gelu(a: Tensor) -> bool:
+    """Whether `gelu` and `gelu_bwd_` serve for a that `onednn.serves`."""
+    return a.is_contiguous() and machine_for(a.shape[-1]) is not None
+
+
+def gelu(a: Tensor) -> Tensor:
+    """GELU(a)."""
+    kernels, machine = launchers(), machine_for(a.shape[-1])
+    h = torch.empty_like(a)
+    kernels.run(machine, kernels.ElementwiseSizes(False), a.data_ptr(), h.data_ptr(), 0, a.numel())
+    return h
+
+
+def gelu_bwd_(dh: Tensor, a: Tensor, h: Tensor) -> None:
+    """dh·GELU'(a) in the place of dh, GELU(a) in h, which may be a."""
+    kernels, machine = launchers(), machine_for(a.shape[-1])
+    pointers = (tensor.data_ptr() for tensor in (a, h, dh))
+    kernels.run(machine, kernels.ElementwiseSizes(True), *pointers, a.numel())

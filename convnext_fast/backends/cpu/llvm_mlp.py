@@ -1,0 +1,129 @@
+"""`aten_rows.mlp_fwd` and `mlp_bwd`, LayerNorm and the pointwise MLP in training, as kernels of our own for an x86 CPU.
+
+Each step packs the weights anew, with γ in them. The backward is one kernel for the pixels of a block of rows, which
+leaves what the weights' gradients are products of, and one for each of the two products.
+
+P pixels, C channels, K hidden units; everything is float32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import llvm, onednn
+from .row_blocks import row_blocks
+
+if TYPE_CHECKING:
+    from .mlp import Mlp, Norm
+
+_MOST_ROWS, _BLOCK_BYTES = 4096, 32 << 20
+"""Of a block in the backward: its n, dz, h and da lie near the last level of cache."""
+
+_LEAST_ROWS_OF_WIDE = 384
+"""From which on the forward of a wide layer wins back what packing its weights from memory into memory costs."""
+
+
+def machine_for(rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None) -> Any:
+    """What the kernels are compiled for; None where they do not serve. rows: x, and the residual or dy and a."""
+    if (
+        norm is None
+        or mlp.act != "gelu"
+        or not all(t is None or (onednn.serves(t) and t.is_contiguous()) for t in rows)
+    ):
+        return None
+    parameters = (t for t in (*mlp[:5], norm.weight, norm.bias) if t is not None)
+    if any(t.dtype != torch.float32 or t.is_neg() for t in parameters):
+        return None
+    return llvm.machine_for(*mlp.w1.shape)
+
+
+def forward_pays(rows: int, mlp: Mlp) -> bool:
+    """Whether the forward wins back the packing, which ATen's calls do without."""
+    return mlp.w1.numel() < llvm.launchers().WIDE_WEIGHT or rows >= _LEAST_ROWS_OF_WIDE
+
+
+def mlp_fwd(
+    machine: Any,
+    x: Tensor,
+    residual: Tensor,
+    norm: Norm,
+    mlp: Mlp,
+    scale: Tensor | None,
+    save_hidden: bool,
+    overwrite: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As `aten_rows.mlp_fwd`; scale: (P, 1)."""
+    hidden, channels = mlp.w1.shape
+    y = x if overwrite else torch.empty_like(x)
+    a = x.new_empty(len(x), hidden) if save_hidden else None
+    b2 = mlp.b2 if mlp.gamma is None else mlp.b2 * mlp.gamma
+    w1, w2 = pack(machine, mlp.w1, None, True), pack(machine, mlp.w2, mlp.gamma, True)
+    kernels = llvm.launchers()
+    sizes = kernels.MlpSizes(channels, hidden, save_hidden, scale is not None)
+    given = x, residual, y, a, _contiguous(scale), *_affine(x, norm), w1, _contiguous(mlp.b1), w2, _contiguous(b2)
+    kernels.run_rows(machine, sizes, len(x), norm.eps, *addresses(given))
+    return y, a
+
+
+def mlp_bwd(
+    machine: Any, dy: Tensor, x: Tensor, a: Tensor | None, norm: Norm, mlp: Mlp, scale: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """As `aten_rows.mlp_bwd`; scale: (P, 1)."""
+    kernels, (hidden, channels) = llvm.launchers(), mlp.w1.shape
+    dx, e, dw1 = torch.empty_like(x), x.new_empty(channels, hidden), x.new_empty(hidden, channels)
+    w1 = pack(machine, mlp.w1, None, True) if a is None else None
+    weights = w1, mlp.b1, pack(machine, mlp.w2, mlp.gamma, False), pack(machine, mlp.w1, None, False)
+    given = *_affine(x, norm), *map(_contiguous, weights), x.new_zeros(max(channels, hidden))
+    sizes = kernels.MlpBwdSizes(channels, hidden, a is not None, scale is not None)
+    scale, totals = _contiguous(scale), []
+    ldn, ldh = channels + kernels.PADDING, hidden + kernels.PADDING
+    blocks = row_blocks(len(x), 2 * (ldn + ldh) * x.element_size(), _MOST_ROWS, _BLOCK_BYTES)
+    room = blocks[0].stop + machine.rows  # the last tile reads them
+    n, dz = x.new_empty(2, room, ldn)
+    h, da = x.new_empty(2, room, ldh)
+    for rows in blocks:
+        count = rows.stop - rows.start
+        chunks = -(-count // kernels.rows_of_chunk(machine, channels * hidden, count))
+        sums = x.new_empty(chunks, hidden + 3 * channels)
+        pixels = (None if t is None else t[rows] for t in (dy, x, a, scale, dx))
+        kernels.run_rows(machine, sizes, count, norm.eps, *addresses((*pixels, n, dz, h, da, sums, *given)))
+        totals.append(sums.sum(0))
+        for left, right, out in ((dz, h, e), (da, n, dw1)):
+            shape = kernels.WeightGradSizes(*out.shape)
+            kernels.run(machine, shape, *addresses((left, right, out)), count, int(rows.start > 0))
+    parts = torch.stack(totals).sum(0).split((hidden, channels, channels, channels))
+    # Results of an operator share no memory.
+    db1, t, dg, dbeta = (part.clone() for part in parts)
+    dg, dbeta = (None if p is None else d for p, d in ((norm.weight, dg), (norm.bias, dbeta)))
+    if mlp.gamma is None:
+        return dx, dg, dbeta, dw1, db1, e, t, None
+    dot, w2, gamma = x.new_empty(channels), mlp.w2.contiguous(), mlp.gamma.contiguous()
+    kernels.run(machine, kernels.LayerScaleSizes(channels, hidden), *addresses((e, w2, gamma, dot)))
+    return dx, dg, dbeta, dw1, db1, e, t * gamma, dot.addcmul_(mlp.b2, t)
+
+
+def pack(machine: Any, weight: Tensor, scale: Tensor | None, transposed: bool) -> Tensor:
+    """The numbers of `kernels.cpu.packing`, in the shape of weight; scale: a factor for each of its rows."""
+    kernels, weight = llvm.launchers(), weight.contiguous()
+    packed, scale = torch.empty_like(weight), _contiguous(scale)
+    sizes = kernels.PackSizes(*weight.shape, transposed, scale is not None)
+    kernels.run(machine, sizes, *addresses((weight, scale, packed)))
+    return packed
+
+
+def _affine(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    weight = x.new_ones(x.shape[1]) if norm.weight is None else norm.weight
+    bias = x.new_zeros(x.shape[1]) if norm.bias is None else norm.bias
+    return weight.contiguous(), bias.contiguous()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def addresses(tensors: tuple[Tensor | None, ...]) -> list[int]:
+    """For a launch; 0 for what is absent."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

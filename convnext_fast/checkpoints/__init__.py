@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints in the formats of timm, transformers, torchvision and the official repository."""

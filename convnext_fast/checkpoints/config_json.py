@@ -1,0 +1,171 @@
+"""The ``config.json`` that lies beside the weights, in transformers' form, in timm's, and in ours."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config import SECTION, VARIANTS, ConvNextConfig
+from ..files import find_file
+from .tensor_files import read_json
+
+_TIMM_ACTIVATIONS = {"gelu_tanh": "gelu_new", "swish": "silu"}
+
+
+class SavedConfig(NamedTuple):
+    """What a ``config.json`` says.
+
+    Attributes:
+        config: the configuration, where it is all there; otherwise it is to be inferred from the tensors.
+        amendments: fields that the tensors cannot say, to replace the inferred ones.
+        global_pool: pooling of a timm model.
+    """
+
+    config: ConvNextConfig | None
+    amendments: dict[str, Any]
+    global_pool: str = "avg"
+
+
+def read_config(source: str | Path) -> SavedConfig:
+    """Read ``config.json`` of a folder or hub id, of transformers, of timm, or one written by `config_fields`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON, invalid, or describes another architecture.
+    """
+    try:
+        path = find_file(source, "config.json")
+    except FileNotFoundError as error:
+        if not Path(source).expanduser().is_dir():
+            raise
+        if (Path(source).expanduser() / "model" / "config.json").is_file():
+            raise FileNotFoundError(f"{error}: it is a training run's, whose model is in {source}/model") from None
+        raise FileNotFoundError(
+            f"{error}: give the weights file itself to infer the configuration from its tensors, or pass config="
+        ) from None
+    fields = read_json(path)
+    arguments = fields.get("model_args")
+    arguments = arguments if isinstance(arguments, dict) else {}
+    pool = arguments.get("global_pool", "avg")
+    if SECTION in fields:
+        try:
+            return SavedConfig(ConvNextConfig.from_dict(fields[SECTION]), {}, pool)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}, {SECTION}: {error}") from None
+    if "model_type" not in fields and "architecture" in fields:
+        architecture = str(fields["architecture"])
+        if not architecture.startswith("convnext_"):
+            raise ValueError(f"{path} describes timm's {architecture!r}: expected one of timm's 'convnext_…' models")
+        return SavedConfig(None, _timm_amendments(fields, arguments), pool)
+    try:
+        return SavedConfig(ConvNextConfig.from_pretrained(path.parent), {})
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def config_fields(
+    config: ConvNextConfig, format: str, keys: Iterable[str], dtype: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The contents of ``config.json`` for weights in ``format``.
+
+    Args:
+        config: the architecture.
+        format: one of ``FORMATS``.
+        keys: the names of the tensors, in ``format``; they say which of transformers' classes the weights are for.
+        dtype: of the tensors, as transformers names it, such as "float32".
+        options: ``head_norm_first`` and ``global_pool`` of a timm model.
+    """
+    if format == "transformers":
+        fields = {key: value for key, value in config.to_dict().items() if key != "torch_dtype"}
+        return fields | {"architectures": [_architecture(list(keys))], "dtype": dtype}
+    fields = {SECTION: config.to_dict(), "checkpoint_format": format}
+    return fields | _timm_fields(config, options) if format == "timm" else fields
+
+
+def warn_of_losses(config: ConvNextConfig, format: str, *, with_config: bool) -> None:
+    """Warn where the code behind ``format`` computes with another activation or epsilon than the configuration's.
+
+    Epsilons that differ by 1e-6 or less pass: logits then agree to float32's own accuracy.
+    """
+    if format == "transformers":
+        inner, last = 1e-6, config.layer_norm_eps
+    elif format == "timm":
+        inner, last = config.norm_eps, config.norm_eps
+    else:
+        inner, last = 1e-6, 1e-6
+    losses = []
+    for name, theirs in (("norm_eps", inner), ("layer_norm_eps", last)):
+        ours = getattr(config, name)
+        if abs(ours - theirs) > 1.001e-6:
+            losses.append(f"{name}={theirs:g} instead of {ours:g}")
+    if config.activation != "gelu" and (format in ("torchvision", "official") or not with_config):
+        losses.append(f"the activation gelu instead of {config.hidden_act}")
+    if losses:
+        warnings.warn(f"a reader of the {format} format will compute with {' and '.join(losses)}", stacklevel=3)
+
+
+def _architecture(keys: list[str]) -> str:
+    if any(key.startswith("convnext.") for key in keys):
+        return "ConvNextForImageClassification"
+    return "ConvNextModel" if "layernorm.weight" in keys else "ConvNextBackbone"
+
+
+def _timm_amendments(fields: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm's configuration knows beyond the tensors' shapes."""
+    pretrained = fields.get("pretrained_cfg")
+    pretrained = pretrained if isinstance(pretrained, Mapping) else fields
+    amendments: dict[str, Any] = {}
+    stride, patch = arguments.get("output_stride", 32), arguments.get("patch_size", 4)
+    if stride != 32:
+        raise ValueError(f"the model was built with output_stride={stride}, which dilates: expected 32")
+    if isinstance(patch, int) and (patch == 2 or patch >= 8):
+        raise ValueError(
+            f"the model was built with patch_size={patch}, where timm's stages have other strides than ours"
+        )
+    eps = arguments.get("norm_eps") or (1e-5 if fields["architecture"] == "convnext_xxlarge" else None)
+    if eps is not None:
+        amendments |= {"norm_eps": eps, "layer_norm_eps": eps}
+    if "act_layer" in arguments:
+        amendments["hidden_act"] = _TIMM_ACTIVATIONS.get(arguments["act_layer"], arguments["act_layer"])
+    size = pretrained.get("input_size")
+    if isinstance(size, list) and len(size) == 3:
+        amendments["image_size"] = size[1] if size[1] == size[2] else size[1:]
+    names = fields.get("label_names", pretrained.get("label_names", pretrained.get("labels")))
+    described = fields.get("label_descriptions", pretrained.get("label_descriptions"))
+    if isinstance(names, list) and names:
+        described = described if isinstance(described, Mapping) else {}
+        amendments["id2label"] = {i: str(described.get(name, name)) for i, name in enumerate(names)}
+    return amendments
+
+
+def _timm_fields(config: ConvNextConfig, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as timm's ``create_model("local-dir:…")`` reads it."""
+    sizes = (config.depths, config.hidden_sizes)
+    variant = next((name for name, known in VARIANTS.items() if known == sizes), "tiny")
+    image = config.image_size if isinstance(config.image_size, tuple) else (config.image_size, config.image_size)
+    back = {ours: theirs for theirs, ours in _TIMM_ACTIVATIONS.items() if theirs != "swish"}
+    scale = config.layer_scale_init_value
+    fields: dict[str, Any] = {
+        "architecture": f"convnext_{variant}",
+        "num_classes": config.num_labels,
+        "num_features": config.hidden_sizes[-1],
+        "global_pool": options["global_pool"],
+        "model_args": {
+            "in_chans": config.num_channels,
+            "depths": list(config.depths),
+            "dims": list(config.hidden_sizes),
+            "patch_size": config.patch_size,
+            "ls_init_value": scale if scale > 0 else None,
+            "norm_eps": config.norm_eps,
+            "act_layer": back.get(config.activation, config.activation),
+            "conv_mlp": False,
+            **options,
+        },
+        "pretrained_cfg": {"num_classes": config.num_labels, "input_size": [config.num_channels, *image]},
+    }
+    labels = [config.id2label.get(i) for i in range(config.num_labels)]
+    if None not in labels and labels != [f"LABEL_{i}" for i in range(config.num_labels)]:
+        fields["label_names"] = labels
+    return fields

@@ -1,0 +1,269 @@
+"""The four ways in which ConvNeXt's tensors are named: recognised from the keys, and turned into one another.
+
+timm's names are the ones that the other three are translated to and from. Sources: the state dicts of
+facebookresearch/ConvNeXt, transformers, timm and torchvision, loaded with one set of weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from ..config import VARIANTS, ConvNextConfig
+
+# i: stage; j: block. torchvision counts stages and what lies between them in one list, hence {even} = 2i, {odd} = 2i+1.
+_LAYERS: dict[str, dict[str, str]] = {
+    "timm": {
+        "stem_conv": "stem.0",
+        "stem_norm": "stem.1",
+        "down_norm": "stages.{i}.downsample.0",
+        "down_conv": "stages.{i}.downsample.1",
+        "dwconv": "stages.{i}.blocks.{j}.conv_dw",
+        "block_norm": "stages.{i}.blocks.{j}.norm",
+        "fc1": "stages.{i}.blocks.{j}.mlp.fc1",
+        "fc2": "stages.{i}.blocks.{j}.mlp.fc2",
+        "layer_scale": "stages.{i}.blocks.{j}.gamma",
+        "norm_before_pool": "norm_pre",
+        "norm": "head.norm",
+        "classifier": "head.fc",
+    },
+    "torchvision": {
+        "stem_conv": "features.0.0",
+        "stem_norm": "features.0.1",
+        "down_norm": "features.{even}.0",
+        "down_conv": "features.{even}.1",
+        "dwconv": "features.{odd}.{j}.block.0",
+        "block_norm": "features.{odd}.{j}.block.2",
+        "fc1": "features.{odd}.{j}.block.3",
+        "fc2": "features.{odd}.{j}.block.5",
+        "layer_scale": "features.{odd}.{j}.layer_scale",
+        "norm": "classifier.0",
+        "classifier": "classifier.2",
+    },
+    "transformers": {
+        "stem_conv": "embeddings.patch_embeddings",
+        "stem_norm": "embeddings.layernorm",
+        "down_norm": "encoder.stages.{i}.downsampling_layer.0",
+        "down_conv": "encoder.stages.{i}.downsampling_layer.1",
+        "dwconv": "encoder.stages.{i}.layers.{j}.dwconv",
+        "block_norm": "encoder.stages.{i}.layers.{j}.layernorm",
+        "fc1": "encoder.stages.{i}.layers.{j}.pwconv1",
+        "fc2": "encoder.stages.{i}.layers.{j}.pwconv2",
+        "layer_scale": "encoder.stages.{i}.layers.{j}.layer_scale_parameter",
+        "norm": "layernorm",
+        "classifier": "classifier",
+    },
+    "official": {
+        "stem_conv": "downsample_layers.0.0",
+        "stem_norm": "downsample_layers.0.1",
+        "down_norm": "downsample_layers.{i}.0",
+        "down_conv": "downsample_layers.{i}.1",
+        "dwconv": "stages.{i}.{j}.dwconv",
+        "block_norm": "stages.{i}.{j}.norm",
+        "fc1": "stages.{i}.{j}.pwconv1",
+        "fc2": "stages.{i}.{j}.pwconv2",
+        "layer_scale": "stages.{i}.{j}.gamma",
+        "norm": "norm",
+        "classifier": "head",
+    },
+}
+FORMATS = tuple(_LAYERS)
+_PREFIX = "convnext."
+_BACKBONE_NORMS = "hidden_states_norms."
+
+
+def recognise(keys: Iterable[str]) -> str:
+    """The format, one of ``FORMATS``, that the keys of a state dict are written in.
+
+    Raises:
+        ValueError: there are no keys, or they are those of another architecture, which the message names where known.
+    """
+    names = list(keys)
+    if not names:
+        raise ValueError("the checkpoint holds no tensors")
+    sample = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    if any(".grn." in name for name in names):
+        found = next(name for name in names if ".grn." in name)
+        raise ValueError(f"these are the keys of a ConvNeXt V2 (such as {found}): expected a ConvNeXt V1")
+    if any(re.search(r"^norms\.|\.depthwise_conv\.|\.pointwise_conv1\.", name) for name in names):
+        raise ValueError(f"these are the keys of DINOv3's ConvNeXt ({sample}): expected a ConvNeXt of {FORMATS}")
+    parts = {format: [_parse(name, format) for name in names] for format in FORMATS}
+    best = max(FORMATS, key=lambda format: sum(part is not None for part in parts[format]))
+    known = [part[0] for part in parts[best] if part is not None]
+    if 2 * len(known) < len(names) or ("fc1" in known and "dwconv" not in known):
+        raise ValueError(f"these are not the keys of a ConvNeXt in any of the formats {FORMATS}: {sample}")
+    return best
+
+
+def to_timm(state_dict: Mapping[str, Tensor], format: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A state dict of ``format`` under timm's names, and the tensors that timm has no name for, under their own.
+
+    Linear layers kept as 1×1 convolutions become (out, in) and torchvision's (C, 1, 1) layer scales become (C,). All
+    are views. timm's ``features_only`` names (``stages_0.…``) and transformers' keys with and without ``convnext.``
+    are understood; a transformers backbone's ``hidden_states_norms`` are among the tensors without a name.
+
+    Raises:
+        ValueError: ``format`` is unknown, or two keys mean the same tensor.
+    """
+    named: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        parsed = _parse(key, _checked(format))
+        if parsed is None:
+            others[key] = tensor
+            continue
+        part, i, j, suffix = parsed
+        name = _render(part, i, j, suffix, "timm")
+        if name in named:
+            raise ValueError(f"the checkpoint holds {name} twice, once as {key}")
+        if part in ("fc1", "fc2") and tensor.dim() == 4 and tensor.shape[2:] == (1, 1):
+            tensor = tensor.flatten(1)
+        elif part == "layer_scale" and format == "torchvision" and tensor.dim() == 3 and tensor.shape[1:] == (1, 1):
+            tensor = tensor.flatten()
+        named[name] = tensor
+    return named, others
+
+
+def from_timm(
+    state_dict: Mapping[str, Tensor],
+    format: str,
+    *,
+    extra: Mapping[str, Tensor] | None = None,
+    conv_mlp: bool = False,
+) -> dict[str, Tensor]:
+    """A state dict under timm's names in ``format``; the inverse of `to_timm`.
+
+    Args:
+        state_dict: tensors under timm's names.
+        format: one of ``FORMATS``. transformers' keys get the prefix ``convnext.`` where there is a classifier.
+        extra: a transformers backbone's ``hidden_states_norms``, which only that format can hold.
+        conv_mlp: write the linear layers as 1×1 convolutions, as timm's models with ``conv_mlp=True`` have them.
+
+    Raises:
+        ValueError: a tensor has no name in ``format``, such as a norm before pooling anywhere but in timm.
+    """
+    names = {key: rename(key, format) for key in state_dict}
+    lost = [key for key, name in names.items() if name is None]
+    if format != "transformers" or any(not key.startswith(_BACKBONE_NORMS) for key in extra or ()):
+        lost += list(extra or ())
+    if lost:
+        reason = "; its norm comes before the pooling, which only timm has" if "norm_pre.weight" in lost else ""
+        raise ValueError(f"the {format} format has no name for {', '.join(lost[:10])}{reason}")
+    if conv_mlp and format != "timm":
+        raise ValueError(f"conv_mlp=True is a form of timm's checkpoints: expected False for the format {format}")
+    prefix = _PREFIX if format == "transformers" and "head.fc.weight" in state_dict else ""
+    converted = {}
+    for key, tensor in state_dict.items():
+        if format == "torchvision" and key.endswith(".gamma") and tensor.dim() == 1:
+            tensor = tensor[:, None, None]
+        elif conv_mlp and re.search(r"\.mlp\.fc[12]\.weight$", key) and tensor.dim() == 2:
+            tensor = tensor[:, :, None, None]
+        name = str(names[key])
+        converted[name if name.startswith("classifier.") else prefix + name] = tensor
+    return converted | dict(extra or {})
+
+
+def timm_name(key: str, format: str) -> str | None:
+    """timm's name of the tensor that ``format`` calls ``key``; None where it has none."""
+    parsed = _parse(key, _checked(format))
+    return None if parsed is None else _render(*parsed, "timm")
+
+
+def rename(key: str, format: str) -> str | None:
+    """What ``format`` calls the tensor ``key`` of timm, without prefix; None where it has no name."""
+    parsed = _parse(key, "timm")
+    return None if parsed is None or parsed[0] not in _LAYERS[_checked(format)] else _render(*parsed, format)
+
+
+def infer_config(state_dict: Mapping[str, Tensor], format: str = "timm") -> ConvNextConfig:
+    """The configuration that fits the shapes of a state dict under timm's names.
+
+    Args:
+        state_dict: tensors under timm's names. A classifier that is not there means ``num_labels=0``.
+        format: where they come from, which decides the epsilons: 1e-12 in transformers' last norm, 1e-5 in timm's
+            xxlarge, otherwise 1e-6. The activation is taken to be GELU.
+
+    Raises:
+        ValueError: the stem is missing or misshapen, or the stages have gaps beyond what a damaged file can explain.
+    """
+    stem = state_dict.get("stem.0.weight")
+    if stem is None or stem.dim() != 4:
+        shape = "missing" if stem is None else f"of shape {tuple(stem.shape)}"
+        raise ValueError(
+            f"the stem's convolution stem.0.weight is {shape}: expected (channels, in_chans, height, width)"
+        )
+    widths, depths = {0: stem.shape[0]}, {0: 0}
+    for key, tensor in state_dict.items():
+        part, i, j, suffix = _parse(key, "timm") or ("", 0, 0, "")
+        if part in ("down_conv", "dwconv") and suffix == ".weight" and (part == "down_conv" or i not in widths):
+            widths[i] = tensor.shape[0] if tensor.dim() else 0
+        if part in ("dwconv", "block_norm", "fc1", "fc2", "layer_scale"):
+            depths[i] = max(depths.get(i, 0), j + 1)
+    count = max(*widths, *depths, 0) + 1
+    if count > len(state_dict) or max(depths.values()) > len(state_dict):
+        raise ValueError(f"the checkpoint numbers {count} stages and {max(depths.values())} blocks in one: too many")
+    missing = [i for i in range(count) if i not in widths]
+    if missing:
+        raise ValueError(f"the checkpoint has {count} stages, but no downsampling convolution for stage {missing[0]}")
+    hidden_sizes, blocks = tuple(widths[i] for i in range(count)), tuple(depths.get(i, 0) for i in range(count))
+    classifier = state_dict.get("head.fc.weight")
+    fields: dict[str, Any] = {"layer_norm_eps": 1e-12 if format == "transformers" else 1e-6}
+    if format == "timm" and (blocks, hidden_sizes) == VARIANTS["xxlarge"]:
+        fields = {"layer_norm_eps": 1e-5, "norm_eps": 1e-5}
+    height, width = stem.shape[2:]
+    return ConvNextConfig(
+        num_channels=stem.shape[1],
+        patch_size=height if height == width else (height, width),
+        num_stages=count,
+        hidden_sizes=hidden_sizes,
+        depths=blocks,
+        layer_scale_init_value=1e-6 if any(key.endswith(".gamma") for key in state_dict) else 0.0,
+        num_labels=0 if classifier is None or not classifier.dim() else classifier.shape[0],
+        **fields,
+    )
+
+
+def _checked(format: str) -> str:
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}: expected one of {', '.join(FORMATS)}")
+    return format
+
+
+@cache
+def _patterns(format: str) -> tuple[tuple[str, re.Pattern[str]], ...]:
+    """Each layer's name as a pattern; the stem before the downsampling layers, whose patterns it would match."""
+    number = r"(?P<\1>0|[1-9]\\d{0,8})"
+    compiled = []
+    for part, template in _LAYERS[format].items():
+        pattern = re.sub(r"\\{(\w+)\\}", number, re.escape(template))
+        suffix = "" if part == "layer_scale" else r"\.(?:weight|bias)"
+        compiled.append((part, re.compile(f"{pattern}(?P<suffix>{suffix})")))
+    return tuple(compiled)
+
+
+def _parse(key: str, format: str) -> tuple[str, int, int, str] | None:
+    """(layer, stage, block, suffix) of a key; None where the format has no such key."""
+    if format == "timm":
+        key = re.sub(r"^(stem|stages)_(\d+)\.", r"\1.\2.", key)
+    elif format == "transformers":
+        key = key.removeprefix(_PREFIX)
+    for part, pattern in _patterns(format):
+        match = pattern.fullmatch(key)
+        if match:
+            found = match.groupdict()
+            doubled = int(found.get("even") or found.get("odd") or 0)
+            if ("even" in found and doubled % 2) or ("odd" in found and doubled % 2 == 0):
+                continue
+            i = int(found.get("i") or doubled // 2)
+            if i == 0 and part.startswith("down_"):
+                continue
+            return part, i, int(found.get("j") or 0), found["suffix"]
+    return None
+
+
+def _render(part: str, i: int, j: int, suffix: str, format: str) -> str:
+    return _LAYERS[format][part].format(i=i, j=j, even=2 * i, odd=2 * i + 1) + suffix

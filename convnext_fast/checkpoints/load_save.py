@@ -1,0 +1,298 @@
+"""Loading and saving models: any of the four formats in, any of them out, all tensors or none."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ConvNextConfig
+from ..models.switches import ConvNextSwitches, init_weights
+from .config_json import SavedConfig, config_fields, read_config, warn_of_losses
+from .formats import from_timm, infer_config, recognise, to_timm
+from .matching import Checkpoint, fit
+from .tensor_files import (
+    INDEX,
+    SAFETENSORS,
+    WEIGHT_SUFFIXES,
+    json_writer,
+    pickle_writer,
+    read_weights,
+    safetensors_writer,
+    size_in_bytes,
+    tensor_writers,
+    write_files,
+)
+
+Model = TypeVar("Model", bound=ConvNextSwitches)
+
+
+def load_checkpoint(source: str | Path, *, use_ema: bool = False, config: ConvNextConfig | None = None) -> Checkpoint:
+    """Read the tensors and the configuration of a folder, a file or a Hugging Face hub id.
+
+    A folder or hub id needs a ``config.json`` (of transformers, or timm, or one that `save_model` wrote) unless
+    ``config`` is given. For a file the configuration is inferred from the shapes. Tensors and configuration are not
+    yet compared: `load_model` and `convert_checkpoint` do that.
+
+    Args:
+        source: folder with weights and ``config.json``; file (.safetensors, .bin, .pth, .pt, or the index of shards);
+            or hub id.
+        use_ema: take the averaged weights out of a training checkpoint.
+        config: to be used instead of the checkpoint's.
+
+    Raises:
+        FileNotFoundError: there is no such source, no weights or no configuration in it, or a shard is missing.
+        ValueError: a file is damaged or would run code; or it holds another architecture.
+        ImportError: a hub id was given and huggingface_hub is not installed.
+    """
+    if config is not None and not isinstance(config, ConvNextConfig):
+        raise TypeError(f"config is a {type(config).__name__}: expected a convnext_fast.ConvNextConfig")
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"source is a {type(source).__name__}: expected a folder, a file or a Hugging Face hub id")
+    path = Path(source).expanduser()
+    bare = path.is_file() or path.suffix in WEIGHT_SUFFIXES
+    saved = SavedConfig(config, {}) if bare or config is not None else read_config(source)
+    tensors = read_weights(source, use_ema=use_ema)
+    try:
+        format = recognise(tensors)
+        named, extra = to_timm(tensors, format)
+        if saved.config is None:
+            config = infer_config(named, format)
+            if len(saved.amendments.get("id2label", ())) != config.num_labels:
+                saved.amendments.pop("id2label", None)
+            config = config.amended(**saved.amendments)
+        else:
+            config = saved.config
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from None
+    return Checkpoint(named, config, format, extra, "norm_pre.weight" in named, saved.global_pool)
+
+
+def load_model(
+    cls: type[Model],
+    source: str | Path,
+    *,
+    config: ConvNextConfig | None = None,
+    num_labels: int | None = None,
+    ignore_mismatched_sizes: bool = False,
+    use_ema: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    **options: Any,
+) -> Model:
+    """A model of class ``cls`` with the weights of a checkpoint, in evaluation mode.
+
+    Every parameter comes from the checkpoint and every tensor of the checkpoint has its place, except: a model without
+    a classifier or final norm leaves the checkpoint's out; and a classifier, a backbone's ``hidden_states_norms``, or
+    (with no classifier either) a final norm that the checkpoint lacks starts anew, with a warning.
+
+    Args:
+        cls: ``ConvNext`` or one of the transformers-named models.
+        source: folder, file or hub id, as for `load_checkpoint`.
+        config: instead of the checkpoint's configuration.
+        num_labels: another number of classes than the configuration's.
+        ignore_mismatched_sizes: start the classifier anew, with a warning, if the checkpoint's has another size.
+        use_ema: take the averaged weights out of a training checkpoint.
+        device: of the parameters; None is the CPU.
+        dtype: of the parameters, or its name; None and "auto" keep the checkpoint's (the widest, where it mixes them).
+        **options: arguments of ``cls``, such as ``fused``; fields of `ConvNextConfig`, in the place of the
+            checkpoint's; and under transformers' names ``torch_dtype`` for ``dtype`` and ``device_map`` for ``device``.
+
+    Raises:
+        FileNotFoundError, ImportError: as `load_checkpoint`.
+        ValueError: as `load_checkpoint`; or the checkpoint does not fit the model, with all keys that are missing,
+            unexpected or of a wrong shape.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, ConvNextSwitches) and hasattr(cls, "checkpoint_format")):
+        raise TypeError(f"cls is {cls!r}: expected a model class of convnext_fast")
+    model_options, fields = _sorted_options(cls, options)
+    dtype = _dtype(dtype if options.get("torch_dtype") is None else options["torch_dtype"])
+    device = _device(options.get("device_map"), device)
+    checkpoint = load_checkpoint(source, use_ema=use_ema, config=config)
+    config = checkpoint.config
+    if num_labels is not None and (num_labels != config.num_labels or "id2label" in fields):
+        fields = {"num_labels": num_labels} | fields
+    if fields:
+        config = config.amended(**fields)
+    if cls.checkpoint_format == "timm":
+        own = {"head_norm_first": checkpoint.head_norm_first, "global_pool": checkpoint.global_pool}
+        model_options = own | model_options
+    model = cls(config, device="meta", dtype=dtype, **model_options)
+    state, new = fit(model, checkpoint, str(source), ignore_mismatched_sizes=ignore_mismatched_sizes)
+    dtype = dtype or _common_dtype(state.values())
+    # Tensors of a mapped file are copied: they would follow what becomes of it, and lie unaligned, which changes sums.
+    filled = {
+        name: torch.empty(skeleton.shape, dtype=dtype, device=device)
+        if state[name] is None
+        else state[name].to(device=device, dtype=dtype, copy=True)
+        for name, skeleton in model.state_dict().items()
+    }
+    model.load_state_dict(filled, strict=True, assign=True)
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in new):
+        module = model.get_submodule(name)
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        else:
+            init_weights(module, config.initializer_range)
+    return model.eval()
+
+
+def save_model(
+    model: ConvNextSwitches,
+    directory: str | Path,
+    *,
+    format: str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write ``config.json`` and ``model.safetensors`` into a folder, each file whole or not at all.
+
+    Args:
+        model: any model of this package.
+        directory: made if it is missing.
+        format: one of ``checkpoint_formats.FORMATS``; None is the model's own.
+        max_shard_size: in the transformers format, weights beyond this many bytes are split into several files.
+
+    Raises:
+        TypeError: the model is not one of this package.
+        ValueError: the format is unknown, or cannot hold the model.
+    """
+    if not isinstance(model, ConvNextSwitches) or not hasattr(model, "checkpoint_format"):
+        raise TypeError(
+            f"model is a {type(model).__name__}: expected a model of convnext_fast (of a wrapped one, the model within)"
+        )
+    tensors, own = model.state_dict(), model.checkpoint_format
+    head = getattr(model, "head", None)
+    options = {
+        "head_norm_first": "norm_pre.weight" in tensors,
+        "global_pool": "avg" if head is None or own != "timm" else head.pool_type,
+    }
+    if format is not None and format != own:
+        named, extra = to_timm(tensors, own)
+        tensors = _convert(named, extra, format, options["global_pool"])
+    writers = _folder_writers(model.config, format or own, tensors, options, max_shard_size)
+    write_files(Path(directory).expanduser(), writers, _stale(Path(directory).expanduser(), writers))
+
+
+def convert_checkpoint(source: str | Path, destination: str | Path, to: str, *, use_ema: bool = False) -> None:
+    """Write the checkpoint ``source`` to ``destination`` in the format ``to``.
+
+    Args:
+        source: folder, file or hub id, as for `load_checkpoint`.
+        destination: a file, if it ends in .safetensors, .pth, .pt or .bin; it holds the tensors alone (under
+            ``model`` in an official .pth). Otherwise a folder for ``config.json`` and ``model.safetensors``.
+        to: one of ``checkpoint_formats.FORMATS``.
+        use_ema: take the averaged weights out of a training checkpoint.
+
+    Raises:
+        FileNotFoundError, ImportError: as `load_checkpoint`.
+        ValueError: as `load_checkpoint`; or the tensors do not fit the configuration; or ``to`` cannot hold them.
+    """
+    from ..models.convnext import ConvNext
+
+    checkpoint = load_checkpoint(source, use_ema=use_ema)
+    config, state = checkpoint.config, checkpoint.state_dict
+    layers = {name.rpartition(".")[0] for name in state}
+    skeleton = ConvNext(
+        config if "head.fc" in layers else config.amended(num_labels=0),
+        head_norm_first=checkpoint.head_norm_first,
+        features_only=not layers & {"head.fc", "head.norm", "norm_pre"},
+        device="meta",
+    )
+    fit(skeleton, checkpoint, str(source))
+    tensors = _convert(state, checkpoint.extra, to, checkpoint.global_pool)
+    path = Path(destination).expanduser()
+    if path.suffix in WEIGHT_SUFFIXES:
+        warn_of_losses(config, to, with_config=False)
+        nest = "model" if to == "official" else None
+        plain = path.suffix == ".safetensors"
+        write_files(path.parent, {path.name: safetensors_writer(tensors) if plain else pickle_writer(tensors, nest)})
+        return
+    options = {"head_norm_first": checkpoint.head_norm_first, "global_pool": checkpoint.global_pool}
+    writers = _folder_writers(config, to, tensors, options, "5GB")
+    write_files(path, writers, _stale(path, writers))
+
+
+def _sorted_options(cls: type, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of ``cls`` among the options, and the fields of a configuration."""
+    of_model, of_config = ({*inspect.signature(kind).parameters} for kind in (cls, ConvNextConfig))
+    fields = (of_config - of_model - {"extra"}) | {"output_hidden_states", "return_dict"}
+    unknown = options.keys() - of_model - fields - {"torch_dtype", "device_map"}
+    if unknown:
+        raise TypeError(
+            f"from_pretrained got {', '.join(sorted(unknown))}: expected arguments of {cls.__name__}, "
+            f"{', '.join(sorted(of_model))}, or fields of its configuration"
+        )
+    return (
+        {name: value for name, value in options.items() if name in of_model},
+        {name: value for name, value in options.items() if name in fields},
+    )
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = None if dtype == "auto" else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise TypeError(f"dtype is {dtype!r}: expected a floating torch.dtype, or None to keep the checkpoint's")
+    return found
+
+
+def _device(device_map: Any, device: torch.device | str | None) -> torch.device | str | int | None:
+    if device_map is None:
+        return device
+    if isinstance(device_map, Mapping) and list(device_map) == [""]:
+        device_map = device_map[""]
+    if isinstance(device_map, (str, int, torch.device)) and device_map not in ("auto", "balanced", "sequential"):
+        return device_map
+    raise ValueError(f"device_map is {device_map!r}: expected the one device of the whole model")
+
+
+def _common_dtype(tensors: Any) -> torch.dtype:
+    """The narrowest dtype that holds all of them."""
+    dtypes = list(dict.fromkeys(tensor.dtype for tensor in tensors if tensor is not None))
+    try:
+        return functools.reduce(torch.promote_types, dtypes)
+    except RuntimeError:
+        raise ValueError(f"the checkpoint mixes {', '.join(map(str, dtypes))}: pass dtype= to choose") from None
+
+
+def _convert(
+    named: Mapping[str, Tensor], extra: Mapping[str, Tensor], format: str, global_pool: str
+) -> dict[str, Tensor]:
+    """`from_timm`, for weights of which also the pooling is known."""
+    if global_pool == "max" and format != "timm":
+        raise ValueError(f"the model pools by maximum, which no model of the {format} format does: expected timm")
+    return from_timm(named, format, extra=extra)
+
+
+def _folder_writers(
+    config: ConvNextConfig,
+    format: str,
+    tensors: dict[str, Tensor],
+    options: Mapping[str, Any],
+    max_shard_size: int | str,
+) -> dict[str, Any]:
+    limit = size_in_bytes(max_shard_size)
+    warn_of_losses(config, format, with_config=True)
+    dtype = str(_common_dtype(tensors.values())).removeprefix("torch.")
+    writers = (
+        tensor_writers(SAFETENSORS.removesuffix(".safetensors"), tensors, limit)
+        if format == "transformers"
+        else {SAFETENSORS: safetensors_writer(tensors)}
+    )
+    return writers | {"config.json": json_writer(config_fields(config, format, tensors, dtype, options))}
+
+
+def _stale(directory: Path, written: Mapping[str, Any]) -> list[str]:
+    """Weights of an earlier save in the folder, which a reader could take for the new ones."""
+    pattern = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+    if not directory.is_dir():
+        return []
+    names = [
+        path.name for path in directory.iterdir() if path.name in (SAFETENSORS, INDEX) or pattern.fullmatch(path.name)
+    ]
+    return [name for name in names if name not in written]

@@ -1,0 +1,133 @@
+"""Finding a place in a model for every tensor of a checkpoint, or saying why there is none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..config import ConvNextConfig
+from ..models.switches import ConvNextSwitches
+from .formats import rename, timm_name
+
+_CLASSIFIER = "head.fc"
+_FINAL_NORMS = frozenset(("head.norm", "norm_pre"))
+_BACKBONE_NORMS = "hidden_states_norms."
+_LISTED = 20
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint, read and translated.
+
+    Attributes:
+        state_dict: its tensors under timm's names, on the CPU; files stay mapped into memory where they can be.
+        config: its configuration, from ``config.json`` or from the shapes.
+        format: how it was written, one of ``checkpoint_formats.FORMATS``.
+        extra: tensors that timm has no name for, such as a transformers backbone's ``hidden_states_norms``.
+        head_norm_first: whether its last norm comes before the pooling (timm's ``norm_pre``).
+        global_pool: the pooling, "avg" unless a timm configuration says otherwise.
+    """
+
+    state_dict: dict[str, Tensor]
+    config: ConvNextConfig
+    format: str
+    extra: dict[str, Tensor]
+    head_norm_first: bool
+    global_pool: str = "avg"
+
+
+def fit(
+    model: ConvNextSwitches, checkpoint: Checkpoint, source: str, *, ignore_mismatched_sizes: bool = False
+) -> tuple[dict[str, Tensor | None], list[str]]:
+    """The checkpoint's tensors under the model's names, None for those that start anew, and the names of the latter.
+
+    Args:
+        model: what is to be filled; only its names and shapes matter, so it may be on the meta device.
+        checkpoint: what to fill it with.
+        source: where that comes from, for messages.
+        ignore_mismatched_sizes: let the classifier start anew where its size differs.
+
+    Raises:
+        ValueError: the two do not fit, with all keys that are missing, unexpected or of a wrong shape.
+    """
+    cls, format = type(model).__name__, model.checkpoint_format
+    expected = model.state_dict()
+    names = {timm_name(name, format) or name: name for name in expected}
+    state = {**checkpoint.state_dict, **checkpoint.extra}
+    fresh, spare = _optional(_layers(names), _layers(state))
+    _check_head(cls, checkpoint, _layers(names) & _FINAL_NORMS, format)
+    if getattr(model, "features_only", False):
+        kept = tuple(f"stages.{i}." for i in range(len(model.stages)))
+        spare |= {layer for layer in _layers(state) if layer.startswith("stages.") and not layer.startswith(kept)}
+    dropped = [name for name in state if _layer(name) in spare]
+    new = [name for name in names if _layer(name) in fresh]
+    for name in dropped:
+        del state[name]
+
+    wrong = {name: _mismatch(state[name], expected[own]) for name, own in names.items() if name in state}
+    wrong = {name: text for name, text in wrong.items() if text}
+    resized = [name for name in wrong if _layer(name) == _CLASSIFIER]
+    if resized and ignore_mismatched_sizes:
+        changes = "; ".join(f"{names[name]} {wrong.pop(name)}" for name in resized)
+        new = [name for name in names if _layer(name) == _CLASSIFIER]
+    problems = {
+        "missing": [own for name, own in names.items() if name not in state and name not in new],
+        "unexpected": [rename(name, format) or name for name in state if name not in names],
+        "of a wrong shape": [f"{names[name]} {text}" for name, text in wrong.items()],
+    }
+    if any(problems.values()):
+        lines = [f"{source} does not fit {cls}; under the model's names:"]
+        lines += [f"  {len(keys)} {kind}: {_listed(keys)}" for kind, keys in problems.items() if keys]
+        if wrong and set(wrong) == set(resized):
+            lines.append("for another number of classes pass num_labels= and ignore_mismatched_sizes=True")
+        raise ValueError("\n".join(lines))
+    if resized:
+        warnings.warn(f"{cls} starts with a new classifier, of another size than in {source}: {changes}", stacklevel=4)
+    elif new:
+        text = f"{cls} starts with new values for {_listed([names[n] for n in new])}, which {source} does not hold"
+        left = f"; of the checkpoint, {_listed(dropped)} are left out" if dropped else ""
+        warnings.warn(text + left, stacklevel=4)
+    return {own: None if name in new else state[name] for name, own in names.items()}, [names[name] for name in new]
+
+
+def _optional(wanted: set[str], held: set[str]) -> tuple[set[str], set[str]]:
+    """Of the layers wanted and held: those that may start anew, and those that may be left out."""
+    may_start = {layer for layer in wanted if layer.startswith(_BACKBONE_NORMS)} | {_CLASSIFIER}
+    may_go = {layer for layer in held if layer.startswith(_BACKBONE_NORMS)} | {_CLASSIFIER}
+    if not held & (_FINAL_NORMS | {_CLASSIFIER}):
+        may_start |= _FINAL_NORMS
+    if not wanted & _FINAL_NORMS:
+        may_go |= _FINAL_NORMS
+    return may_start & (wanted - held), may_go & (held - wanted)
+
+
+def _check_head(cls: str, checkpoint: Checkpoint, wanted_norms: set[str], format: str) -> None:
+    """Refuse a model whose head computes something else than the checkpoint's did."""
+    if checkpoint.head_norm_first and "head.norm" in wanted_norms:
+        raise ValueError(f"the checkpoint normalises before pooling (norm_pre), {cls} as it is built after pooling")
+    if checkpoint.global_pool == "max" and wanted_norms and format != "timm":
+        raise ValueError(f"the checkpoint pools by maximum, {cls} by average")
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _layers(names: Sequence[str] | dict[str, object]) -> set[str]:
+    return {_layer(name) for name in names}
+
+
+def _mismatch(tensor: Tensor, expected: Tensor) -> str:
+    """What is wrong with a tensor; an empty string if nothing is."""
+    if not tensor.is_floating_point():
+        return f"of {tensor.dtype}, expected a floating dtype"
+    if tensor.shape != expected.shape:
+        return f"{tuple(tensor.shape)}, expected {tuple(expected.shape)}"
+    return ""
+
+
+def _listed(keys: Sequence[str]) -> str:
+    more = f", … and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
+    return ", ".join(keys[:_LISTED]) + more

@@ -1,0 +1,262 @@
+"""Reading tensors from checkpoint files without running what is in them, and writing files whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import re
+import secrets
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import find_file
+
+SAFETENSORS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# In the order of preference that transformers has.
+WEIGHT_FILES = (SAFETENSORS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json", "model.pth")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
+
+
+def read_weights(source: str | Path, *, use_ema: bool = False) -> dict[str, Tensor]:
+    """The tensors of a file, folder or hub id, on the CPU, under the names they have there.
+
+    Files are mapped into memory where their kind allows. Checkpoints of a training run are looked into (``model`` or
+    ``state_dict``; ``model_ema`` or ``state_dict_ema`` with ``use_ema``), and the prefixes that DistributedDataParallel
+    and torch.compile add are taken off.
+
+    Raises:
+        FileNotFoundError: no such file, folder or hub repository; no weights in it; or a shard is missing.
+        ValueError: a file is damaged, is of another kind, or would run code.
+    """
+    path = Path(source).expanduser()
+    if path.suffix in WEIGHT_SUFFIXES and not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.is_file():
+        source, file = path.parent, path
+    else:
+        file = find_file(source, *WEIGHT_FILES)
+    content = _read_shards(source, file) if file.name.endswith(".index.json") else _read_file(file)
+    return _state_dict(content, file, use_ema)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a JSON {type(fields).__name__}: expected an object")
+    return fields
+
+
+def write_files(directory: Path, writers: Mapping[str, Callable[[Path], None]], stale: Iterable[str] = ()) -> None:
+    """Write files into a folder so that each appears whole or not at all, then remove ``stale`` ones.
+
+    Everything is first written and synchronised to disk under temporary names in the same folder; only then are the
+    files renamed, in the order given.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = {name: directory / f".{name}.{secrets.token_hex(4)}.tmp" for name in writers}
+    try:
+        for name, write in writers.items():
+            _create(temporary[name], write)
+        for name, path in temporary.items():
+            os.replace(path, directory / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    for name in stale:
+        (directory / name).unlink(missing_ok=True)
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def json_writer(fields: Mapping[str, Any]) -> Callable[[Path], None]:
+    """A writer of a JSON object, for `write_files`."""
+    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    return write
+
+
+def tensor_writers(name: str, tensors: Mapping[str, Tensor], max_bytes: int) -> dict[str, Callable[[Path], None]]:
+    """Writers of tensors as ``name``.safetensors or, beyond ``max_bytes``, as shards of at most that and an index.
+
+    A tensor larger than that gets a shard of its own.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {f"{name}.safetensors": safetensors_writer(tensors)}
+    names = [f"{name}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    writers = {file: safetensors_writer(shard) for file, shard in zip(names, shards, strict=True)}
+    return writers | {f"{name}.safetensors.index.json": json_writer(index)}
+
+
+def safetensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
+    """A writer of a .safetensors file, for `write_files`."""
+
+    def write(path: Path) -> None:
+        try:
+            save_file(_packed(tensors), path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write tensors to {path.parent}, is the disk full? ({error})") from error
+
+    return write
+
+
+def pickle_writer(tensors: Mapping[str, Tensor], key: str | None) -> Callable[[Path], None]:
+    """A writer of a .pth file, for `write_files`; the state dict nests under ``key`` where one is given."""
+
+    def write(path: Path) -> None:
+        packed = _packed(tensors)
+        try:
+            torch.save(packed if key is None else {key: packed}, path)
+        except RuntimeError as error:
+            raise OSError(f"cannot write tensors to {path.parent}, is the disk full? ({error})") from error
+
+    return write
+
+
+def size_in_bytes(size: int | str) -> int:
+    """A number of bytes, given as one or as "5GB", "200MB", "1.5GiB"; K, M and G are powers of 1000, or of 1024 with i.
+
+    Raises:
+        ValueError: neither, or less than 1.
+    """
+    units = {"": 1, **{f"{u}{b}": base**p for p, u in enumerate("KMGT", 1) for b, base in (("", 1000), ("I", 1024))}}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(size).upper())
+    count = int(float(match[1]) * units[match[2]]) if match and match[2] in units else 0
+    if isinstance(size, bool) or count < 1:
+        raise ValueError(f"the size is {size!r}: expected a number of bytes, or such as '5GB' or '200MB'")
+    return count
+
+
+def _create(path: Path, write: Callable[[Path], None]) -> None:
+    """Have ``write`` fill a new file, with the permissions of any new file, and wait until it is on disk."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = path.stat().st_mode
+    write(path)
+    path.chmod(mode)  # safetensors makes its files private
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, each alone in its storage: the file formats refuse shared ones or write them whole."""
+    packed, storages = {}, set()
+    for key, tensor in tensors.items():
+        if tensor.device.type == "meta":
+            raise ValueError(f"{key} is on the meta device and has no values to write")
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage()
+        if tensor.numel() and (storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages):
+            tensor = tensor.clone()
+            storage = tensor.untyped_storage()
+        storages.add(storage.data_ptr())
+        packed[key] = tensor
+    return packed
+
+
+def _read_shards(source: str | Path, index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} is no index of a sharded checkpoint: expected a 'weight_map' of keys to files")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise ValueError(f"{index} names the file {name!r}: expected the name of a file beside it")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(weight_map.values())):
+        try:
+            file = find_file(source, name)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{index} names the shard {name}, which is missing: {error}") from error
+        shard = _read_file(file)
+        absent = [key for key, where in weight_map.items() if where == name and key not in shard]
+        if absent:
+            raise ValueError(f"{index} places {', '.join(absent[:5])} in {name}, which does not hold them")
+        tensors.update(shard)
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file, or is cut short or damaged: {error}") from error
+    if path.suffix == ".json":
+        raise ValueError(f"{path} holds no weights: give the folder, or a file of {', '.join(WEIGHT_SUFFIXES)}")
+    with open(path, "rb") as file:
+        mappable = zipfile.is_zipfile(file)
+    try:
+        # Training scripts keep their command-line arguments in the file; a Namespace is a bag of attributes, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    except MemoryError:
+        raise
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            raise ValueError(
+                f"{path} is a pickle that wants {refused[1]} run or built, which loading refuses: "
+                "expected a file of tensors alone (save model.state_dict())"
+            ) from error
+        raise ValueError(f"{path} is no PyTorch checkpoint, or is damaged") from error
+    except Exception as error:  # a damaged file can raise anything, OSError included
+        raise ValueError(f"{path} is no PyTorch checkpoint, or is cut short or damaged: {error!r:.200}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: expected a dict of tensors")
+    return content
+
+
+def _state_dict(content: dict[str, Any], path: Path, use_ema: bool) -> dict[str, Tensor]:
+    """The state dict in what a file holds."""
+    plain, averaged = ("model", "state_dict"), ("model_ema", "state_dict_ema")
+    nested = {key: value for key, value in content.items() if isinstance(value, Mapping)}
+    chosen = [nested[key] for key in (averaged if use_ema else plain) if key in nested]
+    if chosen:
+        content = dict(chosen[0])
+    elif use_ema:
+        raise ValueError(f"{path} holds no averaged weights for use_ema=True: expected {' or '.join(averaged)}")
+    elif any(key in nested for key in averaged):
+        raise ValueError(f"{path} holds averaged weights alone: pass use_ema=True to load those")
+    strange = [key for key, value in content.items() if not isinstance(value, Tensor) or not isinstance(key, str)]
+    if strange:
+        held = f"{strange[0]!r}, a {type(content[strange[0]]).__name__}"
+        raise ValueError(f"{path} holds {held}: expected tensors by name, at the top or under {' or '.join(plain)}")
+    while content and any(all(key.startswith(prefix) for key in content) for prefix in _WRAPPERS):
+        content = {key.partition(".")[2]: value for key, value in content.items()}
+    return {key: value.detach() for key, value in content.items()}

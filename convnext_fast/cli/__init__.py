@@ -1,0 +1,5 @@
+"""The command ``convnext-fast``."""
+
+from .commands import main
+
+__all__ = ["main"]

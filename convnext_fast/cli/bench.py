@@ -1,0 +1,188 @@
+"""What `fuse` does for a model that someone already has: speed, memory and agreement, before and after."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import statistics
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import choose
+from ..fusion.apply import FuseReport, fuse
+from ..measuring import alternate, peak_bytes, relative_error, saved_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LIBRARIES = ("timm", "hf", "torchvision")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Cost(NamedTuple):
+    """Of one call, or of one training step (forward, backward, optimiser).
+
+    Attributes:
+        seconds: median over the rounds.
+        peak: bytes allocated at most beside what lay there before, on an accelerator; on a CPU, bytes that autograd
+            kept for the backward pass (0 for a call).
+    """
+
+    seconds: float
+    peak: int
+
+
+class Comparison(NamedTuple):
+    """One model before and after `fuse`.
+
+    Attributes:
+        report: what `fuse` did.
+        forward, training: each before and after.
+        output_error, gradient_error: relative error of the outputs, and the largest of the gradient of a parameter that
+            has one, between before and after, in evaluation, with one input.
+        path: what the fused ops ran.
+    """
+
+    report: FuseReport
+    forward: tuple[Cost, Cost]
+    training: tuple[Cost, Cost]
+    output_error: float
+    gradient_error: float
+    path: str
+
+
+def load_model(spec: str) -> nn.Module:
+    """The model that ``timm:NAME``, ``torchvision:NAME`` (random weights) or ``hf:DIR`` (its own) names.
+
+    Raises:
+        ValueError: it names none.
+        ImportError: the library is not installed.
+        OSError: there is no such checkpoint.
+    """
+    library, _, name = spec.partition(":")
+    if library not in LIBRARIES or not name:
+        raise ValueError(f"model is {spec!r}: expected timm:NAME, torchvision:NAME or hf:DIR")
+    package = "transformers" if library == "hf" else library
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{spec} needs {package} ({error}): pip install {package}") from error
+    if library == "hf":
+        config = module.AutoConfig.from_pretrained(name)
+        architecture = getattr(module, (config.architectures or ["AutoModel"])[0], module.AutoModel)
+        return architecture.from_pretrained(name)
+    try:
+        return module.create_model(name) if library == "timm" else module.models.get_model(name)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{package} has no model {name!r}: {error}") from error
+
+
+def compare(model: nn.Module, images: Tensor, autocast: torch.dtype | None = None, rounds: int = 5) -> Comparison:
+    """Measure ``model`` on ``images`` (N, C, H, W), then the fused copy; neither changes.
+
+    Before and after take turns, so that both see the same machine. ``autocast`` is the dtype to compute in, or None.
+    """
+    device = images.device
+    models = [copy.deepcopy(model).to(device) for _ in range(2)]
+    report = fuse(models[1])
+    context = torch.autocast(device.type, autocast or torch.float32, enabled=autocast is not None)
+    results = []
+    with context:
+        for m in models:
+            m.eval().zero_grad()
+            outputs = _tensors(m(images))
+            sum(output.float().square().mean() for output in outputs).backward()
+            gradients = {name: p.grad for name, p in m.named_parameters() if p.grad is not None}
+            results.append(([output.detach() for output in outputs], gradients))
+            m.zero_grad()
+        (outputs, gradients), (fused_outputs, fused_gradients) = results
+        output_error = max(relative_error(a, b) for a, b in zip(fused_outputs, outputs, strict=True))
+        gradient_error = max((relative_error(fused_gradients[k], v) for k, v in gradients.items()), default=0.0)
+
+        def forward(m: nn.Module) -> None:
+            with torch.no_grad():
+                m(images)
+
+        forwards = _costs(models, forward, device, rounds)
+        optimisers = {m: torch.optim.SGD(m.train().parameters(), lr=0.0) for m in models}
+
+        def step(m: nn.Module) -> None:
+            sum(output.float().square().mean() for output in _tensors(m(images))).backward()
+            optimisers[m].step()
+            optimisers[m].zero_grad()
+
+        trainings = _costs(models, step, device, rounds)
+    path = choose.select(device, autocast or images.dtype)
+    return Comparison(report, forwards, trainings, output_error, gradient_error, path)
+
+
+def run(
+    console: Console,
+    spec: str,
+    device: torch.device,
+    *,
+    batch_size: int = 8,
+    image_size: int = 224,
+    dtype: str = "float32",
+    rounds: int = 5,
+) -> int:
+    """Compare a model before and after `fuse` and print it; 1 where no block could be fused, else 0.
+
+    Raises:
+        ValueError, ImportError, OSError: as `load_model`.
+    """
+    from ..console import print_table
+
+    model = load_model(spec)
+    channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, channels, image_size, image_size, generator=generator).to(device)
+    with console.status("measuring"):
+        found = compare(model, images, None if dtype == "float32" else DTYPES[dtype], rounds)
+    console.print(str(found.report), markup=False, soft_wrap=True)
+    on_cpu = device.type == "cpu"
+    rows = []
+    for name, (before, after) in (("forward", found.forward), ("training step", found.training)):
+        speeds = [f"{batch_size / cost.seconds:,.1f} images/s" for cost in (before, after)]
+        rows.append((name, *speeds, f"{before.seconds / after.seconds:.2f} times as fast"))
+        if before.peak:
+            sizes = [f"{cost.peak / 2**20:,.1f} MiB" for cost in (before, after)]
+            memory = "kept for backward" if on_cpu else f"peak memory, {name}"
+            rows.append((memory, *sizes, f"{after.peak / before.peak:.2f} of it"))
+    title = f"{spec}, {batch_size} images of {image_size}×{image_size}, {dtype}, {device.type} ({found.path})"
+    print_table(console, title, ("", "before", "after", "after / before"), rows)
+    console.print(
+        f"Outputs within {found.output_error:.1e} of the unfused model's, gradients within {found.gradient_error:.1e} "
+        "(relative).",
+        soft_wrap=True,
+    )
+    return 0 if found.report.fused or found.report.partly_fused else 1
+
+
+def _costs(
+    models: list[nn.Module], call: Callable[[nn.Module], None], device: torch.device, rounds: int
+) -> tuple[Cost, ...]:
+    calls = [functools.partial(call, model) for model in models]
+    peaks = [_peak(model, one, device) for model, one in zip(models, calls, strict=True)]
+    times = alternate(calls, device, rounds)
+    return tuple(Cost(statistics.median(taken), peak) for taken, peak in zip(times, peaks, strict=True))
+
+
+def _peak(model: nn.Module, call: Callable[[], None], device: torch.device) -> int:
+    """Bytes as in `Cost`; the call also warms up."""
+    if device.type == "cpu":
+        return saved_bytes(call, model.parameters())
+    call()
+    return peak_bytes(call, device)
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """The floating tensors in a model's outputs."""
+    if isinstance(outputs, Tensor):
+        return [outputs] if outputs.is_floating_point() else []
+    values = outputs.values() if hasattr(outputs, "values") else outputs
+    return [tensor for value in values if value is not None for tensor in _tensors(value)]

@@ -1,0 +1,201 @@
+"""Labels for pictures: a model and its image processor, fed with files, folders and standard input."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+import torch
+
+from ..config import ConvNextConfig
+from ..images.files import find_images, open_image, to_channels
+from ..images.processor import ConvNextImageProcessor
+from ..models.huggingface import ConvNextForImageClassification
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STDIN = "-"
+
+
+class Prediction(NamedTuple):
+    """A class, its index, and its score: a probability, or the raw output of a regression."""
+
+    label: str
+    index: int
+    score: float
+
+
+class Result(NamedTuple):
+    """What became of one source: predictions, best first, or an error."""
+
+    name: str
+    predictions: list[Prediction]
+    error: str | None = None
+
+
+def default_processor(config: ConvNextConfig) -> ConvNextImageProcessor:
+    """The preprocessing that ImageNet models are trained with: ``image_size`` after a crop of 7/8, its mean and std.
+
+    Models of another number of channels than three get a mean and std of 0.5.
+
+    Raises:
+        ValueError: ``image_size`` is not square.
+    """
+    if not isinstance(config.image_size, int) and len(set(config.image_size)) != 1:
+        raise ValueError(f"image_size is {config.image_size}: expected a square for an image processor")
+    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if config.num_channels == 3 else (0.5, 0.5)
+    return ConvNextImageProcessor(size=size, image_mean=mean, image_std=std)
+
+
+def load_processor(source: str | Path, config: ConvNextConfig) -> tuple[ConvNextImageProcessor, bool]:
+    """The processor of a folder or hub id, or else `default_processor`; and whether it has one of its own."""
+    if Path(source).is_file():
+        return default_processor(config), False
+    try:
+        return ConvNextImageProcessor.from_pretrained(source), True
+    except FileNotFoundError:
+        return default_processor(config), False
+
+
+class Classifier:
+    """A classification model, ready for inference, with the preprocessing it was trained with.
+
+    Args:
+        model: with at least one class; frozen for inference where it runs the fused ops.
+        processor: makes its input.
+    """
+
+    def __init__(self, model: ConvNextForImageClassification, processor: ConvNextImageProcessor):
+        if not model.config.num_labels:
+            raise ValueError("the model has no classifier (num_labels is 0): expected one with classes")
+        self.model = model.eval()
+        if model.fused:
+            model.freeze()
+        self.processor, self.channels = processor, model.config.num_channels
+
+    def prepare(self, image: PIL.Image.Image) -> np.ndarray:
+        """A picture of any size and mode as the model's input (channels, height, width), float32."""
+        return self.processor(to_channels(image, self.channels)).pixel_values[0]
+
+    @torch.inference_mode()
+    def logits(self, inputs: Sequence[np.ndarray], batch_size: int) -> torch.Tensor:
+        """The model's outputs (N, num_labels) in float32 on the CPU, for N ≥ 1 inputs of `prepare`."""
+        like = next(self.model.parameters())
+        outputs = []
+        for first in range(0, len(inputs), batch_size):
+            batch = torch.from_numpy(np.stack(inputs[first : first + batch_size]))
+            outputs.append(self.model(batch.to(like.device, like.dtype)).logits.float().cpu())
+        return torch.cat(outputs)
+
+    def predictions(self, logits: torch.Tensor, top_k: int) -> list[Prediction]:
+        """The ``top_k`` best classes (or as many as there are) of one row of `logits`."""
+        config = self.model.config
+        if config.problem_type == "regression" or config.num_labels == 1:
+            scores = logits
+        elif config.problem_type == "multi_label_classification":
+            scores = logits.sigmoid()
+        else:
+            scores = logits.softmax(-1)
+        best = scores.topk(min(top_k, len(scores)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [Prediction(config.id2label[index], index, score) for index, score in pairs]
+
+
+def sources(arguments: Iterable[str], standard_input: io.BufferedIOBase) -> Iterator[tuple[str, Path | bytes | str]]:
+    """(name, file, its bytes, or an error) of each picture that the arguments name: files, folders, and "-".
+
+    "-" stands for ``standard_input``: the bytes of one picture, or paths of files and folders, one a line.
+    """
+    for argument in arguments:
+        if argument == STDIN:
+            yield from _standard_input(standard_input.read())
+        else:
+            yield from _path(argument)
+
+
+def _path(argument: str) -> Iterator[tuple[str, Path | str]]:
+    path = Path(argument).expanduser()
+    if not path.is_dir():
+        yield argument, path
+        return
+    images = find_images(path)
+    if not images:
+        yield argument, "the folder holds no image that pillow can read"
+    for image in images:
+        yield str(image), image
+
+
+def _standard_input(data: bytes) -> Iterator[tuple[str, Path | bytes | str]]:
+    try:
+        with PIL.Image.open(io.BytesIO(data)):
+            yield "standard input", data
+            return
+    except PIL.UnidentifiedImageError:
+        pass
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError):
+        # An image, but not a sound one: decoding it will say what is wrong.
+        yield "standard input", data
+        return
+    try:
+        lines = [line.strip() for line in data.decode().splitlines()]
+    except UnicodeDecodeError:
+        yield "standard input", "neither an image that pillow can read nor a list of paths"
+        return
+    paths = [line for line in lines if line]
+    if not paths:
+        yield "standard input", "no image and no path in it"
+    for path in paths:
+        yield from _path(path)
+
+
+def classify(
+    classifier: Classifier, pictures: Iterable[tuple[str, Path | bytes | str]], *, top_k: int, batch_size: int
+) -> Iterator[Result]:
+    """A `Result` for each of ``pictures`` (see `sources`), in order; an error in one does not stop the others.
+
+    Pictures are read, and results come, a batch at a time.
+    """
+    waiting: list[tuple[str, np.ndarray | str]] = []
+    shape = None
+    for name, source in pictures:
+        entry = source if isinstance(source, str) else _input(classifier, source)
+        if isinstance(entry, np.ndarray) and entry.shape != shape:
+            # A processor that does not resize gives inputs of many sizes: a batch has one.
+            yield from _results(classifier, waiting, top_k, batch_size)
+            waiting, shape = [], entry.shape
+        waiting.append((name, entry))
+        if len(waiting) >= batch_size:
+            yield from _results(classifier, waiting, top_k, batch_size)
+            waiting = []
+    yield from _results(classifier, waiting, top_k, batch_size)
+
+
+def _input(classifier: Classifier, source: Path | bytes) -> np.ndarray | str:
+    """A picture as the model's input, or what is wrong with it."""
+    try:
+        return classifier.prepare(open_image(source, classifier.channels))
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError as error:
+        return str(error)
+
+
+def _results(
+    classifier: Classifier, entries: list[tuple[str, np.ndarray | str]], top_k: int, batch_size: int
+) -> Iterator[Result]:
+    inputs = [entry for _, entry in entries if isinstance(entry, np.ndarray)]
+    error = None
+    try:
+        rows = iter(classifier.logits(inputs, batch_size) if inputs else ())
+    except ValueError as refusal:
+        # All inputs of a batch have one shape, so the model refuses all of them.
+        error = str(refusal)
+    for name, entry in entries:
+        if isinstance(entry, str) or error:
+            yield Result(name, [], entry if isinstance(entry, str) else error)
+        else:
+            yield Result(name, classifier.predictions(next(rows), top_k))

@@ -1,0 +1,71 @@
+"""A model as an ONNX file, checked with onnxruntime."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+
+from ..checkpoints.tensor_files import write_files
+from ..models.convnext import ConvNext
+from ..models.switches import check_image
+
+
+def export_onnx(model: ConvNext, path: Path, height: int, width: int) -> float:
+    """Write ``model`` as ONNX and return how far onnxruntime's logits are from its own, relative to the largest.
+
+    The file takes ``pixel_values`` (N, num_channels, height, width) float32, N any number, and gives ``logits``
+    (N, num_classes). It is whole in itself and of standard operators alone.
+
+    Args:
+        model: with a classifier; it is put into evaluation mode.
+        path: ends in .onnx.
+        height, width: of the images.
+
+    Raises:
+        ImportError: the extra ``export`` is not installed.
+        OSError: the file cannot be written.
+        ValueError: ``path`` ends otherwise, the model has no classifier, or the file does not compute what the model
+            does.
+    """
+    if path.suffix != ".onnx":
+        raise ValueError(f"the file is {path}: expected a name that ends in .onnx")
+    if not model.num_classes:
+        raise ValueError("the model has no classifier (num_classes is 0): expected one with classes")
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch.onnx needs it and says so less clearly)
+    except ImportError as error:
+        raise ImportError(f"ONNX needs more packages ({error}): pip install 'convnext-fast[export]'") from error
+    images = torch.randn(2, model.config.num_channels, height, width)
+    check_image(images, model.config, "the image")
+    # PyTorch says that torchvision's operators, of which a ConvNeXt has none, are missing, and warns of its own calls.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.onnx.export(
+            model.eval(),
+            (images,),
+            dynamo=True,
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("N")},),
+            verbose=False,
+        )
+
+    def write(file: Path) -> None:
+        program.save(file, external_data=False)
+
+    with torch.no_grad():
+        images = torch.randn(3, *images.shape[1:])
+        expected = model(images)
+    write_files(path.parent, {path.name: write})
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"pixel_values": images.numpy()})
+    error = float((torch.from_numpy(logits) - expected).abs().max() / expected.abs().max())
+    if not error < 1e-3:
+        path.unlink()
+        raise ValueError(f"onnxruntime gives other logits than the model, by {error:.1e} of the largest")
+    return error

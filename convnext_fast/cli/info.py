@@ -1,0 +1,171 @@
+"""What a ConvNeXt costs, counted from its configuration, and what runs on this machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from .. import __version__
+from ..backends import choose
+from ..backends.cpu import llvm
+from ..config import VARIANTS, ConvNextConfig
+from ..models.layers import KERNEL_SIZE
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Count(NamedTuple):
+    """Part of a network, counted.
+
+    Attributes:
+        name: "stem", "stage1", …, "head".
+        blocks: ConvNeXt blocks in it.
+        channels, height, width: of its output.
+        parameters: elements of its weights.
+        macs: multiply-accumulates of its convolutions and linear layers for one image.
+    """
+
+    name: str
+    blocks: int
+    channels: int
+    height: int
+    width: int
+    parameters: int
+    macs: int
+
+
+def count(config: ConvNextConfig, image_size: int | tuple[int, int] | None = None) -> list[Count]:
+    """The stem, each stage with the downsampling before it, and the head, for one image.
+
+    Papers give multiply-accumulates as "FLOPs" (4.5 G for ConvNeXt-T at 224²); a count of additions and products is
+    twice that.
+
+    Args:
+        config: the network.
+        image_size: side, or (height, width); None takes the configuration's.
+    """
+    size = config.image_size if image_size is None else image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    patch_h, patch_w = config.patch_shape
+    before = config.hidden_sizes[0]
+    height, width = height // patch_h, width // patch_w
+    weights = config.num_channels * patch_h * patch_w * before
+    counts = [Count("stem", 0, before, height, width, weights + 3 * before, weights * height * width)]
+    scale = 1 if config.layer_scale_init_value > 0 else 0
+    for i, (channels, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
+        parameters = macs = 0
+        if i:
+            height, width = height // 2, width // 2
+            weights = 4 * before * channels
+            parameters, macs = weights + channels + 2 * before, weights * height * width
+        weights = KERNEL_SIZE**2 * channels + 8 * channels**2
+        # Biases of three layers (C, 4C, C), LayerNorm's two vectors, and γ.
+        parameters += depth * (weights + (8 + scale) * channels)
+        macs += depth * weights * height * width
+        counts.append(Count(f"stage{i + 1}", depth, channels, height, width, parameters, macs))
+        before = channels
+    classifier = before * config.num_labels
+    head = Count("head", 0, config.num_labels or before, 1, 1, classifier + config.num_labels + 2 * before, classifier)
+    return [*counts, head]
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and each kind of accelerator that PyTorch finds here."""
+    found = [torch.device("cpu")]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return found if accelerator is None else [*found, torch.device(accelerator.type)]
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what it stands on; "not installed" where something is missing."""
+    found = {"convnext-fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "llvmlite", "numpy", "pillow", "safetensors", "huggingface_hub", "rich", "scikit-learn"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    if torch.version.cuda or torch.version.hip:
+        found["cuda" if torch.version.cuda else "rocm"] = torch.version.cuda or torch.version.hip
+    return found
+
+
+def print_here(console: Console) -> None:
+    """Print versions, and for each device the path that ``fused=True`` takes in each dtype."""
+    from ..console import print_table
+
+    print_table(console, "Versions", None, list(versions().items()))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    rows = []
+    for device in devices():
+        name = device.type if device.type != "cuda" else f"cuda ({torch.cuda.get_device_name()})"
+        rows.append((name, *(choose.select(device, dtype) for dtype in dtypes)))
+    columns = ("device", *(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    print_table(console, "What fused=True runs here", columns, rows)
+    console.print(f"CONVNEXT_FAST_BACKEND is {choose.REQUEST}.", soft_wrap=True)
+    console.print(f"Kernels for this CPU: {llvm.describe()}.")
+
+
+def print_variants(console: Console) -> None:
+    """Print the size of each named variant, with 1000 classes at 224²."""
+    from ..console import print_table
+
+    rows = []
+    for name, (depths, widths) in VARIANTS.items():
+        counts = count(ConvNextConfig.from_variant(name, num_labels=1000))
+        total, macs = sum(part.parameters for part in counts), sum(part.macs for part in counts)
+        rows.append((name, "-".join(map(str, depths)), "-".join(map(str, widths)), _short(total), _short(macs)))
+    columns = ("name", "depths", "widths", "parameters", "multiply-adds")
+    print_table(console, "Variants (1000 classes, 224×224)", columns, rows)
+
+
+def print_config(console: Console, config: ConvNextConfig, title: str) -> None:
+    """Print what each part of a network costs for one image of the configuration's size."""
+    from ..console import print_table
+
+    counts = count(config)
+    parameters, macs = sum(part.parameters for part in counts), sum(part.macs for part in counts)
+    rows = []
+    for part in counts:
+        size = "" if part.name == "head" else f"{part.height}×{part.width}"
+        cost = (_short(part.parameters), _short(part.macs), f"{part.macs / macs:.0%}" if macs else "")
+        rows.append((part.name, str(part.blocks or ""), str(part.channels), size, *cost))
+    rows.append(("all", str(sum(config.depths)), "", "", _short(parameters), _short(macs), ""))
+    columns = ("part", "blocks", "channels", "output", "parameters", "multiply-adds", "share")
+    print_table(console, title, columns, rows, total=True)
+    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    console.print(
+        f"One image of {config.num_channels}×{height}×{width}; {config.num_labels} classes; {config.activation}. "
+        "Multiply-adds are what papers call FLOPs: products and sums are twice as many."
+    )
+
+
+def print_checkpoint(console: Console, source: str) -> None:
+    """Print the format and the size of a checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no checkpoint there, or not one of a ConvNeXt.
+    """
+    from ..checkpoints.load_save import load_checkpoint
+
+    checkpoint = load_checkpoint(source)
+    print_config(console, checkpoint.config, source)
+    tensors = [*checkpoint.state_dict.values(), *checkpoint.extra.values()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+    order = "before" if checkpoint.head_norm_first else "after"
+    console.print(
+        f"Names of {checkpoint.format}; {len(tensors)} tensors, {size:,} bytes of {', '.join(dtypes)}; "
+        f"the last LayerNorm is {order} the pooling."
+    )
+
+
+def _short(value: int) -> str:
+    """Three significant digits or more, with a prefix of ten's powers."""
+    for factor, prefix in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= factor:
+            return f"{value / factor:.{1 if value >= 100 * factor else 2}f} {prefix}"
+    return str(value)

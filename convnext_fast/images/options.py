@@ -1,0 +1,182 @@
+"""The image processor's options: their types, defaults and checks."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import PIL.Image
+
+from .batch_feature import FRAMEWORKS
+from .transforms import CHANNELS_FIRST, CHANNELS_LAST
+
+_SIZE_KEYS = (
+    {"shortest_edge"},
+    {"height", "width"},
+    {"shortest_edge", "longest_edge"},
+    {"longest_edge"},
+    {"max_height", "max_width"},
+    {"min_pixels", "max_pixels"},
+)
+
+
+class ImageOptions(TypedDict, total=False):
+    """What `ConvNextImageProcessor` takes at construction and in a call; None means the default, or the processor's.
+
+    Attributes:
+        do_resize: resize to ``size`` (default True).
+        size: the output's side as an integer or ``{"shortest_edge": side}`` (default 384). Under 384 the shorter side
+            becomes ``int(side / crop_pct)`` and the middle square is cut out; from 384 on the image is warped to a
+            square. Other keys that transformers knows are kept; a ``longest_edge`` is not used, as there.
+        crop_pct: see ``size`` (default 224 / 256).
+        resample: a ``PIL.Image.Resampling`` or its number (default bicubic).
+        do_center_crop, crop_size: cut out the middle, an integer, (height, width) or ``{"height": …, "width": …}``,
+            zeros where the image is smaller (default: no).
+        do_rescale, rescale_factor: multiply the values (default True and 1 / 255). An array of fractions in [0, 1]
+            is multiplied too, as in transformers: pass ``do_rescale=False`` for it.
+        do_normalize, image_mean, image_std: subtract and divide (default True and 0.5), numbers or one per channel.
+        do_convert_rgb: make three channels of any image first, transparency over white (default: no).
+        return_tensors: None for a list of numpy arrays, one for each image; "np", "pt", "jax" or "tf" for one batch.
+        data_format: "channels_first" or "channels_last", of the output (default "channels_first").
+        input_data_format: the same, of 3-D input arrays; None infers it from their shape.
+    """
+
+    do_resize: bool | None
+    size: int | Sequence[int] | Mapping[str, int] | None
+    crop_pct: float | None
+    resample: PIL.Image.Resampling | int | None
+    do_center_crop: bool | None
+    crop_size: int | Sequence[int] | Mapping[str, int] | None
+    do_rescale: bool | None
+    rescale_factor: float | None
+    do_normalize: bool | None
+    image_mean: float | Sequence[float] | None
+    image_std: float | Sequence[float] | None
+    do_convert_rgb: bool | None
+    return_tensors: str | None
+    data_format: str | None
+    input_data_format: str | None
+
+
+def check_option(name: str, value: Any) -> Any:
+    """``value`` of the option ``name`` in its one form: sizes as dictionaries, numbers as floats; None stays None.
+
+    Raises:
+        TypeError, ValueError: the wrong type or value; the message names the option and what is allowed.
+    """
+    return None if value is None else _CHECKS[name](name, value)
+
+
+def check_names(names: Any) -> None:
+    """Raise a TypeError that names the first of ``names`` that is no option."""
+    for name in names:
+        if name not in _CHECKS:
+            raise TypeError(f"unknown option {name!r}: expected one of {', '.join(_CHECKS)}")
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is {value!r}: expected True or False")
+    return bool(value)
+
+
+def _number(name: str, value: Any, positive: bool = False) -> float:
+    allowed = "a positive number" if positive else "a finite number"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}: expected {allowed}")
+    value = float(value)
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} is {value}: expected {allowed}")
+    return value
+
+
+def _positive(name: str, value: Any) -> float:
+    return _number(name, value, positive=True)
+
+
+def _per_channel(name: str, value: Any) -> float | list[float]:
+    check = _positive if name == "image_std" else _number
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        return check(name, value)
+    if not value:
+        raise ValueError(f"{name} is empty: expected a number, or one for each channel")
+    return [check(f"{name}[{i}]", item) for i, item in enumerate(value)]
+
+
+def _size(name: str, value: Any) -> dict[str, int]:
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        value = {"shortest_edge": value} if name == "size" else {"height": value, "width": value}
+    elif isinstance(value, (list, tuple)) and len(value) == 2:
+        value = {"height": value[0], "width": value[1]}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} is {value!r}: expected an integer, two as (height, width), or a dictionary of sizes")
+    if set(value) not in _SIZE_KEYS:
+        allowed = ", ".join("{" + ", ".join(sorted(keys)) + "}" for keys in _SIZE_KEYS)
+        raise ValueError(f"{name} has the keys {sorted(map(str, value))}: expected one of {allowed}")
+    for key, item in value.items():
+        if isinstance(item, bool) or not isinstance(item, numbers.Integral):
+            raise TypeError(f"{name}[{key!r}] is {item!r}: expected a positive integer")
+        if item < 1:
+            raise ValueError(f"{name}[{key!r}] is {item}: expected a positive integer")
+    return {key: int(item) for key, item in value.items()}
+
+
+def _resample(name: str, value: Any) -> PIL.Image.Resampling:
+    allowed = ", ".join(f"{filter.value} ({filter.name})" for filter in sorted(PIL.Image.Resampling))
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} is {value!r}: expected a PIL.Image.Resampling or its number: {allowed}")
+    try:
+        return PIL.Image.Resampling(int(value))
+    except ValueError:
+        raise ValueError(f"{name} is {value}: expected a PIL.Image.Resampling or its number: {allowed}") from None
+
+
+def _one_of(*allowed: str) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        # Enumerations of strings, such as transformers' ChannelDimension and TensorType, carry the string as value.
+        text = getattr(value, "value", value)
+        if not isinstance(text, str):
+            raise TypeError(f"{name} is {value!r}: expected one of {', '.join(allowed)}")
+        if text not in allowed:
+            raise ValueError(f"{name} is {text!r}: expected one of {', '.join(allowed)}")
+        return text
+
+    return check
+
+
+_LAYOUT = _one_of(CHANNELS_FIRST, CHANNELS_LAST)
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "do_resize": _flag,
+    "size": _size,
+    "crop_pct": _positive,
+    "resample": _resample,
+    "do_center_crop": _flag,
+    "crop_size": _size,
+    "do_rescale": _flag,
+    "rescale_factor": _number,
+    "do_normalize": _flag,
+    "image_mean": _per_channel,
+    "image_std": _per_channel,
+    "do_convert_rgb": _flag,
+    "return_tensors": _one_of(*FRAMEWORKS),
+    "data_format": _LAYOUT,
+    "input_data_format": _LAYOUT,
+}
+DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(_CHECKS),
+    "do_resize": True,
+    "size": {"shortest_edge": 384},
+    "crop_pct": 224 / 256,
+    "resample": PIL.Image.Resampling.BICUBIC,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+"""Every option with its default; None means unset."""

@@ -1,0 +1,275 @@
+"""`ConvNextImageProcessor`: pictures in, ``pixel_values`` out, with the pixels of transformers' PIL processor."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+
+from ..checkpoints.tensor_files import json_writer, write_files
+from .batch_feature import BatchFeature, to_framework
+from .options import DEFAULTS, ImageOptions, check_names, check_option
+from .transforms import (
+    CHANNELS_LAST,
+    Picture,
+    center_crop,
+    flatten_images,
+    output_dtype,
+    picture_size,
+    read_picture,
+    rescale_and_normalize,
+    resize,
+    shortest_edge_size,
+    to_array,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+FILE_NAME = "preprocessor_config.json"
+WARP_EDGE = 384
+"""From this size on an image is warped to a square; below it is resized by ``crop_pct`` and cropped."""
+_TYPES = (
+    "ConvNextImageProcessor",
+    "ConvNextFeatureExtractor",
+    "ConvNextImageProcessorFast",
+    "ConvNextImageProcessorPil",
+)
+_NEEDS = {
+    "do_resize": ("size", "crop_pct", "resample"),
+    "do_center_crop": ("crop_size",),
+    "do_rescale": ("rescale_factor",),
+    "do_normalize": ("image_mean", "image_std"),
+}
+
+
+MOST_PIXELS = 1 << 27
+"""Of a resized picture; a narrow one, whose shorter edge gives the size, would take gigabytes."""
+
+
+class ConvNextImageProcessor:
+    """Prepares images for a ConvNeXt: resize and crop, rescale, normalise.
+
+    The pixels equal those of transformers' ``ConvNextImageProcessorPil``. Every option of `ImageOptions` is an
+    attribute and may be assigned; values are checked at construction and at each call.
+
+    Args:
+        **options: see `ImageOptions`. Any other key is kept in ``extra`` and written back by `save_pretrained`.
+
+    Raises:
+        TypeError, ValueError: an option has the wrong type or value; the message names it and what is allowed.
+    """
+
+    model_input_names = ("pixel_values",)
+
+    do_resize: bool
+    size: dict[str, int]
+    crop_pct: float
+    resample: PIL.Image.Resampling
+    do_center_crop: bool | None
+    crop_size: dict[str, int] | None
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: float | list[float]
+    image_std: float | list[float]
+    do_convert_rgb: bool | None
+    return_tensors: str | None
+    data_format: str | None
+    input_data_format: str | None
+
+    def __init__(self, **options: Unpack[ImageOptions]):
+        extra: dict[str, Any] = {name: value for name, value in options.items() if name not in DEFAULTS}
+        old_type = extra.pop("feature_extractor_type", None)
+        kind = extra.pop("image_processor_type", None) or old_type or _TYPES[0]
+        extra.pop("processor_class", None)
+        if kind not in _TYPES:
+            raise ValueError(f"image_processor_type is {kind!r}: expected one of {', '.join(_TYPES)}")
+        for name, default in DEFAULTS.items():
+            value = options.get(name)
+            setattr(self, name, check_option(name, default if value is None else value))
+        self.extra = extra
+
+    def __call__(self, images: Any, **options: Unpack[ImageOptions]) -> BatchFeature:
+        """See `preprocess`."""
+        return self.preprocess(images, **options)
+
+    def preprocess(self, images: Any, **options: Unpack[ImageOptions]) -> BatchFeature:
+        """``pixel_values`` of one image or many, floating point unless neither rescaled nor normalised.
+
+        Args:
+            images: a PIL image; a numpy array or torch tensor, (height, width), (channels, height, width) or
+                (height, width, channels), or a batch of the latter two in 4 dimensions; or a list of any of those, or
+                of lists of them. Values are 0 to 255. Files are for the caller to open.
+            **options: see `ImageOptions`; for this call, in place of the processor's own.
+
+        Returns:
+            `BatchFeature` with ``pixel_values``: (batch, channels, height, width), channels last if so asked, or
+            without ``return_tensors`` a list with one array for each image.
+
+        Raises:
+            TypeError: an unknown option, or something that is no image.
+            ValueError: an option's value, an image that cannot be processed (the message names which one and why), or
+                images of different sizes for one batch.
+            ImportError: ``return_tensors`` asks for a framework that is not installed.
+        """
+        values = self._resolve(options)
+        arrays, factors = [], []
+        for i, image in enumerate(flatten_images(images)):
+            where = f"image {i}"
+            picture = read_picture(image, where, values["input_data_format"], bool(values["do_convert_rgb"]))
+            picture, fractions = self._shape(picture, values, where)
+            array = to_array(picture)
+            if values["do_normalize"]:
+                _check_channels(array.shape[0], values, where)
+            arrays.append(array)
+            factors.append(
+                ([1 / 255] if fractions else []) + ([values["rescale_factor"]] if values["do_rescale"] else [])
+            )
+
+        mean, std = (values["image_mean"], values["image_std"]) if values["do_normalize"] else (None, None)
+        dtypes = [
+            output_dtype(array.dtype, bool(by), mean is not None) for array, by in zip(arrays, factors, strict=True)
+        ]
+        outputs = _allocate([array.shape for array in arrays], dtypes, values)
+        last = values["data_format"] == CHANNELS_LAST
+        for array, by, output in zip(arrays, factors, outputs, strict=True):
+            rescale_and_normalize(array, by, mean, std, output.transpose(2, 0, 1) if last else output)
+        framework = values["return_tensors"]
+        return BatchFeature(pixel_values=outputs if framework is None else to_framework(outputs, framework))
+
+    def _resolve(self, options: ImageOptions) -> dict[str, Any]:
+        check_names(options)
+        values: dict[str, Any] = {}
+        for name in DEFAULTS:
+            value = options.get(name)
+            values[name] = check_option(name, getattr(self, name) if value is None else value)
+        for step, needed in _NEEDS.items():
+            missing = [name for name in needed if values[step] and values[name] is None]
+            if missing:
+                raise ValueError(f"{missing[0]} is None: {step}=True needs it")
+        return values
+
+    @staticmethod
+    def _shape(picture: Picture, values: Mapping[str, Any], where: str) -> tuple[Picture, bool]:
+        fractions = False
+        if values["do_resize"]:
+            side = values["size"].get("shortest_edge")
+            if side is None:
+                raise ValueError(f"size is {values['size']}: expected an integer or {{'shortest_edge': …}} to resize")
+            target = (side, side)
+            if side < WARP_EDGE:
+                edge = int(side / values["crop_pct"])
+                if edge < 1:
+                    raise ValueError(f"crop_pct is {values['crop_pct']}: it resizes to no pixel with size {side}")
+                target = shortest_edge_size(*picture_size(picture), edge)
+            if target[0] * target[1] > MOST_PIXELS:
+                raise ValueError(f"{where} would be resized to {target[0]}×{target[1]} pixels, beyond {MOST_PIXELS:,}")
+            picture, fractions = resize(picture, target, values["resample"], where)
+            if side < WARP_EDGE:
+                picture = center_crop(picture, (side, side))
+        if values["do_center_crop"]:
+            crop = values["crop_size"]
+            if "height" not in crop:
+                raise ValueError(f"crop_size is {crop}: expected an integer or {{'height': …, 'width': …}}")
+            picture = center_crop(picture, (crop["height"], crop["width"]))
+        return picture, fractions
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options that are not None, with the extra keys, as ``preprocessor_config.json`` holds them."""
+        fields = copy.deepcopy(self.extra)
+        fields["image_processor_type"] = _TYPES[0]
+        for name in DEFAULTS:
+            value = getattr(self, name)
+            if value is not None:
+                fields[name] = int(value) if name == "resample" else copy.deepcopy(value)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], **overrides: Unpack[ImageOptions]) -> ConvNextImageProcessor:
+        """The inverse of `to_dict`; ``overrides`` replace fields.
+
+        Raises:
+            TypeError, ValueError: ``fields`` is no mapping, is of another processor, or holds an invalid value.
+        """
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"fields is a {type(fields).__name__}: expected a mapping of option names to values")
+        check_names(overrides)
+        return cls(**{**copy.deepcopy(dict(fields)), **overrides})
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write ``preprocessor_config.json`` into ``directory``, which is made if it is missing.
+
+        Raises:
+            TypeError: ``directory`` is neither a string nor a path.
+            ValueError: it is a file.
+        """
+        if not isinstance(directory, (str, Path)):
+            raise TypeError(f"directory is a {type(directory).__name__}: expected a path")
+        directory = Path(directory)
+        if directory.is_file():
+            raise ValueError(f"directory {directory} is a file: expected a folder to write {FILE_NAME} into")
+        write_files(directory, {FILE_NAME: json_writer(self.to_dict())})
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **overrides: Unpack[ImageOptions]) -> ConvNextImageProcessor:
+        """Read ``preprocessor_config.json`` of a folder or of a Hugging Face hub id; ``overrides`` replace options.
+
+        Raises:
+            FileNotFoundError: neither a folder nor a reachable hub repository with that file.
+            ImportError: ``source`` is a hub id and the extra ``convnext-fast[hub]`` is not installed.
+            TypeError: ``source`` is no path, or an override is no option.
+            ValueError: the file is no JSON object, is of another processor, or holds an invalid value.
+        """
+        from ..files import find_file
+
+        path = find_file(source, FILE_NAME)
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path} holds a {type(fields).__name__}: expected an object with the processor's options")
+        return cls.from_dict(fields, **overrides)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ConvNextImageProcessor) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"ConvNextImageProcessor {json.dumps(self.to_dict(), indent=2, default=str)}"
+
+
+ConvNextFeatureExtractor = ConvNextImageProcessor
+"""The class's older name, which older checkpoints and scripts use."""
+
+
+def _check_channels(channels: int, values: Mapping[str, Any], where: str) -> None:
+    for name in ("image_mean", "image_std"):
+        if isinstance(values[name], list) and len(values[name]) != channels:
+            raise ValueError(
+                f"{where} has {channels} channel(s) but {name} has {len(values[name])} values: expected one number, "
+                "or one for each channel (do_convert_rgb=True makes three channels of any image)"
+            )
+
+
+def _allocate(
+    shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype], values: Mapping[str, Any]
+) -> np.ndarray | list[np.ndarray]:
+    if values["data_format"] == CHANNELS_LAST:
+        shapes = [(height, width, channels) for channels, height, width in shapes]
+    if values["return_tensors"] is None:
+        return [np.empty(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    for i, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"image {i} comes out with shape {shape} and image 0 with {shapes[0]}: expected one shape for a batch; "
+                "resize, or leave return_tensors None"
+            )
+    return np.empty((len(shapes), *shapes[0]), np.result_type(*dtypes))

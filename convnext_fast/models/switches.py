@@ -1,0 +1,116 @@
+"""What every ConvNeXt model here shares: run-time switches, input checks, and initial weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from ..backends import choose
+from ..config import ConvNextConfig
+from ..ops import call
+from .freezing import Freezable, Unfreezing
+from .layers import ConvNextBlockBase
+
+
+class ConvNextSwitches(Unfreezing):
+    """Mix-in of run-time switches for a model made of `ConvNextBlockBase` blocks."""
+
+    config: ConvNextConfig
+
+    def blocks(self) -> list[ConvNextBlockBase]:
+        """All blocks, in order."""
+        return [module for module in self.modules() if isinstance(module, ConvNextBlockBase)]
+
+    @property
+    def fused(self) -> bool:
+        """Whether the fused ops run; assign to switch a whole model."""
+        return all(block.fused for block in self.blocks())
+
+    @fused.setter
+    def fused(self, value: bool) -> None:
+        if not value:
+            self.unfreeze()
+        for module in self.modules():
+            if module is not self and "fused" in vars(module):
+                module.fused = bool(value)
+
+    @property
+    def recompute(self) -> int:
+        """What the backward pass computes anew, 0, 1 or 2 (see `ops.convnext_block`); assign to change it."""
+        return max((block.recompute for block in self.blocks()), default=1)
+
+    @recompute.setter
+    def recompute(self, level: int) -> None:
+        if level not in (0, 1, 2):
+            raise ValueError(f"recompute is {level!r}: expected 0, 1 or 2")
+        for block in self.blocks():
+            block.recompute = level
+
+    def backend_for(self, x: Tensor) -> choose.Backend:
+        """The path that an input takes: "triton", "aten" or "reference" (see `backend.select`)."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x is a {type(x).__name__}: expected a tensor")
+        if not self.fused:
+            return "reference"
+        dtype = torch.get_autocast_dtype(x.device.type) if call.autocasts(x) else x.dtype
+        return choose.select(x.device, dtype)
+
+    def freeze(self) -> Any:
+        """Make the model ready for inference alone and return it.
+
+        Sets evaluation mode, turns gradients of the parameters off, and folds each block's LayerNorm affine and layer
+        scale into copies of its linear layers, and that of a downsampling layer into its convolution, for the fused
+        path. `train` and `load_state_dict` undo the folding; a change of dtype folds the parameters anew.
+
+        Raises:
+            ValueError: the model runs the plain reference, which has nothing to fold.
+        """
+        if not self.fused:
+            raise ValueError("freeze() folds weights for the fused path: expected a model with fused=True")
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self.eval().requires_grad_(False)
+        for module in self._freezable():
+            module.freeze()
+        self._trainable_before_freeze = trainable | vars(self).get("_trainable_before_freeze", set())
+        return self
+
+    def unfreeze(self) -> Any:
+        """Undo `freeze`, but for the mode, which stays evaluation; return the model."""
+        for module in self._freezable():
+            module.unfreeze()
+        trainable = vars(self).pop("_trainable_before_freeze", set())
+        for name, parameter in self.named_parameters():
+            if name in trainable:
+                parameter.requires_grad_(True)
+        return self
+
+    def _freezable(self) -> list[Freezable]:
+        return [module for module in self.modules() if isinstance(module, Freezable)]
+
+
+def check_image(image: Any, config: ConvNextConfig, name: str) -> None:
+    """Raise TypeError or ValueError unless ``image`` is a (N, C, H, W) batch that the model's strides can divide."""
+    if isinstance(image, torch.fx.Proxy):
+        return
+    if not isinstance(image, Tensor):
+        raise TypeError(f"{name} is a {type(image).__name__}: expected a tensor (N, {config.num_channels}, H, W)")
+    if not image.is_floating_point():
+        raise TypeError(f"{name} has dtype {image.dtype}: expected a floating dtype (rescale and normalise the image)")
+    if image.dim() != 4 or image.shape[1] != config.num_channels:
+        raise ValueError(f"{name} has shape {tuple(image.shape)}: expected (N, {config.num_channels}, H, W)")
+    least = [side << (config.num_stages - 1) for side in config.patch_shape]
+    if image.shape[2] < least[0] or image.shape[3] < least[1]:
+        raise ValueError(f"{name} is {image.shape[2]}×{image.shape[3]} pixels: expected at least {least[0]}×{least[1]}")
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, std: float) -> None:
+    """Weights of convolutions and linear layers from N(0, std²) cut at ±2, biases 0 (the official code's)."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.trunc_normal_(module.weight, std=std, a=-2.0, b=2.0)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

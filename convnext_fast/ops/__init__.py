@@ -1,0 +1,26 @@
+"""The fused ops on (N, H, W, C) tensors: validated, differentiable, traceable and aware of autocast."""
+
+import torch.fx
+
+from .functions import (
+    convnext_block,
+    downsample,
+    dwconv_layernorm,
+    frozen_block,
+    frozen_downsample,
+    patchify_stem,
+    pointwise_mlp,
+)
+
+__all__ = [
+    "convnext_block",
+    "downsample",
+    "dwconv_layernorm",
+    "frozen_block",
+    "frozen_downsample",
+    "patchify_stem",
+    "pointwise_mlp",
+]
+
+for _name in __all__:
+    torch.fx.wrap(_name)  # symbolic tracing keeps a call of one of these names, in this module, whole

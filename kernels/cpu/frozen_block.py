@@ -1,0 +1,79 @@
+"""A whole frozen block in one parallel region: nothing but x, y and the weights leaves the caches of a core.
+
+    y = x + w2·GELU(w1·n + b1) + b2,   n = LayerNorm(dwconv(x)) without its affine, which w1 and b1 hold (`folding`)
+
+A chunk goes from convolution to result while its n and its hidden activations h lie in the second level of cache.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llvmlite import ir
+
+from .dwconv import Convolving
+from .gemm import store_gelu, store_sum
+from .layernorm import normalise
+from .machine import Machine
+from .work_sharing import GROUP, PADDING
+
+ADDRESSES = ("x", "y", "dwconv_weight", "dwconv_bias", "w1", "b1", "w2", "b2", "scratch")
+"""x, y: (N, H, W, C); dwconv_weight: (k·k, C); w1, w2: packed (`gemm.pack`)."""
+
+
+class BlockSizes(NamedTuple):
+    """What a kernel is compiled for; ``group``: pixels that the convolution does at a time, at most W."""
+
+    channels: int
+    hidden: int
+    side: int
+    group: int
+
+    @classmethod
+    def of(cls, channels: int, hidden: int, side: int, width: int) -> BlockSizes:
+        """For images of a width."""
+        return cls(channels, hidden, side, min(width, GROUP))
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The kernel's arguments that are addresses."""
+        return ADDRESSES
+
+    @property
+    def row(self) -> int:
+        """Numbers of a row of scratch memory: n and h."""
+        return self.channels + self.hidden + 2 * PADDING
+
+
+class Block(Convolving):
+    """Emits ``convnext_block``."""
+
+    NAME = "convnext_block"
+
+    def __init__(self, machine: Machine, sizes: BlockSizes):
+        channels, hidden, side, pixels = sizes
+        super().__init__(machine, ADDRESSES, sizes.row, channels, side, pixels)
+        self.hidden = hidden
+        self.normalise = normalise(self.module, machine, channels)
+        self.fc1 = self.product("w1", "b1", channels, hidden, store_gelu)
+        self.fc2 = self.product("w2", "b2", hidden, channels, store_sum, arrays=2)
+
+    def chunk(self, first: ir.Value, last: ir.Value) -> None:
+        """y of the units from ``first`` up to ``last``."""
+        e, channels = self.e, self.channels
+        start = self.first_pixel(first)
+        count = e.minus(self.first_pixel(last), start)
+        ldn = channels + PADDING
+        n, h = self.scratch, e.at(self.scratch, e.times(self.scratch_rows, ldn))
+        x, y = (e.at(self.given[name], e.times(start, channels)) for name in ("x", "y"))
+
+        def normalise_in_place(u: ir.Value) -> None:
+            e.builder.call(self.normalise, [u, u, self.epsilon])
+
+        units = e.plus(first, self.member), last, self.members
+        e.loop(*units, lambda unit: self.convolve(unit, start, n, ldn, normalise_in_place))
+        self.barrier()
+        self.multiply(self.fc1, n, count, (h, self.hidden + PADDING), whole=True)
+        self.barrier()
+        self.multiply(self.fc2, h, count, (y, channels), (x, channels))
+        self.barrier()

@@ -1,0 +1,237 @@
+"""How the threads of a team share the rows of an image, and a matrix product over what one of them holds.
+
+An image row is cut into units, so that a chunk of a wide image is a part of a row, and of a narrow one several rows; a
+chunk has some 56 pixels. Threads share the units where there are enough of them, and none waits for another; else all
+work on each chunk together: they share its units, then the columns of each product, with a barrier between the steps.
+Either way an element of the result is computed by the same instructions in the same order, whatever the batch and the
+number of threads.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llvmlite import ir
+
+from .gemm import End, store, tile
+from .llvm_builder import I32, I64, POINTER, VOID, Emitter, define
+from .machine import Machine
+
+PADDING = 16
+"""Numbers between rows in scratch memory, lest all of them fall into the same sets of the first level of cache."""
+
+THREAD_FUNCTIONS = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
+NUMBERS = ("in_height", "in_width", "rows", "height", "width", "pieces", "unit", "units", "split_columns", "eps")
+"""Of every kernel's argument, after its addresses; 64 bits each. in_height, in_width: of x; height, width: of y; rows:
+N·height; pieces: units of a row, of ``unit`` pixels, the last may be shorter; units: of a chunk; split_columns: 0 or 1;
+eps: a float32's bits."""
+
+GROUP = 7
+"""Pixels that a convolution does at a time. No unit of a wider image is narrower, for its last group starts earlier."""
+
+WIDE_WEIGHT = 1 << 20
+"""Numbers of a weight that fills much of the last level of cache."""
+
+_CHUNK_PIXELS = 56
+_WIDEST_UNIT = 64
+_LEAST_PIXELS = 64  # of a thread's own; with fewer, threads share columns
+
+
+def numbers(samples: int, image: tuple[int, int], result: tuple[int, int], eps: float, threads: int) -> dict[str, int]:
+    """``NUMBERS`` for heights and widths of x and y."""
+    height, width = result
+    unit = -(-width // -(-width // _WIDEST_UNIT))
+    while 0 < width % unit < GROUP:
+        unit -= 1
+    pieces = -(-width // unit)
+    return {
+        "in_height": image[0],
+        "in_width": image[1],
+        "rows": samples * height,
+        "height": height,
+        "width": width,
+        "pieces": pieces,
+        "unit": unit,
+        "units": max(1, _CHUNK_PIXELS // unit),
+        "split_columns": int(samples * height * width < threads * _LEAST_PIXELS),
+        "eps": struct.unpack("I", struct.pack("f", eps))[0],
+    }
+
+
+def rows_of_chunk(machine: Machine, weight: int, rows: int) -> int:
+    """Of a kernel on rows without neighbours, whose weights have ``weight`` numbers each: whole tiles.
+
+    Small chunks where there are few rows to share. Large ones where the weights fill the last level of cache: each
+    chunk reads them once.
+    """
+    most = 7 if weight >= WIDE_WEIGHT else 4
+    tiles = next((tiles for tiles in (most, 2) if rows >= 4 * tiles * machine.rows), 1)
+    return tiles * machine.rows
+
+
+def numbers_of_rows(rows: int, chunk: int, eps: float, threads: int) -> dict[str, int]:
+    """``NUMBERS`` for rows without neighbours, ``chunk`` at a time."""
+    chunks = -(-rows // chunk)
+    uneven = chunks < 4 * threads and chunks % threads > 0
+    shares = {"unit": chunk, "units": 1, "pieces": chunks, "split_columns": int(uneven)}
+    return numbers(1, (1, rows), (1, rows), eps, threads) | shares
+
+
+def scratch_rows(machine: Machine, unit: int, units: int) -> int:
+    """Rows of scratch memory that a thread needs; the last tile may be larger than what is left of a chunk."""
+    return unit * units + machine.rows
+
+
+def thread_and_threads(e: Emitter) -> tuple[ir.Value, ir.Value]:
+    """The number of the thread that runs this, and how many there are."""
+    b, module = e.builder, e.builder.module
+    names = THREAD_FUNCTIONS[:2]
+    functions = (ir.Function(module, ir.FunctionType(I32, []), name) for name in names)
+    thread, threads = (b.sext(b.call(function, []), I64) for function in functions)
+    return thread, threads
+
+
+def entry(
+    module: ir.Module, machine: Machine, name: str, kinds: Sequence[ir.Type]
+) -> tuple[Emitter, tuple[ir.Value, ...]]:
+    """Begins ``name(argument)``, which every thread of a team runs: also the argument's fields, 64 bits each."""
+    function = define(module, name, POINTER, local=False)
+    e = Emitter(function, machine.lanes)
+    places = [e.builder.gep(function.args[0], [e.index(i)], source_etype=I64) for i in range(len(kinds))]
+    return e, tuple(e.builder.load(place, typ=kind) for place, kind in zip(places, kinds, strict=True))
+
+
+def share(e: Emitter, work: int | ir.Value) -> list[ir.Value]:
+    """Of so many pieces of work this thread's first, and the one after its last."""
+    thread, threads = thread_and_threads(e)
+    return [e.over(e.times(work, t), threads) for t in (thread, e.plus(thread, 1))]
+
+
+class Product(NamedTuple):
+    """A matrix product over the rows of a chunk: the fields of its weights, its sizes, its end and its tiles."""
+
+    weight: str
+    bias: str
+    depth: int
+    columns: int
+    tiles: dict[tuple[int, int], ir.Function]  # by rows and vectors
+
+
+class Team:
+    """Emits ``NAME(argument)``, which every thread of a team runs; subclasses say what is done with a chunk.
+
+    The argument's fields are ``addresses``, "scratch" among them, and ``NUMBERS``; ``row``: numbers of a row of scratch
+    memory.
+    """
+
+    NAME: str
+
+    def __init__(self, machine: Machine, addresses: tuple[str, ...], row: int):
+        self.module, self.machine, self.addresses, self.row = ir.Module(self.NAME), machine, addresses, row
+
+    def chunk(self, first: ir.Value, last: ir.Value) -> None:
+        """Emit the work on the units from ``first`` up to ``last``."""
+        raise NotImplementedError
+
+    def emit(self) -> ir.Module:
+        """The module."""
+        self._wait = ir.Function(self.module, ir.FunctionType(VOID, []), THREAD_FUNCTIONS[2])
+        kinds = [POINTER] * len(self.addresses) + [I64] * len(NUMBERS)
+        e, fields = entry(self.module, self.machine, self.NAME, kinds)
+        self.e, b = e, e.builder
+        self.given = given = dict(zip((*self.addresses, *NUMBERS), fields, strict=True))
+        self.epsilon = b.bitcast(b.trunc(given["eps"], I32), e.vector.element)
+        thread, threads = thread_and_threads(e)
+        split = self.split = b.icmp_signed("!=", given["split_columns"], e.index(0))
+        self.member, self.members = e.choose(split, thread, 0), e.choose(split, threads, 1)
+        everything, units = e.times(given["rows"], given["pieces"]), given["units"]
+        first = e.choose(split, 0, e.over(e.times(everything, thread), threads))
+        last = e.choose(split, everything, e.over(e.times(everything, e.plus(thread, 1)), threads))
+        self.scratch_rows = e.plus(e.times(given["unit"], units), self.machine.rows)
+        size = e.times(self.scratch_rows, self.row)
+        self.scratch = e.at(given["scratch"], e.choose(split, 0, e.times(size, thread)))
+        e.loop(first, last, units, lambda unit: self.chunk(unit, e.smaller(e.plus(unit, units), last)))
+        b.ret_void()
+        return self.module
+
+    def barrier(self) -> None:
+        """Wait for the others, where they work on the same chunk."""
+        with self.e.builder.if_then(self.split):
+            self.e.builder.call(self._wait, [])
+
+    def row_and_left(self, unit: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """A unit's image row and first column."""
+        e, pieces = self.e, self.given["pieces"]
+        return e.over(unit, pieces), e.times(e.builder.urem(unit, pieces), self.given["unit"])
+
+    def right(self, left: ir.Value) -> ir.Value:
+        """The column after the last one of the unit whose first one is ``left``."""
+        return self.e.smaller(self.e.plus(left, self.given["unit"]), self.given["width"])
+
+    def first_pixel(self, unit: ir.Value) -> ir.Value:
+        """The number of a unit's first pixel in the whole result."""
+        row, left = self.row_and_left(unit)
+        return self.e.plus(self.e.times(row, self.given["width"]), left)
+
+    def product(self, weight: str, bias: str, depth: int, columns: int, end: End = store, arrays: int = 1) -> Product:
+        """A product of ``depth`` by ``columns`` whose ``end`` has places in ``arrays``."""
+        machine = self.machine
+        widths = {machine.vectors if columns >= machine.panel else 0, columns % machine.panel // machine.lanes} - {0}
+        tiles = {
+            (rows, vectors): tile(self.module, machine, weight, rows, vectors, depth, end, arrays)
+            for rows in (machine.rows, machine.rows // 2)
+            for vectors in widths
+        }
+        return Product(weight, bias, depth, columns, tiles)
+
+    def multiply(
+        self, product: Product, a: ir.Value, count: ir.Value, *arrays: tuple[ir.Value, int], whole: bool = False
+    ) -> None:
+        """This member's panels of a product, for ``count`` rows of a, which are ``depth`` + PADDING apart.
+
+        arrays: those of the product's end, each with the numbers from row to row. ``whole``: the rows of the last tile
+        that are beyond ``count`` have an end, too, for another product reads them.
+        """
+        e, machine = self.e, self.machine
+        lda, half = product.depth + PADDING, machine.rows // 2
+        wide = product.columns // machine.panel
+        narrow = product.columns % machine.panel // machine.lanes
+
+        def panel(p: ir.Value) -> None:
+            column = e.times(p, machine.panel)
+            weight = e.at(self.given[product.weight], e.times(column, product.depth))
+            bias = e.at(self.given[product.bias], column)
+
+            def tile_at(r: ir.Value, rows: int, vectors: int) -> None:
+                valid = e.index(rows) if whole else e.minus(count, r)
+                places = [
+                    value
+                    for array, ld in arrays
+                    for value in (e.at(array, e.plus(e.times(r, ld), column)), e.index(ld))
+                ]
+                first = e.at(a, e.times(r, lda))
+                e.builder.call(product.tiles[rows, vectors], [first, e.index(lda), weight, bias, valid, *places])
+
+            def all_rows(vectors: int) -> None:
+                """Whole tiles while more than half of one is left, then half of one."""
+
+                def whole_tile(r: ir.Value, _: ir.Value) -> list[ir.Value]:
+                    tile_at(r, machine.rows, vectors)
+                    return [e.plus(r, machine.rows)]
+
+                (done,) = e.loop(0, e.minus(count, half), machine.rows, whole_tile, e.index(0))
+                with e.builder.if_then(e.less(done, count)):
+                    tile_at(done, half, vectors)
+
+            if wide:
+                with e.builder.if_then(e.less(p, wide)):
+                    all_rows(machine.vectors)
+            if narrow:
+                with e.builder.if_then(e.less(wide - 1, p)):
+                    all_rows(narrow)
+
+        panels = wide + bool(narrow)
+        share = [e.over(e.times(panels, m), self.members) for m in (self.member, e.plus(self.member, 1))]
+        e.loop(*share, 1, panel)

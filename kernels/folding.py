@@ -1,0 +1,261 @@
+"""LayerNorm's affine and γ folded into the linear layers, and the parameter gradients that fall out of two products.
+
+Forward, for w1 (K, C), b1 (K,), g and β of LayerNorm (C,), w2 (C, K), γ (C,):
+
+    w1g = w1∘g, rounded to the compute dtype    b1g = b1 + w1·β    s_k = Σ_c w1g[k, c]    w2g = γ_c·w2, rounded likewise
+
+s lets a GEMM normalise in its epilogue: x̂·w1gᵀ = rstd·(u·w1gᵀ − μ·s). It is summed over the rounded weights, so that
+the mean cancels. γ begins at 1e-6, and γ·w2 would vanish in float16; there w2g is γ·w2/q for a power of two,
+q ≤ max |γ| < 2q, and a product with w2g is taken q times.
+
+Backward, from D = Σ_p da_k x̂_c (K, C), db1 = Σ_p da_k, E = Σ_p dz'_c h_k (C, K), dz' the gradient of fc2's output
+without γ, and dz_sum = Σ_p dz'_c:
+
+    dw1 = D∘g + db1⊗β      dg_c = Σ_k w1[k, c]·D[k, c]      dβ_c = Σ_k w1[k, c]·db1_k
+    dw2 = γ_c·E            db2 = γ_c·dz_sum                  dγ_c = Σ_k w2[c, k]·E[c, k] + b2_c·dz_sum_c
+
+The sums over p come as partial sums (``Sums``). One launch adds them up and writes dw1, db1 and dw2, and a tile of
+hidden units leaves its part of the sums over k; a second one adds those, and beside them the partial sums of the
+depthwise convolution's gradients. Every gradient is rounded once, to the dtype of its parameter.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dwconv.wgrad import SLOTS, add_taps
+from .integers import cdiv
+from .launching import launch
+
+BLOCK_K = 32  # hidden units of a tile of the backward
+
+
+class Sums(NamedTuple):
+    """Partial sums over the pixels, float32, whose first axes (of ``products`` the second) a later launch adds up.
+
+    products: (2, S, K, C), D and the transpose of E; db1: (T, K); centre: (T, K) or None, what D has too much in every
+    channel; dz: (R, C), dz_sum.
+    """
+
+    products: Tensor
+    db1: Tensor
+    centre: Tensor | None
+    dz: Tensor
+
+
+@triton.jit
+def _fold_fwd_kernel(
+    w1_ptr, b1_ptr, g_ptr, beta_ptr, w2_ptr, gamma_ptr, w1g_ptr, b1g_ptr, w2g_ptr, K, C,
+    UNIT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """w2g is written if wanted; UNIT: by q."""
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inverse = 1.0
+    if UNIT:
+        most = tl.zeros((BLOCK_C,), tl.float32)
+        for c0 in range(0, C, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            most = tl.maximum(most, tl.abs(tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)))
+        # The exponent of the largest, as float32 holds it, away from the ends, where q or 1/q would be no number.
+        exponent = tl.minimum(tl.maximum(tl.max(most, axis=0).to(tl.int32, bitcast=True) >> 23, 1), 253)
+        unit = (exponent << 23).to(tl.float32, bitcast=True)
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        tl.store(b1g_ptr + 2 * K + k, tl.zeros((BLOCK_K,), tl.float32) + unit, mask=k < K)
+    bias = tl.zeros((BLOCK_K,), tl.float32)
+    row_sum = tl.zeros((BLOCK_K,), tl.float32)
+    for c0 in range(0, C, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        ok = (k < K)[:, None] & (c < C)[None, :]
+        at = k[:, None].to(tl.int64) * C + c[None, :]
+        w = tl.load(w1_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        if beta_ptr is not None:
+            bias += tl.sum(w * tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :], axis=1)
+        if g_ptr is not None:
+            w = w * tl.load(g_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        rounded = w.to(w1g_ptr.dtype.element_ty)
+        row_sum += tl.sum(rounded.to(tl.float32), axis=1)
+        tl.store(w1g_ptr + at, rounded, mask=ok)
+        if w2g_ptr is not None:
+            at = c[None, :].to(tl.int64) * K + k[:, None]
+            w = tl.load(w2_ptr + at, mask=ok, other=0.0).to(tl.float32)
+            if gamma_ptr is not None:
+                w = w * (tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32) * inverse)[None, :]
+            tl.store(w2g_ptr + at, w.to(w2g_ptr.dtype.element_ty), mask=ok)
+    if b1_ptr is not None:
+        bias += tl.load(b1_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    tl.store(b1g_ptr + k, bias, mask=k < K)
+    tl.store(b1g_ptr + K + k, row_sum, mask=k < K)
+
+
+@triton.jit
+def add_rows(ptr, first, end, j, j_ok, N, ROWS: tl.constexpr):
+    """Σ of the rows ``first`` to ``end`` of a (·, N) matrix, at the columns ``j``."""
+    total = tl.zeros((ROWS, j.shape[0]), tl.float32)
+    for start in range(first, end, ROWS):
+        row = start + tl.arange(0, ROWS)
+        at = row.to(tl.int64)[:, None] * N + j[None, :]
+        total += tl.load(ptr + at, mask=(row < end)[:, None] & j_ok[None, :], other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _fold_bwd_kernel(
+    products_ptr, db1_sums_ptr, centre_ptr, dz_ptr, w1_ptr, w2_ptr, g_ptr, beta_ptr, gamma_ptr,
+    dw1_ptr, db1_ptr, dw2_ptr, partial_ptr, K, C, S, T, R,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (⌈K/BLOCK_K⌉, ⌈C/BLOCK_C⌉). partial: (⌈K/BLOCK_K⌉, 4, C): of dg, dβ, Σ_k w2·E and dz_sum."""
+    tile = tl.program_id(0)
+    k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k_ok = k < K
+    c_ok = c < C
+    ok = k_ok[:, None] & c_ok[None, :]
+    at = k[:, None].to(tl.int64) * C + c[None, :]
+    D = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    E = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    size = (tl.zeros((), tl.int64) + K) * C
+    for s in range(S):
+        D += tl.load(products_ptr + s * size + at, mask=ok, other=0.0)
+        E += tl.load(products_ptr + (S + s) * size + at, mask=ok, other=0.0)
+    if centre_ptr is not None:
+        D -= add_rows(centre_ptr, 0, T, k, k_ok, K, 8)[:, None]
+    db1 = add_rows(db1_sums_ptr, 0, T, k, k_ok, K, 8)
+    if db1_ptr is not None:  # noqa: SIM102 (decided at compile time)
+        if tl.program_id(1) == 0:
+            tl.store(db1_ptr + k, db1.to(db1_ptr.dtype.element_ty), mask=k_ok)
+
+    w1 = tl.load(w1_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    dg = tl.sum(w1 * D, axis=0)
+    dbeta = tl.sum(w1 * db1[:, None], axis=0)
+    if g_ptr is not None:
+        D *= tl.load(g_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+    if beta_ptr is not None:
+        D = tl.fma(db1[:, None], tl.load(beta_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :], D)
+    tl.store(dw1_ptr + at, D.to(dw1_ptr.dtype.element_ty), mask=ok)
+
+    at = c[None, :].to(tl.int64) * K + k[:, None]
+    w2 = tl.load(w2_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    dgamma = tl.sum(w2 * E, axis=0)
+    if gamma_ptr is not None:
+        E *= tl.load(gamma_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+    tl.store(dw2_ptr + at, E.to(dw2_ptr.dtype.element_ty), mask=ok)
+
+    partial_ptr += tile.to(tl.int64) * 4 * C + c
+    tl.store(partial_ptr, dg, mask=c_ok)
+    tl.store(partial_ptr + C, dbeta, mask=c_ok)
+    tl.store(partial_ptr + 2 * C, dgamma, mask=c_ok)
+    rows = tl.cdiv(R, tl.num_programs(0))
+    dz_sum = add_rows(dz_ptr, tile * rows, tl.minimum(tile * rows + rows, R), c, c_ok, C, 8)
+    tl.store(partial_ptr + 3 * C, dz_sum, mask=c_ok)
+
+
+@triton.jit
+def _vectors(
+    partial_ptr, b2_ptr, gamma_ptr, dg_ptr, dbeta_ptr, db2_ptr, dgamma_ptr, c, C, TILES
+):  # fmt: skip
+    """The gradients that are vectors, at the channels ``c``; partial: (TILES, 4, C) of ``_fold_bwd_kernel``."""
+    ok = c < C
+    if dg_ptr is not None:
+        tl.store(dg_ptr + c, add_rows(partial_ptr, 0, TILES, c, ok, 4 * C, 8).to(dg_ptr.dtype.element_ty), mask=ok)
+    if dbeta_ptr is not None:
+        dbeta = add_rows(partial_ptr + C, 0, TILES, c, ok, 4 * C, 8)
+        tl.store(dbeta_ptr + c, dbeta.to(dbeta_ptr.dtype.element_ty), mask=ok)
+    dz_sum = add_rows(partial_ptr + 3 * C, 0, TILES, c, ok, 4 * C, 8)
+    if dgamma_ptr is not None:
+        dgamma = add_rows(partial_ptr + 2 * C, 0, TILES, c, ok, 4 * C, 8)
+        if b2_ptr is not None:
+            dgamma = tl.fma(tl.load(b2_ptr + c, mask=ok, other=0.0).to(tl.float32), dz_sum, dgamma)
+        tl.store(dgamma_ptr + c, dgamma.to(dgamma_ptr.dtype.element_ty), mask=ok)
+    if db2_ptr is not None:
+        if gamma_ptr is not None:
+            dz_sum *= tl.load(gamma_ptr + c, mask=ok, other=0.0).to(tl.float32)
+        tl.store(db2_ptr + c, dz_sum.to(db2_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _finish_kernel(
+    partial_ptr, b2_ptr, gamma_ptr, dg_ptr, dbeta_ptr, db2_ptr, dgamma_ptr, dwconv_ptr, dw_ptr, db_ptr,
+    C, TILES, SPLITS, TAPS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (⌈C/BLOCK_C⌉, 1 + TAPS·SLOTS), or (⌈C/BLOCK_C⌉, 1) without the depthwise convolution."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    slot = tl.program_id(1) - 1
+    if slot < 0:
+        _vectors(partial_ptr, b2_ptr, gamma_ptr, dg_ptr, dbeta_ptr, db2_ptr, dgamma_ptr, c, C, TILES)
+    elif dwconv_ptr is not None:
+        add_taps(dwconv_ptr, dw_ptr, db_ptr, c, slot, C, SPLITS, TAPS, SLOTS, BLOCK_C, 4)
+
+
+def fold_fwd(
+    w1: Tensor,
+    b1: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    w2: Tensor,
+    gamma: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(w1g (K, C) in ``dtype``, b1g (2 or 3, K) float32, w2g (C, K) in ``dtype``).
+
+    The rows of b1g are the folded bias, the row sums s and, for float16 with γ, q throughout, by which a product with
+    w2g is to be multiplied.
+
+    w1 (K, C), b1 (K,) or None, ln_weight, ln_bias and gamma (C,) or None (identity), w2 (C, K), in any float dtypes,
+    contiguous. w2g is ``w2`` itself where nothing changes it. One launch.
+    """
+    K, C = w1.shape
+    w1g = torch.empty((K, C), dtype=dtype, device=w1.device)
+    unit = gamma is not None and dtype == torch.float16
+    b1g = torch.empty((3 if unit else 2, K), dtype=torch.float32, device=w1.device)
+    same = gamma is None and w2.dtype == dtype
+    w2g = None if same else torch.empty((C, K), dtype=dtype, device=w2.device)
+    launch(
+        _fold_fwd_kernel, (cdiv(K, 16),),
+        w1, b1, ln_weight, ln_bias, w2, gamma, w1g, b1g, w2g, K, C, UNIT=unit, BLOCK_K=16, BLOCK_C=128,
+    )  # fmt: skip
+    return w1g, b1g, w2 if w2g is None else w2g
+
+
+def fold_bwd(
+    sums: Sums,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    gamma: Tensor | None,
+    dwconv: tuple[Tensor, Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the depthwise weight and bias, ln_weight, ln_bias, w1, b1, w2, b2 and gamma.
+
+    w1 (K, C), w2 (C, K) and the vectors in any float dtypes, contiguous. ``dwconv``: ``dwconv_wgrad_partials`` and the
+    convolution's weight (C, 1, k, k) and bias. A gradient is like its parameter, None where that is None. Two launches.
+    """
+    K, C = w1.shape
+    _, S, *_ = sums.products.shape
+    dwconv_sums, *convolution = (None, None, None) if dwconv is None else dwconv
+    ddw, ddb, dg, dbeta, dw1, db1, dw2, db2, dgamma = grads = tuple(
+        None if p is None else torch.empty_like(p) for p in (*convolution, ln_weight, ln_bias, w1, b1, w2, b2, gamma)
+    )
+    tiles = cdiv(K, BLOCK_K)
+    partial = torch.empty((tiles, 4, C), dtype=torch.float32, device=w1.device)
+    launch(
+        _fold_bwd_kernel, (tiles, cdiv(C, 64)),
+        *sums, w1, w2, ln_weight, ln_bias, gamma, dw1, db1, dw2, partial,
+        K, C, S, sums.db1.shape[0], sums.dz.shape[0],
+        BLOCK_K=BLOCK_K, BLOCK_C=64, num_warps=8 if w1.dtype == torch.float16 else 4,  # where 4 spill on sm_120
+    )  # fmt: skip
+    splits, taps = (0, 0) if dwconv_sums is None else dwconv_sums.shape[:2]
+    launch(
+        _finish_kernel, (cdiv(C, 32), 1 + taps * SLOTS),
+        partial, b2, gamma, dg, dbeta, db2, dgamma, dwconv_sums, ddw, ddb, C, tiles, splits,
+        TAPS=taps, SLOTS=SLOTS, BLOCK_C=32, num_warps=1,
+    )  # fmt: skip
+    return grads

@@ -1,0 +1,230 @@
+"""Launch configurations of the pointwise MLP and of patchify: pure functions of shape, dtype and target.
+
+Numbers come from compiled code (registers, spills, warp-group MMA) and from executed instruction counts on sm_80.
+Those of sm_90 were timed, on H100 and H200 (ConvNeXt-T, -B, Triton 3.6), but for the backward of 129 to 192 channels:
+what pays there is occupancy, two or three programs a processor, so that one's epilogue runs beside another's products.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..integers import cdiv, next_power_of_2, remembered
+from ..statistics import stats_block
+from ..targets import PROCESSORS
+
+WARP_GROUPS = ("sm_90", "sm_100")  # targets that multiply matrices by warp groups or larger
+_FUSED_FORWARD = 192
+_FUSED_BACKWARD = 128  # 192 with warp groups
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedConfig:
+    """Rows of a program BLOCK_M, hidden units of a step BLOCK_K, warps, pipeline stages."""
+
+    BLOCK_M: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+    def meta(self) -> dict[str, int]:
+        """The fields as keyword arguments of a launch."""
+        return self.__dict__
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmConfig:
+    """Tile (BLOCK_M, BLOCK_N), depth of a step BLOCK_K, warps, pipeline stages."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+    def meta(self) -> dict[str, int]:
+        """The fields as keyword arguments of a launch."""
+        return self.__dict__
+
+
+@remembered
+def split_width(channels: int, target: str) -> tuple[tuple[int, int], ...]:
+    """Parts (first channel, width) that cover ``channels``; widths are powers of two of at least 16, an MMA's depth.
+
+    Warp groups multiply best by few wide parts: a power of two and one for the rest. Elsewhere, and for powers of two,
+    parts of one width, at most 64, share their addresses: 192 channels as 3·64 take 70 registers fewer than as
+    128 + 64.
+    """
+    padded = cdiv(channels, 16) * 16
+    first = 1 << (padded.bit_length() - 1)
+    if target in WARP_GROUPS and padded > first:
+        return (0, first), (first, next_power_of_2(padded - first))
+    width = min(64, padded & -padded)
+    return tuple((start, width) for start in range(0, padded, width))
+
+
+def is_fused(channels: int, dtype: torch.dtype) -> bool:
+    """Whether the forward keeps the hidden activations on the chip: narrow blocks in 16 bits."""
+    return channels <= _FUSED_FORWARD and dtype != torch.float32
+
+
+def is_fused_backward(channels: int, dtype: torch.dtype, target: str) -> bool:
+    """Whether the backward does. Beyond, the sums of a chunk of hidden units do not fit the registers: 2·C a unit, or,
+    where two programs share them (see ``weights_apart``), C.
+    """
+    most = _FUSED_FORWARD if target in WARP_GROUPS else _FUSED_BACKWARD
+    return channels <= most and dtype != torch.float32
+
+
+def weights_apart(channels: int) -> bool:
+    """Whether two programs of the fused backward make D and E of the same hidden units."""
+    return channels > _FUSED_BACKWARD
+
+
+def split_width_bwd(channels: int, target: str) -> tuple[tuple[int, int], ...]:
+    """``split_width`` of the backward: beyond 128 channels parts of 64, which take 15 to 86 registers fewer."""
+    if not weights_apart(channels):
+        return split_width(channels, target)
+    padded = cdiv(channels, 16) * 16
+    whole = tuple((start, 64) for start in range(0, padded - 63, 64))
+    rest = padded - 64 * len(whole)
+    return (*whole, (64 * len(whole), next_power_of_2(rest))) if rest else whole
+
+
+def norm_blocks(stats: Tensor | None, channels: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(CB, NB) of ``merge_statistics``: one block may hold all channels; (0, 0) without statistics."""
+    if stats is None:
+        return 0, 0
+    blocks = stats.shape[0]
+    return (channels if blocks == 1 else stats_block(channels, dtype)), blocks
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """Triton's ``input_precision``: "tf32" for float32 where PyTorch's switch allows it, else "ieee".
+
+    ``fp32_precision``, of PyTorch 2.9, tells what the older switches were set to as well; ``allow_tf32`` raises where
+    the newer one was set.
+    """
+    if tensor.dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+@remembered
+def fused_configs(channels: int, hidden: int, lean: bool, target: str) -> tuple[FusedConfig, ...]:
+    """Configurations of the one-kernel forward, the default first; ``lean``: a is not saved, the residual has 16 bits.
+
+    Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
+    as 8 warps would. Else 16 rows a warp, half of them where a wide residual would spill. Steps of 64 hidden units, or
+    32 where a step of 64 would be half empty or would spill. sm_90 has the shared memory for a third stage.
+    """
+    shallow = hidden % 64 != 0 or (channels > 160 and not lean) or (channels > 128 and target == "gfx942")
+    deep = 32 if shallow else 64
+    stages = 3 if target == "sm_90" and channels > 96 else 2
+    wide = FusedConfig(BLOCK_M=128 if lean or channels <= 160 else 64, BLOCK_K=deep, num_warps=8, num_stages=stages)
+    others = (
+        dataclasses.replace(wide, BLOCK_K=32, num_stages=4 if deep == 32 else 3),
+        FusedConfig(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2),
+    )
+    if channels <= 96 and lean:
+        return dataclasses.replace(wide, num_warps=4), wide, *others
+    return wide, *others
+
+
+@remembered
+def gemm_configs(columns: int, dtype: torch.dtype, target: str, twofold: bool = False) -> tuple[GemmConfig, ...]:
+    """Configurations of a GEMM of ``columns`` columns with a fused epilogue, the default first.
+
+    On sm_90 4 warps, two programs a processor, take 71 to 89 % of the time of 8 warps; beyond 3,072 columns, or where
+    the epilogue is ``twofold`` (a is saved beside h), they would spill.
+    """
+    if dtype == torch.float32:
+        return (GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),)
+    narrow = GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)
+    if columns <= 64:
+        return narrow, dataclasses.replace(narrow, BLOCK_K=32, num_stages=4)
+    square = GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+    if target == "sm_90" and columns <= 3072 and not twofold:
+        square = dataclasses.replace(square, num_warps=4)
+    return (
+        square,
+        dataclasses.replace(square, num_stages=2),
+        dataclasses.replace(square, BLOCK_K=32, num_stages=4),
+        narrow,
+    )
+
+
+def statistics_first(channels: int, target: str) -> bool:
+    """Whether fc1 merges LayerNorm's statistics before its product or after: the order that spills no register."""
+    if target == "sm_90":
+        return channels <= 256
+    return target in WARP_GROUPS or (target in ("sm_80", "sm_86") and channels > 768)
+
+
+def input_grad_config(channels: int, dtype: torch.dtype, target: str) -> FusedConfig:
+    """Configuration of the backward kernel that owns pixels: 16 rows a warp, which hold x̂, dz' and dx̂.
+
+    float16's GELU takes more registers than bfloat16's: beside more than 96 channels it spills on sm_120.
+    """
+    shallow = dtype == torch.float16 and channels > 96 and target == "sm_120"
+    return FusedConfig(BLOCK_M=64, BLOCK_K=16 if shallow else 32, num_warps=4, num_stages=2)
+
+
+def weight_grad_config(
+    rows: int, channels: int, hidden: int, target: str, saved: bool, wide: bool, half: bool
+) -> tuple[FusedConfig, int]:
+    """(configuration, rows of a share) of the backward kernel that owns hidden units.
+
+    ``saved``: a was; ``wide``: dy is float32; lean: neither; ``half``: u is float16. The sums take 2·C registers-worth
+    a hidden unit. Without warp-group MMA fewer loads ahead (96 channels), or 2 warps of half the rows and hidden
+    units, or beyond 96 channels fewer hidden units keep them from spilling. Parts of 16 channels take twice the rows,
+    for loads of 16 bytes, where these do not spill. As many shares as give every processor about two programs, or one
+    of 8 warps; a share is a multiple of BLOCK_M. Programs that share the sums take 128 hidden units, for every program
+    reads its pixels anew; with 96 channels on sm_90 that takes 86 to 89 % of the whole backward's time, but in float16
+    it spills.
+    """
+    narrow = split_width(channels, target)[-1][1] == 16
+    lean = not (saved or wide)
+    if weights_apart(channels) or (target == "sm_90" and channels == 96 and not saved and not half):
+        config = FusedConfig(BLOCK_M=64, BLOCK_K=128, num_warps=8, num_stages=2)
+    elif target in WARP_GROUPS and narrow:
+        config = FusedConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2 if lean else 1)
+    elif target in WARP_GROUPS or target == "gfx942" or (channels <= 64 and lean and not narrow):
+        config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2)
+    elif channels == 96 and lean and target not in ("sm_86", "sm_120"):
+        config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=1)
+    elif channels <= 96:
+        block_rows = 32 if narrow and channels <= 48 else 16
+        stages = 1 if wide and (saved or channels == 96) else 2
+        config = FusedConfig(BLOCK_M=block_rows, BLOCK_K=32, num_warps=2, num_stages=stages)
+    else:
+        config = FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3)
+    chunks = cdiv(hidden, config.BLOCK_K) * (2 if weights_apart(channels) else 1)
+    shares = max(1, (1 if config.BLOCK_K == 128 else 2) * PROCESSORS[target] // chunks)
+    return config, cdiv(cdiv(rows, shares), config.BLOCK_M) * config.BLOCK_M
+
+
+def stem_config(channels: int) -> GemmConfig:
+    """Configuration of the stem: all channels in a program, and as many rows as 8,192 sums allow, 16 at least."""
+    width = max(16, next_power_of_2(channels))
+    rows = min(64, max(16, 8192 // width))
+    return GemmConfig(BLOCK_M=rows, BLOCK_N=width, BLOCK_K=16, num_warps=4 if width <= 256 else 8, num_stages=1)
+
+
+def downsample_config(columns: int, dtype: torch.dtype, wide: bool, target: str) -> GemmConfig:
+    """Configuration of the downsampling GEMM: its left operand is normalised in registers on the way.
+
+    That is done anew for every tile of columns, so sm_90 takes wide ones: half to four fifths of the time.
+
+    ``wide``: x is float32 beside weights of 16 bits, so that a step of 64 would spill.
+    """
+    if dtype == torch.float32:
+        return GemmConfig(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
+    if target == "sm_90" and columns > 128:
+        return GemmConfig(BLOCK_M=64, BLOCK_N=256, BLOCK_K=32, num_warps=8, num_stages=3)
+    return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32 if wide else 64, num_warps=4, num_stages=2)

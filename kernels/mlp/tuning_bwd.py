@@ -1,0 +1,105 @@
+"""Launch configurations of the backward of the wide MLP and of patchify: pure functions of shape, dtype and target.
+
+Numbers come from compiled code (registers, spills, warp-group MMA) and from counts of bytes; those of sm_90 were timed
+(see tuning_mlp.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..integers import cdiv, next_power_of_2
+from ..targets import PROCESSORS
+from .tuning import GemmConfig
+
+
+def hidden_grad_config(channels: int, dtype: torch.dtype, target: str) -> GemmConfig:
+    """Configuration of the two products, a and dh, of one tile of hidden units: two sums a thread, so half the tile.
+
+    With 4 warps the epilogue spills on sm_90 and sm_100; AMD's waves are twice as wide. Up to 8 blocks of statistics
+    sm_100 merges in the registers of every thread of a row, which spills beside more than 32 hidden units; 32 blocks
+    and more spill on sm_120 beside 128 rows.
+    """
+    if dtype == torch.float32:
+        return GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
+    if target == "sm_120" and channels > 768:
+        return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3)
+    if target == "sm_90":  # several small programs a processor: 81 to 88 % of the whole backward's time
+        depth, stages = (64, 3) if channels <= 512 else (32, 4)
+        return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=depth, num_warps=4, num_stages=stages)
+    columns = 32 if target == "sm_100" and channels <= 256 else 64
+    return GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=32, num_warps=4 if target == "gfx942" else 8, num_stages=3)
+
+
+def input_grad_config(columns: int, dtype: torch.dtype, target: str) -> GemmConfig:
+    """Configuration of dx̂ = da·w1g with LayerNorm's backward in its epilogue."""
+    if dtype == torch.float32:
+        return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
+    if target == "sm_90" and columns % 128 == 0:
+        return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3)
+    return GemmConfig(BLOCK_M=128, BLOCK_N=128 if columns % 128 == 0 else 64, BLOCK_K=64, num_warps=8, num_stages=3)
+
+
+def weight_grad_config(
+    rows: int, channels: int, hidden: int, dtype: torch.dtype, target: str, wide: bool
+) -> tuple[GemmConfig, int]:
+    """(configuration, pixels of a share) of D and E: tiles of (hidden units, channels), BLOCK_K pixels a step.
+
+    ``wide``: dy is float32 beside u of 16 bits; without warp groups 8 warps then keep it from spilling. As many shares
+    as fill every processor with about two programs; a share is a multiple of BLOCK_K.
+    """
+    if dtype == torch.float32:
+        config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
+    else:
+        columns = 128 if channels % 128 == 0 else 64
+        warps = 8 if wide and target in ("sm_80", "sm_86", "sm_120") else 4
+        config = GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=32, num_warps=warps, num_stages=3)
+    tiles = 2 * cdiv(hidden, config.BLOCK_M) * cdiv(channels, config.BLOCK_N)
+    shares = max(1, 2 * PROCESSORS[target] // tiles)
+    return config, cdiv(cdiv(rows, shares), config.BLOCK_K) * config.BLOCK_K
+
+
+def stem_bwd_config(rows: int, channels: int, depth: int, target: str) -> tuple[GemmConfig, int, int]:
+    """(configuration, elements of a patch of a program, patches of a share) of the stem's backward.
+
+    All channels in a program, as in ``stem_config``, and of the weight's gradient what spills no register. 32 rows give
+    8 warps two pixels a load; beyond 512 channels they would not fit the shared memory of every target.
+    """
+    width = max(16, next_power_of_2(channels))
+    amd = target == "gfx942"
+    config = GemmConfig(BLOCK_M=16 if amd or width > 512 else 32, BLOCK_N=width, BLOCK_K=16, num_warps=8, num_stages=1)
+    if target == "sm_90" and width <= 128:  # less than six tenths of the time
+        config = dataclasses.replace(config, num_warps=4)
+    block = min(32 if channels > 96 or amd else 64, max(16, next_power_of_2(depth)), max(16, 8192 // width))
+    shares = max(1, 2 * PROCESSORS[target] // cdiv(depth, block))
+    return config, block, cdiv(cdiv(max(rows, 1), shares), config.BLOCK_M) * config.BLOCK_M
+
+
+def downsample_input_config(channels: int, dtype: torch.dtype, target: str, wide: bool) -> GemmConfig:
+    """Configuration of the downsampling's input gradient: a row's channels in one tile, up to 256, else in several."""
+    width = max(16, next_power_of_2(channels))
+    if dtype == torch.float32:
+        return GemmConfig(BLOCK_M=32, BLOCK_N=min(64, width), BLOCK_K=16, num_warps=4, num_stages=2)
+    if target == "sm_90" and width > 256 and not wide:
+        return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3)
+    return GemmConfig(BLOCK_M=64, BLOCK_N=width if width <= 256 else 128, BLOCK_K=32, num_warps=8, num_stages=2)
+
+
+def downsample_weight_config(
+    rows: int, channels: int, columns: int, taps: int, dtype: torch.dtype, target: str
+) -> tuple[GemmConfig, int]:
+    """(configuration, patches of a share) of the downsampling's weight gradient, BLOCK_K patches a step."""
+    if dtype == torch.float32:
+        config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
+    elif target == "sm_90":
+        config = GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3)
+    else:
+        columns = 128 if channels % 128 == 0 else 64
+        # With two float16 spills on sm_100 at C = 40, though 72 registers are all that it takes.
+        stages = 3 if target == "sm_100" and dtype == torch.float16 and columns == 64 else 2
+        config = GemmConfig(BLOCK_M=64, BLOCK_N=columns, BLOCK_K=32, num_warps=4, num_stages=stages)
+    tiles = cdiv(columns, config.BLOCK_M) * taps * cdiv(channels, config.BLOCK_N)
+    shares = max(1, round(2 * PROCESSORS[target] / tiles))
+    return config, cdiv(cdiv(max(rows, 1), shares), config.BLOCK_K) * config.BLOCK_K

@@ -1,0 +1,140 @@
+"""The calls of oneDNN behind the CPU path: values, shapes, non-finite inputs, and the lifetime of packed weights."""
+
+import functools
+import gc
+import weakref
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from block_cases import block_parameters
+from frozen_support import frozen_weights, plain_block
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import no_worse, relative_error
+
+from convnext_fast import ops
+from convnext_fast.backends.cpu import onednn, onednn_block, row_blocks
+from convnext_fast.backends.cpu.onednn_block import OnednnBlock
+
+ACTIVATIONS = {None: lambda t: t, "gelu": F.gelu, "gelu_new": lambda t: F.gelu(t, approximate="tanh"), "silu": F.silu}
+needs_onednn = pytest.mark.skipif(not onednn.serves(torch.empty(1)), reason="PyTorch here has no oneDNN on x86")
+
+
+@needs_onednn
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@given(rows=st.integers(1, 40), channels=st.integers(1, 40), hidden=st.integers(1, 70), layout=st.integers(0, 3))
+@settings(max_examples=15, deadline=None)
+def test_linear(act, rows, channels, hidden, layout):
+    x = torch.randn(rows, channels)
+    weight = torch.randn(channels, hidden).t() if layout & 1 else torch.randn(hidden, channels)
+    bias = torch.randn(hidden) if layout & 2 else None
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
+    expected = ACTIVATIONS[act](F.linear(*wide))
+    eager = ACTIVATIONS[act](F.linear(x, weight, bias))
+    size = F.linear(x.abs(), weight.abs()).norm().item()  # a sum near zero may have lost all of its digits
+    assert no_worse(onednn.linear(x, weight, bias, act), expected, eager, size)
+    if act is None:
+        residual = torch.randn(rows, hidden)
+        got = onednn.linear_add(x, weight, bias, residual)
+        assert no_worse(got, expected + residual, eager + residual, size)
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("side", "stride", "depthwise"), [(3, 1, True), (7, 1, True), (2, 2, False), (3, 3, False)])
+def test_frozen_convolution(side, stride, depthwise, bias):
+    """Of every size of image, whatever the first one was, by which oneDNN chose the layout of the weight."""
+    channels, groups = 20, 20 if depthwise else 1
+    weight = torch.randn(20 if depthwise else 33, channels // groups, side, side)
+    bias = torch.randn(len(weight)) if bias else None
+    padding = [side // 2, side // 2] if depthwise else [0, 0]
+    for samples, height, width in ((1, 9, 9), (3, 6, 40), (2, 14, 3), (1, 9, 9)):
+        x = torch.randn(samples, height, width, channels).permute(0, 3, 1, 2)
+        wide = (None if t is None else t.double() for t in (x, weight, bias))
+        expected = F.conv2d(*wide, stride=stride, padding=padding, groups=groups)
+        eager = F.conv2d(x, weight, bias, stride=stride, padding=padding, groups=groups)
+        got = onednn.frozen_convolution(x, weight, bias, [stride, stride], padding, groups)
+        assert got.shape == expected.shape
+        assert no_worse(got, expected, eager)
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu", "silu", "selu"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_pixel_stays_visible_and_alone(act, bad):
+    parameters = block_parameters(8, 32, 3, torch.float32)
+    x = torch.randn(1, 6, 6, 8)
+    x[0, 2, 2, 3] = bad
+    y = ops.convnext_block(x, **parameters, act=act)
+    finite = y.isfinite().all(-1)[0]
+    footprint = torch.zeros(6, 6, dtype=torch.bool)
+    footprint[1:4, 1:4] = True
+    assert torch.equal(~finite, footprint)
+
+
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 14), st.integers(1, 14), st.sampled_from([1, 3, 8, 20, 33])),
+    st.sampled_from([3, 5, 7]),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=25, deadline=None)
+def test_weight_gradient_of_the_depthwise_convolution(shape, side, dtype):
+    check_weight_gradient(shape, side, dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 57, 60, 8), (2, 130, 5, 16), (1, 3, 113, 4)])
+def test_weight_gradient_on_large_maps(shape):
+    check_weight_gradient(shape, 7, torch.float32)
+
+
+def check_weight_gradient(shape, side, dtype):
+    x, du = torch.randn(2, *shape, dtype=dtype)
+    channels = shape[3]
+
+    def eager(dtype):
+        nchw = [t.to(dtype).permute(0, 3, 1, 2) for t in (x, du)]
+        size = (channels, 1, side, side)
+        return torch.nn.grad.conv2d_weight(nchw[0], size, nchw[1], padding=side // 2, groups=channels)
+
+    expected = eager(torch.float64)
+    got = onednn.dwconv_weight_grad(x, du, side)
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    bound = 1e-13 if dtype == torch.float64 else 2 * relative_error(eager(dtype), expected) + 1e-6
+    assert relative_error(got, expected) <= bound
+
+
+@needs_onednn
+def test_packed_weights_die_with_their_weight():
+    weight, options = torch.randn(16, 8, 2, 2), ([2, 2], [0, 0], 1)
+    onednn.frozen_convolution(torch.randn(1, 8, 4, 4), weight, None, *options)
+    packed = weakref.ref(onednn._PACKED[weight])
+    onednn.frozen_convolution(torch.randn(2, 8, 6, 4), weight, None, *options)
+    assert onednn._PACKED[weight] is packed()
+    del weight
+    gc.collect()
+    assert packed() is None
+
+
+@needs_onednn
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 14), st.integers(1, 14), st.sampled_from([1, 3, 8, 20, 33])),
+    st.integers(1, 70),
+    st.sampled_from([3, 5, 7]),
+    st.sampled_from(["gelu", "gelu_new", "relu", "silu", "selu"]),
+    st.sampled_from([1, 40, 8192]),
+)
+@settings(max_examples=40, deadline=None)
+def test_frozen_block(shape, hidden, side, act, most_rows):
+    """At sizes other than the one whose layouts were chosen, too, and cut into blocks of rows."""
+    weights = frozen_weights(shape[3], hidden, side)
+    blocks = functools.partial(row_blocks.row_blocks, most=most_rows)
+    with mock.patch.object(onednn_block, "row_blocks", blocks), mock.patch.object(row_blocks, "_LEAST_ROWS", 1):
+        block = OnednnBlock(shape, weights, act)
+        for size in (shape, (1, 5, 9, shape[3]), shape):
+            x = torch.randn(size)
+            expected, eager = plain_block(x.double(), weights, act), plain_block(x, weights, act)
+            got = block(x, 1e-6)
+            assert got.is_contiguous()
+            assert relative_error(got, expected) <= 2 * relative_error(eager, expected) + 1e-6

@@ -1,0 +1,387 @@
+"""The kernels for x86 CPUs: values at all shapes, equal bits however threads share the work, memory, lifetimes."""
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from frozen_support import frozen_weights, plain_block
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import no_worse, randomise, relative_error
+
+from convnext_fast import ConvNext, ConvNextConfig, ops
+from convnext_fast.backends.cpu import llvm, onednn_block, packed_weights
+from convnext_fast.backends.cpu import ops as cpu
+from convnext_fast.ops.folding import FrozenDownsample
+
+launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
+from convnext_fast.kernels.cpu import code_cache, work_sharing  # noqa: E402
+from convnext_fast.kernels.cpu.machine import AVX2, AVX512  # noqa: E402
+
+MACHINES = [
+    pytest.param(machine, id=name, marks=pytest.mark.skipif(not launching.has(machine), reason=f"no {name} here"))
+    for name, machine in (("AVX2", AVX2), ("AVX512", AVX512))
+]
+pytestmark = pytest.mark.skipif(not launching.has(AVX2), reason="these kernels need x86, Linux and AVX2")
+
+sizes = st.one_of(st.integers(1, 16), st.sampled_from([28, 57, 65, 130]))
+
+
+@pytest.fixture
+def threads():
+    """A function that sets the number of threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def check(got, expected, eager):
+    assert got.is_contiguous()
+    assert no_worse(got, expected, eager)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@given(
+    st.tuples(st.integers(1, 3), sizes, sizes),
+    st.sampled_from([1, 2, 3, 5]),
+    st.sampled_from([1, 3, 4]),
+    st.sampled_from([3, 5, 7]),
+    st.integers(1, 4),
+)
+@settings(max_examples=12, deadline=None)
+def test_block(machine, image, channels, ratio, side, team_size):
+    channels *= machine.lanes
+    weights = frozen_weights(channels, ratio * channels, side)
+    x = torch.randn(*image, channels)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(team_size)
+        got = llvm.CompiledBlock(weights, machine)(x, 1e-6)
+    finally:
+        torch.set_num_threads(before)
+    check(got, plain_block(x.double(), weights, "gelu"), plain_block(x, weights, "gelu"))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("side", "channels"), [(56, 96), (28, 192), (14, 384), (7, 768)])
+def test_blocks_of_real_models(machine, side, channels):
+    """Products of real depth, against eager's own error; and a mean far from zero."""
+    weights = frozen_weights(channels, 4 * channels, 7)
+    weights = weights._replace(dwconv_bias=weights.dwconv_bias + 5)
+    x = torch.randn(1, side, side, channels)
+    got = llvm.CompiledBlock(weights, machine)(x, 1e-6)
+    check(got, plain_block(x.double(), weights, "gelu"), plain_block(x, weights, "gelu"))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_no_bias_of_the_convolution(machine):
+    weights = frozen_weights(32, 64, 7)._replace(dwconv_bias=None)
+    x = torch.randn(2, 9, 9, 32)
+    got = llvm.CompiledBlock(weights, machine)(x, 1e-6)
+    check(got, plain_block(x.double(), weights, "gelu"), plain_block(x, weights, "gelu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_default_dtype_and_vectors_of_another_one(dtype):
+    """Kernels read float32 whatever else PyTorch would allocate, and whatever the biases are stored in and how."""
+    weights = frozen_weights(32, 64, 7)
+
+    def strided(vector):
+        return torch.stack((vector, vector), -1).double()[..., 0]
+
+    biases = {name: strided(getattr(weights, name)) for name in ("dwconv_bias", "b1", "b2")}
+    frozen = FrozenDownsample(torch.randn(48, 32, 2, 2), torch.randn(48))
+    stem = torch.randn(32, 3, 4, 4), *torch.randn(3, 32)
+    x, picture = torch.randn(2, 9, 11, 32), torch.randn(1, 3, 17, 18)
+    expected = (
+        llvm.CompiledBlock(weights, AVX2)(x, 1e-6),
+        llvm.prepare_downsample(*frozen)(x, 1e-6),
+        llvm.prepare_stem(*stem)(picture, 1e-6),
+    )
+    torch.set_default_dtype(dtype)
+    try:
+        got = (
+            llvm.CompiledBlock(weights._replace(**biases), AVX2)(x, 1e-6),
+            llvm.prepare_downsample(frozen.weight, strided(frozen.bias))(x, 1e-6),
+            llvm.prepare_stem(stem[0], *map(strided, stem[1:]))(picture, 1e-6),
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("image", [(3, 14, 14), (4, 7, 7), (2, 3, 100), (5, 9, 9)])
+def test_equal_bits_for_every_number_of_threads_and_batch(machine, image, threads):
+    """Whether threads share rows or columns too."""
+    block = llvm.CompiledBlock(frozen_weights(96, 192, 7), machine)
+    x = torch.randn(*image, 96)
+    threads(1)
+    expected = block(x, 1e-6)
+    splits = set()
+    for count in (1, 2, 3, 4, 16):
+        threads(count)
+        splits.add(work_sharing.numbers(image[0], image[1:], image[1:], 1e-6, count)["split_columns"])
+        assert torch.equal(block(x, 1e-6), expected)
+        assert torch.equal(torch.cat([block(one, 1e-6) for one in x.split(1)]), expected)
+    assert splits == {0, 1}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_pixel_stays_visible_and_alone(machine, bad):
+    x = torch.randn(1, 12, 30, 32)
+    x[0, 4, 15, 3] = bad
+    finite = llvm.CompiledBlock(frozen_weights(32, 64, 7), machine)(x, 1e-6).isfinite().all(-1)[0]
+    footprint = torch.zeros(12, 30, dtype=torch.bool)
+    footprint[1:8, 12:19] = True
+    assert torch.equal(~finite, footprint)
+
+
+@given(st.tuples(st.integers(1, 3), sizes, sizes), st.sampled_from([8, 16, 24, 96]), st.sampled_from([3, 5, 7]))
+@settings(max_examples=25, deadline=None)
+def test_convolution_and_its_gradients(image, channels, side):
+    x, du = torch.randn(2, *image, channels)
+    weight, bias = torch.randn(channels, 1, side, side) / side, torch.randn(channels)
+
+    def plain(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+        u = F.conv2d(leaves[0].permute(0, 3, 1, 2), *leaves[1:], padding=side // 2, groups=channels)
+        u = u.permute(0, 2, 3, 1)
+        return [u, *torch.autograd.grad(u, leaves[:2], du.to(dtype))]
+
+    got = llvm.dwconv(x, weight, bias), llvm.dwconv(du, weight.flip(2, 3), None)
+    got = *got, llvm.dwconv_weight_grad(x, du, side)
+    for ours, expected, eager in zip(got, plain(torch.float64), plain(torch.float32), strict=True):
+        assert no_worse(ours, expected, eager)
+
+
+def test_a_weight_gradient_of_equal_bits_for_every_number_of_threads(threads):
+    x, du = torch.randn(2, 2, 9, 20, 24)
+    threads(1)
+    expected = llvm.dwconv_weight_grad(x, du, 7)
+    for count in (2, 3, 16):
+        threads(count)
+        assert torch.equal(llvm.dwconv_weight_grad(x, du, 7), expected)
+
+
+@given(
+    st.tuples(st.integers(1, 3), st.integers(2, 30), st.integers(2, 30)),
+    st.sampled_from([8, 16, 24, 48, 96]),
+    st.sampled_from([8, 32, 40, 96]),
+    st.sampled_from([(2, 2), (1, 2), (2, 1)]),
+)
+@settings(max_examples=12, deadline=None)
+def test_downsampling(image, channels, out_channels, patch):
+    x = torch.randn(*image, channels) * 3 + 1
+    weight = torch.randn(out_channels, channels, *patch) / channels**0.5
+    frozen = FrozenDownsample(weight.contiguous(memory_format=torch.channels_last), torch.randn(out_channels))
+
+    def plain(dtype):
+        n = F.layer_norm(x.to(dtype), [channels], eps=1e-6).permute(0, 3, 1, 2)
+        return F.conv2d(n, *(t.to(dtype) for t in frozen), stride=patch).permute(0, 2, 3, 1)
+
+    got = llvm.prepare_downsample(*frozen)(x, 1e-6)
+    check(got, plain(torch.float64), plain(torch.float32))
+
+
+@given(
+    st.tuples(st.integers(1, 2), st.integers(4, 70), st.integers(4, 70)),
+    st.sampled_from([1, 3, 4]),
+    st.sampled_from([8, 48, 96]),
+    st.sampled_from([(4, 4), (2, 4), (4, 1)]),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=12, deadline=None)
+def test_stem(image, channels, out_channels, patch, bias, channels_last):
+    x = torch.randn(image[0], channels, *image[1:])
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    parameters = [
+        torch.randn(out_channels, channels, *patch) / 4,
+        torch.randn(out_channels) if bias else None,
+        torch.randn(out_channels),
+        torch.randn(out_channels),
+    ]
+
+    def plain(dtype):
+        weight, bias, ln_weight, ln_bias = (None if t is None else t.to(dtype) for t in parameters)
+        u = F.conv2d(x.to(dtype), weight, bias, stride=patch).permute(0, 2, 3, 1)
+        return F.layer_norm(u, [out_channels], ln_weight, ln_bias, 1e-6)
+
+    got = llvm.prepare_stem(*parameters)(x.contiguous(), 1e-6)
+    check(got, plain(torch.float64), plain(torch.float32))
+
+
+def test_what_no_kernel_serves_goes_to_onednn():
+    for channels, hidden, act in ((12, 48, "gelu"), (16, 20, "gelu"), (16, 64, "silu")):
+        block = packed_weights.prepared_block(frozen_weights(channels, hidden, 3), act, (1, 5, 5, channels))
+        assert isinstance(block, onednn_block.OnednnBlock)
+    assert packed_weights.prepared_downsample(torch.randn(16, 12, 2, 2), torch.randn(16)) is None
+    odd = torch.randn(16, 3, 3, 3), None, torch.randn(16), torch.randn(16)
+    assert llvm.prepare_stem(*odd) is None
+    assert cpu.patchify_stem_fwd(torch.randn(1, 3, 9, 9), *odd, 1e-6, torch.float32).shape == (1, 3, 3, 16)
+
+
+def test_a_block_is_prepared_once_for_its_weights_and_dies_with_them():
+    x, weights = torch.randn(1, 4, 4, 16), frozen_weights(16, 32, 3)
+
+    def prepared_for(*weights, act="gelu"):
+        block = packed_weights.prepared_block(weights, act, x.shape)
+        assert relative_error(block(x, 1e-6), plain_block(x.double(), weights, act)) < 1e-5
+        return block
+
+    first = prepared_for(*weights)
+    assert isinstance(first, llvm.CompiledBlock)
+    assert prepared_for(*weights) is first
+    *head, b1, w2, b2 = weights
+    for other in ((*head, b1, w2 + 1, b2), (*head, b1 - 1, w2, b2), (*head, b1, w2, b2 + 1)):
+        assert prepared_for(*other) is not first
+    assert prepared_for(weights[0] + 1, *weights[1:]) is not first
+    assert prepared_for(weights[0], None, *weights[2:]) is not first
+    assert isinstance(prepared_for(*weights, act="relu"), onednn_block.OnednnBlock)
+    gone, key = weakref.ref(prepared_for(*weights)), id(weights.w1)
+    del first, weights, head, b1, w2, b2, other
+    gc.collect()
+    assert gone() is None
+    assert key not in packed_weights._KEPT
+
+
+def test_a_downsampling_layer_is_prepared_once_for_its_weights_and_dies_with_them():
+    weight, bias = torch.randn(16, 8, 2, 2), torch.randn(16)
+    first = packed_weights.prepared_downsample(weight, bias)
+    assert packed_weights.prepared_downsample(weight, bias) is first
+    second = packed_weights.prepared_downsample(weight, bias + 1)
+    x, plain = torch.randn(1, 4, 4, 8), []
+    for dtype in (torch.float64, torch.float32):
+        n = F.layer_norm(x.to(dtype), [8], eps=1e-6).permute(0, 3, 1, 2)
+        plain.append(F.conv2d(n, weight.to(dtype), (bias + 1).to(dtype), stride=2).permute(0, 2, 3, 1))
+    check(second(x, 1e-6), *plain)
+    gone, key = weakref.ref(second), id(weight)
+    del first, second, weight
+    gc.collect()
+    assert gone() is None
+    assert key not in packed_weights._KEPT
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_gelu_and_its_derivative(machine, monkeypatch):
+    """Numbers of every size: as close to float64 as PyTorch's, and NaN and infinity as the functions have them."""
+    monkeypatch.setattr(llvm, "machine_for", lambda *_: machine)
+    scale = torch.logspace(-38, 3, 2000)
+    x = torch.cat([torch.linspace(-20, 20, 40001), scale, -scale, torch.tensor([0.0, float("nan"), float("inf")])])
+    x = F.pad(x, (0, -len(x) % 16))
+    slope, again = torch.ones_like(x), torch.empty_like(x)
+    value = llvm.gelu(x)
+    llvm.gelu_bwd_(slope, x, again)
+    assert torch.equal(again, value) or torch.equal(again.nan_to_num(), value.nan_to_num())
+    in_place, dh = x.clone(), torch.randn_like(x)
+    expected = dh * slope
+    llvm.gelu_bwd_(dh, in_place, in_place)
+    assert torch.equal(in_place.nan_to_num(), value.nan_to_num())
+    assert torch.equal(dh.nan_to_num(), expected.nan_to_num())
+
+    wide = x.double().requires_grad_()
+    expected = F.gelu(wide)
+    (expected_slope,) = torch.autograd.grad(expected.nan_to_num().sum(), wide)
+    leaf = x.clone().requires_grad_()
+    eager = F.gelu(leaf)
+    (eager_slope,) = torch.autograd.grad(eager.nan_to_num().sum(), leaf)
+    finite = x.isfinite()
+    assert torch.equal(value[~finite].isnan(), expected[~finite].isnan())
+    assert torch.equal(slope.isnan(), x.isnan())
+    assert value[x == float("inf")] == float("inf")
+    for ours, exact, eagers in ((value, expected, eager), (slope, expected_slope, eager_slope)):
+        errors = [(t.double() - exact)[finite].abs().max() for t in (ours, eagers)]
+        assert errors[0] <= 2 * errors[1]
+    near = (x.abs() < 1) & (x.abs() > 1e-30)
+    assert ((value.double() - expected) / expected)[near].abs().max() < 1e-6
+
+
+def test_memory_is_left_alone_outside_of_the_tensors():
+    """A process that reads or writes a byte before or behind its tensors dies of it."""
+    script = Path(__file__).with_name("guarded_memory.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok") == len(done.stdout.splitlines()) >= 9
+
+
+@pytest.mark.parametrize("without", ["llvmlite", "a new llvmlite", "CONVNEXT_FAST_BACKEND"])
+def test_models_run_without_the_kernels(without):
+    code = (
+        "import sys, torch\n"
+        "from importlib import metadata\n"
+        "real = metadata.version\n"
+        "def version(name):\n"
+        "    if name != 'llvmlite': return real(name)\n"
+        f"    if {without!r} == 'llvmlite': raise metadata.PackageNotFoundError(name)\n"
+        f"    return '0.45.1' if {without!r} == 'a new llvmlite' else real(name)\n"
+        "metadata.version = version\n"
+        "from convnext_fast import ConvNext, ConvNextConfig\n"
+        "model = ConvNext(ConvNextConfig(num_stages=1, hidden_sizes=[16], depths=[1])).eval()\n"
+        "model.freeze()\n"
+        "with torch.inference_mode(): print(tuple(model(torch.randn(1, 3, 32, 32)).shape), 'llvmlite' in sys.modules)"
+    )
+    environment = {**os.environ, "CONVNEXT_FAST_BACKEND": "aten" if without.isupper() else "auto"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "(1, 2) False", done.stdout + done.stderr
+
+
+def test_whole_model():
+    config = ConvNextConfig(num_stages=2, hidden_sizes=[16, 40], depths=[2, 1])
+    model = randomise(ConvNext(config)).eval()
+    x = torch.randn(2, 3, 70, 66)
+    with torch.inference_mode():
+        expected = model.double()(x.double())
+        model.float().fused = False
+        eager = model(x)
+        model.fused = True
+        model.freeze()
+        check(model(x), expected, eager)
+
+
+def test_no_unit_is_narrower_than_a_group():
+    for width in (*range(1, 5000), 16384, 65537):
+        cut = work_sharing.numbers(1, (1, width), (1, width), 1e-6, 2)
+        last = width - (cut["pieces"] - 1) * cut["unit"]
+        assert cut["unit"] <= 64
+        assert min(width, work_sharing.GROUP) <= last <= cut["unit"]
+
+
+def test_the_negative_of_what_is_in_memory():
+    weights, x = frozen_weights(16, 32, 3), torch.randn(1, 5, 5, 16)
+    with torch.no_grad():
+        expected = ops.frozen_block(-x, *weights)
+        assert relative_error(ops.frozen_block(torch._neg_view(x), *weights), expected) < 1e-5
+
+
+def test_compiled_code_is_kept_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+
+    def compile_(code):
+        calls.append(code)
+        return code
+
+    assert [code_cache.code_for(d, lambda d=d: compile_(d.encode())) for d in "aba"] == [b"a", b"b", b"a"]
+    assert calls == [b"a", b"b"]
+    entries = sorted((tmp_path / "convnext_fast").iterdir())
+    assert len(entries) == 2
+    for entry in entries:
+        entry.write_bytes(entry.read_bytes()[:-1])
+    assert code_cache.code_for("a", lambda: compile_(b"a")) == b"a"
+    assert calls == [b"a", b"b", b"a"]
+    with monkeypatch.context() as context:
+        context.setattr(os, "replace", mock.Mock(side_effect=OSError("no space")))
+        assert code_cache.code_for("c", lambda: b"c") == b"c"
+    assert len(list((tmp_path / "convnext_fast").iterdir())) == 2
+    for blocked in ("/dev/null/no/folder", "/proc"):
+        monkeypatch.setenv("XDG_CACHE_HOME", blocked)
+        assert code_cache.code_for("a", lambda: compile_(b"c")) == b"c"

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from convnext_fast.kernels.mlp import fused_bwd, mlp_bwd, mlp_fwd
+from convnext_fast.kernels.mlp.fused import fused_mlp_fwd
+from convnext_fast.kernels.mlp.fused_bwd import fused_mlp_bwd
+from convnext_fast.kernels.mlp.gemm import gemm_mlp_fwd
+from convnext_fast.kernels.mlp.gemm_bwd import gemm_mlp_bwd
+from mlp_cases import EMPTY, FAR, Case, check_backward, check_forward, inputs, run_forward
+
+BF16, FP16 = torch.bfloat16, torch.float16
+FORWARD = [
+    (fused_mlp_fwd, Case(3, 49, 40, 160, BF16, full=False)),
+    (fused_mlp_fwd, Case(1, 50, 37, 77, FP16)),
+    (fused_mlp_fwd, Case(3, 70, 96, 384, BF16)),
+    (fused_mlp_fwd, Case(1, 130, 192, 192, FP16)),
+    (gemm_mlp_fwd, Case(1, 9, 1, 1, BF16)),
+    (gemm_mlp_fwd, Case(1, 50, 37, 77, FP16, full=False)),
+    (gemm_mlp_fwd, Case(1, 130, 192, 256, BF16)),
+]
+BACKWARD = [
+    (fused_mlp_bwd, Case(3, 49, 40, 160, BF16, full=False)),
+    (fused_mlp_bwd, Case(1, 50, 37, 77, FP16)),
+    (fused_mlp_bwd, Case(3, 70, 96, 128, BF16)),
+    (gemm_mlp_bwd, Case(1, 9, 1, 1, FP16, draws=8)),
+    (gemm_mlp_bwd, Case(1, 50, 37, 77, FP16, full=False)),
+    (gemm_mlp_bwd, Case(3, 70, 96, 128, BF16)),
+]
+
+
+def name(value):
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize(("forward", "case"), FORWARD, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_forward(emulating, forward, case):
+    with emulating(arch=80, detect_races="rw"):
+        check_forward(case, forward)
+
+
+def test_forward_in_float32(emulating, precision):
+    with emulating(arch=80, detect_races="rw"):
+        check_forward(Case(1, 50, 37, 77, torch.float32))
+
+
+def test_forward_under_autocast_and_of_nothing(emulating):
+    with emulating(arch=80, detect_races="rw"):
+        check_forward(Case(2, 20, 24, 96, torch.bfloat16, residual_dtype=torch.float32))
+        for case in EMPTY:
+            check_forward(case)
+
+
+@pytest.mark.parametrize(("channels", "allowed"), [(40, 14.5), (96, 12.3), (192, 15.8)])
+def test_instructions_of_the_fused_forward(emulating, channels, allowed):
+    """Thread instructions per hidden element beside the MMAs, all of the kernel counted, GELU included."""
+    given = inputs(Case(1, 256, channels, 4 * channels, torch.bfloat16)) | {"drop_scale": None}
+    with emulating(arch=80, detailed=False) as emulation:
+        run_forward(Case(1, 256, channels, 4 * channels, torch.bfloat16), given, mlp_fwd)
+    counts = emulation.launches[-1].by_class()
+    per_element = 32 * (sum(counts.values()) - counts["tensor"]) / (256 * 4 * channels)
+    assert per_element <= allowed, f"C = {channels}: {per_element:.2f}"
+
+
+@pytest.mark.parametrize(("backward", "case"), BACKWARD, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_backward(emulating, backward, case):
+    with emulating(arch=80, detect_races="rw"):
+        check_backward(case, backward)
+
+
+@pytest.mark.parametrize("case", [Case(1, 50, 37, 77, FP16), Case(3, 70, 96, 128, BF16)], ids=str)
+@pytest.mark.parametrize("save_hidden", [False, True])
+def test_backward_whose_sums_two_programs_share(emulating, monkeypatch, case, save_hidden):
+    """As where warp groups multiply it is beyond 128 channels."""
+    monkeypatch.setattr(fused_bwd, "weights_apart", lambda channels: True)
+    with emulating(arch=80, detect_races="rw"):
+        check_backward(case, fused_mlp_bwd, save_hidden)
+
+
+def test_backward_in_float32(emulating, precision):
+    with emulating(arch=80, detect_races="rw"):
+        check_backward(Case(1, 130, 37, 77, torch.float32))
+
+
+@pytest.mark.parametrize("case", FAR, ids=str)
+def test_float32_far_from_zero(emulating, precision, case):
+    """Where the convolution's output has a mean that its deviations are small beside, TF32 has no digits to cancel."""
+    with emulating(arch=80, detect_races="rw"):
+        check_forward(case)
+        check_backward(case)
+
+
+@pytest.mark.parametrize("backward", [fused_mlp_bwd, gemm_mlp_bwd])
+def test_backward_from_saved_activations_under_autocast(emulating, backward):
+    with emulating(arch=80, detect_races="rw"):
+        case = Case(2, 35, 24, 96, torch.bfloat16, residual_dtype=torch.float32)
+        check_backward(case, backward, save_hidden=True)
+
+
+def test_backward_of_nothing(emulating):
+    with emulating(arch=80):
+        for case in EMPTY:
+            check_backward(case, mlp_bwd)

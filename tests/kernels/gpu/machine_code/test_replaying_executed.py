@@ -1,0 +1,251 @@
+"""Calls that repeat a record: the bits of the call as it is written, and no record of what it does not hold for.
+
+Recorded launches take addresses in the place of tensors, which the emulator does not. ``Memory`` gives it tensors back,
+and fills what a call allocates with NaN, so that scratch memory that is read before it is written shows.
+"""
+
+from unittest import mock
+
+import pytest
+import torch
+from convnext_fast.kernels import dwconv, replaying
+from operator_cases import KERNELS_ALONE, ON_CPU, cases
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from convnext_fast.backends import choose
+from convnext_fast.ops import operators
+
+ALL = [*ON_CPU, *KERNELS_ALONE]
+
+
+@pytest.fixture
+def _nan_poisoned_allocations():
+    """``Memory`` does it."""
+
+
+class Memory(TorchDispatchMode):
+    """All that is allocated within, full of NaN, by address."""
+
+    def __init__(self):
+        super().__init__()
+        self.known = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.__name__.startswith("empty"):
+            self.add(out.untyped_storage())
+            torch.empty(0, dtype=torch.uint8).set_(out.untyped_storage()).fill_(255)
+        return out
+
+    def add(self, storage):
+        self.known.append(storage)
+
+    def tensor(self, address):
+        """Bytes from ``address`` to the end of its storage; the newest, where an older one was freed."""
+        for storage in reversed(self.known):
+            offset = address - storage.data_ptr()
+            if 0 <= offset < storage.nbytes():
+                return torch.empty(0, dtype=torch.uint8).set_(storage, offset, (storage.nbytes() - offset,), (1,))
+        raise AssertionError(f"a kernel was given the address {address:#x}, which is no tensor's")
+
+
+@pytest.fixture
+def repeating(emulating, monkeypatch):
+    """A function ``call(operator's name, arguments)`` to repeat calls, which counts ``call.repeats``."""
+    from sass_emulator import emulation
+
+    memory, run = Memory(), emulation.run
+
+    def with_tensors(kernel, grid, values, **options):
+        types = [kind for kind in kernel.src.signature.values() if kind != "constexpr"]
+        found = [
+            memory.tensor(value) if isinstance(value, int) and str(kind).startswith("*") else value
+            for value, kind in zip(values, types, strict=True)
+        ]
+        return run(kernel, grid, found, **options)
+
+    def call(name, arguments):
+        for value in tensors(arguments):
+            memory.add(value.untyped_storage())
+        before = repeat.call_count
+        with memory:
+            results = function_of(name)(*arguments)
+        call.repeats += repeat.call_count - before
+        return results
+
+    call.repeats = 0
+    monkeypatch.setattr(emulation, "run", with_tensors)
+    monkeypatch.setattr(choose, "REQUEST", "triton")
+    monkeypatch.setattr(replaying, "serves", lambda tensor: True)
+    monkeypatch.setattr(replaying, "_plans", {})
+    with (
+        emulating(arch=80),
+        mock.patch.object(replaying.Plan, "repeat", autospec=True, side_effect=replaying.Plan.repeat) as repeat,
+    ):
+        yield call
+
+
+def tensors(arguments):
+    flat = [each for value in arguments for each in (value if isinstance(value, list) else [value])]
+    return [value for value in flat if isinstance(value, torch.Tensor)]
+
+
+def scaled(value, factor):
+    """Arguments with tensors of other values in other memory."""
+    if isinstance(value, torch.Tensor):
+        return value.detach() * factor
+    return type(value)(scaled(each, factor) for each in value) if isinstance(value, (list, tuple)) else value
+
+
+def function_of(name):
+    return dwconv._launch_again if name == "dwconv" else getattr(operators, name).function
+
+
+def as_written(name, arguments):
+    with mock.patch.object(replaying, "serves", return_value=False):
+        return function_of(name)(*arguments)
+
+
+def assert_same_bits(results, expected):
+    single = isinstance(expected, torch.Tensor)
+    for got, want in zip(*(([each] if single else each) for each in (results, expected)), strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            assert (got.shape, got.stride(), got.dtype) == (want.shape, want.stride(), want.dtype)
+            assert torch.isfinite(want).all()
+            assert torch.equal(got, want)
+
+
+# Their cases have pixels that no patch covers, whose gradients are filled with zeros, or a weight to be copied.
+DO_MORE = ("downsample_bwd", "frozen_downsample_fwd", "patchify_stem_bwd")
+IN_TIME = ("block_bwd", "frozen_block_fwd", "patchify_stem_fwd")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "every"),
+    [
+        *((name, torch.bfloat16, False) for name in IN_TIME),
+        *(
+            pytest.param(name, dtype, True, marks=pytest.mark.thorough)
+            for name in ALL
+            for dtype in (torch.bfloat16, torch.float32)
+        ),
+    ],
+)
+def test_repeats_bit_for_bit(repeating, name, dtype, every):
+    torch.manual_seed(0)
+    given = cases(name, dtype)
+    replaying._plans.clear()  # the forward calls behind the arguments
+    for arguments in given if every else given[-1:]:
+        repeating.repeats = 0
+        repeating(name, scaled(arguments, 1.0))
+        for factor in (0.5, 0.75):
+            other = scaled(arguments, factor)
+            assert_same_bits(repeating(name, other), as_written(name, other))
+        assert repeating.repeats == (name not in DO_MORE)
+
+
+def stem(alignment=0, side=8, dtype=torch.float32):
+    """Arguments of a small stem; ``alignment``: bytes between its image and an aligned address."""
+    skipped = alignment // dtype.itemsize
+    image = torch.randn(3 * side * side + skipped).to(dtype)[skipped:].view(1, 3, side, side)
+    weight = torch.randn(8, 3, 4, 4).to(dtype)
+    return image, weight, *torch.randn(3, 8).to(dtype), 1e-6, dtype
+
+
+def test_patches_that_cover_all_are_recorded(repeating):
+    torch.manual_seed(0)
+    *stem_arguments, eps, dtype = stem()
+    x, affine, bias = torch.randn(1, 4, 4, 8), torch.randn(2, 8), torch.randn(12)
+    weight = torch.randn(12, 8, 2, 2)
+    packed = weight.contiguous(memory_format=torch.channels_last)
+    calls = {
+        "patchify_stem_bwd": (torch.randn(1, 2, 2, 8), *stem_arguments, eps, dtype, True),
+        "downsample_bwd": (torch.randn(1, 2, 2, 12), x, *affine, weight, bias, eps, dtype),
+        "frozen_downsample_fwd": (x, packed, bias, eps, dtype),
+    }
+    for number, (name, given) in enumerate(calls.items(), 1):
+        for factor in (1.0, 0.5, 0.75):
+            other = scaled(given, factor)
+            assert_same_bits(repeating(name, other), as_written(name, other))
+        assert repeating.repeats == number
+
+
+def test_what_a_compiled_model_calls(repeating):
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 5, 9, 16).bfloat16(), torch.randn(16, 1, 7, 7)
+    for factor in (1.0, 0.5, 0.75):
+        given = (*scaled((x, weight), factor), None, None, torch.bfloat16, torch.bfloat16, False, True)
+        assert_same_bits(repeating("dwconv", given), as_written("dwconv", given))
+    assert repeating.repeats == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"alignment": 4}, {"side": 12}, {"dtype": torch.float16}],
+    ids=["alignment", "size", "dtype"],
+)
+def test_what_differs_has_its_own_record(repeating, other):
+    for _ in range(3):
+        repeating("patchify_stem_fwd", stem())
+    assert repeating.repeats == 1
+    for repeats in (1, 1, 2):
+        given = stem(**other)
+        assert_same_bits(repeating("patchify_stem_fwd", given), as_written("patchify_stem_fwd", given))
+        assert repeating.repeats == repeats
+
+
+def test_tf32_has_its_own_record(repeating):
+    given, switch = stem(), torch.backends.cuda.matmul
+    exact = [repeating("patchify_stem_fwd", given) for _ in range(3)][2]
+    switch.allow_tf32 = True
+    try:
+        rounded = [repeating("patchify_stem_fwd", given) for _ in range(3)][2]
+    finally:
+        switch.allow_tf32 = False
+    assert repeating.repeats == 2
+    assert not torch.equal(exact, rounded)
+
+
+def test_a_call_that_does_more_is_not_recorded(repeating):
+    """Here it copies a weight whose memory is not in order."""
+    image, weight, *rest = stem()
+    for _ in range(4):
+        weight = torch.randn_like(weight).to(memory_format=torch.channels_last)
+        given = (image, weight, *rest)
+        assert_same_bits(repeating("patchify_stem_fwd", given), as_written("patchify_stem_fwd", given))
+    assert repeating.repeats == 0
+
+
+def test_what_is_written_into_an_allocation_is_not_lost(repeating):
+    """No launch does it, so a record would return the allocation as it came."""
+    copied = replaying.replayed(lambda x: torch.empty_like(x).copy_(x))
+    for _ in range(4):
+        x = torch.randn(5)
+        assert torch.equal(copied(x), x)
+    assert None in replaying._plans.values()
+
+
+def test_tensors_in_the_same_memory_are_not_recorded(repeating):
+    """x is its own residual twice; then it is not, which looks alike."""
+    parameters = torch.randn(24, 8), torch.randn(24), torch.randn(8, 24), torch.randn(8), torch.randn(8)
+    x = torch.randn(1, 4, 4, 8)
+    for residual in (x, x, torch.randn_like(x)):
+        given = (x, residual, *parameters, None, "relu", 1, torch.float32)
+        assert_same_bits(repeating("pointwise_mlp_fwd", given), as_written("pointwise_mlp_fwd", given))
+    assert repeating.repeats == 0
+
+
+def test_an_empty_batch_is_not_recorded(repeating):
+    _, *rest = stem()
+    for _ in range(3):
+        assert repeating("patchify_stem_fwd", (torch.empty(0, 3, 8, 8), *rest)).shape == (0, 2, 2, 8)
+    assert repeating.repeats == 0
+
+
+def test_records_are_bounded(repeating, monkeypatch):
+    monkeypatch.setattr(replaying, "MOST", 2)
+    for side in (8, 12, 16, 8, 8, 8):
+        repeating("patchify_stem_fwd", stem(side=side))
+        assert len(replaying._plans) <= 2
+    assert repeating.repeats == 1

@@ -1,0 +1,97 @@
+"""FLOPs of the fused ops as PyTorch's counter sees them."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from convnext_fast import ConvNext, ConvNextConfig, ops
+from convnext_fast.ops import flops
+
+CONFIG = ConvNextConfig(num_stages=2, hidden_sizes=[16, 40], depths=[2, 1], num_labels=5)
+SIZE = (2, 3, 56, 40)  # 14×10 pixels after the stem, 7×5 after downsampling
+
+
+def counted(run) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_forward_counts_what_the_reference_does(frozen):
+    model = ConvNext(CONFIG).eval()
+    x = torch.randn(SIZE)
+    with torch.no_grad():
+        expected = counted(lambda: ConvNext(CONFIG, fused=False).eval()(x))
+        if frozen:
+            model.freeze()
+        assert counted(lambda: model(x)) == expected > 0
+
+
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+def test_backward_counts_two_products_for_each_and_those_made_anew(recompute):
+    c, k, pixels = 16, 64, 2 * 14 * 10
+    model = ConvNext(CONFIG)
+    block = model.stages[0].blocks[0]
+    block.recompute = recompute
+    x = torch.randn(2, c, 14, 10, requires_grad=True)
+    y = block(x)
+    convolution, product = 2 * pixels * c * 49, 2 * pixels * c * k
+    anew = (recompute == 2) * convolution + (recompute >= 1) * product
+    assert counted(lambda: y.backward(torch.randn_like(y))) == 2 * convolution + 4 * product + anew
+    block.conv_dw.requires_grad_(False)
+    y = block(x.detach())
+    assert counted(lambda: y.backward(torch.randn_like(y))) == 4 * product + anew
+
+
+def test_a_compiled_model_counts_and_runs_on():
+    torch.compiler.reset()
+    model, x = ConvNext(CONFIG), torch.randn(SIZE)
+    compiled = torch.compile(model)
+    expected = counted(lambda: model(x).sum().backward())
+    assert counted(lambda: compiled(x).sum().backward()) == expected
+    model.zero_grad()
+    compiled(x).sum().backward()
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_every_operator_has_a_formula():
+    prefix = "convnext_fast::"
+    names = {name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)}
+    assert {formula.__name__ for formula in flops.FORMULAS} == {n for n in names if n.endswith(("_fwd", "_bwd"))}
+
+
+def test_patches_on_a_gpu():
+    """By shapes, for a CPU runs PyTorch's own convolution."""
+    image, stem = torch.randn(2, 3, 22, 17), torch.randn(8, 3, 4, 4)
+    x, weight = torch.randn(2, 5, 7, 8), torch.randn(12, 8, 2, 2)
+    first = counted(lambda: torch.nn.functional.conv2d(image, stem, stride=4))
+    second = counted(lambda: torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, stride=2))
+    y, z = (2, 5, 4, 8), (2, 2, 3, 12)
+    assert flops.patchify_stem_fwd(image.shape, stem.shape, out_shape=y) == first
+    assert [flops.patchify_stem_bwd(y, image.shape, stem.shape, needs) for needs in (False, True)] == [
+        2 * first,
+        3 * first,
+    ]
+    assert flops.downsample_fwd(x.shape, None, None, weight.shape, out_shape=z) == second
+    assert flops.frozen_downsample_fwd(x.shape, weight.shape, out_shape=z) == second
+    assert flops.downsample_bwd(z, x.shape, None, None, weight.shape) == 2 * second
+
+
+def test_ops_alone():
+    c, k, pixels = 8, 24, 2 * 5 * 4
+    x = torch.randn(2, 5, 4, c, requires_grad=True)
+    weight, affine = torch.randn(c, 1, 7, 7), (torch.randn(c), torch.randn(c))
+    w1, w2 = torch.randn(k, c), torch.randn(c, k)
+    convolution, product = 2 * pixels * c * 49, 2 * pixels * c * k
+
+    def convolve():
+        return ops.dwconv_layernorm(x, weight, None, *affine)
+
+    def multiply():
+        return ops.pointwise_mlp(x, x, w1, torch.randn(k), w2, torch.randn(c), recompute=1)
+
+    assert counted(convolve) == convolution
+    assert counted(lambda: convolve().sum().backward()) == 3 * convolution
+    assert counted(multiply) == 2 * product
+    assert counted(lambda: multiply().sum().backward()) == 7 * product

@@ -1,0 +1,446 @@
+"""Frozen models in one go: the same bits as block by block, and whatever looks on is called as ever."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from support import no_worse, randomise
+from torch import nn
+
+from convnext_fast import ConvNext, ConvNextBackbone, ConvNextConfig, ConvNextModel
+from convnext_fast.backends.cpu import llvm
+from convnext_fast.models.layers import Stem
+from convnext_fast.models.steps import joined, steps_of
+from convnext_fast.ops import sequence
+from convnext_fast.ops.sequence_operator import frozen_steps
+
+launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
+from convnext_fast.kernels.cpu.machine import AVX2  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not launching.has(AVX2), reason="these kernels need x86, Linux and AVX2")
+CONFIG = ConvNextConfig(num_stages=2, hidden_sizes=[16, 24], depths=[3, 2], num_labels=40)
+
+
+@pytest.fixture(params=[ConvNext, ConvNextModel])
+def model(request):
+    return randomise(request.param(CONFIG)).eval().freeze()
+
+
+def output(model, x):
+    y = model(x)
+    return y if isinstance(y, torch.Tensor) else y.last_hidden_state
+
+
+def check(got, model, x):
+    """Against the plain model in float64; no worse than twice the plain model in float32."""
+    assert no_worse(got, plain(model, x, torch.float64), plain(model, x, torch.float32))
+
+
+def plain(model, x, dtype):
+    copied = copy.deepcopy(model)
+    copied.fused = False
+    return output(copied.to(dtype), x.to(dtype))
+
+
+WHOLE = 1 + 3 + 1 + 2  # stem, blocks, downsampling, blocks
+"""Steps of the model."""
+
+
+@pytest.fixture
+def chains(monkeypatch):
+    """How many steps each chain had."""
+    lengths = []
+    run = llvm.run
+    monkeypatch.setattr(llvm, "run", lambda kernels, *rest: lengths.append(len(kernels)) or run(kernels, *rest))
+    return lengths
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """A function that has modules called one by one from then on."""
+
+    def forbid():
+        for module in ("convnext", "huggingface"):
+            monkeypatch.setattr(f"convnext_fast.models.{module}.in_one_go", lambda ask, x: None)
+
+    return forbid
+
+
+def stages(model):
+    return model.stages if isinstance(model, ConvNext) else model.encoder.stages
+
+
+def blocks_of(model, stage):
+    return stages(model)[stage].blocks if isinstance(model, ConvNext) else stages(model)[stage].layers
+
+
+def stem_of(model):
+    return model.stem if isinstance(model, ConvNext) else model.embeddings
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_equal_bits(model, chains, mode, layout, one_by_one):
+    x = torch.randn(2, 3, 70, 66).contiguous(memory_format=layout)
+    given = x.clone()
+    with mode():
+        got = output(model, x)
+        assert chains == [WHOLE]
+        assert torch.equal(output(model, x), got)
+        assert torch.equal(x, given)
+        one_by_one()
+        assert torch.equal(output(model, x), got)
+    assert chains == [WHOLE] * 2
+
+
+@pytest.mark.parametrize("compile_", [False, True])
+def test_no_gradient_is_wanted_though_autograd_records(model, chains, compile_):
+    """As in a script without ``no_grad``."""
+    called = torch.compile(model, backend="aot_eager", fullgraph=True) if compile_ else model
+    x = torch.randn(2, 3, 40, 36)
+    got = output(called, x)
+    assert not got.requires_grad
+    assert chains == [WHOLE]
+    check(got, model, x)
+    got += 1
+    stem_of(model).requires_grad_(True)
+    assert output(called, x).requires_grad
+    assert chains == [WHOLE]
+
+
+@pytest.mark.parametrize("depths", [[1, 1], [3, 2], [2, 1]])
+@torch.no_grad()
+def test_maps_on_the_way(depths, chains, one_by_one):
+    """All that models give out besides the last map, for numbers of blocks that leave a stage in either memory."""
+    config = ConvNextConfig(num_stages=2, hidden_sizes=[16, 24], depths=depths, out_features=["stem", "stage1"])
+    timms = randomise(ConvNext(config)).eval().freeze()
+    features = randomise(ConvNext(config, features_only=True, out_indices=[0, 1])).eval().freeze()
+    first = randomise(ConvNext(config, features_only=True, out_indices=[0])).eval().freeze()
+    plain, backbone = (randomise(kind(config)).eval().freeze() for kind in (ConvNextModel, ConvNextBackbone))
+    x = torch.randn(2, 3, 36, 40)
+
+    def maps():
+        last, on_the_way = timms.forward_intermediates(x, norm=True, output_fmt="NHWC")
+        yield from (last, *on_the_way, *timms.forward_intermediates(x, [0], stop_early=True, intermediates_only=True))
+        yield from (*features(x), *first(x))
+        yield from plain(x, output_hidden_states=True).hidden_states
+        yield from (*backbone(x).feature_maps, *backbone(x, output_hidden_states=True).hidden_states)
+
+    got = list(maps())
+    whole, short = 2 + sum(depths), 1 + depths[0]
+    assert chains == [whole, short, whole, short, whole, whole, whole]
+    one_by_one()
+    assert all(map(torch.equal, got, maps()))
+    assert len(chains) == 7
+    assert not any(a.data_ptr() == b.data_ptr() for a, b in itertools.combinations(got[3:], 2))
+
+
+def test_the_input_is_not_overwritten_and_the_result_is_anyones(model):
+    blocks = blocks_of(model, 0)
+    x = torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last)
+    given = x.clone()
+    with torch.no_grad():
+        (y,) = sequence.in_one_go(lambda: [joined(map(steps_of, blocks))], x)
+        (again,) = sequence.in_one_go(lambda: [joined(map(steps_of, blocks))], x)
+        y += 1
+    assert torch.equal(x, given)
+    assert torch.equal(y, again + 1)
+    assert y.untyped_storage().nbytes() == y.numel() * 4
+    y.requires_grad_().sum().backward()
+
+
+def test_weights_whose_memory_moves(model):
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = output(model, x)
+        model.share_memory()
+        filler = [torch.full((size,), float("nan")) for size in (16, 24, 32, 48, 64, 96, 128, 192) for _ in range(200)]
+        assert torch.equal(output(model, x), expected)
+    assert filler
+
+
+def test_what_a_block_refuses_a_chain_refuses(model):
+    x = torch.randn(1, 3, 32, 32)
+    block = blocks_of(model, 0)[1]
+    conv = block.parts().dwconv
+    plain = conv.weight
+    with torch.no_grad():
+        output(model, x)
+        for bad, error in (
+            (plain.double(), "the activations are torch.float32 but dwconv_weight is torch.float64"),
+            (plain[..., :4, :4].clone(), "expected a square one of side 3, 5 or 7"),
+            (plain.to("meta"), "is on meta"),
+        ):
+            block.unfreeze()
+            conv.weight = nn.Parameter(bad, requires_grad=False)
+            block.freeze()
+            with pytest.raises((TypeError, ValueError), match=error):
+                output(model, x)
+
+
+def test_what_other_modules_refuse_a_chain_refuses(model):
+    stem = stem_of(model)
+    conv, norm = stem.children()
+    down = stages(model)[1] if isinstance(model, ConvNextModel) else stages(model)[1].downsample
+    with torch.no_grad():
+        for holder, name, bad, error in (
+            (conv, "weight", conv.weight.double(), "the activations are torch.float32 but weight is torch.float64"),
+            (norm, "bias", torch.zeros(17), r"ln_bias has shape \(17,\): expected \(16,\)"),
+            (down, "folded_weight", down.folded_weight.double(), "torch.float32 but weight is torch.float64"),
+            (down, "folded_bias", down.folded_bias.to("meta"), "is on meta"),
+        ):
+            before = getattr(holder, name)
+            store = holder._buffers if name.startswith("folded") else holder._parameters
+            store[name] = bad if store is holder._buffers else nn.Parameter(bad)
+            with pytest.raises((TypeError, ValueError), match=error):
+                output(model, torch.randn(1, 3, 32, 32))
+            store[name] = before
+
+
+def test_an_image_that_a_downsampling_layer_cannot_divide():
+    config = ConvNextConfig(num_stages=2, hidden_sizes=[16, 24], depths=[1, 1])
+    model = randomise(ConvNext(config)).eval().freeze()
+    with torch.no_grad(), pytest.raises(ValueError, match="the image is 1×9: expected at least one patch"):
+        model.stages[1](torch.randn(1, 16, 1, 9))
+
+
+def test_the_stem_is_read_as_it_is(model):
+    """It is not frozen: its weights may change, in place too."""
+    x = torch.randn(1, 3, 32, 32)
+    conv, norm = stem_of(model).children()
+    with torch.no_grad():
+        before = output(model, x)
+        conv.weight.data.mul_(-1)
+        norm.bias.add_(1)
+        changed = output(model, x)
+        assert not torch.equal(changed, before)
+        check(changed, model, x)
+
+
+def test_an_activation_that_there_is_not(model):
+    block = blocks_of(model, 0)[1]
+    block.act_name = "glue"
+    with torch.no_grad(), pytest.raises(ValueError, match="act is 'glue': expected one of gelu"):
+        output(model, torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("compile_", [False, True])
+@pytest.mark.parametrize("part", ["stem", "block", "downsample"])
+def test_a_parameter_that_wants_a_gradient_though_the_model_is_frozen(model, chains, part, compile_):
+    down = stages(model)[1].downsample if isinstance(model, ConvNext) else stages(model)[1].downsampling_layer
+    module = {"stem": stem_of(model), "block": blocks_of(model, 1)[0], "downsample": down}[part]
+    parameter = list(module.parameters())[-1].requires_grad_()
+    called = torch.compile(model, backend="aot_eager") if compile_ else model
+    y = output(called, torch.randn(1, 3, 32, 32))
+    assert WHOLE not in chains
+    (y * torch.randn_like(y)).sum().backward()
+    assert parameter.grad.abs().sum() > 0
+
+
+def test_a_module_twice(model):
+    """`torch.nn.Module.children` would say it once."""
+    blocks = blocks_of(model, 0)
+    blocks[2] = blocks[0]
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        check(output(model, x), model, x)
+
+
+def test_a_stem_in_the_place_of_a_downsampling_layer(chains):
+    model = ConvNext(CONFIG)
+    model.stages[1].downsample = Stem(16, 24, (2, 2), 1e-6, True)
+    randomise(model).eval().freeze()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        check(model(x), model, x)
+    assert WHOLE not in chains
+
+
+def test_gradients_go_block_by_block(model, chains):
+    x = torch.randn(1, 3, 32, 32, requires_grad=True)
+    output(model, x).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert not chains
+
+
+# The rest of the model still runs in one go, stage by stage.
+LOOKED_AT = {"stem": [3, 3], "block": [3], "container": [3], "stage": [3, 3], "downsample": [3], "everywhere": []}
+
+
+@pytest.mark.parametrize("where", LOOKED_AT)
+def test_hooks_fire(model, chains, where):
+    seen, expected = [], LOOKED_AT[where]
+    blocks, stage, timms = blocks_of(model, 0), stages(model)[1], isinstance(model, ConvNext)
+    if where == "everywhere":
+        handle = nn.modules.module.register_module_forward_hook(lambda module, x, y: seen.append(type(module)))
+    else:
+        holders = {"stem": stem_of(model), "block": blocks[1], "container": blocks, "stage": stage}
+        holder = holders.get(where) or (stage.downsample if timms else stage.downsampling_layer[0])
+        handle = holder.register_forward_hook(lambda module, x, y: seen.append(module))
+        if where == "container" and not timms:
+            holder, expected = None, [WHOLE]  # a ModuleList is not called
+    try:
+        with torch.no_grad():
+            if where == "downsample" and not timms:
+                with pytest.warns(RuntimeWarning, match="calls its layers one by one"):
+                    output(model, torch.randn(1, 3, 32, 32))
+            else:
+                output(model, torch.randn(1, 3, 32, 32))
+    finally:
+        handle.remove()
+    if where == "everywhere":
+        assert seen.count(type(blocks[0])) == 5
+    else:
+        assert seen == [holder] * (holder is not None)
+    assert chains == expected
+
+
+def test_an_encoder_that_is_called(chains):
+    model = randomise(ConvNextModel(CONFIG)).eval().freeze()
+    x, seen = torch.randn(1, 3, 32, 32), []
+    handle = model.encoder.register_forward_hook(lambda module, x, y: seen.append(len(y)))
+    with torch.no_grad():
+        output(model, x)
+        assert chains == [3, 3]
+        handle.remove()
+        model.encoder.forward = lambda x: (x, torch.zeros(1, 24, 3, 3))
+        assert not output(model, x).any()
+    assert seen == [3]
+
+
+def test_what_was_done_to_a_block_counts(model, chains):
+    x = torch.randn(1, 3, 32, 32)
+    block = blocks_of(model, 0)[1]
+    with torch.no_grad():
+        before = output(model, x)
+        block.forward = lambda x: 2 * x
+        changed = output(model, x)
+        del block.forward
+        assert not torch.equal(changed, before)
+        block.unfreeze()
+        check(output(model, x), model, x)
+        block.freeze()
+        assert torch.equal(output(model, x), before)
+        replaced = nn.LayerNorm(16)
+        name = "norm" if isinstance(model, ConvNext) else "layernorm"
+        setattr(block, name, replaced)
+        replaced.register_forward_hook(lambda *_: None)
+        with pytest.warns(RuntimeWarning, match="calls its layers one by one"):
+            output(model, x)
+    assert chains == [WHOLE, 3, 3, WHOLE, 3]
+
+
+def test_a_mode_that_looks_on_sees_the_blocks(model, chains):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    names = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.namespace + "." + func._opname)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        output(model, torch.randn(1, 3, 32, 32))
+    assert names.count("convnext_fast.frozen_block_fwd") == 5
+    assert not chains
+
+
+def test_a_compiled_model_calls_one_operator(model, chains):
+    x = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        compiled_model = torch.compile(model, fullgraph=True)
+        check(output(compiled_model, x), model, x)
+        x = torch.randn(3, 3, 48, 36)
+        check(output(compiled_model, x), model, x)
+    assert chains == [WHOLE] * 2
+
+
+class OtherNorm(nn.LayerNorm):
+    """A layer that somebody put in the place of ours."""
+
+
+def dilate(model):
+    conv = blocks_of(model, 0)[1].parts().dwconv
+    conv.dilation, conv.padding = (2, 2), (6, 6)
+
+
+def replace(model):
+    name = "norm" if isinstance(model, ConvNext) else "layernorm"
+    setattr(blocks_of(model, 0)[1], name, randomise(OtherNorm(16), seed=5))
+
+
+def stop_fusing(model):
+    blocks_of(model, 0)[1].fused = False
+
+
+def stride_of_the_stem(model):
+    next(stem_of(model).children()).stride = (2, 2)
+
+
+def unfreeze(model):
+    blocks_of(model, 0)[1].unfreeze()
+
+
+@pytest.mark.parametrize("do", [dilate, replace, stop_fusing, stride_of_the_stem, unfreeze])
+def test_a_compiled_model_sees_what_is_done_to_it(model, chains, do):
+    torch.compiler.reset()
+    x = torch.randn(2, 3, 40, 40)
+    compiled_model = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        check(output(compiled_model, x), model, x)
+        assert chains == [WHOLE]
+        do(model)
+        check(output(compiled_model, x), model, x)
+        assert WHOLE not in chains[1:]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_models_of_one_kind_share_a_graph(keep):
+    """Also one that comes out of a pickle, or is a copy."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    x, kept = torch.randn(2, 3, 40, 40), []
+    for seed in range(10):
+        model = randomise(ConvNext(CONFIG), seed=seed).eval().freeze()
+        if seed % 3:
+            model = copy.deepcopy(model) if seed % 3 == 1 else pickle.loads(pickle.dumps(model))
+        with torch.no_grad():
+            check(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model, x)
+        if keep:
+            kept.append(model)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("channels", [16, 12])
+def test_opcheck(bias, channels):
+    """Of steps that kernels serve, and that they do not."""
+    config = ConvNextConfig(num_stages=2, hidden_sizes=[channels, 24], depths=[1, 1])
+    model = randomise(ConvNext(config)).freeze()
+    steps = [list(step.weights) for step in joined(map(steps_of, (model.stem, model.stages)))]
+    if not bias:
+        steps[0][1] = steps[1][1] = None
+    counts = list(map(len, steps))
+    assert counts == [4, 6, 2, 6]
+    for ends in ([3], [0, 2, 3]):
+        for samples in (2, 0):
+            image, weights = torch.randn(samples, 3, 33, 32), [weight for step in steps for weight in step]
+            arguments = image, weights, counts, [1e-6] * 4, "gelu", ends
+            torch.library.opcheck(frozen_steps, arguments, test_utils=("test_schema", "test_faketensor"))
+    one = torch.randn(2, 9, 8, channels), steps[2], [2], [1e-6], "", [0]
+    torch.library.opcheck(frozen_steps, one, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_no_kernel_serves(chains):
+    model = randomise(ConvNext(ConvNextConfig(num_stages=1, hidden_sizes=[12], depths=[2]))).eval().freeze()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        check(model(x), model, x)
+        check(torch.compile(model, fullgraph=True)(x), model, x)
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        compiled_maps = torch.compile(model.forward_intermediates)(x, intermediates_only=True)
+        assert all(map(torch.equal, compiled_maps, maps))
+    assert not chains
