@@ -31,6 +31,7 @@ from torch import Tensor
 from .dwconv.wgrad import SLOTS, add_taps
 from .integers import cdiv
 from .launching import launch
+from .weights import BlockWeights
 
 BLOCK_K = 32  # hidden units of a tile of the backward
 
@@ -192,70 +193,54 @@ def _finish_kernel(
         add_taps(dwconv_ptr, dw_ptr, db_ptr, c, slot, C, SPLITS, TAPS, SLOTS, BLOCK_C, 4)
 
 
-def fold_fwd(
-    w1: Tensor,
-    b1: Tensor | None,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    w2: Tensor,
-    gamma: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(w1g (K, C) in ``dtype``, b1g (2 or 3, K) float32, w2g (C, K) in ``dtype``).
+def fold_fwd(weights: BlockWeights, dtype: torch.dtype, layer_scale: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(w1g (K, C) in ``dtype``, b1g (2 or 3, K) float32, w2g (C, K) in ``dtype``), with γ in w2g if ``layer_scale``.
 
     The rows of b1g are the folded bias, the row sums s and, for float16 with γ, q throughout, by which a product with
     w2g is to be multiplied.
 
-    w1 (K, C), b1 (K,) or None, ln_weight, ln_bias and gamma (C,) or None (identity), w2 (C, K), in any float dtypes,
-    contiguous. w2g is ``w2`` itself where nothing changes it. One launch.
+    The weights are contiguous; what is None among the vectors is the identity. w2g is ``w2`` itself where nothing
+    changes it. One launch.
     """
-    K, C = w1.shape
-    w1g = torch.empty((K, C), dtype=dtype, device=w1.device)
+    K, C = weights.w1.shape
+    device, gamma = weights.w1.device, weights.gamma if layer_scale else None
+    w1g = torch.empty((K, C), dtype=dtype, device=device)
     unit = gamma is not None and dtype == torch.float16
-    b1g = torch.empty((3 if unit else 2, K), dtype=torch.float32, device=w1.device)
-    same = gamma is None and w2.dtype == dtype
-    w2g = None if same else torch.empty((C, K), dtype=dtype, device=w2.device)
+    b1g = torch.empty((3 if unit else 2, K), dtype=torch.float32, device=device)
+    same = gamma is None and weights.w2.dtype == dtype
+    w2g = None if same else torch.empty((C, K), dtype=dtype, device=device)
     launch(
         _fold_fwd_kernel, (cdiv(K, 16),),
-        w1, b1, ln_weight, ln_bias, w2, gamma, w1g, b1g, w2g, K, C, UNIT=unit, BLOCK_K=16, BLOCK_C=128,
+        weights.w1, weights.b1, weights.ln_weight, weights.ln_bias, weights.w2, gamma, w1g, b1g, w2g, K, C,
+        UNIT=unit, BLOCK_K=16, BLOCK_C=128,
     )  # fmt: skip
-    return w1g, b1g, w2 if w2g is None else w2g
+    return w1g, b1g, weights.w2 if w2g is None else w2g
 
 
-def fold_bwd(
-    sums: Sums,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    gamma: Tensor | None,
-    dwconv: tuple[Tensor, Tensor, Tensor | None] | None = None,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the depthwise weight and bias, ln_weight, ln_bias, w1, b1, w2, b2 and gamma.
+def fold_bwd(sums: Sums, weights: BlockWeights, dwconv_sums: Tensor | None = None) -> BlockWeights:
+    """Gradients of the weights, which are contiguous.
 
-    w1 (K, C), w2 (C, K) and the vectors in any float dtypes, contiguous. ``dwconv``: ``dwconv_wgrad_partials`` and the
-    convolution's weight (C, 1, k, k) and bias. A gradient is like its parameter, None where that is None. Two launches.
+    ``dwconv_sums``: ``dwconv_wgrad_partials``, or None where the depthwise convolution's gradients are not wanted. A
+    gradient is like its parameter, None where that is None. Two launches.
     """
-    K, C = w1.shape
-    _, S, *_ = sums.products.shape
-    dwconv_sums, *convolution = (None, None, None) if dwconv is None else dwconv
-    ddw, ddb, dg, dbeta, dw1, db1, dw2, db2, dgamma = grads = tuple(
-        None if p is None else torch.empty_like(p) for p in (*convolution, ln_weight, ln_bias, w1, b1, w2, b2, gamma)
-    )
+    if dwconv_sums is None:
+        weights = weights._replace(dwconv_weight=None, dwconv_bias=None)
+    (K, C), (_, S, *_) = weights.w1.shape, sums.products.shape
+    grads = BlockWeights(*(None if p is None else torch.empty_like(p) for p in weights))
+    w1, w2, b2, gamma = weights.w1, weights.w2, weights.b2, weights.gamma
     tiles = cdiv(K, BLOCK_K)
     partial = torch.empty((tiles, 4, C), dtype=torch.float32, device=w1.device)
     launch(
         _fold_bwd_kernel, (tiles, cdiv(C, 64)),
-        *sums, w1, w2, ln_weight, ln_bias, gamma, dw1, db1, dw2, partial,
+        *sums, w1, w2, weights.ln_weight, weights.ln_bias, gamma, grads.w1, grads.b1, grads.w2, partial,
         K, C, S, sums.db1.shape[0], sums.dz.shape[0],
         BLOCK_K=BLOCK_K, BLOCK_C=64, num_warps=8 if w1.dtype == torch.float16 else 4,  # where 4 spill on sm_120
     )  # fmt: skip
     splits, taps = (0, 0) if dwconv_sums is None else dwconv_sums.shape[:2]
     launch(
         _finish_kernel, (cdiv(C, 32), 1 + taps * SLOTS),
-        partial, b2, gamma, dg, dbeta, db2, dgamma, dwconv_sums, ddw, ddb, C, tiles, splits,
+        partial, b2, gamma, grads.ln_weight, grads.ln_bias, grads.b2, grads.gamma,
+        dwconv_sums, grads.dwconv_weight, grads.dwconv_bias, C, tiles, splits,
         TAPS=taps, SLOTS=SLOTS, BLOCK_C=32, num_warps=1,
     )  # fmt: skip
     return grads

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
@@ -67,7 +67,7 @@ def _kind(function: Callable, args: tuple) -> tuple[tuple[Hashable, ...], list[i
     """All that a call depends on but values, and its tensors' addresses; None where an argument is of another type."""
     key: list[Hashable] = [function, args[0].get_device(), dot_precision(args[0])]
     addresses = []
-    for arg in args:
+    for arg in _flat(args):
         kind = type(arg)
         if kind in PLAIN:
             address = arg.data_ptr()
@@ -78,6 +78,15 @@ def _kind(function: Callable, args: tuple) -> tuple[tuple[Hashable, ...], list[i
         else:
             return None
     return tuple(key), addresses
+
+
+def _flat(args: Iterable[Any]) -> Iterator[Any]:
+    """The arguments with groups of weights (tuples) taken apart."""
+    for arg in args:
+        if isinstance(arg, tuple):
+            yield from arg
+        else:
+            yield arg
 
 
 class Plan(NamedTuple):
@@ -178,7 +187,7 @@ def _record(function: Callable, args: tuple) -> tuple[Any, Plan | None]:
         outcome = function(*args)
     single = isinstance(outcome, Tensor)
     results = (outcome,) if single else outcome
-    given = [arg for arg in args if type(arg) in PLAIN]
+    given = [arg for arg in _flat(args) if type(arg) in PLAIN]
     bases = {each.untyped_storage().data_ptr() for each in results if each is not None}
     made = [tensor for tensor in recorder.allocated if tensor.data_ptr() in bases]
     regions, scratch = _Regions(), 0

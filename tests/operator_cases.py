@@ -6,7 +6,7 @@ import torch
 from block_cases import activations, block_parameters
 from torch import Tensor
 
-from convnext_fast.ops import operators
+from convnext_fast.ops.operators import OPERATORS
 
 ON_CPU = (
     "block_bwd",
@@ -72,12 +72,12 @@ def cases(name: str, dtype: torch.dtype) -> list[tuple]:
 
 
 def _backward(name: str, x: Tensor, *rest: object) -> tuple:
-    result = getattr(operators, name.replace("_bwd", "_fwd")).registered(x, *rest)
+    result = OPERATORS[name.replace("_bwd", "_fwd")](x, *rest)
     y, *kept = result if isinstance(result, tuple) else (result,)
     dy = torch.randn_like(y)
     if name == "block_bwd":
         *tensors, eps, act, recompute, dtype = rest
-        return dy, x, kept, *tensors, eps, act, dtype, True, recompute > 0
+        return dy, x, *kept, *tensors, eps, act, dtype, True, recompute > 0
     if name == "pointwise_mlp_bwd":
         _, *tensors, act, _, dtype = rest
         return dy, x, *kept, *tensors, act, dtype

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.static_analysis.compilation import Launch, Specialised, specialise
 from convnext_fast import ConvNext, ConvNextConfig
-from convnext_fast.backends import choose
+from convnext_fast.backends import environment
 from convnext_fast.config import VARIANTS
 
 MODES = ("inference", "training")
@@ -196,7 +196,7 @@ def _as_on_cuda() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(FakeTensor, "is_cuda", property(lambda _: True), create=True))
-        stack.enter_context(mock.patch.object(choose, "REQUEST", "triton"))
+        stack.enter_context(mock.patch.object(environment, "REQUEST", "triton"))
         yield
 
 

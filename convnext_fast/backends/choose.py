@@ -1,38 +1,37 @@
-"""Which path a call takes: the Triton kernels, the ATen form of the same ops, or the plain reference."""
+"""Where a call of a fused op runs: Triton kernels, x86 kernels, ATen calls, or the plain reference.
+
+How it runs there is for `ops.call` to say.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
+from types import ModuleType
 from typing import Literal
 
 import torch
 
-Backend = Literal["triton", "aten", "reference"]
-REQUESTS = ("auto", "triton", "aten", "reference")
+from . import environment
+from .cpu import llvm
+
+Name = Literal["triton", "cpu", "aten", "reference"]
 KERNEL_DEVICES = ("cuda", "xpu")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _read_environment() -> str:
-    request = os.environ.get("CONVNEXT_FAST_BACKEND", "auto").strip().lower() or "auto"
-    if request not in REQUESTS:
-        raise ValueError(f"CONVNEXT_FAST_BACKEND is {request!r}: expected one of {', '.join(REQUESTS)}")
-    return request
+def select(device: torch.device, dtype: torch.dtype) -> Name:
+    """The backend of the fused ops for activations on ``device`` computed in ``dtype``.
 
+    - "triton": the Triton kernels, on CUDA, ROCm and XPU devices; on a CPU too under ``TRITON_INTERPRET=1``.
+    - "cpu": kernels compiled by LLVM, on an x86 CPU in float32 (`cpu.llvm`). What they do not serve takes ATen calls.
+    - "aten": the same ops by ATen calls, on every other CPU and device.
+    - "reference": plain eager PyTorch, for what the kernels cannot do on a GPU (float64, and NVIDIA's GPUs before
+      compute capability 8.0), for the meta device, and for what must see into the ops: export to ONNX,
+      `torch.jit.trace`, on a CPU `torch.export`, forward-mode derivatives, and the transforms of `torch.func`.
 
-REQUEST = _read_environment()
-"""What ``CONVNEXT_FAST_BACKEND`` asked for when the package was imported; one value for the whole process."""
-
-
-def select(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The path that the fused ops take for activations on ``device`` computed in ``dtype``.
-
-    ``auto`` takes the Triton kernels on CUDA, ROCm and XPU devices, the ATen form on every other, and the reference
-    for what the kernels cannot do on a GPU: float64, and NVIDIA's GPUs before compute capability 8.0. Under
-    ``TRITON_INTERPRET=1`` a CPU takes the kernels too. Export to ONNX, `torch.jit.trace` and, on a CPU, `torch.export`
-    take the reference, so that a file needs no operator of ours, and so do forward-mode derivatives and the transforms
-    of `torch.func` (grad, jvp, vmap, …), which see into it, and the meta device.
+    ``CONVNEXT_FAST_BACKEND`` asks for one of "triton", "aten" and "reference". A compiler on a CPU is told "aten": it
+    calls the ops there as operators, which choose anew when they run.
 
     Raises:
         ValueError: ``CONVNEXT_FAST_BACKEND=triton`` was asked for and the kernels cannot run this dtype.
@@ -41,22 +40,37 @@ def select(device: torch.device, dtype: torch.dtype) -> Backend:
         return "reference"
     if torch.autograd.forward_ad._current_level >= 0:
         return "reference"
-    if REQUEST == "triton":
+    if environment.REQUEST == "triton":
         if dtype not in KERNEL_DTYPES:
             raise ValueError(
                 f"the Triton kernels compute in float32, float16 and bfloat16, not {dtype}: "
                 "unset CONVNEXT_FAST_BACKEND or set it to 'reference'"
             )
         return "triton"
-    if REQUEST != "auto":
-        return REQUEST  # type: ignore[return-value]
+    if environment.REQUEST != "auto":
+        return environment.REQUEST  # type: ignore[return-value]
     kind = device.type
     if kind in KERNEL_DEVICES:
         served = dtype in KERNEL_DTYPES and (torch.compiler.is_compiling() or not _is_old(device))
         return "triton" if served else "reference"
-    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and dtype in KERNEL_DTYPES:
+    if kind != "cpu":
+        return "reference" if torch.compiler.is_exporting() or kind == "meta" else "aten"
+    if os.environ.get("TRITON_INTERPRET") == "1" and dtype in KERNEL_DTYPES:
         return "triton"
-    return "reference" if torch.compiler.is_exporting() or kind == "meta" else "aten"
+    if torch.compiler.is_compiling():
+        return "reference" if torch.compiler.is_exporting() else "aten"
+    return "cpu" if dtype == torch.float32 and llvm.machine_for() is not None else "aten"
+
+
+def module(name: Name) -> ModuleType:
+    """The functions of a backend other than the reference (see `interface.Backend`)."""
+    if name == "triton":
+        from . import gpu  # imports Triton
+
+        return gpu
+    from .cpu import ops
+
+    return ops
 
 
 @functools.cache

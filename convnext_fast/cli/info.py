@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .. import __version__
-from ..backends import choose
+from ..backends import choose, environment
 from ..backends.cpu import llvm
 from ..config import VARIANTS, ConvNextConfig
 from ..models.layers import KERNEL_SIZE
@@ -105,7 +105,7 @@ def print_here(console: Console) -> None:
         rows.append((name, *(choose.select(device, dtype) for dtype in dtypes)))
     columns = ("device", *(str(dtype).removeprefix("torch.") for dtype in dtypes))
     print_table(console, "What fused=True runs here", columns, rows)
-    console.print(f"CONVNEXT_FAST_BACKEND is {choose.REQUEST}.", soft_wrap=True)
+    console.print(f"CONVNEXT_FAST_BACKEND is {environment.REQUEST}.", soft_wrap=True)
     console.print(f"Kernels for this CPU: {llvm.describe()}.")
 
 

@@ -9,6 +9,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..backends import choose
+from ..backends.cpu import llvm
 from ..config import ConvNextConfig
 from ..ops import call
 from .freezing import Freezable, Unfreezing
@@ -49,14 +50,21 @@ class ConvNextSwitches(Unfreezing):
         for block in self.blocks():
             block.recompute = level
 
-    def backend_for(self, x: Tensor) -> choose.Backend:
-        """The path that an input takes: "triton", "aten" or "reference" (see `backend.select`)."""
+    def backend_for(self, x: Tensor) -> choose.Name:
+        """Where the blocks run for an input: "triton", "cpu", "aten" or "reference" (see `choose.select`).
+
+        "cpu" where the kernels for x86 CPUs serve every block.
+        """
         if not isinstance(x, Tensor):
             raise TypeError(f"x is a {type(x).__name__}: expected a tensor")
         if not self.fused:
             return "reference"
         dtype = torch.get_autocast_dtype(x.device.type) if call.autocasts(x) else x.dtype
-        return choose.select(x.device, dtype)
+        backend = choose.select(x.device, dtype)
+        if backend != "cpu":
+            return backend
+        sizes = {(*block.parts().fc1.weight.shape[::-1], block.act_name) for block in self.blocks()}
+        return "cpu" if all(llvm.serves_block(*size) for size in sizes) else "aten"
 
     def freeze(self) -> Any:
         """Make the model ready for inference alone and return it.

@@ -1,14 +1,22 @@
-"""What the fused ops ask of their arguments; each check raises what `ops` says."""
+"""What the fused ops ask of their arguments: each check raises what `functions` says, or returns the compute dtype.
+
+A check of plain tensors is made once for each set of shapes, dtypes and devices: for a small image on a CPU it takes as
+long as a convolution.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import ACTIVATIONS
+from ..kernels.weights import BlockWeights, ConvNorm, FrozenBlock, FrozenDownsample, MlpWeights, NormConv
 from . import call
+from .signatures import flatten
 
 
 def check_activation(x: Tensor, name: str) -> None:
@@ -52,7 +60,13 @@ def check_dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensor(x, "the depthwise bias", bias, (x.shape[3],), optional=True)
 
 
-def check_patches(x: Tensor, weight: Tensor, bias: Tensor | None, channels: int, size: tuple[int, int]) -> None:
+def check_affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, channels: int, optional: bool = False) -> None:
+    """LayerNorm's affine."""
+    check_tensor(x, "ln_weight", weight, (channels,), optional)
+    check_tensor(x, "ln_bias", bias, (channels,), optional)
+
+
+def check_patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, channels: int, size: tuple[int, int]) -> None:
     """A convolution of patches of images of this many channels, and this height and width."""
     if not isinstance(weight, Tensor) or weight.dim() != 4:
         what = f"has shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"is a {type(weight).__name__}"
@@ -63,23 +77,14 @@ def check_patches(x: Tensor, weight: Tensor, bias: Tensor | None, channels: int,
         raise ValueError(f"the image is {size[0]}×{size[1]}: expected at least one patch of {tuple(weight.shape[2:])}")
 
 
-def check_mlp(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
-    channels: int,
-    hidden: int,
-) -> None:
-    """The parameters of a pointwise MLP from ``channels`` to ``hidden`` and back."""
-    check_tensor(x, "w1", w1, (hidden, channels))
-    check_tensor(x, "b1", b1, (hidden,))
-    check_tensor(x, "w2", w2, (channels, hidden))
-    check_tensor(x, "b2", b2, (channels,))
-    check_tensor(x, "gamma", gamma, (channels,), optional=True)
+def check_pointwise(x: Tensor, weights: MlpWeights, drop_scale: Tensor | None) -> None:
+    """The parameters of a pointwise MLP on x (N, H, W, C)."""
+    channels, hidden = x.shape[3], rows_of(weights.w1, "w1")
+    check_tensor(x, "w1", weights.w1, (hidden, channels))
+    check_tensor(x, "b1", weights.b1, (hidden,))
+    check_tensor(x, "w2", weights.w2, (channels, hidden))
+    check_tensor(x, "b2", weights.b2, (channels,))
+    check_tensor(x, "gamma", weights.gamma, (channels,), optional=True)
     check_tensor(x, "drop_scale", drop_scale, (x.shape[0],), optional=True)
 
 
@@ -103,75 +108,100 @@ def compute_dtype(x: Tensor, **weights: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def check_frozen_block(
-    remembers: bool,
-    x: Tensor,
-    dwconv_weight: Tensor,
-    dwconv_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
+_PASSED: dict[tuple, torch.dtype] = {}
+_MOST = 4096
+
+Check = Callable[..., torch.dtype]
+
+
+def _once(check: Check) -> Check:
+    """The check, made once for each description of plain tensors and options."""
+
+    @functools.wraps(check)
+    def remembered(x: Tensor, *arguments: Any) -> torch.dtype:
+        flat = flatten(arguments)
+        if type(x) is not Tensor or not call.is_plain(*flat) or torch.jit.is_tracing():
+            return check(x, *arguments)
+        kind = x.device.type
+        autocast = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+        described = tuple([(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in (x, *flat)])
+        known = check, autocast, described
+        dtype = _PASSED.get(known)
+        if dtype is None:
+            dtype = check(x, *arguments)
+            if len(_PASSED) >= _MOST:
+                _PASSED.clear()
+            _PASSED[known] = dtype
+        return dtype
+
+    return remembered
+
+
+@_once
+def check_block(x: Tensor, weights: BlockWeights, drop_scale: Tensor | None, act: str, recompute: int) -> torch.dtype:
+    """Of `functions.convnext_block`."""
+    check_activation(x, "x")
+    check_dwconv(x, weights.dwconv_weight, weights.dwconv_bias)
+    check_affine(x, weights.ln_weight, weights.ln_bias, x.shape[3], optional=True)
+    check_pointwise(x, weights.mlp, drop_scale)
+    check_options(act, recompute)
+    return compute_dtype(x, dwconv_weight=weights.dwconv_weight, w1=weights.w1, w2=weights.w2)
+
+
+@_once
+def check_frozen_block(x: Tensor, weights: FrozenBlock, act: str) -> torch.dtype:
+    """Of `functions.frozen_block`."""
+    check_activation(x, "x")
+    check_dwconv(x, weights.dwconv_weight, weights.dwconv_bias)
+    check_tensor(x, "b1", weights.b1, (2, rows_of(weights.w1, "w1")))
+    check_pointwise(x, MlpWeights(weights.w1, weights.b1[0], weights.w2, weights.b2, None), None)
+    check_options(act, 2)
+    return compute_dtype(x, dwconv_weight=weights.dwconv_weight, w1=weights.w1, w2=weights.w2)
+
+
+@_once
+def check_dwconv_layernorm(x: Tensor, weights: ConvNorm) -> torch.dtype:
+    """Of `functions.dwconv_layernorm`."""
+    check_activation(x, "x")
+    check_dwconv(x, weights.weight, weights.bias)
+    check_affine(x, weights.ln_weight, weights.ln_bias, x.shape[3])
+    return compute_dtype(x, weight=weights.weight)
+
+
+@_once
+def check_mlp(
+    x: Tensor, residual: Tensor | None, weights: MlpWeights, drop_scale: Tensor | None, act: str, recompute: int
 ) -> torch.dtype:
-    """The dtype in which `ops.frozen_block` computes.
-
-    ``remembers``: whether such tensors need no check the next time, for they are plain ones (`call.is_unseen`).
-    """
-
-    def check() -> torch.dtype:
-        check_activation(x, "x")
-        channels, hidden = x.shape[3], rows_of(w1, "w1")
-        check_tensor(x, "b1", b1, (2, hidden))
-        check_dwconv(x, dwconv_weight, dwconv_bias)
-        check_mlp(x, w1, b1[0], w2, b2, None, None, channels, hidden)
-        return compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
-
-    return _once(remembers, check, x, dwconv_weight, dwconv_bias, w1, b1, w2, b2)
+    """Of `functions.pointwise_mlp`."""
+    check_activation(x, "x")
+    check_tensor(x, "residual", residual, tuple(x.shape), optional=True)
+    check_pointwise(x, weights, drop_scale)
+    check_options(act, recompute)
+    return compute_dtype(x, w1=weights.w1, w2=weights.w2)
 
 
-def check_stem(
-    remembers: bool, image: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor
-) -> torch.dtype:
-    """As `check_frozen_block`, for `ops.patchify_stem`."""
-
-    def check() -> torch.dtype:
-        check_activation(image, "image")
-        check_patches(image, weight, bias, channels=image.shape[1], size=tuple(image.shape[2:]))
-        check_tensor(image, "ln_weight", ln_weight, (weight.shape[0],))
-        check_tensor(image, "ln_bias", ln_bias, (weight.shape[0],))
-        return compute_dtype(image, weight=weight)
-
-    return _once(remembers, check, image, weight, bias, ln_weight, ln_bias)
+@_once
+def check_stem(image: Tensor, weights: ConvNorm) -> torch.dtype:
+    """Of `functions.patchify_stem`."""
+    check_activation(image, "image")
+    weight = weights.weight
+    check_patch_conv(image, weight, weights.bias, channels=image.shape[1], size=tuple(image.shape[2:]))
+    check_affine(image, weights.ln_weight, weights.ln_bias, weight.shape[0])
+    return compute_dtype(image, weight=weight)
 
 
-def check_frozen_downsample(remembers: bool, x: Tensor, weight: Tensor, bias: Tensor) -> torch.dtype:
-    """As `check_frozen_block`, for `ops.frozen_downsample`."""
-
-    def check() -> torch.dtype:
-        check_activation(x, "x")
-        check_patches(x, weight, bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
-        return compute_dtype(x, weight=weight)
-
-    return _once(remembers, check, x, weight, bias)
+@_once
+def check_downsample(x: Tensor, weights: NormConv) -> torch.dtype:
+    """Of `functions.downsample`."""
+    check_activation(x, "x")
+    check_patch_conv(x, weights.weight, weights.bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
+    check_affine(x, weights.ln_weight, weights.ln_bias, x.shape[3])
+    return compute_dtype(x, weight=weights.weight)
 
 
-_PASSED: set[tuple] = set()
-"""Descriptions of plain tensors that passed all checks of a call: they are not checked again, which for a small image
-on a CPU takes as long as a convolution."""
-
-
-def _once(remembers: bool, check: Callable[[], torch.dtype], x: Tensor, *weights: Tensor | None) -> torch.dtype:
-    """What ``check`` says of tensors, asked once for such if it ``remembers``."""
-    if not remembers:
-        return check()
-    try:
-        described = tuple([t if t is None else (t.shape, t.dtype, t.device) for t in (x, *weights)])
-    except AttributeError:
-        return check()
-    if described in _PASSED:
-        return x.dtype
-    dtype = check()
-    if len(_PASSED) > 4096:
-        _PASSED.clear()
-    _PASSED.add(described)
-    return dtype
+@_once
+def check_frozen_downsample(x: Tensor, weights: FrozenDownsample) -> torch.dtype:
+    """Of `functions.frozen_downsample`."""
+    check_activation(x, "x")
+    check_patch_conv(x, weights.weight, weights.bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
+    return compute_dtype(x, weight=weights.weight)

@@ -1,24 +1,80 @@
-"""How a call of a fused op runs: for its value alone, under autograd, or as a registered operator in a graph.
+"""How a call of a fused op runs: for its value alone, under autograd, or as a registered operator.
 
-Where it runs is the question of `backends.choose`.
+PyTorch's dispatcher costs an operator about 0.1 ms a call, more than most kernels take, and registering operators
+imports its compiler, which takes a second. So a call on plain tensors that no compiler, mode or tracer observes runs
+the backend's function itself, under autograd as a plain `torch.autograd.Function`. Every other call runs the operator
+``convnext_fast::<name>``. Where a call runs is for `backends.choose` to say.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), torch.dtype, bool, int, float, str, list))
+from ..backends import choose
+from . import flops
+from .signatures import SIGNATURES, flatten
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), torch.dtype, bool, int, float, str))
+
+
+def run(name: str, backend: choose.Name, *arguments: Any) -> Any:
+    """The results of the op ``name`` on ``backend``, as `interface.Backend` says; absent ones are None or empty.
+
+    Autograd records the forward of an op on plain weights; one on frozen weights has no gradient, and is not to be
+    called where one is wanted. The first argument is a tensor.
+    """
+    if torch.compiler.is_compiling():
+        return _operator(name)(*flatten(arguments))
+    flat = flatten(arguments)
+    if not is_plain(*flat):
+        operator = _operator(name)
+        flops.register_formulas()
+        return operator(*flat)
+    if not torch.is_grad_enabled() or name.startswith("frozen"):
+        return compute(name, backend, arguments)
+    from .autograd import FUNCTIONS
+
+    function = FUNCTIONS.get(name)
+    return _operator(name)(*flat) if function is None else function.apply(backend, *flat)
+
+
+def _operator(name: str) -> Any:
+    from .operators import OPERATORS
+
+    return OPERATORS[name]
+
+
+def compute(name: str, backend: choose.Name, arguments: Any) -> Any:
+    """The results of a backend's function with autocast off, for it casts by itself.
+
+    Gradients get the dtypes and shapes of what they are gradients of.
+    """
+    function, kind = getattr(choose.module(backend), name), arguments[0].device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            results = function(*arguments)
+    else:
+        results = function(*arguments)
+    if not name.endswith("_bwd"):
+        return results
+    named = dict(zip(SIGNATURES[name].names, arguments, strict=True))
+    return [_as_input(grad, like) for grad, like in zip(results, (named["x"], *named["weights"]), strict=True)]
+
+
+def _as_input(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+    if grad is None or like is None or (grad.dtype == like.dtype and grad.shape == like.shape):
+        return grad if like is not None else None
+    return grad.to(like.dtype).reshape(like.shape)
 
 
 def is_plain(*arguments: object) -> bool:
-    """Whether a call on these arguments is seen by nobody: no compiler, no mode that dispatches, no kind of tensor.
-
-    A list counts as what it holds elsewhere in the call.
-    """
+    """Whether no compiler, dispatch mode or kind of tensor observes a call on these arguments."""
     return (
-        _PLAIN.issuperset(map(type, arguments))
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and _PLAIN.issuperset(map(type, arguments))
         and not torch._C._len_torch_dispatch_stack()
     )
 
@@ -30,12 +86,12 @@ def autocasts(x: torch.Tensor) -> bool:
 
 
 def wants_values(x: Tensor) -> bool:
-    """Whether a call on x is asked for its value alone, and nothing looks on."""
+    """Whether a call on x is asked for its value alone."""
     return not torch.is_grad_enabled() and is_unseen(x)
 
 
 def is_unseen(x: Tensor) -> bool:
-    """Whether nothing but autograd looks on at a call on x, or changes its dtype."""
+    """Whether nothing but autograd observes a call on x or changes its dtype."""
     return type(x) is Tensor and not autocasts(x) and not torch.jit.is_tracing() and is_plain(x)
 
 

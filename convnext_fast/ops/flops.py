@@ -1,10 +1,11 @@
 """FLOPs of the fused ops, for `torch.utils.flop_counter.FlopCounterMode`, which cannot see into them.
 
 As that counter does for PyTorch's operators: two for each multiply-add of convolutions and linear layers, nothing else,
-and what a backward computes anew because ``recompute`` did not save it. What kernels compute twice to save memory
+and what a backward computes again because ``recompute`` did not save it. What kernels compute twice to save memory
 traffic on the way is not counted; `python -m bench.machine_code` does.
 
-Shapes: x (N, H, W, C), w1 (K, C), weights of convolutions (C', C/groups, kh, kw). An absent tensor is None or empty.
+The formulas take the arguments of `interface.Backend`, with the shape of a tensor in its place; that of an absent one
+is None or of no elements.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from typing import Any
 
 import torch
 
+from .signatures import SIGNATURES
+
 Shape = Any  # torch.Size of a tensor, None for None
 
 _COUNTER = "torch.utils.flop_counter"
 
 
 def _convolution(pixels: int, weight: Shape) -> int:
-    """Of ``pixels`` outputs a channel."""
+    """Of ``pixels`` outputs a channel; weight: (C', C/groups, kh, kw)."""
     return 2 * pixels * prod(weight)
 
 
@@ -36,91 +39,65 @@ def _is_absent(saved: Shape) -> bool:
     return saved is None or prod(saved) == 0
 
 
-def block_fwd(
-    x: Shape, dwconv_weight: Shape, dwconv_bias: Shape, g: Shape, beta: Shape, w1: Shape, *_: Any, **__: Any
-) -> int:
+def block_fwd(x: Shape, weights: Any, *_: Any, **__: Any) -> int:
     """The convolution and two products."""
     pixels = prod(x[:3])
-    return _convolution(pixels, dwconv_weight) + _mlp(pixels, w1)
+    return _convolution(pixels, weights.dwconv_weight) + _mlp(pixels, weights.w1)
 
 
-def block_bwd(dy: Shape, x: Shape, saved: list[Shape], dwconv_weight: Shape, *rest: Any, **_: Any) -> int:
-    """Two convolutions and four products, and those computed anew."""
-    pixels, w1 = prod(x[:3]), rest[3]
-    needs_x, needs_dwconv = rest[-2:]
-    convolutions = needs_x + needs_dwconv + _is_absent(saved[0])
-    return convolutions * _convolution(pixels, dwconv_weight) + _mlp(pixels, w1, 4 + _is_absent(saved[2]))
+frozen_block_fwd = block_fwd
 
 
-def frozen_block_fwd(x: Shape, dwconv_weight: Shape, dwconv_bias: Shape, w1: Shape, *_: Any, **__: Any) -> int:
-    """As `block_fwd`."""
-    return block_fwd(x, dwconv_weight, dwconv_bias, None, None, w1)
+def block_bwd(dy: Shape, x: Shape, saved: Any, weights: Any, *options: Any, **_: Any) -> int:
+    """Two convolutions and four products, and those computed again."""
+    pixels, (*_, needs_x, needs_dwconv) = prod(x[:3]), options
+    convolutions = needs_x + needs_dwconv + _is_absent(saved.u)
+    products = 4 + _is_absent(saved.a)
+    return convolutions * _convolution(pixels, weights.dwconv_weight) + _mlp(pixels, weights.w1, products)
 
 
-def dwconv_layernorm_fwd(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+def dwconv_layernorm_fwd(x: Shape, weights: Any, *_: Any, **__: Any) -> int:
     """The convolution."""
-    return _convolution(prod(x[:3]), weight)
+    return _convolution(prod(x[:3]), weights.weight)
 
 
-def dwconv_layernorm_bwd(dn: Shape, x: Shape, u: Shape, statistics: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+def dwconv_layernorm_bwd(dn: Shape, x: Shape, u: Shape, statistics: Shape, weights: Any, *_: Any, **__: Any) -> int:
     """Two convolutions."""
-    return 2 * _convolution(prod(x[:3]), weight)
+    return 2 * _convolution(prod(x[:3]), weights.weight)
 
 
-def pointwise_mlp_fwd(x: Shape, residual: Shape, w1: Shape, *_: Any, **__: Any) -> int:
+def pointwise_mlp_fwd(x: Shape, residual: Shape, weights: Any, *_: Any, **__: Any) -> int:
     """Two products."""
-    return _mlp(prod(x[:3]), w1)
+    return _mlp(prod(x[:3]), weights.w1)
 
 
-def pointwise_mlp_bwd(dy: Shape, x: Shape, a: Shape, w1: Shape, *_: Any, **__: Any) -> int:
-    """Four products, and the one computed anew."""
-    return _mlp(prod(x[:3]), w1, 4 + _is_absent(a))
+def pointwise_mlp_bwd(dy: Shape, x: Shape, a: Shape, weights: Any, *_: Any, **__: Any) -> int:
+    """Four products, and the one computed again."""
+    return _mlp(prod(x[:3]), weights.w1, 4 + _is_absent(a))
 
 
-def patchify_stem_fwd(image: Shape, weight: Shape, *_: Any, out_shape: Shape) -> int:
-    """The convolution; image (N, C, H, W)."""
-    return _convolution(prod(out_shape[:3]), weight)
-
-
-def patchify_stem_bwd(dy: Shape, image: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
-    """The convolution anew, its weight's gradient, and the image's if needed."""
-    return (2 + rest[-1]) * _convolution(prod(dy[:3]), weight)
-
-
-def downsample_fwd(x: Shape, g: Shape, beta: Shape, weight: Shape, *_: Any, out_shape: Shape) -> int:
+def patchify_stem_fwd(x: Shape, weights: Any, *_: Any, out_shape: Shape) -> int:
     """The convolution."""
-    return _convolution(prod(out_shape[:3]), weight)
+    return _convolution(prod(out_shape[:3]), weights.weight)
 
 
-def frozen_downsample_fwd(x: Shape, weight: Shape, *_: Any, out_shape: Shape) -> int:
-    """The convolution."""
-    return _convolution(prod(out_shape[:3]), weight)
+downsample_fwd = frozen_downsample_fwd = patchify_stem_fwd
 
 
-def downsample_bwd(dy: Shape, x: Shape, g: Shape, beta: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+def patchify_stem_bwd(
+    dy: Shape, x: Shape, weights: Any, eps: float = 0.0, dtype: Any = None, needs_x: bool = True, **_: Any
+) -> int:
+    """The convolution again, its weight's gradient, and the image's if needed."""
+    return (2 + needs_x) * _convolution(prod(dy[:3]), weights.weight)
+
+
+def downsample_bwd(dy: Shape, x: Shape, weights: Any, *_: Any, **__: Any) -> int:
     """Two convolutions."""
-    return 2 * _convolution(prod(dy[:3]), weight)
+    return 2 * _convolution(prod(dy[:3]), weights.weight)
 
 
-FORMULAS: tuple[Callable[..., int], ...] = (
-    block_fwd,
-    block_bwd,
-    frozen_block_fwd,
-    dwconv_layernorm_fwd,
-    dwconv_layernorm_bwd,
-    pointwise_mlp_fwd,
-    pointwise_mlp_bwd,
-    patchify_stem_fwd,
-    patchify_stem_bwd,
-    downsample_fwd,
-    frozen_downsample_fwd,
-    downsample_bwd,
-)
-"""Named as the operators, of whose arguments they take the shapes."""
-
-
-def tell_counters() -> None:
-    """Make the formulas known to the flop counters that look on.
+def register_formulas() -> None:
+    """Make the formulas known to the FLOP counters that observe this call.
 
     Importing PyTorch's counter to register them beforehand would take half a second, for Triton comes with it.
     """
@@ -138,8 +115,18 @@ def tell_counters() -> None:
 def _formulas(module: Any) -> dict[Any, Callable[..., int]]:
     """By operator, those of compiled graphs on a CPU included, as ``module`` registers them."""
     namespace, found = torch.ops.convnext_fast, {}
-    for formula in FORMULAS:
-        for name in (formula.__name__, f"{formula.__name__}_cpu"):
+    for op in SIGNATURES:
+        for name in (op, f"{op}_cpu"):
             if hasattr(namespace, name):
-                found[getattr(namespace, name)] = module.shape_wrapper(formula)
+                found[getattr(namespace, name)] = module.shape_wrapper(_of_flat(op))
     return found
+
+
+def _of_flat(op: str) -> Callable[..., int]:
+    formula, signature = globals()[op], SIGNATURES[op]
+
+    @functools.wraps(formula)
+    def flat(*shapes: Any, **options: Any) -> int:
+        return formula(*signature.group(shapes), **options)
+
+    return flat

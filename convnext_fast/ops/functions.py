@@ -8,27 +8,12 @@ PyTorch would give them. Activations are (N, H, W, C) and must be contiguous in 
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from ..backends import choose, reference
-from .arguments import (
-    check_activation,
-    check_dwconv,
-    check_frozen_block,
-    check_frozen_downsample,
-    check_mlp,
-    check_options,
-    check_patches,
-    check_stem,
-    check_tensor,
-    compute_dtype,
-    rows_of,
-)
-from .call import compiles_for_values, wants_gradient, wants_values
-from .downsampling import Downsample
+from ..kernels.weights import BlockWeights, ConvNorm, FrozenBlock, FrozenDownsample, MlpWeights, NormConv
+from . import arguments, call
 
 __all__ = [
     "convnext_block",
@@ -79,26 +64,18 @@ def convnext_block(
         TypeError: a tensor has a dtype that is not floating, or differs from x's outside autocast.
         ValueError: a shape, a device or an option is not as above.
     """
-    check_activation(x, "x")
-    channels, hidden = x.shape[3], rows_of(w1, "w1")
-    check_dwconv(x, dwconv_weight, dwconv_bias)
-    check_tensor(x, "ln_weight", ln_weight, (channels,), optional=True)
-    check_tensor(x, "ln_bias", ln_bias, (channels,), optional=True)
-    check_mlp(x, w1, b1, w2, b2, gamma, drop_scale, channels, hidden)
-    check_options(act, recompute)
-    dtype = compute_dtype(x, dwconv_weight=dwconv_weight, w1=w1, w2=w2)
+    weights = BlockWeights(dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma)
+    dtype = arguments.check_block(x, weights, drop_scale, act, recompute)
     if gamma is not None:
         x = x.to(torch.promote_types(x.dtype, gamma.dtype))
-    path = choose.select(x.device, dtype)
-    if path == "reference":
+    backend = choose.select(x.device, dtype)
+    if backend == "reference":
         ln_weight, ln_bias = _affine(x, ln_weight, ln_bias)
-        return reference.convnext_block(
-            x, dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma, drop_scale, eps, act
-        )
+        weights = weights._replace(ln_weight=ln_weight, ln_bias=ln_bias)
+        return reference.convnext_block(x, *weights, drop_scale, eps, act)
     if not torch.is_grad_enabled():
         recompute = 2
-    args = (dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma, drop_scale)
-    return _implementation(path, wants_values(x)).block_fwd(x.contiguous(), *args, eps, act, recompute, dtype)[0]
+    return call.run("block_fwd", backend, x.contiguous(), weights, drop_scale, eps, act, recompute, dtype)[0]
 
 
 def frozen_block(
@@ -121,15 +98,13 @@ def frozen_block(
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
-    check_options(act, 2)
-    tensors = (x, dwconv_weight, dwconv_bias, w1, b1, w2, b2)
-    values = wants_values(x)
-    dtype = check_frozen_block(values, *tensors)
-    path = choose.select(x.device, dtype)
-    if w1.dtype != dtype or wants_gradient(*tensors) or path == "reference":
+    weights = FrozenBlock(dwconv_weight, dwconv_bias, w1, b1, w2, b2)
+    dtype = arguments.check_frozen_block(x, weights, act)
+    backend = choose.select(x.device, dtype)
+    if w1.dtype != dtype or call.wants_gradient(x, *weights) or backend == "reference":
         mlp = (w1, b1[0].to(w1.dtype), w2, b2.to(w1.dtype))
         return convnext_block(x, dwconv_weight, dwconv_bias, None, None, *mlp, eps=eps, act=act)
-    return _implementation(path, values).frozen_block_fwd(x.contiguous(), *tensors[1:], eps, act, dtype)
+    return call.run("frozen_block_fwd", backend, x.contiguous(), weights, eps, act, dtype)
 
 
 def dwconv_layernorm(
@@ -140,16 +115,12 @@ def dwconv_layernorm(
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
-    check_activation(x, "x")
-    check_dwconv(x, weight, bias)
-    check_tensor(x, "ln_weight", ln_weight, (x.shape[3],))
-    check_tensor(x, "ln_bias", ln_bias, (x.shape[3],))
-    dtype = compute_dtype(x, weight=weight)
-    path = choose.select(x.device, dtype)
-    if path == "reference":
-        return reference.dwconv_layernorm(x, weight, bias, ln_weight, ln_bias, eps)
-    arguments = (x.contiguous(), weight, bias, ln_weight, ln_bias, eps, dtype)
-    return _implementation(path, wants_values(x)).dwconv_layernorm_fwd(*arguments)[0]
+    weights = ConvNorm(weight, bias, ln_weight, ln_bias)
+    dtype = arguments.check_dwconv_layernorm(x, weights)
+    backend = choose.select(x.device, dtype)
+    if backend == "reference":
+        return reference.dwconv_layernorm(x, *weights, eps)
+    return call.run("dwconv_layernorm_fwd", backend, x.contiguous(), weights, eps, dtype)[0]
 
 
 def pointwise_mlp(
@@ -172,27 +143,21 @@ def pointwise_mlp(
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
-    check_activation(x, "x")
-    if residual is not None:
-        check_tensor(x, "residual", residual, tuple(x.shape))
-    check_mlp(x, w1, b1, w2, b2, gamma, drop_scale, x.shape[3], rows_of(w1, "w1"))
-    check_options(act, recompute)
-    dtype = compute_dtype(x, w1=w1, w2=w2)
-    path = choose.select(x.device, dtype)
-    if path == "reference":
-        return reference.pointwise_mlp(x, residual, w1, b1, w2, b2, gamma, drop_scale, act)
+    weights = MlpWeights(w1, b1, w2, b2, gamma)
+    dtype = arguments.check_mlp(x, residual, weights, drop_scale, act, recompute)
+    backend = choose.select(x.device, dtype)
+    if backend == "reference":
+        return reference.pointwise_mlp(x, residual, *weights, drop_scale, act)
     if residual is None:
         x = x.to(dtype)
-    elif gamma is not None:
-        residual = residual.to(torch.promote_types(residual.dtype, gamma.dtype))
+    else:
+        kind = residual.dtype if gamma is None else torch.promote_types(residual.dtype, gamma.dtype)
+        residual = residual.to(kind).contiguous()
     if not torch.is_grad_enabled():
         recompute = 2
-    rest = (w1, b1, w2, b2, gamma, drop_scale, act, recompute, dtype)
-    run = _implementation(path, wants_values(x)).pointwise_mlp_fwd
-    if residual is not None:
-        return run(x.contiguous(), residual.contiguous(), *rest)[0]
-    y = run(x.contiguous(), None, *rest)[0]
-    return y if gamma is None else y.to(torch.promote_types(y.dtype, gamma.dtype))
+    given = x.contiguous(), residual, weights, drop_scale, act, recompute, dtype
+    y = call.run("pointwise_mlp_fwd", backend, *given)[0]
+    return y if residual is not None or gamma is None else y.to(torch.promote_types(y.dtype, gamma.dtype))
 
 
 def patchify_stem(
@@ -206,15 +171,14 @@ def patchify_stem(
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
-    values = wants_values(image)
-    parameters = (weight, bias, ln_weight, ln_bias)
-    dtype = check_stem(values, image, *parameters)
-    path = choose.select(image.device, dtype)
-    if path == "triton" or (path == "aten" and values):
-        return _implementation(path, values).patchify_stem_fwd(image, *parameters, eps, dtype)
-    if path == "aten" and dtype == torch.float32 and compiles_for_values(image, *parameters):
-        return _compiled_step(image, parameters, eps)
-    return reference.patchify_stem(image, *parameters, eps)
+    weights = ConvNorm(weight, bias, ln_weight, ln_bias)
+    dtype = arguments.check_stem(image, weights)
+    backend = choose.select(image.device, dtype)
+    if backend == "triton" or (backend != "reference" and call.wants_values(image)):
+        return call.run("patchify_stem_fwd", backend, image, weights, eps, dtype)
+    if backend == "aten" and dtype == torch.float32 and call.compiles_for_values(image, *weights):
+        return _compiled_step(image, weights, eps)
+    return reference.patchify_stem(image, *weights, eps)
 
 
 def downsample(
@@ -228,19 +192,12 @@ def downsample(
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
-    check_activation(x, "x")
-    check_patches(x, weight, bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
-    check_tensor(x, "ln_weight", ln_weight, (x.shape[3],))
-    check_tensor(x, "ln_bias", ln_bias, (x.shape[3],))
-    dtype = compute_dtype(x, weight=weight)
-    path = choose.select(x.device, dtype)
-    if path == "aten" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return Downsample.apply(x, ln_weight, ln_bias, weight, bias, eps, dtype)
-    if path != "triton":
-        return reference.downsample(x, ln_weight, ln_bias, weight, bias, eps)
-    return _implementation("triton", wants_values(x)).downsample_fwd(
-        x.contiguous(), ln_weight, ln_bias, weight, bias, eps, dtype
-    )
+    weights = NormConv(ln_weight, ln_bias, weight, bias)
+    dtype = arguments.check_downsample(x, weights)
+    backend = choose.select(x.device, dtype)
+    if backend == "reference" or (backend != "triton" and torch.compiler.is_compiling()):
+        return reference.downsample(x, *weights, eps)
+    return call.run("downsample_fwd", backend, x.contiguous(), weights, eps, dtype)
 
 
 def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -252,15 +209,15 @@ def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
-    values = wants_values(x)
-    dtype = check_frozen_downsample(values, x, weight, bias)
-    path = choose.select(x.device, dtype)
-    if path == "aten" and dtype == weight.dtype == torch.float32 and compiles_for_values(x, weight, bias):
-        return _compiled_step(x, (weight, bias), eps)
-    serves = path == "triton" or (path == "aten" and values)
-    if weight.dtype != dtype or wants_gradient(x, weight, bias) or not serves:
+    weights = FrozenDownsample(weight, bias)
+    dtype = arguments.check_frozen_downsample(x, weights)
+    backend = choose.select(x.device, dtype)
+    if backend == "aten" and dtype == weight.dtype == torch.float32 and call.compiles_for_values(x, *weights):
+        return _compiled_step(x, weights, eps)
+    serves = backend == "triton" or (backend != "reference" and call.wants_values(x))
+    if weight.dtype != dtype or call.wants_gradient(x, *weights) or not serves:
         return downsample(x, *_affine(x, None, None), weight, bias.to(weight.dtype), eps=eps)
-    return _implementation(path, values).frozen_downsample_fwd(x.contiguous(), weight, bias, eps, dtype)
+    return call.run("frozen_downsample_fwd", backend, x.contiguous(), weights, eps, dtype)
 
 
 def _compiled_step(x: Tensor, weights: tuple[Tensor | None, ...], eps: float) -> Tensor:
@@ -268,24 +225,6 @@ def _compiled_step(x: Tensor, weights: tuple[Tensor | None, ...], eps: float) ->
     from .sequence_operator import frozen_steps
 
     return frozen_steps(x, list(weights), [len(weights)], [eps], "", [0])[0]
-
-
-def _implementation(path: choose.Backend, values: bool) -> ModuleType:
-    """The operators; where only ``values`` are wanted, the functions that they would call.
-
-    An operator's machinery costs up to 0.1 ms a call, and loading it imports PyTorch's compiler, a second.
-    """
-    if values:
-        if path == "aten":
-            from ..backends.cpu import ops as cpu
-
-            return cpu
-        from ..backends import gpu
-
-        return gpu
-    from . import operators
-
-    return operators
 
 
 def _affine(x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None) -> tuple[Tensor, Tensor]:

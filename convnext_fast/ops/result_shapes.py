@@ -1,6 +1,6 @@
 """What the fused ops return on a CPU, as shapes alone: for compilers, which treat each op there as a whole.
 
-One function for each operator in `operators` that a CPU runs, with its arguments.
+One function for each operator that a CPU runs, with the arguments of `interface.Backend`. An absent result is empty.
 """
 
 from __future__ import annotations
@@ -8,55 +8,92 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.weights import BlockWeights, ConvNorm, FrozenBlock, MlpWeights, Saved
+
 
 def _grads(*inputs: Tensor | None) -> list[Tensor]:
     """A gradient for each input; an absent one is empty."""
     return [torch.empty(0) if i is None else i.new_empty(i.shape) for i in inputs]
 
 
-def block_fwd(x: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `operators.block_fwd`."""
-    w1, recompute, dtype = args[4], args[-2], args[-1]
-    rows, hidden = x.shape[0] * x.shape[1] * x.shape[2], w1.shape[0]
-    u = x.new_empty((rows, x.shape[3]), dtype=dtype) if recompute < 2 else x.new_empty(0)
-    a = x.new_empty((rows, hidden), dtype=dtype) if recompute == 0 else x.new_empty(0)
+def _pixels(x: Tensor) -> int:
+    return x.shape[0] * x.shape[1] * x.shape[2]
+
+
+def block_fwd(
+    x: Tensor,
+    weights: BlockWeights,
+    drop_scale: Tensor | None,
+    eps: float,
+    act: str,
+    recompute: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `interface.Backend.block_fwd`."""
+    u = x.new_empty((_pixels(x), x.shape[3]), dtype=dtype) if recompute < 2 else x.new_empty(0)
+    a = x.new_empty((_pixels(x), weights.w1.shape[0]), dtype=dtype) if recompute == 0 else x.new_empty(0)
     return x.new_empty(x.shape), u, x.new_empty(0), a
 
 
-def block_bwd(dy: Tensor, x: Tensor, saved: list[Tensor], *args: object) -> list[Tensor]:
-    """See `operators.block_bwd`."""
-    dwconv_weight, dwconv_bias, *others = args[:9]
-    needs_x, needs_dwconv = args[-2:]
-    dwconv = (dwconv_weight, dwconv_bias) if needs_dwconv else (None, None)
-    return _grads(x if needs_x else None, *dwconv, *others)
+def block_bwd(
+    dy: Tensor,
+    x: Tensor,
+    saved: Saved,
+    weights: BlockWeights,
+    drop_scale: Tensor | None,
+    eps: float,
+    act: str,
+    dtype: torch.dtype,
+    needs_x: bool,
+    needs_dwconv: bool,
+) -> list[Tensor]:
+    """See `interface.Backend.block_bwd`."""
+    if not needs_dwconv:
+        weights = weights._replace(dwconv_weight=None, dwconv_bias=None)
+    return _grads(x if needs_x else None, *weights)
 
 
-def frozen_block_fwd(x: Tensor, *args: object) -> Tensor:
-    """See `operators.frozen_block_fwd`."""
+def frozen_block_fwd(x: Tensor, weights: FrozenBlock, eps: float, act: str, dtype: torch.dtype) -> Tensor:
+    """See `interface.Backend.frozen_block_fwd`."""
     return x.new_empty(x.shape)
 
 
-def dwconv_layernorm_fwd(x: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-    """See `operators.dwconv_layernorm_fwd`."""
-    dtype = args[-1]
-    rows = x.shape[0] * x.shape[1] * x.shape[2]
+def dwconv_layernorm_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """See `interface.Backend.dwconv_layernorm_fwd`."""
     n, u = (x.new_empty(x.shape, dtype=dtype) for _ in range(2))
-    return n, u, x.new_empty((2, rows, 1), dtype=torch.promote_types(dtype, torch.float32))
+    return n, u, x.new_empty((2, _pixels(x), 1), dtype=torch.promote_types(dtype, torch.float32))
 
 
-def dwconv_layernorm_bwd(dn: Tensor, x: Tensor, u: Tensor, statistics: Tensor, *args: object) -> list[Tensor]:
-    """See `operators.dwconv_layernorm_bwd`."""
-    return _grads(x, *args[:4])
+def dwconv_layernorm_bwd(
+    dn: Tensor, x: Tensor, u: Tensor, statistics: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype
+) -> list[Tensor]:
+    """See `interface.Backend.dwconv_layernorm_bwd`."""
+    return _grads(x, *weights)
 
 
-def pointwise_mlp_fwd(x: Tensor, residual: Tensor | None, w1: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    """See `operators.pointwise_mlp_fwd`."""
-    recompute, dtype = args[-2:]
-    rows = x.shape[0] * x.shape[1] * x.shape[2]
+def pointwise_mlp_fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weights: MlpWeights,
+    drop_scale: Tensor | None,
+    act: str,
+    recompute: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """See `interface.Backend.pointwise_mlp_fwd`."""
     y = x.new_empty(x.shape, dtype=dtype) if residual is None else residual.new_empty(residual.shape)
-    return y, x.new_empty((rows, w1.shape[0]), dtype=dtype) if recompute == 0 else x.new_empty(0)
+    saves = recompute == 0
+    return y, x.new_empty((_pixels(x), weights.w1.shape[0]), dtype=dtype) if saves else x.new_empty(0)
 
 
-def pointwise_mlp_bwd(dy: Tensor, x: Tensor, a: Tensor, *args: object) -> list[Tensor]:
-    """See `operators.pointwise_mlp_bwd`."""
-    return _grads(x, *args[:5])
+def pointwise_mlp_bwd(
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor | None,
+    weights: MlpWeights,
+    drop_scale: Tensor | None,
+    act: str,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """See `interface.Backend.pointwise_mlp_bwd`."""
+    return _grads(x, *weights)

@@ -17,12 +17,17 @@ from torch.nn.modules import module as globally
 from ..backends import choose
 from ..backends.cpu import llvm, onednn
 from ..backends.cpu.packed_weights import kernels_for
+from ..kernels.weights import ConvNorm, FrozenBlock, FrozenDownsample
 from ..models.steps import BLOCK, DOWNSAMPLE, STEM, Step, shapes_after
 from . import call
-from .arguments import check_frozen_block, check_frozen_downsample, check_options, check_stem
+from .arguments import check_frozen_block, check_frozen_downsample, check_stem
 from .views import as_nchw
 
-_CHECKS = {STEM: check_stem, DOWNSAMPLE: check_frozen_downsample, BLOCK: check_frozen_block}
+_KINDS = {
+    STEM: (check_stem, ConvNorm),
+    DOWNSAMPLE: (check_frozen_downsample, FrozenDownsample),
+    BLOCK: (check_frozen_block, FrozenBlock),
+}
 
 
 def in_one_go(ask: Callable[[], Sequence[list[Step] | None]], x: Tensor) -> list[Tensor] | None:
@@ -51,7 +56,7 @@ def in_one_go(ask: Callable[[], Sequence[list[Step] | None]], x: Tensor) -> list
 
         flat, counts = list(chain.from_iterable(weights)), list(map(len, weights))
         return [y.permute(0, 3, 1, 2) for y in frozen_steps(x, flat, counts, eps, "".join(kinds), ends)]
-    kernels = kernels_for(weights, acts, [x.shape, *shapes[:-1]])
+    kernels = kernels_for(weights, acts)
     return None if kernels is None else list(map(as_nchw, llvm.run(kernels, eps, shapes, x.contiguous(), ends)))
 
 
@@ -59,9 +64,8 @@ def _checked(steps: list[Step], x: Tensor) -> list[tuple[int, ...]]:
     """`steps.shapes_after`; raises what the ops raise for steps that do not fit x."""
     shapes = shapes_after([step.weights for step in steps], x.shape)
     for (weights, _, act), shape in zip(steps, shapes, strict=True):
-        if len(weights) == BLOCK:
-            check_options(act, 2)
-        _CHECKS[len(weights)](not torch.compiler.is_compiling(), x, *weights)
+        check, kind = _KINDS[len(weights)]
+        check(x, kind(*weights), *((act,) if len(weights) == BLOCK else ()))
         if shape != x.shape:
             x = x.new_empty(1).expand(shape)
     return shapes
@@ -77,7 +81,7 @@ def _serves(x: Tensor) -> bool:
         looked_at = call.autocasts(x)
     else:
         looked_at = not call.is_unseen(x) or not onednn.serves(x)
-    return not looked_at and choose.select(x.device, x.dtype) == "aten"
+    return not looked_at and choose.select(x.device, x.dtype) in ("cpu", "aten")
 
 
 def _hooks_everywhere() -> bool:

@@ -15,10 +15,15 @@ from torch import Tensor
 from ..backends.cpu import llvm, onednn
 from ..backends.cpu import ops as cpu
 from ..backends.cpu.packed_weights import kernels_for
+from ..kernels.weights import ConvNorm, FrozenBlock, FrozenDownsample
 from ..models.steps import BLOCK, DOWNSAMPLE, STEM, shapes_after
 
 _LIBRARY = torch.library.Library("convnext_fast", "FRAGMENT")
-_IN_CALLS = {STEM: cpu.patchify_stem_fwd, DOWNSAMPLE: cpu.frozen_downsample_fwd, BLOCK: cpu.frozen_block_fwd}
+_IN_CALLS = {
+    STEM: (cpu.patchify_stem_fwd, ConvNorm),
+    DOWNSAMPLE: (cpu.frozen_downsample_fwd, FrozenDownsample),
+    BLOCK: (cpu.frozen_block_fwd, FrozenBlock),
+}
 
 
 def _steps(
@@ -36,13 +41,14 @@ def _steps(
     steps = _cut(weights, counts)
     shapes = shapes_after(steps, x.shape)
     if x.dtype == torch.float32 and onednn.serves(x):
-        kernels = kernels_for(steps, [act] * len(steps), [x.shape, *shapes[:-1]])
+        kernels = kernels_for(steps, [act] * len(steps))
         if kernels is not None:
             return llvm.run(kernels, eps, shapes, x.contiguous(), ends)
     results = []
     for i, (step, e) in enumerate(zip(steps, eps, strict=True)):
         options = (e, act) if len(step) == BLOCK else (e,)
-        x = _IN_CALLS[len(step)](x.contiguous(), *step, *options, x.dtype)
+        run, kind = _IN_CALLS[len(step)]
+        x = run(x.contiguous(), kind(*step), *options, x.dtype)
         if i in ends:
             results.append(x)
     return results

@@ -1,8 +1,6 @@
-"""The calls of oneDNN behind the CPU path: values, shapes, non-finite inputs, and the lifetime of packed weights."""
+"""The calls of ATen and oneDNN behind the CPU path: values, shapes, non-finite inputs."""
 
 import functools
-import gc
-import weakref
 from unittest import mock
 
 import pytest
@@ -15,8 +13,8 @@ from hypothesis import strategies as st
 from support import no_worse, relative_error
 
 from convnext_fast import ops
-from convnext_fast.backends.cpu import onednn, onednn_block, row_blocks
-from convnext_fast.backends.cpu.onednn_block import OnednnBlock
+from convnext_fast.backends.cpu import llvm, mlp, onednn, row_blocks
+from convnext_fast.backends.cpu import ops as cpu
 
 ACTIVATIONS = {None: lambda t: t, "gelu": F.gelu, "gelu_new": lambda t: F.gelu(t, approximate="tanh"), "silu": F.silu}
 needs_onednn = pytest.mark.skipif(not onednn.serves(torch.empty(1)), reason="PyTorch here has no oneDNN on x86")
@@ -39,25 +37,6 @@ def test_linear(act, rows, channels, hidden, layout):
         residual = torch.randn(rows, hidden)
         got = onednn.linear_add(x, weight, bias, residual)
         assert no_worse(got, expected + residual, eager + residual, size)
-
-
-@needs_onednn
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("side", "stride", "depthwise"), [(3, 1, True), (7, 1, True), (2, 2, False), (3, 3, False)])
-def test_frozen_convolution(side, stride, depthwise, bias):
-    """Of every size of image, whatever the first one was, by which oneDNN chose the layout of the weight."""
-    channels, groups = 20, 20 if depthwise else 1
-    weight = torch.randn(20 if depthwise else 33, channels // groups, side, side)
-    bias = torch.randn(len(weight)) if bias else None
-    padding = [side // 2, side // 2] if depthwise else [0, 0]
-    for samples, height, width in ((1, 9, 9), (3, 6, 40), (2, 14, 3), (1, 9, 9)):
-        x = torch.randn(samples, height, width, channels).permute(0, 3, 1, 2)
-        wide = (None if t is None else t.double() for t in (x, weight, bias))
-        expected = F.conv2d(*wide, stride=stride, padding=padding, groups=groups)
-        eager = F.conv2d(x, weight, bias, stride=stride, padding=padding, groups=groups)
-        got = onednn.frozen_convolution(x, weight, bias, [stride, stride], padding, groups)
-        assert got.shape == expected.shape
-        assert no_worse(got, expected, eager)
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu", "silu", "selu"])
@@ -105,19 +84,6 @@ def check_weight_gradient(shape, side, dtype):
     assert relative_error(got, expected) <= bound
 
 
-@needs_onednn
-def test_packed_weights_die_with_their_weight():
-    weight, options = torch.randn(16, 8, 2, 2), ([2, 2], [0, 0], 1)
-    onednn.frozen_convolution(torch.randn(1, 8, 4, 4), weight, None, *options)
-    packed = weakref.ref(onednn._PACKED[weight])
-    onednn.frozen_convolution(torch.randn(2, 8, 6, 4), weight, None, *options)
-    assert onednn._PACKED[weight] is packed()
-    del weight
-    gc.collect()
-    assert packed() is None
-
-
-@needs_onednn
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 14), st.integers(1, 14), st.sampled_from([1, 3, 8, 20, 33])),
     st.integers(1, 70),
@@ -127,14 +93,15 @@ def test_packed_weights_die_with_their_weight():
 )
 @settings(max_examples=40, deadline=None)
 def test_frozen_block(shape, hidden, side, act, most_rows):
-    """At sizes other than the one whose layouts were chosen, too, and cut into blocks of rows."""
-    weights = frozen_weights(shape[3], hidden, side)
+    """By ATen calls, also cut into blocks of rows."""
+    weights, x = frozen_weights(shape[3], hidden, side), torch.randn(shape)
     blocks = functools.partial(row_blocks.row_blocks, most=most_rows)
-    with mock.patch.object(onednn_block, "row_blocks", blocks), mock.patch.object(row_blocks, "_LEAST_ROWS", 1):
-        block = OnednnBlock(shape, weights, act)
-        for size in (shape, (1, 5, 9, shape[3]), shape):
-            x = torch.randn(size)
-            expected, eager = plain_block(x.double(), weights, act), plain_block(x, weights, act)
-            got = block(x, 1e-6)
-            assert got.is_contiguous()
-            assert relative_error(got, expected) <= 2 * relative_error(eager, expected) + 1e-6
+    with (
+        mock.patch.object(llvm, "machine_for", return_value=None),
+        mock.patch.object(mlp, "row_blocks", blocks),
+        mock.patch.object(row_blocks, "_LEAST_ROWS", 1),
+    ):
+        expected, eager = plain_block(x.double(), weights, act), plain_block(x, weights, act)
+        got = cpu.frozen_block_fwd(x, weights, 1e-6, act, torch.float32)
+    assert got.is_contiguous()
+    assert relative_error(got, expected) <= 2 * relative_error(eager, expected) + 1e-6

@@ -10,7 +10,7 @@ import torch
 from support import BOUNDS, randomise, relative_error
 
 from convnext_fast import ConvNext, ConvNextConfig, ConvNextForImageClassification, ops
-from convnext_fast.ops import operators
+from convnext_fast.ops.operators import OPERATORS
 
 CONFIG = {"num_stages": 2, "hidden_sizes": [8, 12], "depths": [1, 2], "num_labels": 5}
 
@@ -156,7 +156,7 @@ def test_opcheck():
     block = model_of().freeze().blocks()[0]
     x = torch.randn(2, 5, 4, 8)
     arguments = (x, *block.frozen, 1e-6, "gelu", torch.float32)
-    torch.library.opcheck(operators.frozen_block_fwd.registered, arguments)
+    torch.library.opcheck(OPERATORS["frozen_block_fwd"], arguments)
 
 
 @pytest.mark.parametrize("gradients", [True, False])

@@ -11,6 +11,7 @@ from support import BOUNDS, gradients, randomise, relative_error
 from torch.utils.checkpoint import checkpoint
 
 from convnext_fast import ConvNext, ConvNextConfig
+from convnext_fast.backends.cpu import llvm
 
 
 def small(fused=True, **fields):
@@ -52,7 +53,11 @@ def test_fused_agrees_with_plain(batch, height, width, layout, dtype, recompute,
 def test_paths_are_chosen_and_reported():
     model = small()
     x = torch.randn(1, 3, 32, 32)
-    assert model.backend_for(x) == "aten"
+    assert model.backend_for(x) == "aten"  # 17 channels, which no x86 kernel serves
+    assert model.backend_for(x.double()) == "aten"
+    served = ConvNext(ConvNextConfig(num_stages=1, hidden_sizes=[16], depths=[1]))
+    assert served.backend_for(x) == ("cpu" if llvm.machine_for(16) else "aten")
+    assert served.backend_for(x.double()) == "aten"
     model.fused = False
     assert not model.fused
     assert model.backend_for(x) == "reference"

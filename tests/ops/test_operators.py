@@ -19,7 +19,7 @@ def test_every_registered_operator_is_checked():
 
     That of sequence_operator.py in test_sequence.py.
     """
-    for module in ("kernels.dwconv", "ops.sequence_operator"):
+    for module in ("backends.dwconv", "ops.sequence_operator"):
         importlib.import_module(f"convnext_fast.{module}")
     elsewhere = "dwconv", "frozen_steps_cpu"
     assert registered() == {*ON_CPU, *(f"{name}_cpu" for name in ON_CPU), *KERNELS_ALONE, *elsewhere}

@@ -1,6 +1,7 @@
-"""What an x86 CPU runs as kernels of our own, in float32 (`kernels.cpu`), where llvmlite (extra ``cpu``) is installed.
+"""The kernels that LLVM compiles for an x86 CPU, in float32 (`kernels.cpu`): packing their weights and running them.
 
-They need Linux, AVX2, numbers of channels that are multiples of 8, GELU, and PyTorch's threads to be libgomp's.
+They need Linux, AVX2, llvmlite, numbers of channels that are multiples of 8, GELU, and PyTorch's threads to be
+libgomp's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...models.steps import patched
-from .. import choose
+from .. import environment
 
 _OLDEST_LLVMLITE = 0, 46
 
@@ -30,7 +31,7 @@ def launchers() -> ModuleType | None:
         version = metadata.version("llvmlite")
     except metadata.PackageNotFoundError:
         return None
-    if choose.REQUEST == "aten" or tuple(map(int, version.split(".")[:2])) < _OLDEST_LLVMLITE:
+    if environment.REQUEST == "aten" or tuple(map(int, version.split(".")[:2])) < _OLDEST_LLVMLITE:
         return None
     try:
         from ...kernels.cpu import launching
@@ -44,7 +45,7 @@ def describe() -> str:
     """What the kernels are compiled for here, in words, or why there are none."""
     kernels = launchers()
     if kernels is None:
-        return "none, they need llvmlite (extra cpu) and CONVNEXT_FAST_BACKEND other than aten"
+        return "none, they need llvmlite and CONVNEXT_FAST_BACKEND other than aten"
     names = {kernels.AVX512: "AVX-512", kernels.AVX2: "AVX2"}
     found = [name for machine, name in names.items() if kernels.has(machine)]
     return found[0] if found else "none, they need Linux, an x86 processor with AVX2 and PyTorch's libgomp"
@@ -54,6 +55,11 @@ def machine_for(*channels: int) -> Any:
     """What kernels for these numbers of channels are compiled for; None where they do not serve."""
     kernels = launchers()
     return None if kernels is None else kernels.machine_for(*channels)
+
+
+def serves_block(channels: int, hidden: int, act: str) -> bool:
+    """Whether the kernels run blocks of this width, frozen or in training."""
+    return act == "gelu" and machine_for(channels, hidden) is not None
 
 
 @functools.lru_cache(1024, typed=True)

@@ -12,13 +12,10 @@ whose filters are the maps of du, and oneDNN's forward kernel is fast at any fil
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 # ReLU is left out, for oneDNN's maps NaN to 0, and SELU, which it has not.
 _FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "silu": ("swish", "")}
@@ -27,8 +24,6 @@ _FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "s
 _LARGEST_FILTER = 56
 
 _X86 = platform.machine() in ("x86_64", "AMD64")
-
-_PACKED = WeakTensorKeyDictionary()
 
 
 def serves(x: Tensor) -> bool:
@@ -54,14 +49,9 @@ def fuses(act: str) -> bool:
     return act in _FUSED_ACTIVATIONS
 
 
-def fused_activation(act: str | None) -> tuple[str, str]:
-    """(attribute, algorithm) by which oneDNN's linear layer applies ``act``, as `fuses` says, or nothing for None."""
-    return ("none", "") if act is None else _FUSED_ACTIVATIONS[act]
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
     """act(x·weightᵀ + bias) for x (P, C), weight (K, C) and bias (K,), these of any strides; act: `fuses`, or None."""
-    attribute, algorithm = fused_activation(act)
+    attribute, algorithm = ("none", "") if act is None else _FUSED_ACTIVATIONS[act]
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, _dense(bias), attribute, [], algorithm)
 
 
@@ -73,26 +63,6 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
 def _dense(bias: Tensor | None) -> Tensor | None:
     """As these calls read it, whatever its strides are."""
     return None if bias is None else bias.contiguous()
-
-
-def frozen_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], groups: int
-) -> Tensor:
-    """`torch.nn.functional.conv2d` of x (N, C, H, W) for a weight that never changes; see `linear`.
-
-    Otherwise oneDNN brings the weight into its layout on every call, which costs more than a small image itself.
-    """
-    reorder, call = torch.ops.mkldnn._reorder_convolution_weight, torch.ops.mkldnn._convolution_pointwise.default
-    packed = _packed(weight, reorder, padding, stride, [1, 1], groups, list(x.shape))
-    return call(x, packed, bias, padding, stride, [1, 1], groups, "none", [], "")
-
-
-def _packed(weight: Tensor, reorder: Callable[..., Tensor], *sizes: Any) -> Tensor:
-    """The weight in the layout that oneDNN prefers for the sizes with which it is first asked for."""
-    packed = _PACKED.get(weight)
-    if packed is None:
-        packed = _PACKED[weight] = reorder(weight, *sizes)
-    return packed
 
 
 def dwconv_weight_grad(x: Tensor, du: Tensor, side: int) -> Tensor:

@@ -1,7 +1,6 @@
-"""Frozen modules on a CPU in float32: what does not depend on the image is prepared once and kept with the weights.
+"""Frozen modules on a CPU in float32: their weights are packed for the kernels once, and kept as long as they live.
 
-One image keeps a processor busy for so short that what Python does around the calls shows in the time, and a library
-that brings weights into its own layout on every call takes longer for that than for the image.
+One image takes a processor so little time that packing weights on every call would show.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from ...models.steps import BLOCK, DOWNSAMPLE
-from . import llvm, onednn_block
+from . import llvm
 
 Weights = tuple[Tensor | None, ...]
 """Of `folding.FrozenBlock` or `folding.FrozenDownsample`, or a stem's."""
@@ -51,39 +50,30 @@ def _kept(weight: Tensor, others: Weights, act: str, make: Callable[[], Prepared
     return step
 
 
-def prepared_block(weights: Weights, act: str, shape: Sequence[int]) -> Prepared:
-    """`aten.frozen_block_fwd` for these weights; sizes like the first ``shape`` suit it best.
-
-    A kernel of our own, where it serves (`compiled.prepare_block`), else oneDNN's.
-    """
+def prepared_block(weights: Weights, act: str) -> Prepared | None:
+    """`ops.frozen_block_fwd` for these weights; None where no kernel serves."""
     dwconv_weight, dwconv_bias, w1, b1, w2, b2 = weights
-    return _kept(
-        w1,
-        (dwconv_weight, dwconv_bias, b1, w2, b2),
-        act,
-        lambda: llvm.prepare_block(weights, act) or onednn_block.OnednnBlock(shape, weights, act),
-    )
+    others = dwconv_weight, dwconv_bias, b1, w2, b2
+    return _kept(w1, others, act, lambda: llvm.prepare_block(weights, act))
 
 
 def prepared_downsample(weight: Tensor, bias: Tensor) -> Prepared | None:
-    """`aten.frozen_downsample_fwd` for these weights; None where no kernel of our own serves."""
+    """`ops.frozen_downsample_fwd` for these weights; None where no kernel serves."""
     return _kept(weight, (bias,), "", lambda: llvm.prepare_downsample(weight, bias))
 
 
-def kernels_for(
-    steps: Sequence[Weights], acts: Sequence[str], shapes: Sequence[Sequence[int]]
-) -> list[llvm.Kernel] | None:
-    """Steps of `steps` as kernels of our own; None where one has none. ``shapes``: before each step."""
+def kernels_for(steps: Sequence[Weights], acts: Sequence[str]) -> list[llvm.Kernel] | None:
+    """Steps of `steps` as kernels; None where one has none."""
     kernels = []
-    for weights, act, shape in reversed(list(zip(steps, acts, shapes, strict=True))):  # a stem, never kept, last
-        kernel = _kernel_for(weights, act, shape)
-        if not isinstance(kernel, llvm.Kernel):
+    for weights, act in reversed(list(zip(steps, acts, strict=True))):  # a stem, never kept, last
+        kernel = _kernel_for(weights, act)
+        if kernel is None:
             return None
         kernels.append(kernel)
     return kernels[::-1]
 
 
-def _kernel_for(weights: Weights, act: str, shape: Sequence[int]) -> Prepared | None:
+def _kernel_for(weights: Weights, act: str) -> Prepared | None:
     if len(weights) == BLOCK:
-        return prepared_block(weights, act, shape)
+        return prepared_block(weights, act)
     return prepared_downsample(*weights) if len(weights) == DOWNSAMPLE else llvm.prepare_stem(*weights)

@@ -47,13 +47,19 @@ def ours(machine, dy, u, residual, norm, mlp, scale, saves):
 
 
 def check(got, *given_):
-    expectations = (plain(dtype, *given_) for dtype in (torch.float64, torch.float32))
-    for name, actual, expected, eager in zip(NAMES, got, *expectations, strict=True):
-        if expected is None:
-            assert actual is None, name
+    check_draws([(got, given_)])
+
+
+def check_draws(draws):
+    """(ours, the arguments) of each draw: the error of all draws together, for few numbers may be exact by luck."""
+    found = [(got, plain(torch.float64, *given_), plain(torch.float32, *given_)) for got, given_ in draws]
+    for at, name in enumerate(NAMES):
+        actual, expected, eager = ([results[at] for results in kind] for kind in zip(*found, strict=True))
+        if expected[0] is None:
+            assert actual[0] is None, name
         else:
-            assert actual.is_contiguous(), name
-            assert no_worse(actual, expected, eager), name
+            assert all(t.is_contiguous() for t in actual), name
+            assert no_worse(*map(torch.stack, (actual, expected, eager))), name
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -70,15 +76,16 @@ def check(got, *given_):
 @settings(max_examples=15, deadline=None)
 def test_values_and_gradients(machine, rows, channels, ratio, affine, layer_scale, scaled, saves, team_size):
     channels *= machine.lanes
-    scale = torch.rand(rows, 1) + 0.5 if scaled else None
-    given_ = *torch.randn(3, rows, channels), *parameters(channels, ratio * channels, affine, layer_scale), scale
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(team_size)
-        got = ours(machine, *given_, saves)
-    finally:
-        torch.set_num_threads(before)
-    check(got, *given_)
+    before, draws = torch.get_num_threads(), []
+    for _ in range(8 if rows * channels < 1000 else 1):
+        scale = torch.rand(rows, 1) + 0.5 if scaled else None
+        given_ = *torch.randn(3, rows, channels), *parameters(channels, ratio * channels, affine, layer_scale), scale
+        try:
+            torch.set_num_threads(team_size)
+            draws.append((ours(machine, *given_, saves), given_))
+        finally:
+            torch.set_num_threads(before)
+    check_draws(draws)
 
 
 @pytest.mark.parametrize("machine", MACHINES)

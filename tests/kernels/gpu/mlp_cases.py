@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from convnext_fast.kernels.folding import fold_bwd, fold_fwd
 from convnext_fast.kernels.mlp import mlp_bwd, mlp_fwd
 from convnext_fast.kernels.statistics import stats_block
+from convnext_fast.kernels.weights import BlockWeights
 from kernel_support import INTERPRETING, assert_as_good_as_eager, eager_products, layer_norm_reference
 from statistics_cases import partial_statistics
 
@@ -98,9 +99,13 @@ def mlp_reference(case: Case, given: dict, dtype: torch.dtype, off: float = 0.0)
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 
 
+def weights_of(given: dict) -> BlockWeights:
+    return BlockWeights(None, None, *(given[name] for name in BlockWeights._fields[2:]))
+
+
 def run_forward(case: Case, given: dict, forward, save_hidden: bool = False):
     stats = partial_statistics(given["u"].float(), stats_block(case.channels, case.dtype)) if case.full else None
-    folded = fold_fwd(*(given[name] for name in ("w1", "b1", "ln_weight", "ln_bias", "w2")), None, case.dtype)
+    folded = fold_fwd(weights_of(given), case.dtype, layer_scale=False)
     rest = (*folded, given["b2"], given["gamma"], given["drop_scale"], EPS, case.act, save_hidden)
     return *forward(given["u"], stats, given["residual"], *rest), stats
 
@@ -154,11 +159,9 @@ def check_backward(case: Case, backward=mlp_bwd, save_hidden: bool = False) -> N
 def gradients(case: Case, given: dict, backward, save_hidden: bool) -> dict[str, torch.Tensor]:
     """Every gradient that the kernels make, by the name of what it is like."""
     _, a, stats = run_forward(case, given, mlp_fwd, save_hidden)
-    folded = fold_fwd(*(given[name] for name in ("w1", "b1", "ln_weight", "ln_bias", "w2", "gamma")), case.dtype)
+    folded = fold_fwd(weights_of(given), case.dtype, layer_scale=True)
     du, sums = backward(given["dy"], given["u"], stats, a, *folded, given["drop_scale"], EPS, case.act)
-    names = ("ln_weight", "ln_bias", "w1", "b1", "w2", "b2", "gamma")
-    _, _, *grads = fold_bwd(sums, *(given[name] for name in names))
-    found = {"du": du, **{f"d{name}": grad for name, grad in zip(names, grads, strict=True)}}
+    found = {"du": du, **{f"d{name}": grad for name, grad in fold_bwd(sums, weights_of(given))._asdict().items()}}
     return {name: grad for name, grad in found.items() if grad is not None}
 
 

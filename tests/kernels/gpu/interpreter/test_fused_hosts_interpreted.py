@@ -8,14 +8,14 @@ from model_cases import relative_errors
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
 from convnext_fast import fuse
-from convnext_fast.backends import choose
+from convnext_fast.backends import environment
 
 FIELDS = {"hidden_sizes": [16, 40], "depths": [1, 1], "num_stages": 2, "num_labels": 5, "layer_scale_init_value": 1.0}
 
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch):
-    monkeypatch.setattr(choose, "REQUEST", "triton")
+    monkeypatch.setattr(environment, "REQUEST", "triton")
 
 
 @torch.no_grad()

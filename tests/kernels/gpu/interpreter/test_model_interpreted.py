@@ -4,12 +4,12 @@ import pytest
 import torch
 from model_cases import check_digits, check_training_step
 
-from convnext_fast.backends import choose
+from convnext_fast.backends import environment
 
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch):
-    monkeypatch.setattr(choose, "REQUEST", "triton")
+    monkeypatch.setattr(environment, "REQUEST", "triton")
 
 
 @pytest.mark.parametrize(("dtype", "recompute"), [(torch.float32, 0), (torch.float32, 2), (torch.float16, 1)])

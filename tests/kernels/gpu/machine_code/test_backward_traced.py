@@ -6,6 +6,7 @@ from convnext_fast.kernels.dwconv import dwconv_wgrad
 from convnext_fast.kernels.folding import fold_fwd
 from convnext_fast.kernels.mlp import mlp_bwd
 from convnext_fast.kernels.patchify.bwd import downsample_bwd, stem_bwd
+from convnext_fast.kernels.weights import BlockWeights
 from torch.fx.experimental.proxy_tensor import make_fx
 
 C, K, EPS = 24, 32, 1e-6
@@ -33,7 +34,7 @@ def mlp(channels):
     def made(g, batch):
         w1, w2 = torch.randn(K, channels, generator=g), torch.randn(channels, K, generator=g)
         u, dy = (torch.randn(batch * 9 * channels, generator=g).half() for _ in range(2))
-        weights = fold_fwd(w1, None, None, None, w2, None, torch.half)
+        weights = fold_fwd(BlockWeights(None, None, None, None, w1, None, w2, None, None), torch.half, False)
 
         def call(u, dy):
             u, dy = u.view(-1, channels), dy.view(-1, channels)  # the width is a number, as a parameter's is

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from convnext_fast.kernels.dwconv import dwconv, dwconv_dgrad, dwconv_fwd
 from convnext_fast.kernels.dwconv.gluon import AVAILABLE
 from dwconv_cases import draw
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from convnext_fast.backends.dwconv import dwconv, dwconv_dgrad, dwconv_fwd
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Gluon as Triton has it from 3.6 on")
 SHAPE = (2, 9, 10, 40)

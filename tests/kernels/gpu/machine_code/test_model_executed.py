@@ -4,13 +4,13 @@ import pytest
 import torch
 from model_cases import check_digits, check_training_step
 
-from convnext_fast.backends import choose
+from convnext_fast.backends import environment
 
 
 @pytest.fixture
 def through_kernels(emulating, monkeypatch):
     """Runs a function with the fused ops on the kernels' sm_80 code, checked for races between blocks."""
-    monkeypatch.setattr(choose, "REQUEST", "triton")
+    monkeypatch.setattr(environment, "REQUEST", "triton")
 
     def run(function):
         with emulating(arch=80, detect_races="rw", detailed=False) as emulation:

@@ -8,12 +8,12 @@ from unittest import mock
 
 import pytest
 import torch
-from convnext_fast.kernels import dwconv, replaying
+from convnext_fast.kernels import replaying
 from operator_cases import KERNELS_ALONE, ON_CPU, cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convnext_fast.backends import choose
-from convnext_fast.ops import operators
+from convnext_fast.backends import dwconv, environment, gpu
+from convnext_fast.ops.signatures import SIGNATURES
 
 ALL = [*ON_CPU, *KERNELS_ALONE]
 
@@ -75,7 +75,7 @@ def repeating(emulating, monkeypatch):
 
     call.repeats = 0
     monkeypatch.setattr(emulation, "run", with_tensors)
-    monkeypatch.setattr(choose, "REQUEST", "triton")
+    monkeypatch.setattr(environment, "REQUEST", "triton")
     monkeypatch.setattr(replaying, "serves", lambda tensor: True)
     monkeypatch.setattr(replaying, "_plans", {})
     with (
@@ -98,7 +98,15 @@ def scaled(value, factor):
 
 
 def function_of(name):
-    return dwconv._launch_again if name == "dwconv" else getattr(operators, name).function
+    """Of flat arguments, among which an empty vector stands for an absent one, as an operator leaves it."""
+    if name == "dwconv":
+        return dwconv._launch
+    function, signature = getattr(gpu, name), SIGNATURES[name]
+
+    def is_absent(value):
+        return isinstance(value, torch.Tensor) and value.shape == (0,)
+
+    return lambda *flat: function(*signature.group([None if is_absent(value) else value for value in flat]))
 
 
 def as_written(name, arguments):

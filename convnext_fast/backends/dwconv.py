@@ -1,0 +1,65 @@
+"""The depthwise convolution as the GPU's ops call it: a launch, or in a compiler's graph an operator.
+
+Inductor writes the Triton kernels that it finds in a graph anew, as ``triton.jit`` functions, which a Gluon kernel is
+not. So the form with explicit layouts enters a traced graph as the operator ``convnext_fast::dwconv``, which Inductor
+calls as it is: compiled models run the kernel that eager ones run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels import dwconv as kernels
+from ..kernels.integers import cdiv
+from ..kernels.launching import traced
+from ..kernels.replaying import replayed
+from ..kernels.statistics import stats_block
+
+
+def dwconv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`kernels.dwconv.dwconv_fwd`."""
+    if _is_opaque(x, dtype):
+        return dwconv(x, weight, bias, None, dtype, dtype, False, True)
+    return kernels.dwconv_fwd(x, weight, bias, dtype)
+
+
+def dwconv_dgrad(du: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+    """`kernels.dwconv.dwconv_dgrad`."""
+    if _is_opaque(du, du.dtype):
+        out_dtype = du.dtype if residual is None else residual.dtype
+        return dwconv(du, weight, None, residual, du.dtype, out_dtype, True, False)[0]
+    return kernels.dwconv_dgrad(du, weight, residual)
+
+
+def _is_opaque(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a compiler traces a call on x that runs the form with explicit layouts."""
+    return dtype != torch.float32 and traced(x) and kernels.gluon_serves(x)
+
+
+_launch = replayed(kernels.dwconv)  # in a compiled model the only call of ours that the host makes anew
+
+
+@torch.library.custom_op("convnext_fast::dwconv", mutates_args=())
+def dwconv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    flip: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor]:
+    """`kernels.dwconv.dwconv`; no statistics: an empty tensor. Whether a tensor is aligned shows only now."""
+    u, stats = _launch(x, weight, bias, residual, dtype, out_dtype, flip, statistics)
+    return u, x.new_empty(0) if stats is None else stats
+
+
+@dwconv.register_fake
+def _(x, weight, bias, residual, dtype, out_dtype, flip, statistics):
+    batch, height, width, channels = x.shape
+    blocks = cdiv(channels, stats_block(channels, dtype))
+    u = x.new_empty(x.shape, dtype=out_dtype)
+    shape = (blocks, batch * height * width, 2) if statistics else (0,)
+    return u, x.new_empty(shape, dtype=torch.float32 if statistics else x.dtype)

@@ -1,0 +1,64 @@
+"""The arguments of each fused op: in groups, as the backends take them, and flat, as PyTorch's dispatcher does."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, get_type_hints
+
+from torch import Tensor
+
+from ..backends.interface import Backend
+
+
+class Signature:
+    """Of one function of `interface.Backend`.
+
+    Attributes:
+        name: of the op.
+        names: of its parameters.
+        flat: its parameters and result, a group (a NamedTuple of tensors) taken apart into its fields.
+    """
+
+    def __init__(self, function: Callable):
+        self.name = function.__name__
+        hints = get_type_hints(function)
+        result = hints.pop("return")
+        self._parts: list[tuple[str, type | None, int, int]] = []  # name, group, first and last place in the flat ones
+        flat: list[inspect.Parameter] = []
+        for name, hint in hints.items():
+            group = hint if hasattr(hint, "_fields") else None
+            fields = {name: hint} if group is None else get_type_hints(group)
+            self._parts.append((name, group, len(flat), len(flat) + len(fields)))
+            flat += (
+                inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=h) for n, h in fields.items()
+            )
+        self.names = tuple(hints)
+        self.flat = inspect.Signature(flat, return_annotation=result)
+
+    def group(self, flat: Sequence[Any]) -> list[Any]:
+        """The arguments as a backend takes them."""
+        return [flat[a] if kind is None else kind(*flat[a:b]) for _, kind, a, b in self._parts]
+
+    def gradients(self, **grads: Any) -> tuple[Tensor | None, ...]:
+        """What autograd takes: a gradient for each flat argument, from those of some, groups given as sequences."""
+        found: list[Tensor | None] = []
+        for name, kind, a, b in self._parts:
+            grad = grads.pop(name, None)
+            found += [None] * (b - a) if grad is None else [grad] if kind is None else grad
+        return tuple(found)
+
+
+def flatten(arguments: Sequence[Any]) -> list[Any]:
+    """The inverse of `Signature.group`."""
+    flat: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            flat += argument
+        else:
+            flat.append(argument)
+    return flat
+
+
+SIGNATURES = {name: Signature(function) for name, function in vars(Backend).items() if name.endswith(("_fwd", "_bwd"))}
+"""By the op's name."""
