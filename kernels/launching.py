@@ -1,4 +1,4 @@
-"""One door for every kernel launch: device guard, visibility to ``torch.compile``, an ear for who records launches."""
+"""One door for every kernel launch: device guard, visibility to ``torch.compile``, a listener for recordings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _ORDINARY = frozenset((*PLAIN, type(None), int, float))
 
 
 class _Listening(threading.local):
-    """Who is told of this thread's launches: called with the compiled kernel, the grid and all parameters in order."""
+    """``listener`` is told of this thread's launches: of the compiled kernel, the grid and all parameters in order."""
 
-    ear: Callable[[Any, tuple[int, ...], tuple], None] | None = None
+    listener: Callable[[Any, tuple[int, ...], tuple], None] | None = None
 
 
 listening = _Listening()
@@ -42,9 +42,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         return
     with current(args[0]):
         compiled = kernel[grid](*args, **meta)
-    if listening.ear is not None:
+    if listening.listener is not None:
         constants = (meta.get(p.name, p.default) for p in kernel.params[len(args) :])
-        listening.ear(compiled, grid, (*args, *constants))
+        listening.listener(compiled, grid, (*args, *constants))
 
 
 def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
