@@ -30,7 +30,7 @@ from .recording import Launch, Place, Plan
 _SOURCE = Path(__file__).with_suffix(".c")
 _CONSTANT = -1
 _READERS = ("dim", "sizes", "strides", "dtype", "device_type", "device_index", "data_ptr")
-_FORMATS = {
+FORMATS = {
     **{f"{sign}{bits}": code for bits, codes in ((8, "bB"), (16, "hH"), (32, "iI"), (64, "qQ"))
        for sign, code in zip("iu", codes, strict=True)},
     "i1": "b", "u1": "B", "fp32": "f", "fp64": "d",
@@ -78,17 +78,18 @@ def library() -> ModuleType | None:
             torch.empty(1), torch.nn.Parameter(torch.empty(1)), torch.dtype, readers, Tensor.as_strided,
             float32_precision, torch._C._len_torch_dispatch_stack, knobs.runtime,
         )  # fmt: skip
-        cuda()
     except Exception as error:
-        _warn(f"{_SOURCE.name} cannot be compiled or does not fit this PyTorch ({error}). Install a C compiler (gcc or "
-              "clang) and Python's headers (python3-dev)")  # fmt: skip
+        _warn(
+            f"{_SOURCE.name} could not be compiled ({error!r}): install a C compiler (gcc or clang) and Python's "
+            "headers (python3-dev)"
+        )
         return None
     return module
 
 
 @functools.cache
 def _warn(reason: str) -> None:
-    warnings.warn(f"{reason}. Until then each call of a kernel costs the host more time.", stacklevel=2)
+    warnings.warn(f"{reason}. Until then each call of the kernels takes the host longer.", stacklevel=3)
 
 
 def build(plan: Plan, tensor: Tensor) -> Any | None:
@@ -96,7 +97,8 @@ def build(plan: Plan, tensor: Tensor) -> Any | None:
     module = library()
     if module is None:
         return None
-    launches, parameters, driver = bytearray(), bytearray(), cuda()
+    driver = cuda()
+    launches, parameters = bytearray(), bytearray()
     for launch in plan.launches:
         values = _parameters(launch)
         if values is None:
@@ -125,8 +127,8 @@ def _parameters(launch: Launch) -> list[bytes] | None:
         if isinstance(value, Place) and kind.startswith("*"):
             packed.append(struct.pack("qq", *value))
             sizes.append(8)
-        elif kind in _FORMATS:
-            number = struct.pack(_FORMATS[kind], value)
+        elif kind in FORMATS:
+            number = struct.pack(FORMATS[kind], value)
             packed.append(struct.pack("q8s", _CONSTANT, number))
             sizes.append(len(number))
         else:

@@ -1,14 +1,17 @@
-"""Calls that repeat a record: the bits of the call as it is written, and no record of what it does not hold for.
+"""Calls that repeat a plan: the bits of the call as it is written, and no plan of what it does not hold for.
 
-Recorded launches take addresses in the place of tensors, which the emulator does not. ``Memory`` gives it tensors back,
-and fills what a call allocates with NaN, so that scratch memory that is read before it is written shows.
+The plans of C launch through what stands in for CUDA's driver, and executes in the emulator what it is given.
+Repeated launches have addresses in the place of tensors, which the emulator does not take. ``Memory`` gives it tensors
+back, and fills what a call allocates with NaN, so that memory that is read before it is written shows.
 """
 
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from convnext_fast.kernels import replaying
+from convnext_fast.kernels import native_plan, recording, replaying
+from native_support import StandIn, values_of
 from operator_cases import KERNELS_ALONE, ON_CPU, cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,10 +35,16 @@ class Memory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func.__name__.startswith("empty"):
-            self.add(out.untyped_storage())
-            torch.empty(0, dtype=torch.uint8).set_(out.untyped_storage()).fill_(255)
-        return out
+        return self.poisoned(out) if func.__name__.startswith("empty") else out
+
+    def poisoned(self, new):
+        self.add(new.untyped_storage())
+        torch.empty(0, dtype=torch.uint8).set_(new.untyped_storage()).fill_(255)
+        return new
+
+    def allocate(self, shape, strides, dtype):
+        """What a plan of C calls: no mode hears of it."""
+        return self.poisoned(torch.empty_strided(shape, strides, dtype=dtype))
 
     def add(self, storage):
         self.known.append(storage)
@@ -49,12 +58,33 @@ class Memory(TorchDispatchMode):
         raise AssertionError(f"a kernel was given the address {address:#x}, which is no tensor's")
 
 
-@pytest.fixture
-def repeating(emulating, monkeypatch):
-    """A function ``call(operator's name, arguments)`` to repeat calls, which counts ``call.repeats``."""
+class Kernels:
+    """Compiled kernels by a number, for the handles that C launches by."""
+
+    def __init__(self):
+        self.known = []
+
+    def number(self, kernel):
+        self.known.append(kernel)
+        return len(self.known)
+
+    def launch(self, number, grid, threads, shared, stream, parameters):
+        kernel = self.known[number - 1]
+        assert (threads, shared) == (32 * kernel.metadata.num_warps, kernel.metadata.shared)
+        values = values_of(kernel, parameters)
+        kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
+
+
+@pytest.fixture(params=["native"])
+def repeating(request, emulating, monkeypatch):
+    """A function ``call(operator's name, arguments)`` to repeat calls, which counts ``call.repeats``.
+
+    Its parameter: "native" for plans that C repeats, "python" for plans that Python repeats.
+    """
     from sass_emulator import emulation
 
-    memory, run = Memory(), emulation.run
+    native = request.param == "native"
+    memory, kernels, run = Memory(), Kernels(), emulation.run
 
     def with_tensors(kernel, grid, values, **options):
         types = [kind for kind in kernel.src.signature.values() if kind != "constexpr"]
@@ -64,9 +94,16 @@ def repeating(emulating, monkeypatch):
         ]
         return run(kernel, grid, found, **options)
 
+    def counted(plans, arguments):
+        results = module.repeat(plans, arguments)
+        call.repeats += results is not NotImplemented
+        return results
+
     def call(name, arguments):
         for value in tensors(arguments):
             memory.add(value.untyped_storage())
+        if native and calls_of(name).kinds:
+            return function_of(name)(*arguments)
         before = repeat.call_count
         with memory:
             results = function_of(name)(*arguments)
@@ -74,15 +111,35 @@ def repeating(emulating, monkeypatch):
         return results
 
     call.repeats = 0
+    if native:
+        module = native_plan.library()
+        if module is None:
+            pytest.skip("needs a C compiler")
+        stand_in = StandIn(kernels.launch, memory.allocate, kernels.number)
+        monkeypatch.setattr(native_plan, "cuda", lambda: stand_in.driver)
+        watched = SimpleNamespace(repeat=counted, key=module.key, Plan=module.Plan)
+        monkeypatch.setattr(native_plan, "library", lambda: watched)
+    else:
+        monkeypatch.setattr(native_plan, "build", lambda plan, tensor: None)
     monkeypatch.setattr(emulation, "run", with_tensors)
     monkeypatch.setattr(environment, "REQUEST", "triton")
     monkeypatch.setattr(replaying, "serves", lambda tensor: True)
-    monkeypatch.setattr(replaying, "_plans", {})
+    forget()
     with (
         emulating(arch=80),
-        mock.patch.object(replaying.Plan, "repeat", autospec=True, side_effect=replaying.Plan.repeat) as repeat,
+        mock.patch.object(recording.Plan, "repeat", autospec=True, side_effect=recording.Plan.repeat) as repeat,
     ):
         yield call
+    forget()
+
+
+def forget():
+    for name in (*ALL, "dwconv"):
+        calls_of(name).forget()
+
+
+def calls_of(name):
+    return (dwconv._launch_again if name == "dwconv" else getattr(device, name)).calls
 
 
 def tensors(arguments):
@@ -110,7 +167,10 @@ def function_of(name):
 
 
 def as_written(name, arguments):
-    with mock.patch.object(replaying, "serves", return_value=False):
+    with (
+        mock.patch.object(replaying, "serves", return_value=False),
+        mock.patch.object(calls_of(name), "repeat", None),
+    ):
         return function_of(name)(*arguments)
 
 
@@ -130,20 +190,23 @@ IN_TIME = ("block_bwd", "frozen_block_fwd", "patchify_stem_fwd")
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "every"),
+    ("repeating", "name", "dtype", "every"),
     [
-        *((name, torch.bfloat16, False) for name in IN_TIME),
+        *(("native", name, torch.bfloat16, False) for name in IN_TIME),
+        ("python", "frozen_block_fwd", torch.bfloat16, False),
         *(
-            pytest.param(name, dtype, True, marks=pytest.mark.thorough)
+            pytest.param(way, name, dtype, True, marks=pytest.mark.thorough)
+            for way in ("native", "python")
             for name in ALL
-            for dtype in (torch.bfloat16, torch.float32)
+            for dtype in (torch.bfloat16, torch.float16, torch.float32)
         ),
     ],
+    indirect=["repeating"],
 )
 def test_repeats_bit_for_bit(repeating, name, dtype, every):
     torch.manual_seed(0)
     given = cases(name, dtype)
-    replaying._plans.clear()  # the forward calls behind the arguments
+    forget()  # the forward calls behind the arguments
     for arguments in given if every else given[-1:]:
         repeating.repeats = 0
         repeating(name, scaled(arguments, 1.0))
@@ -231,7 +294,7 @@ def test_what_is_written_into_an_allocation_is_not_lost(repeating):
     for _ in range(4):
         x = torch.randn(5)
         assert torch.equal(copied(x), x)
-    assert None in replaying._plans.values()
+    assert list(copied.calls.kinds.values()) == [None]
 
 
 def test_tensors_in_the_same_memory_are_not_recorded(repeating):
@@ -255,5 +318,6 @@ def test_records_are_bounded(repeating, monkeypatch):
     monkeypatch.setattr(replaying, "MOST", 2)
     for side in (8, 12, 16, 8, 8, 8):
         repeating("patchify_stem_fwd", stem(side=side))
-        assert len(replaying._plans) <= 2
+        assert len(calls_of("patchify_stem_fwd").kinds) <= 2
+        assert len(calls_of("patchify_stem_fwd").native) <= 2
     assert repeating.repeats == 1

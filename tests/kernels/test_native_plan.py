@@ -1,0 +1,434 @@
+"""Plans that C repeats: what it launches with, what it tells apart, and when it leaves a call to Python.
+
+Nothing is compiled for a GPU here: a stand-in for CUDA's driver notes what it is asked to launch, on CPU tensors.
+"""
+
+import ctypes
+import gc
+import itertools
+import struct
+import threading
+import warnings
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from convnext_fast.kernels import native_plan, replaying
+from convnext_fast.kernels.launching import listening
+from convnext_fast.kernels.recording import Place, Plan, record
+from native_support import StandIn
+from triton import knobs
+
+PTX = """.visible .entry kernel(
+	.param .u64 .ptr .global .align 1 kernel_param_0,
+	.param .u32 kernel_param_1,
+	.param .f32 kernel_param_2,
+	.param .u64 .ptr .global .align 1 kernel_param_3,
+	.param .u64 .ptr .global .align 1 kernel_param_4
+)
+"""
+
+
+@pytest.fixture
+def _nan_poisoned_allocations():
+    """Its mode would hear of every allocation, and calls that one hears of are not repeated."""
+
+
+class Kernel:
+    """Looks like a compiled kernel of (pointer, int, float, pointer): ``function`` is its handle."""
+
+    def __init__(self, function=7, ptx=PTX, **metadata):
+        self.function, self.asm, self.packed_metadata = function, {"ptx": ptx}, (4, 1, 2048)
+        self.metadata = SimpleNamespace(num_ctas=1, **metadata)
+        self.src = SimpleNamespace(
+            signature={"x": "*fp32", "n": "i32", "eps": "fp32", "BLOCK": "constexpr", "y": "*fp32"}
+        )
+
+
+def launched(kernel, grid, *parameters):
+    """As `launching.launch` tells of a launch."""
+    if listening.listener is not None:
+        listening.listener(kernel, grid, parameters)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """The stand-in; ``device.launches`` are (function, grid, threads, shared, stream, parameters)."""
+    if native_plan.library() is None:
+        pytest.skip("needs a C compiler")
+
+    def launch(function, grid, threads, shared, stream, parameters):
+        if stand_in.fails:
+            raise RuntimeError("as a driver that is out of resources")
+        codes = ("Q", "i", "f", "Q", "Q")
+        values = (
+            struct.unpack(code, ctypes.string_at(parameters[i], struct.calcsize(code)))[0]
+            for i, code in enumerate(codes)
+        )
+        stand_in.launches.append((function, grid, threads, shared, stream, tuple(values)))
+
+    stand_in = StandIn(launch)
+    stand_in.launches, stand_in.fails = [], False
+    monkeypatch.setattr(native_plan, "cuda", lambda: stand_in.driver)
+    monkeypatch.setattr(replaying, "serves", lambda tensor: True)
+    return stand_in
+
+
+def known(function, *arguments):
+    """The function, replayed, after the two calls that come before the first repeated one."""
+    call = replaying.replayed(function)
+    for _ in range(2):
+        call(*arguments)
+    return call
+
+
+def scaled(kernel):
+    """A function of x and a weight that allocates scratch memory and a result."""
+
+    def function(x, weight, eps=EPS):
+        scratch = torch.empty(8, dtype=torch.float32)
+        launched(kernel, (3, 2), x, 5, eps, 128, scratch)
+        y = torch.empty_like(x)
+        launched(kernel, (1,), weight[1:], -6, 0.5, 128, scratch[4:])
+        launched(kernel, (1, 1, 9), scratch, 7, 2.0, 128, y)
+        return y.view(2, -1) if y.is_contiguous() else y
+
+    return function
+
+
+EPS, X, WEIGHT = 1e-6, torch.randn(8, 4), torch.randn(6)
+
+
+def test_what_is_launched(device):
+    """Each parameter in its place, pointers of this call's tensors with their offsets, null pointers after them."""
+    call = known(scaled(Kernel()), X, WEIGHT)
+    x, weight = torch.randn(8, 4), torch.randn(6)
+    device.stream = 4711
+    y = call(x, weight)
+    (scratch,) = {each[-1][3] for each in device.launches[:1]}
+    single = struct.unpack("f", struct.pack("f", EPS))[0]
+    assert device.launches == [
+        (7, (3, 2, 1), 128, 2048, 4711, (x.data_ptr(), 5, single, scratch, 0)),
+        (7, (1, 1, 1), 128, 2048, 4711, (weight.data_ptr() + 4, -6, 0.5, scratch + 16, 0)),
+        (7, (1, 1, 9), 128, 2048, 4711, (scratch, 7, 2.0, y.data_ptr(), 0)),
+    ]
+    assert (y.shape, y.stride(), y.dtype, y._base) == ((2, 16), (16, 1), torch.float32, None)
+
+
+def test_a_tensor_that_moved_is_found_where_it_is(device):
+    """The same Python tensor in other memory: `.data`, `set_`, and one freed and allocated anew."""
+    weight = WEIGHT.clone()
+    call = known(scaled(Kernel()), X, weight)
+    moves = (
+        lambda: setattr(weight, "data", torch.randn(6)),
+        lambda: weight.set_(torch.randn(6)),
+        lambda: None,
+    )
+    for move in moves:
+        move()
+        del device.launches[:]
+        call(X, weight)
+        assert device.launches[1][-1][0] == weight.data_ptr() + 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, w: (x.t(), w),
+        lambda x, w: (x.view(4, 8), w),
+        lambda x, w: (torch.empty(8, 8)[:, ::2], w),
+        lambda x, w: (x.double(), w),
+        lambda x, w: (torch.empty(33)[1:].view(8, 4), w),
+        lambda x, w: (x, torch.empty(12)[::2]),
+        lambda x, w: (x, w.bfloat16()),
+        lambda x, w: (x, w, 1e-5),
+    ],
+    ids=["transposed", "shape", "stride", "dtype", "alignment", "weight's stride", "weight's dtype", "number"],
+)
+def test_what_differs_is_left_to_python(device, change):
+    call = known(scaled(Kernel()), X, WEIGHT)
+    call(X, WEIGHT)
+    del device.launches[:]
+    call(*change(X, WEIGHT))
+    assert not device.launches
+    call(X, WEIGHT)
+    assert len(device.launches) == 3
+
+
+def test_a_weight_changed_in_place_is_noticed(device):
+    """Its strides, with the address and the Python tensor as they were."""
+    weight = torch.randn(6, 6)
+    call = known(scaled(Kernel()), X, weight)
+    call(X, weight)
+    weight.t_()
+    del device.launches[:]
+    call(X, weight)
+    assert not device.launches
+
+
+VALUES = (
+    None, True, False, 1, 0, -1, 1.0, 0.0, -0.0, 2**40, "", "gelu", "gelu\0", torch.float32, torch.bfloat16,
+    (), (1,), (1, None), ((1,),), (X,), (X, X), (X[:4],), (X.t(),),
+)  # fmt: skip
+
+
+def test_keys_tell_values_apart():
+    module = native_plan.library() or pytest.skip("needs a C compiler")
+    keys = [module.key((X, value)) for value in VALUES]
+    assert None not in keys
+    assert len(set(keys)) == len(VALUES)
+    copies = [module.key((X.clone(), tuple(value) if isinstance(value, tuple) else value)) for value in VALUES]
+    assert copies == keys
+    assert [replaying.kind_of((X, value)) is None for value in VALUES] == [False] * len(VALUES)
+
+
+def test_a_key_is_made_of_every_fact_of_a_tensor():
+    """As the C interface of PyTorch reads it: dimensions, dtype, device, alignment, then sizes and strides."""
+    module = native_plan.library() or pytest.skip("needs a C compiler")
+    tensor = torch.empty(65, dtype=torch.bfloat16)[1:].view(1, 4, 16).transpose(0, 2)
+    facts, *rest = struct.unpack("7q", module.key((tensor,))[:56])
+    number = {torch.bfloat16: 15}[tensor.dtype]
+    assert facts == 9 | 3 << 8 | number << 16 | 0 << 24 | 0xFFFF << 32 | (tensor.data_ptr() % 16) << 48
+    assert rest == [16, 4, 1, 1, 16, 64]
+
+
+def test_the_switch_for_tf32_is_part_of_a_key():
+    module = native_plan.library() or pytest.skip("needs a C compiler")
+    switch = torch.backends.cuda.matmul
+    switch.allow_tf32 = False
+    exact = module.key((X,))
+    switch.allow_tf32 = True
+    try:
+        assert module.key((X,)) != exact
+    finally:
+        switch.allow_tf32 = False
+    assert module.key((X,)) == exact
+
+
+@pytest.mark.parametrize("value", [[1], {}, 2**70, object(), "\ud800", torch.device("cpu"), (1, [2])], ids=repr)
+def test_what_c_does_not_know_has_no_key(value):
+    module = native_plan.library() or pytest.skip("needs a C compiler")
+    assert module.key((X, value)) is None
+    assert module.repeat({}, (X, value)) is NotImplemented
+
+
+def test_subclasses_and_missing_memory_have_no_key():
+    module = native_plan.library() or pytest.skip("needs a C compiler")
+
+    class Wrapped(torch.Tensor):
+        pass
+
+    assert module.key((torch.randn(2).as_subclass(Wrapped),)) is None
+
+
+def test_nested_tuples_are_taken_in_order(device):
+    kernel = Kernel()
+
+    def function(x, weights):
+        y = torch.empty_like(x)
+        launched(kernel, (1,), weights[1][0], 1, 1.0, 0, weights[0])
+        launched(kernel, (1,), x, 1, 1.0, 0, y)
+        return y, None
+
+    call = known(function, X, (WEIGHT, (WEIGHT.clone(), None)))
+    first, second = torch.randn(6), torch.randn(6)
+    y, none = call(X, (first, (second, None)))
+    assert none is None
+    assert [each[-1][:1] + each[-1][3:4] for each in device.launches] == [
+        (second.data_ptr(), first.data_ptr()),
+        (X.data_ptr(), y.data_ptr()),
+    ]
+
+
+def test_parts_of_one_allocation(device):
+    kernel = Kernel()
+
+    def function(x):
+        both = torch.empty(2, 8)
+        launched(kernel, (1,), x, 1, 1.0, 0, both[1])
+        return both[1], both[0].view(2, 4)
+
+    second, first = known(function, X)(X)
+    assert second.data_ptr() == first.data_ptr() + 32 == device.launches[0][-1][3]
+    assert (second.shape, first.shape, first.stride()) == ((8,), (2, 4), (4, 1))
+
+
+def test_scratch_memory_is_shared_by_what_is_never_in_use_together():
+    kernel = Kernel()
+
+    def chain(x):
+        for _ in range(10):
+            y = torch.empty(1000)
+            launched(kernel, (1,), x, 1, 1.0, 0, y)
+            x = y
+        return x
+
+    _, plan = record(chain, (torch.randn(1000),))
+    assert [each.shape for each in plan.allocations] == [(4096 + 4000,), (1000,)]
+    places = [(launch.parameters[0], launch.parameters[4]) for launch in plan.launches]
+    assert all(read != written for read, written in places)
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(places))
+
+
+def test_hooks_of_a_profiler_hear_every_launch(device):
+    """Then Triton's own launcher launches, which calls them."""
+    call = known(scaled(Kernel()), X, WEIGHT)
+    hooks = knobs.runtime.launch_enter_hook
+    with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python") as repeat:
+        if hooks is None:  # Triton 3.4
+            knobs.runtime.launch_enter_hook = print
+        else:
+            hooks.add(print)
+        try:
+            assert call(X, WEIGHT) == "by Python"
+        finally:
+            if hooks is None:
+                knobs.runtime.launch_enter_hook = None
+            else:
+                hooks.remove(print)
+        assert isinstance(call(X, WEIGHT), torch.Tensor)
+    assert repeat.call_count == 1
+
+
+def test_another_current_device_is_left_to_python(device):
+    """So is a thread that has no context yet."""
+    call = known(scaled(Kernel()), X, WEIGHT)
+    call(X, WEIGHT)
+    device.device = 3
+    with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
+        assert call(X, WEIGHT) == "by Python"
+    device.device = -1
+    assert isinstance(call(X, WEIGHT), torch.Tensor)
+
+
+def test_modes_that_dispatch_hear_of_allocations(device):
+    call = known(scaled(Kernel()), X, WEIGHT)
+    call(X, WEIGHT)
+    with (
+        torch.utils._python_dispatch.TorchDispatchMode(),
+        mock.patch.object(replaying, "serves", return_value=False),
+        mock.patch.object(call.calls, "function", return_value="as written"),
+    ):
+        assert call(X, WEIGHT) == "as written"
+
+
+def test_an_error_of_the_driver_is_raised(device, capsys):
+    call = known(scaled(Kernel()), X, WEIGHT)
+    device.fails = True
+    with pytest.raises(RuntimeError, match="CUDA error 1"):
+        call(X, WEIGHT)
+
+
+def test_an_error_of_the_allocator_is_raised(device):
+    def allocate(*arguments):
+        raise torch.OutOfMemoryError("as a full GPU")
+
+    device.driver = device.driver._replace(allocate=allocate)
+    call = known(scaled(Kernel()), X, WEIGHT)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        call(X, WEIGHT)
+    assert not device.launches
+
+
+def test_threads_repeat_one_plan_at_a_time_each_with_its_own_tensors(device):
+    call = known(scaled(Kernel()), X, WEIGHT)
+    wrong = []
+
+    def work():
+        for _ in range(100):
+            x, weight = torch.randn(8, 4), torch.randn(6)
+            y = call(x, weight)
+            mine = [each[-1] for each in device.launches if x.data_ptr() == each[-1][0]]
+            if not mine or not any(each[-1][3] == y.data_ptr() for each in device.launches):
+                wrong.append(y)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(device.launches) == 4 * 100 * 3
+    assert not wrong
+
+
+def test_nothing_leaks(device):
+    call = known(scaled(Kernel()), X, WEIGHT)
+    call(X, WEIGHT)
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(50):
+        call(X, WEIGHT)
+    del device.launches[:]
+    gc.collect()
+    assert len(gc.get_objects()) - before < 10
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        Kernel(launch_pdl=True),
+        Kernel(launch_cooperative_grid=True),
+        Kernel(global_scratch_size=64),
+        Kernel(profile_scratch_size=64),
+        Kernel(instrumentation_mode="gsan"),
+    ],
+    ids=lambda kernel: next(name for name in vars(kernel.metadata) if name != "num_ctas"),
+)
+def test_launches_that_are_more_than_a_kernel_on_a_grid(device, kernel):
+    call = known(scaled(kernel), X, WEIGHT)
+    with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
+        assert call(X, WEIGHT) == "by Python"
+
+
+@pytest.mark.parametrize(
+    "ptx",
+    [
+        PTX.replace(".u32", ".u64"),
+        PTX.replace(".param .u32 kernel_param_1,", ""),
+        PTX.replace(".f32 kernel_param_2", ".align 64 .b8 kernel_param_2[128]"),
+        PTX.replace("_param_4", "_param_4,\n.param .u32 kernel_param_5"),
+    ],
+    ids=["another size", "fewer", "a descriptor", "more that are no pointers"],
+)
+def test_a_kernel_that_takes_other_parameters(device, ptx):
+    """As of a version of Triton that is not known yet: one warning, and Python launches."""
+    native_plan._warn.cache_clear()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        call = known(scaled(Kernel(ptx=ptx)), X, WEIGHT)
+        known(scaled(Kernel(ptx=ptx)), X, WEIGHT)
+    assert len(told) == 1
+    assert "takes parameters" in str(told[0].message)
+    with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
+        assert call(X, WEIGHT) == "by Python"
+
+
+def test_without_a_compiler_python_repeats(device, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("Failed to find C compiler")
+
+    native_plan.library.cache_clear()
+    native_plan._warn.cache_clear()
+    monkeypatch.setattr(native_plan, "compile_module_from_src", fail)
+    try:
+        with pytest.warns(UserWarning, match=r"Failed to find C compiler.*install a C compiler"):
+            call = known(scaled(Kernel()), X, WEIGHT)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            known(scaled(Kernel()), X, WEIGHT)
+        with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
+            assert call(X, WEIGHT) == "by Python"
+    finally:
+        native_plan.library.cache_clear()
+
+
+@pytest.mark.parametrize("offender", ["memory", "allocation"])
+def test_numbers_that_do_not_fit_are_refused(device, offender):
+    _, plan = record(scaled(Kernel()), (X, WEIGHT))
+    if offender == "memory":
+        plan.launches[0].parameters[0] = Place(4, 0)
+    else:
+        plan.results[0] = plan.results[0]._replace(allocation=2)
+    with pytest.raises(ValueError, match="do not fit"):
+        native_plan.build(plan, X)
