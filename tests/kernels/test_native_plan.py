@@ -8,6 +8,7 @@ import gc
 import itertools
 import struct
 import threading
+import time
 import warnings
 from types import SimpleNamespace
 from unittest import mock
@@ -61,6 +62,7 @@ def device(monkeypatch):
     def launch(function, grid, threads, shared, stream, parameters):
         if stand_in.fails:
             raise RuntimeError("as a driver that is out of resources")
+        time.sleep(stand_in.seconds)
         codes = ("Q", "i", "f", "Q", "Q")
         values = (
             struct.unpack(code, ctypes.string_at(parameters[i], struct.calcsize(code)))[0]
@@ -69,7 +71,7 @@ def device(monkeypatch):
         stand_in.launches.append((function, grid, threads, shared, stream, tuple(values)))
 
     stand_in = StandIn(launch)
-    stand_in.launches, stand_in.fails = [], False
+    stand_in.launches, stand_in.fails, stand_in.seconds = [], False, 0
     monkeypatch.setattr(native_plan, "cuda", lambda: stand_in.driver)
     monkeypatch.setattr(replaying, "serves", lambda tensor: True)
     return stand_in
@@ -333,23 +335,24 @@ def test_an_error_of_the_allocator_is_raised(device):
 
 def test_threads_repeat_one_plan_at_a_time_each_with_its_own_tensors(device):
     call = known(scaled(Kernel()), X, WEIGHT)
-    wrong = []
+    device.seconds = 1e-3  # between the call of the driver and its look at the parameters, others run
+    wanted = []
 
     def work():
-        for _ in range(100):
+        for _ in range(10):
             x, weight = torch.randn(8, 4), torch.randn(6)
-            y = call(x, weight)
-            mine = [each[-1] for each in device.launches if x.data_ptr() == each[-1][0]]
-            if not mine or not any(each[-1][3] == y.data_ptr() for each in device.launches):
-                wrong.append(y)
+            wanted.append((x, weight, call(x, weight)))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(device.launches) == 4 * 100 * 3
-    assert not wrong
+    ends = {(each[-1][0], each[-1][3]) for each in device.launches}
+    for x, weight, y in wanted:
+        assert any((x.data_ptr(), scratch) in ends and (weight.data_ptr() + 4, scratch + 16) in ends and
+                   (scratch, y.data_ptr()) in ends for _, scratch in ends)  # fmt: skip
+    assert len(device.launches) == 4 * 10 * 3
 
 
 def test_nothing_leaks(device):
