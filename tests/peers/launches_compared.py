@@ -1,0 +1,99 @@
+"""Run on hollow_gpu with recording_driver.c: what C launches with against what Triton's own launcher does.
+
+Every call of the kernels that a training step and a frozen model's forward make is repeated twice, by Python through
+Triton's launcher and by C. Prints how many launches were compared.
+"""
+
+import ctypes
+
+import torch
+import triton
+from convnext_fast.kernels import native_plan
+from convnext_fast.kernels.replaying import kind_of
+
+import convnext_fast
+from convnext_fast import device
+
+driver = ctypes.CDLL("libcuda.so.1")
+
+
+class Noted(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64 * count) for name, count in (("where", 10), ("parameters", 1), ("values", 64))]
+
+
+driver.noted_launch.restype = ctypes.POINTER(Noted)
+
+
+def launches():
+    """What was noted since the last call: (function, grid, block, shared, stream, attributes), parameters."""
+    noted = [driver.noted_launch(i)[0] for i in range(driver.noted_launches())]
+    found = [(tuple(each.where), tuple(each.values[: each.parameters[0]])) for each in noted]
+    driver.forget_launches()
+    return found
+
+
+class Compared:
+    """Stands for C's ``repeat`` in the calls of a function."""
+
+    total = 0
+
+    def __init__(self, calls):
+        self.calls, self.repeat = calls, calls.repeat
+        for known in filter(None, calls.kinds.values()):
+            for launch in known.plan.launches:
+                sizes = native_plan._sizes(launch.kernel.asm["ptx"])
+                driver.take_sizes(
+                    ctypes.c_uint64(launch.kernel.function), len(sizes), (ctypes.c_int * len(sizes))(*sizes)
+                )
+
+    def __call__(self, plans, args):
+        known = self.calls.kinds.get(kind_of(args))
+        if known is None:
+            return NotImplemented
+        launches()
+        by_python = known.plan.repeat(args)
+        expected = launches()
+        del by_python  # so that C gets the same memory
+        results = self.repeat(plans, args)
+        got = launches()
+        assert results is not NotImplemented
+        assert expected, "nothing was launched"
+        assert all(parameters for _, parameters in expected), "a kernel's parameters are not known"
+        assert got == expected, f"{self.calls.function.__name__}:\n{got}\n{expected}"
+        Compared.total += len(got)
+        return results
+
+
+def step(model, frozen, x, dtype):
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype != x.dtype):
+        model(x).sum().backward()
+        with torch.no_grad():
+            frozen(x)
+
+
+def main():
+    torch.backends.cudnn.enabled = False  # its library wants a real driver
+    config = convnext_fast.ConvNextConfig(num_stages=2, depths=[1, 1], hidden_sizes=[96, 384], drop_path_rate=0.1)
+    functions = [getattr(device, name) for name in dir(device) if hasattr(getattr(device, name), "calls")]
+    for dtypes, recompute in (((torch.bfloat16, torch.bfloat16), 0), ((torch.float32, torch.bfloat16), 2)):
+        model, frozen = (convnext_fast.ConvNext(config).to("cuda", dtypes[0]) for _ in range(2))
+        model.recompute = recompute
+        frozen.eval().freeze()
+        x = torch.randn(2, 3, 64, 96, device="cuda", dtype=dtypes[0])
+        for _ in range(3):
+            step(model, frozen, x, dtypes[1])
+        called = [function.calls for function in functions if function.calls.native]
+        kept = [calls.repeat for calls in called]
+        for calls in called:
+            calls.repeat = Compared(calls)
+        for stream in (None, torch.cuda.Stream()):
+            with torch.cuda.stream(stream):
+                step(model, frozen, x, dtypes[1])
+        for calls, repeat in zip(called, kept, strict=True):
+            calls.repeat = repeat
+    for function in functions:
+        print(function.__name__, [kind for kind, known in function.calls.kinds.items() if known is None])
+    print(f"compared {Compared.total} launches of Triton {triton.__version__}")
+
+
+main()
