@@ -43,7 +43,7 @@ def test_wheel_holds_our_packages_alone(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"convnext_fast"}
-    assert {"convnext_fast/py.typed", "convnext_fast/kernels/__init__.py"} <= set(names)
+    assert {"convnext_fast/py.typed", "convnext_fast/kernels/native_plan.c"} <= set(names)
     sources = {f"convnext_fast/kernels/{p.relative_to(ROOT / 'kernels')}" for p in (ROOT / "kernels").rglob("*.py")}
     sources |= {str(p.relative_to(ROOT)) for p in (ROOT / "convnext_fast").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources

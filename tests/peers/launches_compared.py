@@ -12,7 +12,7 @@ from convnext_fast.kernels import native_plan
 from convnext_fast.kernels.replaying import kind_of
 
 import convnext_fast
-from convnext_fast import device
+from convnext_fast.backends import gpu
 
 driver = ctypes.CDLL("libcuda.so.1")
 
@@ -74,7 +74,7 @@ def step(model, frozen, x, dtype):
 def main():
     torch.backends.cudnn.enabled = False  # its library wants a real driver
     config = convnext_fast.ConvNextConfig(num_stages=2, depths=[1, 1], hidden_sizes=[96, 384], drop_path_rate=0.1)
-    functions = [getattr(device, name) for name in dir(device) if hasattr(getattr(device, name), "calls")]
+    functions = [getattr(gpu, name) for name in dir(gpu) if hasattr(getattr(gpu, name), "calls")]
     for dtypes, recompute in (((torch.bfloat16, torch.bfloat16), 0), ((torch.float32, torch.bfloat16), 2)):
         model, frozen = (convnext_fast.ConvNext(config).to("cuda", dtypes[0]) for _ in range(2))
         model.recompute = recompute
