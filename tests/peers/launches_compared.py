@@ -91,8 +91,6 @@ def main():
                 step(model, frozen, x, dtypes[1])
         for calls, repeat in zip(called, kept, strict=True):
             calls.repeat = repeat
-    for function in functions:
-        print(function.__name__, [kind for kind, known in function.calls.kinds.items() if known is None])
     print(f"compared {Compared.total} launches of Triton {triton.__version__}")
 
 

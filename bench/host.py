@@ -1,0 +1,240 @@
+"""What a step of ConvNeXt costs the host: ours, timm's and transformers' models, and torch.compile of each.
+
+    python -m bench.host [--variant tiny] [--modes inference training] [--contenders eager fused ...] [--output FOLDER]
+
+A figure is the CPU time of a step, of all threads, until everything is launched. All contenders of a mode are alive at
+once and take turns, and a ratio is the median of those of the rounds, so that other work on the machine disturbs it
+little. It runs on a GPU, or on a CUDA that does nothing: ``PYTHONPATH=. hollow_gpu/run bench/host.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench import environment, report
+from bench.results import Results, slug
+from bench.timing import failure
+from convnext_fast import ConvNext, fuse
+
+DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
+MODES = ("inference", "training")
+WARM_UP, STEPS = 6, 5
+_LAUNCHES = {"launches": "hollow_launches", "graphs": "hollow_graph_launches"}
+
+Step = Callable[[], None]
+
+
+def timm_model(variant: str) -> nn.Module:
+    """timm's ConvNeXt."""
+    import timm
+
+    return timm.create_model(f"convnext_{variant}")
+
+
+def transformers_model(variant: str) -> nn.Module:
+    """transformers' ConvNeXt."""
+    import transformers
+
+    from convnext_fast.config import VARIANTS
+
+    depths, widths = VARIANTS[variant][:2]
+    config = transformers.ConvNextConfig(depths=list(depths), hidden_sizes=list(widths), num_labels=1000)
+    return transformers.ConvNextForImageClassification(config)
+
+
+def fused(model: nn.Module) -> nn.Module:
+    """``model`` after `fuse`."""
+    fuse(model, strict=True)
+    return model
+
+
+CONTENDERS: dict[str, Callable[[str], nn.Module]] = {
+    "eager": timm_model,
+    "eager channels_last": lambda variant: timm_model(variant).to(memory_format=torch.channels_last),
+    "eager transformers": transformers_model,
+    "compile": lambda variant: torch.compile(timm_model(variant)),
+    "compile reduce-overhead": lambda variant: torch.compile(timm_model(variant), mode="reduce-overhead"),
+    "fused": ConvNext,
+    "frozen": lambda variant: ConvNext(variant).freeze(),
+    "fuse(timm)": lambda variant: fused(timm_model(variant)),
+    "fuse(transformers)": lambda variant: fused(transformers_model(variant)),
+    "compile fused": lambda variant: torch.compile(ConvNext(variant)),
+    "compile fuse(timm)": lambda variant: torch.compile(fused(timm_model(variant))),
+}
+"""How the model of each contender is made; "frozen" is for inference alone."""
+
+
+def step_of(model: nn.Module, training: bool) -> Step:
+    """A forward of one image and, in training, its backward, without an optimiser."""
+    model.train(training)
+    image = torch.randn(1, 3, 224, 224, device=DEVICE, dtype=DTYPE)
+    gradient = torch.randn(1, 1000, device=DEVICE, dtype=DTYPE)
+    parameters = list(model.parameters())
+
+    def logits() -> torch.Tensor:
+        result = model(image)
+        return result if isinstance(result, torch.Tensor) else result.logits
+
+    def infer() -> None:
+        with torch.no_grad():
+            logits()
+
+    def train() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        logits().backward(gradient)
+
+    return train if training else infer
+
+
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
+    """For each step its median CPU milliseconds, and the median of that as a part of the best eager one's of its round.
+
+    And, where the CUDA that does nothing counts them, its launches.
+    """
+    counters = _counters()
+    taken: list[dict[str, float]] = []
+    counts: dict[str, dict[str, float]] = {}
+    for _ in range(rounds):
+        taken.append({})
+        for name, step in steps.items():
+            step()  # lest it pay for the caches that another one left
+            before = {what: count() for what, count in counters.items()}
+            spent = 0.0
+            for _ in range(STEPS):
+                torch.cuda.synchronize()  # a full queue would make the host wait for the device
+                begun = time.process_time()
+                step()
+                spent += time.process_time() - begun
+            taken[-1][name] = 1e3 * spent / STEPS
+            counts[name] = {what: (count() - before[what]) / STEPS for what, count in counters.items()}
+    best = [min(ms for name, ms in each.items() if name.startswith("eager")) for each in taken]
+    return {
+        name: {
+            "ms": statistics.median(each[name] for each in taken),
+            "of_best_eager": statistics.median(each[name] / least for each, least in zip(taken, best, strict=True)),
+            **counts[name],
+        }
+        for name in steps
+    }
+
+
+def _counters() -> dict[str, Callable[[], int]]:
+    process = ctypes.CDLL(None)
+    found = {what: getattr(process, name) for what, name in _LAUNCHES.items() if hasattr(process, name)}
+    for count in found.values():
+        count.restype = ctypes.c_long
+    return found
+
+
+def rows(variant: str, mode: str, names: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+    """A row for each contender: its time, and that as a part of the best eager one's.
+
+    Raises:
+        ValueError: no contender named "eager…" is among ``names``.
+    """
+    if not any(name.startswith("eager") for name in names):
+        raise ValueError(f"the contenders are {', '.join(names)}: expected an eager one among them")
+    training = mode == "training"
+    steps, failures = {}, {}
+    for name in names:
+        if name == "frozen" and training:
+            continue
+        try:
+            step = step_of(CONTENDERS[name](variant).to(DEVICE, DTYPE), training)
+            for _ in range(WARM_UP):
+                step()
+            steps[name] = step
+        except Exception as error:
+            failures[name] = failure(error)
+    gc.collect()
+    found = measure(steps, rounds)
+    head = {"section": "host", "variant": variant, "mode": mode}
+    return [
+        *(
+            {"key": f"host/{variant}/{mode}/{name}", **head, "contender": name, "failure": None, **figures}
+            for name, figures in found.items()
+        ),
+        *(
+            {"key": f"host/{variant}/{mode}/{name}", **head, "contender": name, "failure": reason}
+            for name, reason in failures.items()
+        ),
+    ]
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = []
+    for row in found:
+        cells = [
+            row["failure"] or report.number(row["of_best_eager"], "{:.2f}"),
+            report.number(row.get("ms"), "{:.2f}"),
+        ]
+        counts = [report.number(row.get(what), "{:.0f}") for what in _LAUNCHES]
+        lines.append([row["mode"], row["contender"], *cells, *counts])
+    return report.table(["mode", "contender", "of the best eager", "ms", "launches", "graphs"], lines)
+
+
+def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """A bar for each contender in each mode.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    timed = [row for row in found if not row["failure"]]
+    modes = list(dict.fromkeys(row["mode"] for row in timed))
+    figure = Figure(figsize=(5.5 * len(modes), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, mode in enumerate(modes):
+        group = [row for row in timed if row["mode"] == mode][::-1]
+        axes = figure.add_subplot(1, len(modes), i + 1)
+        colours = [
+            "#D55E00" if "fuse" in row["contender"] or row["contender"] == "frozen" else "#0072B2" for row in group
+        ]
+        axes.barh([row["contender"] for row in group], [row["of_best_eager"] for row in group], color=colours)
+        axes.axvline(1.0, color="black", linewidth=0.7)
+        axes.set_xlabel("host time of a step, of the best eager one")
+        axes.set_title(mode, fontsize=10)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.split("\n")[0])
+    parser.add_argument("--variant", default="tiny")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--output", type=Path, help="folder for results.json and host.png (default: one for the device)"
+    )
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU, or hollow_gpu, a CUDA that does nothing")
+    if _counters():
+        torch.backends.cudnn.enabled = False  # its library wants a real driver; ATen's own convolutions stand in
+    facts = environment.facts(DEVICE)
+    folder = options.output or environment.ROOT / "bench" / "results" / f"{slug(str(facts['device']))}-host"
+    results = Results(folder, facts)
+    for mode in options.modes:
+        results.add(*rows(options.variant, mode, options.contenders, options.rounds))
+    found = [row for row in results.rows if row["section"] == "host" and row["variant"] == options.variant]
+    draw(found, folder / "host.png")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
