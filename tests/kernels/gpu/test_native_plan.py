@@ -208,7 +208,7 @@ def test_the_switch_for_tf32_is_part_of_a_key():
     assert module.key((X,)) == exact
 
 
-@pytest.mark.parametrize("value", [[1], {}, 2**70, object(), "\ud800", torch.device("cpu"), (1, [2])], ids=repr)
+@pytest.mark.parametrize("value", [[1], {}, 2**70, Ellipsis, "\ud800", torch.device("cpu"), (1, [2])], ids=repr)
 def test_what_c_does_not_know_has_no_key(value):
     module = native_plan.library() or pytest.skip("needs a C compiler")
     assert module.key((X, value)) is None

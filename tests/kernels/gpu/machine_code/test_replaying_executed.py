@@ -139,7 +139,7 @@ def forget():
 
 
 def calls_of(name):
-    return (dwconv._launch_again if name == "dwconv" else getattr(gpu, name)).calls
+    return (dwconv._launch if name == "dwconv" else getattr(gpu, name)).calls
 
 
 def tensors(arguments):
