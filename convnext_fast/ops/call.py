@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from . import flops
+from . import autograd, flops
+from .compute import compute
 from .signatures import SIGNATURES, flatten
+from .views import unlinked
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), torch.dtype, bool, int, float, str))
 
@@ -35,39 +37,37 @@ def run(name: str, backend: choose.Name, *arguments: Any) -> Any:
         return operator(*flat)
     if not torch.is_grad_enabled() or name.startswith("frozen"):
         return compute(name, backend, arguments)
-    from .autograd import FUNCTIONS
-
-    function = FUNCTIONS.get(name)
+    function = _FUNCTIONS.get(name)
     return _operator(name)(*flat) if function is None else function.apply(backend, *flat)
 
 
 def _operator(name: str) -> Any:
-    from .operators import OPERATORS
+    from .operators import OPERATORS  # when it is needed: it imports PyTorch's compiler
 
     return OPERATORS[name]
 
 
-def compute(name: str, backend: choose.Name, arguments: Any) -> Any:
-    """The results of a backend's function with autocast off, for it casts by itself.
+def _function(name: str) -> type[torch.autograd.Function]:
+    """The op under autograd: ``apply(backend, *flat arguments)``."""
 
-    Gradients get the dtypes and shapes of what they are gradients of.
-    """
-    function, kind = getattr(choose.module(backend), name), arguments[0].device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            results = function(*arguments)
-    else:
-        results = function(*arguments)
-    if not name.endswith("_bwd"):
-        return results
-    named = dict(zip(SIGNATURES[name].names, arguments, strict=True))
-    return [_as_input(grad, like) for grad, like in zip(results, (named["x"], *named["weights"]), strict=True)]
+    def forward(ctx: Any, backend: choose.Name, *flat: Any) -> Any:
+        output = compute(name, backend, SIGNATURES[name].group(flat))
+        output = unlinked(output) if isinstance(output, Tensor) else (unlinked(output[0]), *output[1:])
+        autograd.save(name, ctx, flat, output)
+        return output
+
+    def backward(ctx: Any, dy: Tensor | None, *_: object) -> autograd.Gradients:
+        def again(backward: str, *arguments: Any) -> Any:
+            return run(backward, choose.select(arguments[0].device, ctx.dtype), *arguments)
+
+        return None, *autograd.gradients(name, ctx, ctx.needs_input_grad[1:], dy, again)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    # By a call, for nodes of autograd's graph are called after the class.
+    return type(torch.autograd.Function)(name, (torch.autograd.Function,), methods)
 
 
-def _as_input(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-    if grad is None or like is None or (grad.dtype == like.dtype and grad.shape == like.shape):
-        return grad if like is not None else None
-    return grad.to(like.dtype).reshape(like.shape)
+_FUNCTIONS = {name: _function(name) for name in autograd.FORMULAS}
 
 
 def is_plain(*arguments: object) -> bool:

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..backends import choose
-from . import autograd, call, result_shapes
-from .signatures import SIGNATURES, Signature
+from . import autograd, result_shapes
+from .compute import compute
+from .signatures import SIGNATURES, Signature, flatten
 
 
 def _register(signature: Signature) -> Any:
@@ -24,12 +25,12 @@ def _register(signature: Signature) -> Any:
     name = signature.name
     shapes = getattr(result_shapes, name, None)
     # Where a compiled model runs eagerly, under a mode that dispatches, say, it is not to be compiled by pieces.
-    compute = torch.compiler.disable(call.compute)
+    compute_whole = torch.compiler.disable(compute)
 
     def whole(*flat: Any) -> Any:
         arguments = signature.group(flat)
         dtype = arguments[signature.names.index("dtype")]
-        results = compute(name, choose.select(flat[0].device, dtype), arguments)
+        results = compute_whole(name, choose.select(flat[0].device, dtype), arguments)
         return results if isinstance(results, Tensor) else type(results)(_present(flat[0], *results))
 
     whole.__signature__ = signature.flat  # type: ignore[attr-defined]
@@ -49,12 +50,16 @@ def _register(signature: Signature) -> Any:
     operator = torch.library.triton_op(f"convnext_fast::{name}", branched, mutates_args=())
     if name in autograd.FORMULAS:
         operator.register_autograd(
-            lambda ctx, dy, *_: autograd.gradients(name, ctx, ctx.needs_input_grad, dy),
+            lambda ctx, dy, *_: autograd.gradients(name, ctx, ctx.needs_input_grad, dy, _run),
             setup_context=lambda ctx, inputs, output: autograd.save(name, ctx, inputs, output),
         )
     elif name.endswith("_bwd"):
         operator.register_autograd(_no_second_derivative)
     return operator
+
+
+def _run(name: str, *arguments: Any) -> Any:
+    return OPERATORS[name](*flatten(arguments))
 
 
 def _no_second_derivative(ctx: Any, *_: object) -> autograd.Gradients:

@@ -1,4 +1,4 @@
-"""`aten_rows.mlp_fwd` and `mlp_bwd`, LayerNorm and the pointwise MLP in training, as kernels of our own for an x86 CPU.
+"""`mlp.mlp_fwd` and `mlp_bwd`, LayerNorm and the pointwise MLP in training, as kernels of our own for an x86 CPU.
 
 Each step packs the weights anew, with γ in them. The backward is one kernel for the pixels of a block of rows, which
 leaves what the weights' gradients are products of, and one for each of the two products.
@@ -8,16 +8,14 @@ P pixels, C channels, K hidden units; everything is float32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import llvm, onednn
+from .aten_layers import Mlp, Norm
 from .row_blocks import row_blocks
-
-if TYPE_CHECKING:
-    from .mlp import Mlp, Norm
 
 _MOST_ROWS, _BLOCK_BYTES = 4096, 32 << 20
 """Of a block in the backward: its n, dz, h and da lie near the last level of cache."""
@@ -55,7 +53,7 @@ def mlp_fwd(
     save_hidden: bool,
     overwrite: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `aten_rows.mlp_fwd`; scale: (P, 1)."""
+    """As `mlp.mlp_fwd`; scale: (P, 1)."""
     hidden, channels = mlp.w1.shape
     y = x if overwrite else torch.empty_like(x)
     a = x.new_empty(len(x), hidden) if save_hidden else None
@@ -71,7 +69,7 @@ def mlp_fwd(
 def mlp_bwd(
     machine: Any, dy: Tensor, x: Tensor, a: Tensor | None, norm: Norm, mlp: Mlp, scale: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """As `aten_rows.mlp_bwd`; scale: (P, 1)."""
+    """As `mlp.mlp_bwd`; scale: (P, 1)."""
     kernels, (hidden, channels) = llvm.launchers(), mlp.w1.shape
     dx, e, dw1 = torch.empty_like(x), x.new_empty(channels, hidden), x.new_empty(hidden, channels)
     w1 = pack(machine, mlp.w1, None, True) if a is None else None

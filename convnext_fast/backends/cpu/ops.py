@@ -16,7 +16,8 @@ from ...kernels.weights import BlockWeights, ConvNorm, FrozenBlock, FrozenDownsa
 from .. import reference
 from ..interface import Gradients
 from . import llvm, onednn
-from .mlp import Mlp, Norm, linear, mlp_bwd, mlp_fwd, sum_dtype
+from .aten_layers import Mlp, Norm, linear, sum_dtype
+from .mlp import mlp_bwd, mlp_fwd
 from .packed_weights import prepared_block, prepared_downsample
 
 

@@ -13,7 +13,7 @@ from convnext_fast.kernels.cpu.machine import AVX2, AVX512
 from frozen_support import frozen_weights
 
 from convnext_fast.backends.cpu import llvm, llvm_mlp
-from convnext_fast.backends.cpu.mlp import Mlp, Norm
+from convnext_fast.backends.cpu.aten_layers import Mlp, Norm
 
 PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from convnext_fast.backends.cpu import llvm, llvm_mlp
 from convnext_fast.backends.cpu import mlp as cpu_mlp
-from convnext_fast.backends.cpu.mlp import Mlp, Norm
+from convnext_fast.backends.cpu.aten_layers import Mlp, Norm
 
 launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
 from convnext_fast.kernels.cpu.machine import AVX2, AVX512  # noqa: E402

@@ -1,0 +1,133 @@
+"""LayerNorm, the activations and the linear layers of a block on rows of pixels, with ATen calls and oneDNN's.
+
+In float32 the products go to oneDNN (see ``onednn``), which applies the activation and the residual inside them.
+
+P pixels, C channels, K hidden units, T the compute dtype, R the dtype of the residual stream.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference import ACTIVATION_FUNCTIONS
+from . import llvm, onednn
+
+_aten = torch.ops.aten
+
+# In place.
+ACTIVATIONS_ = {
+    "gelu": _aten.gelu_,
+    "gelu_new": partial(_aten.gelu_, approximate="tanh"),
+    "relu": torch.relu_,
+    "silu": _aten.silu_,
+    "selu": torch.selu_,
+}
+
+
+def activation(a: Tensor, act: str) -> Tensor:
+    """act(a), a new tensor."""
+    if act == "gelu" and onednn.serves(a) and llvm.serves_gelu(a):
+        return llvm.gelu(a)
+    return ACTIVATION_FUNCTIONS[act](a)
+
+
+def activation_and_bwd_(dh: Tensor, a: Tensor, act: str, h: Tensor) -> tuple[Tensor, Tensor]:
+    """dh·act'(a) in the place of dh, and act(a) in h, which may be a."""
+    if act == "gelu" and onednn.serves(a) and llvm.serves_gelu(a):
+        llvm.gelu_bwd_(dh, a, h)
+        return dh, h
+    da = _activation_bwd_(dh, a, act)
+    return da, ACTIVATIONS_[act](h if h is a else h.copy_(a))
+
+
+def _activation_bwd_(dh: Tensor, a: Tensor, act: str) -> Tensor:
+    """dh · act'(a), in the place of dh."""
+    if act == "gelu":
+        return _aten.gelu_backward.grad_input(dh, a, grad_input=dh)
+    if act == "gelu_new":
+        return _aten.gelu_backward.grad_input(dh, a, approximate="tanh", grad_input=dh)
+    if act == "relu":
+        return _aten.threshold_backward.grad_input(dh, a, 0, grad_input=dh)
+    if act == "silu":
+        return _aten.silu_backward.grad_input(dh, a, grad_input=dh)
+    return _aten.elu_backward.grad_input(dh, 1.6732632423543772, 1.0507009873554805, 1.0, False, a, grad_input=dh)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Norm(NamedTuple):
+    """LayerNorm: affine (C,), None for the identity, and epsilon."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """LayerNorm(u), μ and rstd for u (P, C)."""
+        return torch.native_layer_norm(u, [u.shape[1]], *self._affine(u), self.eps)
+
+    def backward(
+        self, dn: Tensor, u: Tensor, mean: Tensor, rstd: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(du, dg, dβ)."""
+        needs = [True, self.weight is not None, self.bias is not None]
+        return _aten.native_layer_norm_backward(dn, u, [u.shape[1]], mean, rstd, *self._affine(u), needs)
+
+    def _affine(self, u: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """In a dtype in which PyTorch also keeps the statistics."""
+        wide, weight, bias = sum_dtype(u.dtype), self.weight, self.bias
+        if wide != u.dtype and weight is None:
+            weight = u.new_ones(u.shape[1], dtype=wide)
+        return None if weight is None else weight.to(wide), None if bias is None else bias.to(wide)
+
+
+class Mlp(NamedTuple):
+    """The parameters after LayerNorm; w1 (K, C), b1 (K,), w2 (C, K), b2 (C,), γ (C,) or None."""
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    gamma: Tensor | None
+    act: str
+
+    def to(self, dtype: torch.dtype) -> Mlp:
+        """The linear layers in ``dtype``."""
+        return self._replace(**{name: getattr(self, name).to(dtype) for name in ("w1", "b1", "w2", "b2")})
+
+    def forward(self, n: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
+        """residual + scale·γ·(act(n·w1ᵀ + b1)·w2ᵀ + b2) for rows of n in T and of the residual in R; scale: (P, 1)."""
+        return self.second(linear(n, self.w1, self.b1, self.act), residual, scale)
+
+    def second(self, h: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
+        """The same from h on."""
+        gamma = self.gamma
+        if residual is not None and gamma is None and scale is None and onednn.serves(h) and onednn.serves(residual):
+            return onednn.linear_add(h, self.w2, self.b2, residual)
+        z = linear(h, self.w2, self.b2)
+        if scale is not None:
+            z *= scale
+        if residual is None:
+            return z if gamma is None else (z * gamma).to(z.dtype)
+        if gamma is None:
+            return residual + z
+        return torch.addcmul(residual, z, gamma, out=z if z.dtype == residual.dtype == gamma.dtype else None)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str | None = None) -> Tensor:
+    """act(x·weightᵀ + bias) in the dtype of x."""
+    inside = None
+    if onednn.serves(x):
+        inside = act if act is not None and onednn.fuses(act) else None
+        y = onednn.linear(x, weight, bias, inside)
+    else:
+        y = F.linear(x, weight, bias)
+    return y if act == inside else ACTIVATIONS_[act](y)
