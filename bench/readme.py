@@ -1,10 +1,10 @@
-"""README's performance section, made of committed results."""
+"""The tables of results in README.md and bench/README.md, made of committed results."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,67 +12,93 @@ from bench import report
 from bench.environment import ROOT
 from bench.results import read, write_whole
 
-README = ROOT / "README.md"
-_SECTION = re.compile(r"<!-- performance: (.*?) -->\n.*?<!-- end -->", re.S)
+_SECTION = re.compile(r"<!-- results: (.*?) -->\n.*?<!-- end -->", re.S)
+_COLUMNS = "ConvNeXt", "fastest peer, ms", "ours, ms", "times as fast"
+Row = dict[str, Any]
 
 
-def update(folders: Sequence[Path], path: Path = README) -> None:
-    """Replace what stands between ``<!-- performance: FOLDERS -->`` and ``<!-- end -->`` in the README.
+def update(folders: Sequence[Path], root: Path = ROOT) -> None:
+    """Write what stands between ``<!-- results: FOLDERS -->`` and ``<!-- end -->`` in every one of `PAGES` anew.
 
     Raises:
-        ValueError: the README has no such marks, or a folder is not below it.
+        ValueError: a page has no such marks, or a folder is not below ``root``.
+    """
+    if outside := [folder for folder in folders if not folder.resolve().is_relative_to(root.resolve())]:
+        raise ValueError(f"{outside[0]} is not below {root}: expected committed results")
+    for path, text in [(root / page, rewritten(root / page, folders, make)) for page, make in PAGES.items()]:
+        write_whole(path, text)
+
+
+def rewritten(path: Path, folders: Sequence[Path], make: Callable[[Sequence[Path], Path], str]) -> str:
+    """The text of the page at ``path`` with the section that ``make`` makes of the folders.
+
+    Raises:
+        ValueError: the page does not have exactly one such section.
     """
     text = path.read_text(encoding="utf-8")
     if len(_SECTION.findall(text)) != 1:
-        raise ValueError(f"{path} has no single <!-- performance: … --> with an <!-- end --> after it")
-    names = [os.path.relpath(folder.resolve(), path.parent.resolve()) for folder in folders]
-    if outside := [name for name in names if name.startswith("..")]:
-        raise ValueError(f"{outside[0]} is not below {path.parent}: the README can only show committed results")
-    made = f"<!-- performance: {' '.join(names)} -->\n{section(names, path.parent)}\n<!-- end -->"
-    write_whole(path, _SECTION.sub(lambda _: made, text))
+        raise ValueError(f"{path} has no single <!-- results: … --> with an <!-- end --> after it")
+    names = " ".join(_link(folder, path.parent) for folder in folders)
+    section = f"<!-- results: {names} -->\n{make(folders, path.parent)}\n<!-- end -->"
+    return _SECTION.sub(lambda _: section, text)
 
 
-def stated(path: Path = README) -> tuple[list[str], str]:
-    """The folders that the README names, and its section as it stands.
+def named_in(path: Path) -> list[Path]:
+    """The folders of results that the page at ``path`` names.
 
     Raises:
-        ValueError: the README has no such section.
+        ValueError: it has no section of results.
     """
     found = _SECTION.search(path.read_text(encoding="utf-8"))
     if found is None:
-        raise ValueError(f"{path} has no <!-- performance: … --> section")
-    body = found[0].split("-->\n", 1)[1].removesuffix("\n<!-- end -->")
-    return found[1].split(), body
+        raise ValueError(f"{path} has no <!-- results: … --> section")
+    return [path.parent / name for name in found[1].split()]
 
 
-def section(names: Sequence[str], root: Path = ROOT) -> str:
-    """The section: for each folder what it ran on, and a table of our best against the best peer."""
-    return "\n\n".join(_device(name, read(root / name)) for name in names)
+def overview(folders: Sequence[Path], base: Path) -> str:
+    """One table of all folders: our best against the best peer, and on which device."""
+    found = ((_device(rows[0]), line) for rows in map(read, folders) for line in _lines(rows))
+    return report.table(_COLUMNS, [(f"{device}: {what}", *rest) for device, (what, *rest) in found])
 
 
-def _device(name: str, rows: list[dict[str, Any]]) -> str:
-    models = [row for row in rows if row["section"] == "models"]
-    lines = []
-    for cell in report.cells(models).values():
+def details(folders: Sequence[Path], base: Path) -> str:
+    """For each folder: what it ran on, the table, a link to all rows, and the checks of correctness."""
+    return "\n\n".join(_details(_link(folder, base), read(folder)) for folder in folders)
+
+
+PAGES: dict[str, Callable[[Sequence[Path], Path], str]] = {"README.md": overview, "bench/README.md": details}
+"""The pages with a section of results, and what writes it."""
+
+
+def _link(folder: Path, base: Path) -> str:
+    return Path(os.path.relpath(folder.resolve(), base.resolve())).as_posix()
+
+
+def _device(row: Row) -> str:
+    return row["device"] + (f", {row['threads']} threads" if "threads" in row else "")
+
+
+def _lines(rows: Sequence[Row]) -> Iterator[tuple[str, str, str, str]]:
+    """What was measured, the fastest peer, our fastest, and how many times as fast ours is."""
+    for cell in report.cells([row for row in rows if row["section"] == "models"]).values():
         row, peer, own = cell[0], report.best_peer(cell), report.best_own(cell)
-        what = f"{row['variant']}, {row['mode']}, batch {row['batch']}, {row['dtype']}"
-        if peer is None or own is None:
-            if any(each["failure"] and not each["failure"].startswith("not run") for each in cell):
-                lines.append((what, _cell(peer), _cell(own), "–"))
-            continue
-        lines.append((what, _cell(peer), _cell(own), f"{peer['p50_ms'] / own['p50_ms']:.2f}"))
-    columns = (f"ConvNeXt, {models[0]['side']}²" if models else "", "fastest peer, ms", "ours, ms", "times as fast")
+        what = f"{row['variant']}, {row['side']}², {row['mode']}, batch {row['batch']}, {row['dtype']}"
+        if peer is not None and own is not None:
+            yield what, _time(peer), _time(own), f"{peer['p50_ms'] / own['p50_ms']:.2f}"
+        elif any(each["failure"] and not each["failure"].startswith("not run") for each in cell):
+            yield what, _time(peer), _time(own), "–"
+
+
+def _details(name: str, rows: Sequence[Row]) -> str:
     found = [
-        f"Measured: {report.versions(rows)}. Medians; peers are eager PyTorch in both layouts, torch.compile and, for "
-        f"inference on a CPU, ONNX Runtime and OpenVINO; outputs and gradients checked first. "
-        f"[All rows]({name}/{report.FILE}).",
-        report.table(columns, lines),
+        f"{report.versions(rows)}. [All rows]({name}/{report.FILE}).",
+        report.table(_COLUMNS, list(_lines(rows))),
     ]
     checks = [row for row in rows if row["section"] == "correctness" and row["passed"] is not None]
     if checks:
-        found.append(f"{sum(row['passed'] for row in checks)} of {len(checks)} correctness checks passed on it.")
+        found.append(f"{sum(row['passed'] for row in checks)} of {len(checks)} correctness checks passed.")
     return "\n\n".join(found)
 
 
-def _cell(row: dict[str, Any] | None) -> str:
+def _time(row: Row | None) -> str:
     return "–" if row is None else f"{row['p50_ms']:.{2 if row['p50_ms'] < 10 else 1}f} ({row['contender']})"

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu or cuda (default: cuda if it is there)")
     parser.add_argument("--report", action="store_true", help="measure nothing, write report and plots of --output")
     parser.add_argument(
-        "--readme", type=Path, nargs="+", metavar="FOLDER", help="write README's performance section from these results"
+        "--readme", type=Path, nargs="+", metavar="FOLDER", help="write the tables of README.md and bench/README.md"
     )
     chosen = parser.parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""The study: what it plans, that it goes on after a kill, what it writes, and README's section."""
+"""The study: what it plans, that it goes on after a kill, and what it writes, tables in README.md included."""
 
 from __future__ import annotations
 
@@ -165,37 +165,59 @@ def test_what_is_modelled_stands_apart():
     assert "Nothing in this section ran" in after
 
 
-def test_one_command_writes_the_readme(folder, tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text("# Title\n\n<!-- performance:  -->\n\n<!-- end -->\n\nAfter.\n")
-    (tmp_path / "bench").mkdir()
-    target = tmp_path / "bench" / "here"
-    target.mkdir()
+MARKED = "# Title\n\n<!-- results:  -->\n\n<!-- end -->\n\nAfter.\n"
+
+
+@pytest.fixture
+def pages(folder, tmp_path):
+    """A folder with both pages, and results of known times in bench/results/here."""
+    target = tmp_path / "bench" / "results" / "here"
+    target.mkdir(parents=True)
     rows = results.read(folder)
     for name, time in (("fused", 2.5), ("eager", 10.25), ("eager channels_last", 20.0)):
         for row in rows:
             if row.get("contender") == name and not row["failure"]:
                 row["p50_ms"] = time * row["batch"]
     stored(target, rows)
-    readme.update([target], path)
-    text = path.read_text()
-    assert text.startswith("# Title\n\n<!-- performance: bench/here -->\n")
-    assert text.endswith("<!-- end -->\n\nAfter.\n")
-    names, body = readme.stated(path)
-    assert names == ["bench/here"]
-    assert body == readme.section(names, tmp_path)
-    assert "| atto, inference, batch 1, float32 | 10.2 (eager) | 2.50 (fused) | 4.10 |" in body
-    assert "| atto, training, batch 2, float32 | 20.5 (eager) | 5.00 (fused) | 4.10 |" in body
-    readme.update([target], path)
-    assert path.read_text() == text
+    for page in readme.PAGES:
+        (tmp_path / page).write_text(MARKED)
+    return tmp_path
+
+
+def test_one_command_writes_the_tables_of_both_pages(pages):
+    device = environment.facts(CPU)["device"]
+    readme.update([pages / "bench/results/here"], pages)
+    overview, details = (pages / "README.md").read_text(), (pages / "bench/README.md").read_text()
+    assert overview.startswith("# Title\n\n<!-- results: bench/results/here -->\n")
+    assert details.startswith("# Title\n\n<!-- results: results/here -->\n")
+    assert "(results/here/report.md)" in details
+    inference = "atto, 32², inference, batch 1, float32 | 10.2 (eager) | 2.50 (fused) | 4.10 |\n"
+    training = "atto, 32², training, batch 2, float32 | 20.5 (eager) | 5.00 (fused) | 4.10 |\n"
+    for line in (inference, training):
+        assert re.search(rf"^\| {re.escape(device)}, \d+ threads: {re.escape(line)}", overview, re.M)
+        assert f"\n| {line}" in details
+    for text in (overview, details):
+        assert text.endswith("<!-- end -->\n\nAfter.\n")
+    readme.update([pages / "bench/results/here"], pages)
+    assert ((pages / "README.md").read_text(), (pages / "bench/README.md").read_text()) == (overview, details)
+
+
+def test_a_page_without_marks_or_results_from_elsewhere_change_nothing(pages, folder):
     with pytest.raises(ValueError, match="is not below"):
-        readme.update([folder.parent], path)
+        readme.update([folder], pages / "bench")
+    (pages / "bench/README.md").write_text("No marks.\n")
+    with pytest.raises(ValueError, match=r"README.md has no single <!-- results: "):
+        readme.update([pages / "bench/results/here"], pages)
+    assert (pages / "README.md").read_text() == MARKED
 
 
-def test_readme_agrees_with_the_committed_results():
-    """`python -m bench.study --readme FOLDER …` with the folders that it names would change nothing."""
-    names, body = readme.stated()
-    assert body == readme.section(names)
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_pages_agree_with_the_committed_results(page):
+    """`python -m bench.study --readme FOLDER …` with the folders that the page names would change nothing."""
+    path = ROOT / page
+    folders = readme.named_in(path)
+    assert folders
+    assert path.read_text(encoding="utf-8") == readme.rewritten(path, folders, readme.PAGES[page])
 
 
 def test_exit_status_tells_of_our_failures(tmp_path):
