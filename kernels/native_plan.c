@@ -409,7 +409,9 @@ PyMODINIT_FUNC PyInit_native_plan(void) {
     exit_hook_name = PyUnicode_InternFromString("launch_exit_hook");
     calls_name = PyUnicode_InternFromString("calls");
     PyObject *module = PyModule_Create(&definition);
-    if (!module || PyType_Ready(&PlanType) || PyModule_AddObject(module, "Plan", Py_NewRef(&PlanType))) return NULL;
+    if (!module || PyType_Ready(&PlanType) || PyModule_AddObject(module, "Plan", Py_NewRef(&PlanType)) ||
+        PyModule_AddIntConstant(module, "MOST_BASES", MOST_BASES))
+        return NULL;
 #ifdef Py_GIL_DISABLED
     PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
 #endif

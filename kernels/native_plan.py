@@ -97,6 +97,8 @@ def build(plan: Plan, tensor: Tensor) -> Any | None:
     module = library()
     if module is None:
         return None
+    if plan.given + len(plan.allocations) > module.MOST_BASES:
+        return None
     driver = cuda()
     launches, parameters = bytearray(), bytearray()
     for launch in plan.launches:
@@ -141,6 +143,7 @@ def _parameters(launch: Launch) -> list[bytes] | None:
     return packed + [struct.pack("qq", _CONSTANT, 0)] * scratch
 
 
+@functools.cache
 def _sizes(ptx: str) -> list[int]:
     """The bytes of each parameter of a kernel; 0 for one that is no number."""
     start = ptx.index(".entry")

@@ -407,6 +407,22 @@ def test_a_kernel_that_takes_other_parameters(device, ptx):
         assert call(X, WEIGHT) == "by Python"
 
 
+def test_more_tensors_than_c_has_room_for(device):
+    """The key says so too, which Python then does not ask for."""
+    weights = tuple(torch.randn(1) for _ in range(1024))
+    kernel = Kernel()
+
+    def function(x, weights):
+        y = torch.empty_like(x)
+        launched(kernel, (1,), x, 1, 1.0, 0, y)
+        return y
+
+    call = known(function, X, weights)
+    with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
+        assert call(X, weights) == "by Python"
+    assert native_plan.library().key((X, weights)) is None
+
+
 def test_without_a_compiler_python_repeats(device, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("Failed to find C compiler")

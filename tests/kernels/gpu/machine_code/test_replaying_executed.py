@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from convnext_fast.kernels import native_plan, recording, replaying
+from convnext_fast.kernels.weights import FrozenBlock
 from native_support import StandIn, values_of
 from operator_cases import KERNELS_ALONE, ON_CPU, cases
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,7 +78,7 @@ class Kernels:
 
 @pytest.fixture(params=["native"])
 def repeating(request, emulating, monkeypatch):
-    """A function ``call(operator's name, arguments)`` to repeat calls, which counts ``call.repeats``.
+    """``call(operator's name or a replayed function, arguments)``, to repeat calls, which counts ``call.repeats``.
 
     Its parameter: "native" for plans that C repeats, "python" for plans that Python repeats.
     """
@@ -117,7 +118,7 @@ def repeating(request, emulating, monkeypatch):
             pytest.skip("needs a C compiler")
         stand_in = StandIn(kernels.launch, memory.allocate, kernels.number)
         monkeypatch.setattr(native_plan, "cuda", lambda: stand_in.driver)
-        watched = SimpleNamespace(repeat=counted, key=module.key, Plan=module.Plan)
+        watched = SimpleNamespace(**(vars(module) | {"repeat": counted}))
         monkeypatch.setattr(native_plan, "library", lambda: watched)
     else:
         monkeypatch.setattr(native_plan, "build", lambda plan, tensor: None)
@@ -139,12 +140,16 @@ def forget():
 
 
 def calls_of(name):
+    if callable(name):
+        return name.calls
     return (dwconv._launch if name == "dwconv" else getattr(gpu, name)).calls
 
 
 def tensors(arguments):
-    flat = [each for value in arguments for each in (value if isinstance(value, list) else [value])]
-    return [value for value in flat if isinstance(value, torch.Tensor)]
+    if isinstance(arguments, torch.Tensor):
+        return [arguments]
+    nested = arguments if isinstance(arguments, (list, tuple)) else ()
+    return [tensor for value in nested for tensor in tensors(value)]
 
 
 def scaled(value, factor):
@@ -156,6 +161,8 @@ def scaled(value, factor):
 
 def function_of(name):
     """Of flat arguments, among which an empty vector stands for an absent one, as an operator leaves it."""
+    if callable(name):
+        return name
     if name == "dwconv":
         return dwconv._launch
     function, signature = getattr(gpu, name), SIGNATURES[name]
@@ -240,6 +247,24 @@ def test_patches_that_cover_all_are_recorded(repeating):
             other = scaled(given, factor)
             assert_same_bits(repeating(name, other), as_written(name, other))
         assert repeating.repeats == number
+
+
+def test_blocks_one_after_another_are_one_plan(repeating):
+    """Their activations and scratch memory share places."""
+    torch.manual_seed(0)
+    x, *weights, eps, act, dtype = cases("frozen_block_fwd", torch.bfloat16)[0]
+
+    @replaying.replayed
+    def chain(x, blocks):
+        for block in blocks:
+            x = gpu.frozen_block_fwd.__wrapped__(x, FrozenBlock(*block), eps, act, dtype)
+        return x
+
+    for factor in (1.0, 0.5, 0.75):
+        given = scaled((x, (tuple(weights), scaled(tuple(weights), 0.9), tuple(weights))), factor)
+        given = (given[0], tuple(scaled(block, 1.0) for block in given[1]))  # memory of its own for each
+        assert_same_bits(repeating(chain, given), as_written(chain, given))
+    assert repeating.repeats == 1
 
 
 def test_what_a_compiled_model_calls(repeating):
