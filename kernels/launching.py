@@ -40,6 +40,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if not _ORDINARY.issuperset(map(type, args)) and any(isinstance(a, torch.Tensor) and traced(a) for a in args):
         torch.library.wrap_triton(kernel)[grid](*args, **meta)
         return
+    # A kernel reads memory, where the numbers of a negative view have the other sign.
+    args = tuple(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args)
     with current(args[0]):
         compiled = kernel[grid](*args, **meta)
     if listening.listener is not None:

@@ -112,7 +112,7 @@ def kind_of(args: tuple) -> tuple[Hashable, ...] | None:
     key: list[Hashable] = [native_plan.float32_precision()]
     for arg in leaves(args):
         kind = type(arg)
-        if kind in PLAIN:
+        if kind in PLAIN and not arg.is_neg():
             key += (arg.shape, arg.stride(), arg.dtype, arg.device, arg.data_ptr() % 16)
         elif kind in _VALUES:
             key += (kind, arg)

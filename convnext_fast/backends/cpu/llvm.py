@@ -137,9 +137,14 @@ class CompiledPatches(Kernel):
         return patched(shape, self.size, self.stem)
 
 
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as kernels read it: contiguous, and not the negative of what is in memory."""
+    return None if tensor is None else tensor.resolve_neg().contiguous()
+
+
 def _copy(vector: Tensor) -> Tensor:
     """A copy as the kernels read it."""
-    return vector.to(torch.float32, copy=True).contiguous()
+    return dense(vector.to(torch.float32, copy=True))
 
 
 def run(
@@ -191,8 +196,8 @@ def dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     machine = machine_for(channels)
     if machine is None:
         return None
-    x, taps = x.contiguous(), weight.reshape(channels, -1).t().contiguous()
-    bias = x.new_zeros(channels) if bias is None else bias.to(torch.float32).contiguous()
+    x, taps = dense(x), dense(weight.reshape(channels, -1).t())
+    bias = x.new_zeros(channels) if bias is None else dense(bias.to(torch.float32))
     sizes = launchers().DwconvSizes.of(channels, weight.shape[2], width)
     image = height, width
     launch = _launch(machine, sizes, samples, image, image, 0.0, torch.get_num_threads())
@@ -205,7 +210,7 @@ def dwconv_weight_grad(x: Tensor, du: Tensor, side: int) -> Tensor | None:
     machine = machine_for(channels)
     if machine is None:
         return None
-    x, du, dw = x.contiguous(), du.contiguous(), x.new_empty(side * side, channels)
+    x, du, dw = dense(x), dense(du), x.new_empty(side * side, channels)
     kernels = launchers()
     pointers = (tensor.data_ptr() for tensor in (x, du, dw))
     kernels.run(machine, kernels.WgradSizes(channels, side), *pointers, samples, height, width)

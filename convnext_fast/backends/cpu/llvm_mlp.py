@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import llvm, onednn
 from .aten_layers import Mlp, Norm
+from .llvm import dense
 from .row_blocks import row_blocks
 
 _MOST_ROWS, _BLOCK_BYTES = 4096, 32 << 20
@@ -33,7 +34,7 @@ def machine_for(rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None) ->
     ):
         return None
     parameters = (t for t in (*mlp[:5], norm.weight, norm.bias) if t is not None)
-    if any(t.dtype != torch.float32 or t.is_neg() for t in parameters):
+    if any(t.dtype != torch.float32 for t in parameters):
         return None
     return llvm.machine_for(*mlp.w1.shape)
 
@@ -61,7 +62,7 @@ def mlp_fwd(
     w1, w2 = pack(machine, mlp.w1, None, True), pack(machine, mlp.w2, mlp.gamma, True)
     kernels = llvm.launchers()
     sizes = kernels.MlpSizes(channels, hidden, save_hidden, scale is not None)
-    given = x, residual, y, a, _contiguous(scale), *_affine(x, norm), w1, _contiguous(mlp.b1), w2, _contiguous(b2)
+    given = x, residual, y, a, dense(scale), *_affine(x, norm), w1, dense(mlp.b1), w2, dense(b2)
     kernels.run_rows(machine, sizes, len(x), norm.eps, *addresses(given))
     return y, a
 
@@ -74,9 +75,9 @@ def mlp_bwd(
     dx, e, dw1 = torch.empty_like(x), x.new_empty(channels, hidden), x.new_empty(hidden, channels)
     w1 = pack(machine, mlp.w1, None, True) if a is None else None
     weights = w1, mlp.b1, pack(machine, mlp.w2, mlp.gamma, False), pack(machine, mlp.w1, None, False)
-    given = *_affine(x, norm), *map(_contiguous, weights), x.new_zeros(max(channels, hidden))
+    given = *_affine(x, norm), *map(dense, weights), x.new_zeros(max(channels, hidden))
     sizes = kernels.MlpBwdSizes(channels, hidden, a is not None, scale is not None)
-    scale, totals = _contiguous(scale), []
+    scale, totals = dense(scale), []
     ldn, ldh = channels + kernels.PADDING, hidden + kernels.PADDING
     blocks = row_blocks(len(x), 2 * (ldn + ldh) * x.element_size(), _MOST_ROWS, _BLOCK_BYTES)
     room = blocks[0].stop + machine.rows  # the last tile reads them
@@ -98,15 +99,15 @@ def mlp_bwd(
     dg, dbeta = (None if p is None else d for p, d in ((norm.weight, dg), (norm.bias, dbeta)))
     if mlp.gamma is None:
         return dx, dg, dbeta, dw1, db1, e, t, None
-    dot, w2, gamma = x.new_empty(channels), mlp.w2.contiguous(), mlp.gamma.contiguous()
+    dot, w2, gamma = x.new_empty(channels), dense(mlp.w2), dense(mlp.gamma)
     kernels.run(machine, kernels.LayerScaleSizes(channels, hidden), *addresses((e, w2, gamma, dot)))
     return dx, dg, dbeta, dw1, db1, e, t * gamma, dot.addcmul_(mlp.b2, t)
 
 
 def pack(machine: Any, weight: Tensor, scale: Tensor | None, transposed: bool) -> Tensor:
     """The numbers of `kernels.cpu.packing`, in the shape of weight; scale: a factor for each of its rows."""
-    kernels, weight = llvm.launchers(), weight.contiguous()
-    packed, scale = torch.empty_like(weight), _contiguous(scale)
+    kernels, weight = llvm.launchers(), dense(weight)
+    packed, scale = torch.empty_like(weight), dense(scale)
     sizes = kernels.PackSizes(*weight.shape, transposed, scale is not None)
     kernels.run(machine, sizes, *addresses((weight, scale, packed)))
     return packed
@@ -115,11 +116,7 @@ def pack(machine: Any, weight: Tensor, scale: Tensor | None, transposed: bool) -
 def _affine(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     weight = x.new_ones(x.shape[1]) if norm.weight is None else norm.weight
     bias = x.new_zeros(x.shape[1]) if norm.bias is None else norm.bias
-    return weight.contiguous(), bias.contiguous()
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    return dense(weight), dense(bias)
 
 
 def addresses(tensors: tuple[Tensor | None, ...]) -> list[int]:

@@ -50,14 +50,14 @@ def fuses(act: str) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
-    """act(x·weightᵀ + bias) for x (P, C), weight (K, C) and bias (K,), these of any strides; act: `fuses`, or None."""
+    """act(x·weightᵀ + bias) for x (P, C), weight (K, C) and bias (K,), of any strides; act: `fuses`, or None."""
     attribute, algorithm = ("none", "") if act is None else _FUSED_ACTIVATIONS[act]
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, _dense(bias), attribute, [], algorithm)
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight.contiguous(), _dense(bias), attribute, [], algorithm)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """residual + x·weightᵀ + bias."""
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, _dense(bias), "add")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight.contiguous(), _dense(bias), "add")
 
 
 def _dense(bias: Tensor | None) -> Tensor | None:

@@ -49,6 +49,23 @@ def test_strided_operands_of_a_block(name):
         assert torch.equal(got, want)
 
 
+def negative(t):
+    """The same values, which in memory have the other sign."""
+    return torch._neg_view(-t)
+
+
+def test_negative_operands_of_a_block():
+    x, tensors = block_inputs()
+
+    def run(change):
+        leaves = [t.clone().requires_grad_(name != "drop_scale") for name, t in tensors.items()]
+        y = ops.convnext_block(change(x), *map(change, leaves))
+        return [y.detach(), *torch.autograd.grad(y, leaves[:-1], change(x.flip(0)))]
+
+    for got, want in zip(run(negative), run(torch.clone), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_expanded_drop_scale():
     x, tensors = block_inputs()
     tensors["drop_scale"] = torch.tensor([0.5]).expand(N)
