@@ -1,7 +1,8 @@
-"""Compiled kernels on disk, so that a process finds what another one compiled, in the user's cache folder.
+"""Compiled kernels on disk, in the user's cache folder, so that a process finds what another one compiled.
 
-An entry is the digest of the code, then the code; what does not match it, or cannot be read or written, counts as
-missing.
+An entry is a digest over its key and its code, then the code. What is found there runs with the user's rights. So the
+folder and its entries have to belong to this user, and nobody else may be able to write to them. An entry that is
+damaged, or that belongs to another key, is compiled again.
 """
 
 from __future__ import annotations
@@ -10,39 +11,105 @@ import contextlib
 import functools
 import hashlib
 import os
-import tempfile
+import secrets
+import stat
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+_DIGEST_BYTES = 32
+
 
 def folder() -> Path:
-    """``$XDG_CACHE_HOME/convnext_fast``, by default ``~/.cache/convnext_fast``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convnext_fast"
+    """``$XDG_CACHE_HOME/convnext_fast``, by default ``~/.cache/convnext_fast``.
+
+    A relative ``XDG_CACHE_HOME`` is ignored, as the XDG Base Directory Specification asks.
+
+    Raises:
+        RuntimeError: this user's home folder is not known.
+    """
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    parent = chosen if chosen.is_absolute() else Path.home() / ".cache"
+    if not parent.is_absolute():
+        raise RuntimeError(f"the home folder is {Path.home()}: expected an absolute path")
+    return parent / "convnext_fast"
 
 
 def code_for(description: str, compile_: Callable[[], bytes]) -> bytes:
-    """The code that ``description``, and the source of this package, stand for."""
-    if _source_digest() is None:
+    """The code that ``description``, and the source of this package, stand for: from the cache, or compiled."""
+    source, place = _source_digest(), _open_folder()
+    if source is None or place is None:
         return compile_()
+    key = hashlib.sha256(f"{source} {description}".encode())
     try:
-        entry = folder() / hashlib.sha256(f"{_source_digest()} {description}".encode()).hexdigest()
-    except RuntimeError:  # nobody's home
-        return compile_()
+        code = _read(place, key.hexdigest(), key.digest())
+        if code is None:
+            code = compile_()
+            _write(place, key.hexdigest(), _digest(key.digest(), code) + code)
+        return code
+    finally:
+        os.close(place)
+
+
+def _open_folder() -> int | None:
+    """A handle of the folder, which is made where it is missing; None where there is none that can be trusted."""
+    try:
+        path = folder()
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except (OSError, RuntimeError):  # the disk is read-only or full, or this user has no home
+        return None
+    if _is_private(handle):
+        return handle
+    os.close(handle)
+    _warn(
+        f"{path} belongs to another user, or others may write to it: kernels are compiled anew for this process and "
+        "not kept. Expected a folder of this user's with mode 0700"
+    )
+    return None
+
+
+def _read(place: int, name: str, key: bytes) -> bytes | None:
+    """The code of an entry; None where there is none, or not one to be trusted."""
+    try:
+        with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=place), "rb") as file:
+            if not _is_private(file.fileno()):
+                _warn(f"the entry {name} of {folder()} belongs to another user, or others may write to it: rebuilt")
+                return None
+            content = file.read()
+    except OSError:
+        return None
+    digest, code = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return code if code and digest == _digest(key, code) else None
+
+
+def _write(place: int, name: str, content: bytes) -> None:
+    """Make or replace an entry, whole; where that fails there is none, and the next process compiles it again."""
+    temporary = f".{name}.{secrets.token_hex(4)}.tmp"
     with contextlib.suppress(OSError):
-        digest, code = (content := entry.read_bytes())[:32], content[32:]
-        if hashlib.sha256(code).digest() == digest:
-            return code
-    code = compile_()
-    with contextlib.suppress(OSError):
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=entry.parent, delete=False) as file:
-            try:
-                file.write(hashlib.sha256(code).digest() + code)
-                file.flush()
-                os.replace(file.name, entry)
-            except OSError:
-                os.unlink(file.name)
-    return code
+        try:
+            created = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=place)
+            with open(created, "wb") as file:
+                file.write(content)
+            os.replace(temporary, name, src_dir_fd=place, dst_dir_fd=place)
+        except OSError:
+            os.unlink(temporary, dir_fd=place)
+
+
+def _digest(key: bytes, code: bytes) -> bytes:
+    return hashlib.sha256(key + code).digest()
+
+
+def _is_private(handle: int) -> bool:
+    """Whether an open file or folder is this user's, and nobody else may write to it."""
+    found = os.fstat(handle)
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Warn, once a process."""
+    warnings.warn(text, RuntimeWarning, stacklevel=5)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from llvmlite import binding
@@ -39,7 +40,8 @@ from .work_sharing import PADDING as PADDING
 from .work_sharing import WIDE_WEIGHT as WIDE_WEIGHT
 from .work_sharing import rows_of_chunk as rows_of_chunk
 
-_engines: list[binding.ExecutionEngine] = []
+MOST = 256
+"""Compiled kernels that are kept in memory; those that have not run for longest go first."""
 
 
 @functools.cache
@@ -105,17 +107,22 @@ Sizes = (
 )
 
 
-@functools.lru_cache(None, typed=True)  # by the kind of sizes, too
-def _kernel(machine: Machine, sizes: Sizes) -> int:
-    """The address of a compiled kernel."""
+class Kernel(NamedTuple):
+    """A compiled kernel; its code is in memory as long as the engine is."""
+
+    address: int
+    engine: binding.ExecutionEngine
+
+
+@functools.lru_cache(MOST, typed=True)  # by the kind of sizes, too
+def _kernel(machine: Machine, sizes: Sizes) -> Kernel:
     kind = _KINDS[type(sizes)]
     code = code_for(
         f"{identity(machine)} {kind.NAME} {sizes}", lambda: compile_for(machine, kind(machine, sizes).emit())
     )
     threads = _threads()
     engine = load(machine, code, {name: _address(getattr(threads, name)) for name in THREAD_FUNCTIONS})
-    _engines.append(engine)
-    return engine.get_function_address(kind.NAME)
+    return Kernel(engine.get_function_address(kind.NAME), engine)
 
 
 def _address(function: Callable) -> int:
@@ -125,7 +132,8 @@ def _address(function: Callable) -> int:
 def run(machine: Machine, sizes: Sizes, *fields: int) -> None:
     """A kernel whose argument is these numbers and addresses."""
     argument = (ctypes.c_int64 * len(fields))(*fields)
-    _threads().GOMP_parallel(_kernel(machine, sizes), ctypes.addressof(argument), torch.get_num_threads(), 0)
+    kernel = _kernel(machine, sizes)
+    _threads().GOMP_parallel(kernel.address, ctypes.addressof(argument), torch.get_num_threads(), 0)
 
 
 def memory(count: int) -> Tensor:
@@ -168,7 +176,7 @@ class Launch:
     def start(self, x: int, y: int, weights: Sequence[int], scratch: Tensor) -> Callable[[], None]:
         """A function that runs the kernel; ``weights``: the addresses between those of y and of scratch memory."""
         argument = self.argument(x, y, *weights, scratch.data_ptr(), *self.numbers)
-        return functools.partial(self.run, self.kernel, argument, self.team, 0)
+        return functools.partial(self.run, self.kernel.address, argument, self.team, 0)
 
     def __call__(self, x: Tensor, y: Tensor, weights: Sequence[int]) -> Tensor:
         """y, filled, for x; both contiguous."""

@@ -62,7 +62,7 @@ def serves_block(channels: int, hidden: int, act: str) -> bool:
     return act == "gelu" and machine_for(channels, hidden) is not None
 
 
-@functools.lru_cache(1024, typed=True)
+@functools.lru_cache(256, typed=True)
 def _launch(*arguments: Any) -> Any:
     return launchers().Launch(*arguments)
 

@@ -1,12 +1,12 @@
 """The kernels for x86 CPUs: values at all shapes, equal bits however threads share the work, memory, lifetimes."""
 
+import functools
 import gc
 import os
 import subprocess
 import sys
 import weakref
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from support import no_worse, randomise, relative_error
 
 from convnext_fast import ConvNext, ConvNextConfig, ops
+from convnext_fast.backends import reference
 from convnext_fast.backends.cpu import llvm, packed_weights
 from convnext_fast.backends.cpu import ops as cpu
 
 launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
-from convnext_fast.kernels.cpu import code_cache, work_sharing  # noqa: E402
+from convnext_fast.kernels.cpu import work_sharing  # noqa: E402
 from convnext_fast.kernels.cpu.machine import AVX2, AVX512  # noqa: E402
 
 MACHINES = [
@@ -362,26 +363,19 @@ def test_the_negative_of_what_is_in_memory():
         assert relative_error(ops.frozen_block(torch._neg_view(x), *weights), expected) < 1e-5
 
 
-def test_compiled_code_is_kept_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    calls = []
-
-    def compile_(code):
-        calls.append(code)
-        return code
-
-    assert [code_cache.code_for(d, lambda d=d: compile_(d.encode())) for d in "aba"] == [b"a", b"b", b"a"]
-    assert calls == [b"a", b"b"]
-    entries = sorted((tmp_path / "convnext_fast").iterdir())
-    assert len(entries) == 2
-    for entry in entries:
-        entry.write_bytes(entry.read_bytes()[:-1])
-    assert code_cache.code_for("a", lambda: compile_(b"a")) == b"a"
-    assert calls == [b"a", b"b", b"a"]
-    with monkeypatch.context() as context:
-        context.setattr(os, "replace", mock.Mock(side_effect=OSError("no space")))
-        assert code_cache.code_for("c", lambda: b"c") == b"c"
-    assert len(list((tmp_path / "convnext_fast").iterdir())) == 2
-    for blocked in ("/dev/null/no/folder", "/proc"):
-        monkeypatch.setenv("XDG_CACHE_HOME", blocked)
-        assert code_cache.code_for("a", lambda: compile_(b"c")) == b"c"
+def test_kernels_of_ever_new_sizes_are_let_go(monkeypatch):
+    """Those that have not run for long leave memory, and come back when they run."""
+    assert launching._kernel.cache_info().maxsize
+    assert llvm._launch.cache_info().maxsize
+    few = functools.lru_cache(2, typed=True)(launching._kernel.__wrapped__)
+    monkeypatch.setattr(launching, "_kernel", few)
+    monkeypatch.setattr(llvm, "_launch", functools.lru_cache(1)(llvm._launch.__wrapped__))
+    engines = []
+    for channels in (16, 32, 48, 64, 16):
+        x, weight = torch.randn(1, 3, 9, channels), torch.randn(channels, 1, 7, 7)
+        exact, eager = (reference.dwconv(x, weight, None, dtype=dtype) for dtype in (torch.float64, torch.float32))
+        check(llvm.dwconv(x, weight, None), exact, eager)
+        sizes = launching.DwconvSizes.of(channels, 7, 9)
+        engines.append(weakref.ref(few(llvm.machine_for(channels), sizes).engine))
+    gc.collect()
+    assert [engine() is not None for engine in engines] == [False, False, False, True, True]
