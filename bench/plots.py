@@ -25,7 +25,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"plots need matplotlib ({error}): pip install 'convnext-fast[bench]'") from error
+        raise ImportError(f"plots need matplotlib ({error}): pip install -e '.[bench]'") from error
 
     timed = [row for row in rows if not row["failure"] and "p50_ms" in row]
     models = [row for row in timed if row["section"] == "models"]

@@ -36,7 +36,7 @@ def _import(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"needs {package}: pip install 'convnext-fast[bench]' ({error})") from error
+        raise ImportError(f"needs {package}: pip install -e '.[bench]' ({error})") from error
 
 
 def _export(model: nn.Module, image: Tensor, folder: Path) -> Path:

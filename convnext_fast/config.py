@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +13,17 @@ from typing import Any
 
 import torch
 
+from .files import find_file, json_writer, local_path, read_json, write_files
+
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "selu")
 _ACTIVATION_ALIASES = {"swish": "silu"}
 SECTION = "convnext_fast"
 """Key of a ``config.json`` under which folders of other formats than transformers' keep the whole configuration."""
+MOST_CHANNELS, MOST_BLOCKS, MOST_STAGES, MOST_LABELS = 1 << 16, 1 << 12, 1 << 6, 1 << 20
+MOST_SIDE = 1 << 16
+"""Of an image, in pixels."""
+MOST_PARAMETERS = 1 << 32
+"""Of a model: 17 GB in float32. A file of a few bytes can ask for any size."""
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Depths and widths: tiny to xlarge from the paper, section 3 and appendix A; atto to nano and xxlarge from timm.
@@ -64,6 +73,7 @@ class ConvNextConfig:
 
     def __init__(
         self,
+        /,
         num_channels: int = 3,
         patch_size: int | Sequence[int] = 4,
         num_stages: int = 4,
@@ -89,11 +99,14 @@ class ConvNextConfig:
             raise ValueError(
                 f"model_type is {model_type!r}: expected 'convnext' (this package holds ConvNeXt V1 alone)"
             )
-        self.num_channels = _integer("num_channels", num_channels, 1)
-        self.patch_size = _size("patch_size", patch_size)
-        self.num_stages = _integer("num_stages", num_stages, 1)
-        self.hidden_sizes = _integers("hidden_sizes", (96, 192, 384, 768) if hidden_sizes is None else hidden_sizes, 1)
-        self.depths = _integers("depths", (3, 3, 9, 3) if depths is None else depths, 0)
+        self.num_channels = _integer("num_channels", num_channels, 1, MOST_CHANNELS)
+        self.patch_size = _size("patch_size", patch_size, MOST_SIDE)
+        self.num_stages = _integer("num_stages", num_stages, 1, MOST_STAGES)
+        widths = (96, 192, 384, 768) if hidden_sizes is None else hidden_sizes
+        self.hidden_sizes = _integers("hidden_sizes", widths, 1, MOST_CHANNELS)
+        self.depths = _integers("depths", (3, 3, 9, 3) if depths is None else depths, 0, MOST_BLOCKS)
+        if sum(self.depths) > MOST_BLOCKS:
+            raise ValueError(f"depths is {self.depths}: expected at most {MOST_BLOCKS:,} blocks in all")
         for name, value in (("hidden_sizes", self.hidden_sizes), ("depths", self.depths)):
             if len(value) != self.num_stages:
                 raise ValueError(
@@ -107,12 +120,15 @@ class ConvNextConfig:
         self.layer_norm_eps = _real("layer_norm_eps", layer_norm_eps, 0)
         self.layer_scale_init_value = _real("layer_scale_init_value", layer_scale_init_value)
         self.drop_path_rate = _real("drop_path_rate", drop_path_rate, 0, 1)
-        self.image_size = _size("image_size", image_size)
+        self.image_size = _size("image_size", image_size, MOST_SIDE)
         self.norm_eps = _real("norm_eps", norm_eps, 0)
         if problem_type is not None:
+            if not isinstance(problem_type, str):
+                raise TypeError(f"problem_type is {problem_type!r}: expected one of {PROBLEM_TYPES}")
             _one_of("problem_type", problem_type, PROBLEM_TYPES)
         self.problem_type = problem_type
         self._set_labels(num_labels, id2label, label2id)
+        self._check_parameters()
         extra.pop("stage_names", None)
         self._set_outputs(out_features, out_indices)
         self.extra: dict[str, Any] = extra
@@ -172,18 +188,34 @@ class ConvNextConfig:
         rates = torch.linspace(0, self.drop_path_rate, sum(self.depths), device="cpu", dtype=torch.float32)
         return [stage.tolist() for stage in rates.split(list(self.depths))]
 
+    def _check_parameters(self) -> None:
+        widths, (height, width) = self.hidden_sizes, self.patch_shape
+        count = self.num_channels * height * width * widths[0] + widths[-1] * self.num_labels
+        count += sum(4 * before * after for before, after in itertools.pairwise(widths))
+        count += sum(depth * 8 * channels**2 for depth, channels in zip(self.depths, widths, strict=True))
+        if count > MOST_PARAMETERS:
+            raise ValueError(
+                f"hidden_sizes {widths} and depths {self.depths} make a model of {count:,} parameters: expected at "
+                f"most {MOST_PARAMETERS:,}"
+            )
+
     def _set_labels(
         self, num_labels: int | None, id2label: Mapping[int | str, str] | None, label2id: Mapping[str, int] | None
     ) -> None:
         if num_labels is not None:
-            _integer("num_labels", num_labels, 0)
+            _integer("num_labels", num_labels, 0, MOST_LABELS)
         if id2label is None:
             id2label = {i: f"LABEL_{i}" for i in range(2 if num_labels is None else num_labels)}
         if not isinstance(id2label, Mapping):
             raise TypeError(f"id2label is a {type(id2label).__name__}: expected a mapping from class index to name")
+        if len(id2label) > MOST_LABELS:
+            raise ValueError(f"id2label names {len(id2label):,} classes: expected at most {MOST_LABELS:,}")
+        strange = next((name for name in id2label.values() if not isinstance(name, (str, int, float))), None)
+        if strange is not None:
+            raise TypeError(f"id2label holds a {type(strange).__name__}: expected names of classes")
         try:
             labels = dict(sorted((int(key), value) for key, value in id2label.items()))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"id2label has the keys {list(id2label)[:5]}…: expected class indices") from None
         if num_labels is not None:
             _check_count(num_labels, labels)
@@ -205,7 +237,7 @@ class ConvNextConfig:
             if list(out_features) != sorted(out_features, key=names.index):
                 raise ValueError(f"out_features is {list(out_features)}: expected the order of {names}")
         if out_indices is not None:
-            indices = _integers("out_indices", out_indices, -len(names))
+            indices = _integers("out_indices", out_indices, -len(names), len(names) - 1)
             positive = [i % len(names) if -len(names) <= i < len(names) else i for i in indices]
             if not indices or max(positive) >= len(names) or positive != sorted(set(positive)):
                 raise ValueError(f"out_indices is {list(out_indices)}: expected distinct, rising indices into {names}")
@@ -246,10 +278,7 @@ class ConvNextConfig:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``config.json`` into ``directory``, which is made if it is missing."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
-        (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_files(local_path(directory), {"config.json": json_writer(self.to_dict())})
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **overrides: Any) -> ConvNextConfig:
@@ -257,22 +286,28 @@ class ConvNextConfig:
 
         Raises:
             FileNotFoundError: the folder has no ``config.json``.
-            ValueError: the file is no JSON, or describes another architecture.
+            TypeError, ValueError: an override is invalid.
+            ValueError: the file is no JSON, holds an invalid value, or describes another architecture.
         """
-        from .files import find_file
+        return cls.from_file(find_file(source, "config.json")).amended(**overrides)
 
-        path = find_file(source, "config.json")
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path} holds a {type(fields).__name__}: expected an object with the model's fields")
+    @classmethod
+    def from_file(cls, path: Path) -> ConvNextConfig:
+        """Read a file laid out as ``config.json`` is.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is no JSON, holds an invalid value, or describes another architecture.
+        """
+        fields = read_json(path)
         # Folders of other formats than transformers' keep the configuration apart from what those libraries read.
         fields = fields[SECTION] if isinstance(fields.get(SECTION), dict) else fields
         if fields.get("model_type") != cls.model_type:
             raise ValueError(f"{path} describes a model of type {fields.get('model_type')!r}: expected 'convnext'")
-        return cls.from_dict(fields).amended(**overrides)
+        try:
+            return cls.from_dict(fields)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def amended(self, **fields: Any) -> ConvNextConfig:
         """This configuration with other fields; another number of classes gets new names.
@@ -307,27 +342,36 @@ def _check_count(num_labels: int, id2label: Mapping[Any, str]) -> None:
         )
 
 
-def _integer(name: str, value: Any, least: int) -> int:
+def _integer(name: str, value: Any, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} is {value!r}: expected an integer of at least {least}")
+        raise TypeError(f"{name} is {value!r:.80}: expected an integer of at least {least}")
     if value < least:
-        raise ValueError(f"{name} is {value}: expected an integer of at least {least}")
+        raise ValueError(f"{name} is {_shown(value)}: expected an integer of at least {least}")
+    if value > most:
+        raise ValueError(f"{name} is {_shown(value)}: expected an integer of at most {most:,}")
     return int(value)
 
 
-def _integers(name: str, value: Any, least: int) -> tuple[int, ...]:
+def _shown(value: Any) -> str:
+    """A number in a message; Python refuses to write one of thousands of digits."""
+    return str(value) if abs(value) < 1 << 64 else "a number of more than 64 bits"
+
+
+def _integers(name: str, value: Any, least: int, most: int) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise TypeError(f"{name} is {value!r}: expected a list of integers of at least {least}")
-    return tuple(_integer(f"{name}[{i}]", item, least) for i, item in enumerate(value))
+        raise TypeError(f"{name} is {value!r:.80}: expected a list of integers of at least {least}")
+    if len(value) > MOST_STAGES + 1:
+        raise ValueError(f"{name} has {len(value):,} values: expected at most {MOST_STAGES + 1}")
+    return tuple(_integer(f"{name}[{i}]", item, least, most) for i, item in enumerate(value))
 
 
-def _size(name: str, value: Any) -> int | tuple[int, int]:
+def _size(name: str, value: Any, most: int) -> int | tuple[int, int]:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        pair = _integers(name, value, 1)
+        pair = _integers(name, value, 1, most)
         if len(pair) != 2:
             raise ValueError(f"{name} is {value!r}: expected an integer, or two as (height, width)")
         return pair[0], pair[1]
-    return _integer(name, value, 1)
+    return _integer(name, value, 1, most)
 
 
 def _real(name: str, value: Any, least: float | None = None, most: float | None = None) -> float:
@@ -335,9 +379,12 @@ def _real(name: str, value: Any, least: float | None = None, most: float | None 
     if least is not None:
         allowed += f" of at least {least}" if most is None else f" in [{least}, {most}]"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}: expected {allowed}")
-    value = float(value)
-    if value != value or (least is not None and value < least) or (most is not None and value > most):
+        raise TypeError(f"{name} is {value!r:.80}: expected {allowed}")
+    try:
+        value = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is {_shown(value)}: expected {allowed}") from None
+    if not math.isfinite(value) or (least is not None and value < least) or (most is not None and value > most):
         raise ValueError(f"{name} is {value}: expected {allowed}")
     return value
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .files import how_to_install
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -19,7 +21,7 @@ def new_console(stderr: bool = False) -> Console:
     try:
         from rich.console import Console
     except ImportError as error:
-        raise ImportError(f"tables need rich ({error}): pip install 'convnext-fast[demo]'") from error
+        raise ImportError(f"tables need rich ({error}): {how_to_install('demo')}") from error
     return Console(stderr=stderr, highlight=False)
 
 

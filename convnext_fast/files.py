@@ -1,11 +1,36 @@
-"""Where a model's files are: a local folder, or the Hugging Face hub and its cache."""
+"""Files: found in a folder or on the Hugging Face hub, read as JSON, and written whole or not at all."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+MOST_JSON_BYTES = 1 << 26
+"""Of a JSON file that is read; a configuration with 20,000 classes takes one megabyte."""
+MOST_JSON_LEVELS = 64
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def local_path(source: str | Path) -> Path:
+    """The path that ``source`` names; ``~`` is the home folder, where there is such a user.
+
+    Raises:
+        TypeError: ``source`` is neither a string nor a path.
+        ValueError: it is empty.
+    """
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"source is a {type(source).__name__}: expected a path or a Hugging Face hub id")
+    if not str(source):
+        raise ValueError("the path is empty: expected the name of a file or a folder")
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # no user of this name: a file's name may begin with ~ too
+        return Path(source)
 
 
 def find_file(source: str | Path, *names: str) -> Path:
@@ -18,9 +43,7 @@ def find_file(source: str | Path, *names: str) -> Path:
         ImportError: ``source`` is a hub id and huggingface_hub is not installed.
         TypeError: ``source`` is neither a string nor a path.
     """
-    if not isinstance(source, (str, Path)):
-        raise TypeError(f"source is a {type(source).__name__}: expected a folder or a Hugging Face hub id")
-    folder = Path(source).expanduser()
+    folder = local_path(source)
     wanted = " or ".join(names)
     if folder.is_dir():
         for name in names:
@@ -30,6 +53,91 @@ def find_file(source: str | Path, *names: str) -> Path:
     if folder.exists() or not _HUB_ID.fullmatch(str(source)):
         raise FileNotFoundError(f"{source} is neither a folder nor a Hugging Face hub id (expected {wanted} in it)")
     return _hub_file(str(source), names)
+
+
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra of this package, for messages."""
+    return f"pip install -e '.[{extra}]' in a clone of convnext_fast"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file holds something else, or is larger than ``MOST_JSON_BYTES``.
+    """
+    with open(path, "rb") as file:
+        content = file.read(MOST_JSON_BYTES + 1)
+    if len(content) > MOST_JSON_BYTES:
+        raise ValueError(f"{path} is too large: expected at most {MOST_JSON_BYTES:,} bytes of JSON")
+    try:
+        fields = json.loads(content.decode())
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:  # bad UTF-8, bad JSON, or a number of thousands of digits
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if _nests_deeply(fields):
+        raise ValueError(f"{path} is nested too deeply: expected at most {MOST_JSON_LEVELS} levels")
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a JSON {type(fields).__name__}: expected an object")
+    return fields
+
+
+def _nests_deeply(value: Any) -> bool:
+    level = [value]
+    for _ in range(MOST_JSON_LEVELS):
+        nested = [each for each in level if isinstance(each, (dict, list))]
+        level = [item for each in nested for item in (each.values() if isinstance(each, dict) else each)]
+        if not level:
+            return False
+    return True
+
+
+def write_files(directory: Path, writers: Mapping[str, Callable[[Path], None]], stale: Iterable[str] = ()) -> None:
+    """Write files into a folder so that each appears whole or not at all, then remove ``stale`` ones.
+
+    Everything is first written and synchronised to disk under temporary names in the same folder; only then are the
+    files renamed, in the order given.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = {name: directory / f".{name}.{secrets.token_hex(4)}.tmp" for name in writers}
+    try:
+        for name, write in writers.items():
+            _create(temporary[name], write)
+        for name, path in temporary.items():
+            os.replace(path, directory / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    for name in stale:
+        (directory / name).unlink(missing_ok=True)
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def json_writer(fields: Mapping[str, Any]) -> Callable[[Path], None]:
+    """A writer of a JSON object, for `write_files`."""
+    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    return write
+
+
+def _create(path: Path, write: Callable[[Path], None]) -> None:
+    """Have ``write`` fill a new file, with the permissions of any new file, and wait until it is on disk."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = path.stat().st_mode
+    write(path)
+    path.chmod(mode)  # safetensors makes its files private
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
 
 
 def _hub_file(repository: str, names: tuple[str, ...]) -> Path:
@@ -44,7 +152,7 @@ def _hub_file(repository: str, names: tuple[str, ...]) -> Path:
     except ImportError:
         raise ImportError(
             f"{repository} is no local folder; fetching it from the Hugging Face hub needs the extra: "
-            "pip install 'convnext-fast[hub]'"
+            f"{how_to_install('hub')}"
         ) from None
     for name in names:
         try:

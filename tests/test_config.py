@@ -171,7 +171,11 @@ def test_files_that_hold_no_configuration(tmp_path):
         ConvNextConfig.from_pretrained(tmp_path / "missing")
     with pytest.raises(TypeError, match="source is a int"):
         ConvNextConfig.from_pretrained(3)
-    for text, message in [("{", "not valid JSON"), ("[]", "holds a list"), ('{"model_type": "vit"}', "type 'vit'")]:
+    for text, message in [
+        ("{", "not valid JSON"),
+        ("[]", "holds a JSON list"),
+        ('{"model_type": "vit"}', "type 'vit'"),
+    ]:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             ConvNextConfig.from_pretrained(tmp_path)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import SECTION, VARIANTS, ConvNextConfig
-from ..files import find_file
-from .tensor_files import read_json
+from ..files import find_file, local_path, read_json
 
 _TIMM_ACTIVATIONS = {"gelu_tanh": "gelu_new", "swish": "silu"}
 
@@ -38,9 +37,9 @@ def read_config(source: str | Path) -> SavedConfig:
     try:
         path = find_file(source, "config.json")
     except FileNotFoundError as error:
-        if not Path(source).expanduser().is_dir():
+        if not local_path(source).is_dir():
             raise
-        if (Path(source).expanduser() / "model" / "config.json").is_file():
+        if (local_path(source) / "model" / "config.json").is_file():
             raise FileNotFoundError(f"{error}: it is a training run's, whose model is in {source}/model") from None
         raise FileNotFoundError(
             f"{error}: give the weights file itself to infer the configuration from its tensors, or pass config="
@@ -59,10 +58,7 @@ def read_config(source: str | Path) -> SavedConfig:
         if not architecture.startswith("convnext_"):
             raise ValueError(f"{path} describes timm's {architecture!r}: expected one of timm's 'convnext_…' models")
         return SavedConfig(None, _timm_amendments(fields, arguments), pool)
-    try:
-        return SavedConfig(ConvNextConfig.from_pretrained(path.parent), {})
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return SavedConfig(ConvNextConfig.from_file(path), {})
 
 
 def config_fields(

@@ -10,27 +10,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import ConvNextConfig
-from ..models.switches import ConvNextSwitches, init_weights
+from ..files import json_writer, local_path, write_files
 from .config_json import SavedConfig, config_fields, read_config, warn_of_losses
 from .formats import from_timm, infer_config, recognise, to_timm
-from .matching import Checkpoint, fit
+from .matching import Checkpoint, Loadable, fit
 from .tensor_files import (
     INDEX,
     SAFETENSORS,
     WEIGHT_SUFFIXES,
-    json_writer,
-    pickle_writer,
     read_weights,
     safetensors_writer,
     size_in_bytes,
     tensor_writers,
-    write_files,
 )
 
-Model = TypeVar("Model", bound=ConvNextSwitches)
+Model = TypeVar("Model", bound=Loadable)
 
 
 def load_checkpoint(source: str | Path, *, use_ema: bool = False, config: ConvNextConfig | None = None) -> Checkpoint:
@@ -38,7 +35,7 @@ def load_checkpoint(source: str | Path, *, use_ema: bool = False, config: ConvNe
 
     A folder or hub id needs a ``config.json`` (of transformers, or timm, or one that `save_model` wrote) unless
     ``config`` is given. For a file the configuration is inferred from the shapes. Tensors and configuration are not
-    yet compared: `load_model` and `convert_checkpoint` do that.
+    yet compared: `matching.fit` does that.
 
     Args:
         source: folder with weights and ``config.json``; file (.safetensors, .bin, .pth, .pt, or the index of shards);
@@ -55,7 +52,7 @@ def load_checkpoint(source: str | Path, *, use_ema: bool = False, config: ConvNe
         raise TypeError(f"config is a {type(config).__name__}: expected a convnext_fast.ConvNextConfig")
     if not isinstance(source, (str, Path)):
         raise TypeError(f"source is a {type(source).__name__}: expected a folder, a file or a Hugging Face hub id")
-    path = Path(source).expanduser()
+    path = local_path(source)
     bare = path.is_file() or path.suffix in WEIGHT_SUFFIXES
     saved = SavedConfig(config, {}) if bare or config is not None else read_config(source)
     tensors = read_weights(source, use_ema=use_ema)
@@ -109,7 +106,7 @@ def load_model(
         ValueError: as `load_checkpoint`; or the checkpoint does not fit the model, with all keys that are missing,
             unexpected or of a wrong shape.
     """
-    if not (isinstance(cls, type) and issubclass(cls, ConvNextSwitches) and hasattr(cls, "checkpoint_format")):
+    if not (isinstance(cls, type) and hasattr(cls, "checkpoint_format")):
         raise TypeError(f"cls is {cls!r}: expected a model class of convnext_fast")
     model_options, fields = _sorted_options(cls, options)
     dtype = _dtype(dtype if options.get("torch_dtype") is None else options["torch_dtype"])
@@ -135,16 +132,12 @@ def load_model(
     }
     model.load_state_dict(filled, strict=True, assign=True)
     for name in dict.fromkeys(name.rpartition(".")[0] for name in new):
-        module = model.get_submodule(name)
-        if isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
-        else:
-            init_weights(module, config.initializer_range)
+        model.initialise(model.get_submodule(name))
     return model.eval()
 
 
 def save_model(
-    model: ConvNextSwitches,
+    model: Loadable,
     directory: str | Path,
     *,
     format: str | None = None,
@@ -155,14 +148,14 @@ def save_model(
     Args:
         model: any model of this package.
         directory: made if it is missing.
-        format: one of ``checkpoint_formats.FORMATS``; None is the model's own.
+        format: one of ``formats.FORMATS``; None is the model's own.
         max_shard_size: in the transformers format, weights beyond this many bytes are split into several files.
 
     Raises:
         TypeError: the model is not one of this package.
         ValueError: the format is unknown, or cannot hold the model.
     """
-    if not isinstance(model, ConvNextSwitches) or not hasattr(model, "checkpoint_format"):
+    if isinstance(model, type) or not hasattr(model, "checkpoint_format"):
         raise TypeError(
             f"model is a {type(model).__name__}: expected a model of convnext_fast (of a wrapped one, the model within)"
         )
@@ -174,48 +167,8 @@ def save_model(
     }
     if format is not None and format != own:
         named, extra = to_timm(tensors, own)
-        tensors = _convert(named, extra, format, options["global_pool"])
-    writers = _folder_writers(model.config, format or own, tensors, options, max_shard_size)
-    write_files(Path(directory).expanduser(), writers, _stale(Path(directory).expanduser(), writers))
-
-
-def convert_checkpoint(source: str | Path, destination: str | Path, to: str, *, use_ema: bool = False) -> None:
-    """Write the checkpoint ``source`` to ``destination`` in the format ``to``.
-
-    Args:
-        source: folder, file or hub id, as for `load_checkpoint`.
-        destination: a file, if it ends in .safetensors, .pth, .pt or .bin; it holds the tensors alone (under
-            ``model`` in an official .pth). Otherwise a folder for ``config.json`` and ``model.safetensors``.
-        to: one of ``checkpoint_formats.FORMATS``.
-        use_ema: take the averaged weights out of a training checkpoint.
-
-    Raises:
-        FileNotFoundError, ImportError: as `load_checkpoint`.
-        ValueError: as `load_checkpoint`; or the tensors do not fit the configuration; or ``to`` cannot hold them.
-    """
-    from ..models.convnext import ConvNext
-
-    checkpoint = load_checkpoint(source, use_ema=use_ema)
-    config, state = checkpoint.config, checkpoint.state_dict
-    layers = {name.rpartition(".")[0] for name in state}
-    skeleton = ConvNext(
-        config if "head.fc" in layers else config.amended(num_labels=0),
-        head_norm_first=checkpoint.head_norm_first,
-        features_only=not layers & {"head.fc", "head.norm", "norm_pre"},
-        device="meta",
-    )
-    fit(skeleton, checkpoint, str(source))
-    tensors = _convert(state, checkpoint.extra, to, checkpoint.global_pool)
-    path = Path(destination).expanduser()
-    if path.suffix in WEIGHT_SUFFIXES:
-        warn_of_losses(config, to, with_config=False)
-        nest = "model" if to == "official" else None
-        plain = path.suffix == ".safetensors"
-        write_files(path.parent, {path.name: safetensors_writer(tensors) if plain else pickle_writer(tensors, nest)})
-        return
-    options = {"head_norm_first": checkpoint.head_norm_first, "global_pool": checkpoint.global_pool}
-    writers = _folder_writers(config, to, tensors, options, "5GB")
-    write_files(path, writers, _stale(path, writers))
+        tensors = in_format(named, extra, format, options["global_pool"])
+    write_folder(Path(directory), model.config, format or own, tensors, options, max_shard_size)
 
 
 def _sorted_options(cls: type, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -260,7 +213,7 @@ def _common_dtype(tensors: Any) -> torch.dtype:
         raise ValueError(f"the checkpoint mixes {', '.join(map(str, dtypes))}: pass dtype= to choose") from None
 
 
-def _convert(
+def in_format(
     named: Mapping[str, Tensor], extra: Mapping[str, Tensor], format: str, global_pool: str
 ) -> dict[str, Tensor]:
     """`from_timm`, for weights of which also the pooling is known."""
@@ -269,13 +222,24 @@ def _convert(
     return from_timm(named, format, extra=extra)
 
 
-def _folder_writers(
+def write_folder(
+    directory: Path,
     config: ConvNextConfig,
     format: str,
     tensors: dict[str, Tensor],
     options: Mapping[str, Any],
     max_shard_size: int | str,
-) -> dict[str, Any]:
+) -> None:
+    """Write ``config.json`` and the weights into a folder, each file whole or not at all.
+
+    Args:
+        directory: made if it is missing; weights of an earlier save in it are removed.
+        config: the architecture.
+        format: one of ``formats.FORMATS``, in which ``tensors`` are named.
+        tensors: the weights.
+        options: ``head_norm_first`` and ``global_pool`` of a timm model.
+        max_shard_size: as of `save_model`.
+    """
     limit = size_in_bytes(max_shard_size)
     warn_of_losses(config, format, with_config=True)
     dtype = str(_common_dtype(tensors.values())).removeprefix("torch.")
@@ -284,7 +248,9 @@ def _folder_writers(
         if format == "transformers"
         else {SAFETENSORS: safetensors_writer(tensors)}
     )
-    return writers | {"config.json": json_writer(config_fields(config, format, tensors, dtype, options))}
+    writers["config.json"] = json_writer(config_fields(config, format, tensors, dtype, options))
+    directory = local_path(directory)
+    write_files(directory, writers, _stale(directory, writers))
 
 
 def _stale(directory: Path, written: Mapping[str, Any]) -> list[str]:

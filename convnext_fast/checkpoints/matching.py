@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import ConvNextConfig
-from ..models.switches import ConvNextSwitches
 from .formats import rename, timm_name
 
 _CLASSIFIER = "head.fc"
@@ -24,7 +23,7 @@ class Checkpoint(NamedTuple):
     Attributes:
         state_dict: its tensors under timm's names, on the CPU; files stay mapped into memory where they can be.
         config: its configuration, from ``config.json`` or from the shapes.
-        format: how it was written, one of ``checkpoint_formats.FORMATS``.
+        format: how it was written, one of ``formats.FORMATS``.
         extra: tensors that timm has no name for, such as a transformers backbone's ``hidden_states_norms``.
         head_norm_first: whether its last norm comes before the pooling (timm's ``norm_pre``).
         global_pool: the pooling, "avg" unless a timm configuration says otherwise.
@@ -38,8 +37,26 @@ class Checkpoint(NamedTuple):
     global_pool: str = "avg"
 
 
+class Loadable(Protocol):
+    """A model that checkpoints are loaded into and saved from: a `torch.nn.Module` with these.
+
+    Attributes:
+        checkpoint_format: one of ``formats.FORMATS``, whose names its parameters have.
+        config: its configuration.
+    """
+
+    checkpoint_format: str
+    config: ConvNextConfig
+
+    def initialise(self, layer: nn.Module) -> None:
+        """Give one of its layers the values that a new model starts with."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of `torch.nn.Module`."""
+
+
 def fit(
-    model: ConvNextSwitches, checkpoint: Checkpoint, source: str, *, ignore_mismatched_sizes: bool = False
+    model: Loadable, checkpoint: Checkpoint, source: str, *, ignore_mismatched_sizes: bool = False
 ) -> tuple[dict[str, Tensor | None], list[str]]:
     """The checkpoint's tensors under the model's names, None for those that start anew, and the names of the latter.
 

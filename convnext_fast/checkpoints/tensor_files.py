@@ -1,15 +1,12 @@
-"""Reading tensors from checkpoint files without running what is in them, and writing files whole or not at all."""
+"""Tensors in files: read without running what else is in them, and written for `files.write_files`."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import pickle
 import re
-import secrets
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import find_file
+from ..files import find_file, json_writer, local_path, read_json
 
 SAFETENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,7 +36,7 @@ def read_weights(source: str | Path, *, use_ema: bool = False) -> dict[str, Tens
         FileNotFoundError: no such file, folder or hub repository; no weights in it; or a shard is missing.
         ValueError: a file is damaged, is of another kind, or would run code.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.suffix in WEIGHT_SUFFIXES and not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     if path.is_file():
@@ -48,57 +45,6 @@ def read_weights(source: str | Path, *, use_ema: bool = False) -> dict[str, Tens
         file = find_file(source, *WEIGHT_FILES)
     content = _read_shards(source, file) if file.name.endswith(".index.json") else _read_file(file)
     return _state_dict(content, file, use_ema)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a JSON {type(fields).__name__}: expected an object")
-    return fields
-
-
-def write_files(directory: Path, writers: Mapping[str, Callable[[Path], None]], stale: Iterable[str] = ()) -> None:
-    """Write files into a folder so that each appears whole or not at all, then remove ``stale`` ones.
-
-    Everything is first written and synchronised to disk under temporary names in the same folder; only then are the
-    files renamed, in the order given.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = {name: directory / f".{name}.{secrets.token_hex(4)}.tmp" for name in writers}
-    try:
-        for name, write in writers.items():
-            _create(temporary[name], write)
-        for name, path in temporary.items():
-            os.replace(path, directory / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-    for name in stale:
-        (directory / name).unlink(missing_ok=True)
-    if os.name == "posix":
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def json_writer(fields: Mapping[str, Any]) -> Callable[[Path], None]:
-    """A writer of a JSON object, for `write_files`."""
-    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
-
-    return write
 
 
 def tensor_writers(name: str, tensors: Mapping[str, Tensor], max_bytes: int) -> dict[str, Callable[[Path], None]]:
@@ -161,16 +107,6 @@ def size_in_bytes(size: int | str) -> int:
     if isinstance(size, bool) or count < 1:
         raise ValueError(f"the size is {size!r}: expected a number of bytes, or such as '5GB' or '200MB'")
     return count
-
-
-def _create(path: Path, write: Callable[[Path], None]) -> None:
-    """Have ``write`` fill a new file, with the permissions of any new file, and wait until it is on disk."""
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    mode = path.stat().st_mode
-    write(path)
-    path.chmod(mode)  # safetensors makes its files private
-    with open(path, "r+b") as file:
-        os.fsync(file.fileno())
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,12 +11,11 @@ import numpy as np
 import PIL.Image
 import torch
 
-from ..config import ConvNextConfig
+from ..files import local_path
 from ..images.files import find_images, open_image, to_channels
 from ..images.processor import ConvNextImageProcessor
 from ..models.huggingface import ConvNextForImageClassification
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STDIN = "-"
 
 
@@ -34,31 +33,6 @@ class Result(NamedTuple):
     name: str
     predictions: list[Prediction]
     error: str | None = None
-
-
-def default_processor(config: ConvNextConfig) -> ConvNextImageProcessor:
-    """The preprocessing that ImageNet models are trained with: ``image_size`` after a crop of 7/8, its mean and std.
-
-    Models of another number of channels than three get a mean and std of 0.5.
-
-    Raises:
-        ValueError: ``image_size`` is not square.
-    """
-    if not isinstance(config.image_size, int) and len(set(config.image_size)) != 1:
-        raise ValueError(f"image_size is {config.image_size}: expected a square for an image processor")
-    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if config.num_channels == 3 else (0.5, 0.5)
-    return ConvNextImageProcessor(size=size, image_mean=mean, image_std=std)
-
-
-def load_processor(source: str | Path, config: ConvNextConfig) -> tuple[ConvNextImageProcessor, bool]:
-    """The processor of a folder or hub id, or else `default_processor`; and whether it has one of its own."""
-    if Path(source).is_file():
-        return default_processor(config), False
-    try:
-        return ConvNextImageProcessor.from_pretrained(source), True
-    except FileNotFoundError:
-        return default_processor(config), False
 
 
 class Classifier:
@@ -118,7 +92,7 @@ def sources(arguments: Iterable[str], standard_input: io.BufferedIOBase) -> Iter
 
 
 def _path(argument: str) -> Iterator[tuple[str, Path | str]]:
-    path = Path(argument).expanduser()
+    path = local_path(argument)
     if not path.is_dir():
         yield argument, path
         return

@@ -104,13 +104,14 @@ def _add_classify(commands: Any) -> None:
 def run_classify(arguments: argparse.Namespace) -> int:
     """``convnext-fast classify``."""
     from ..console import new_console
+    from ..images.default_processor import load_processor
     from ..models.huggingface import ConvNextForImageClassification
     from . import classify
 
     console = None if arguments.json else new_console()
     device = find_device(arguments.device)
     model = ConvNextForImageClassification.from_pretrained(arguments.checkpoint, device=device)
-    processor, own = classify.load_processor(arguments.checkpoint, model.config)
+    processor, own = load_processor(arguments.checkpoint, model.config)
     if not own:
         taken = f"size {processor.size['shortest_edge']}, mean {processor.image_mean}, std {processor.image_std}"
         complain(f"{arguments.checkpoint} has no preprocessor_config.json; taking {taken}", "note")
@@ -147,7 +148,7 @@ def _add_convert(commands: Any) -> None:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """``convnext-fast convert``."""
-    from ..checkpoints.load_save import convert_checkpoint
+    from .convert import convert_checkpoint
 
     convert_checkpoint(arguments.source, arguments.destination, arguments.to, use_ema=arguments.ema)
     print(f"{arguments.destination} holds {arguments.source} under the names of {arguments.to}")

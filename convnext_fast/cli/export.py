@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.tensor_files import write_files
+from ..files import how_to_install, write_files
 from ..models.convnext import ConvNext
 from ..models.switches import check_image
 
@@ -38,7 +38,7 @@ def export_onnx(model: ConvNext, path: Path, height: int, width: int) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx needs it and says so less clearly)
     except ImportError as error:
-        raise ImportError(f"ONNX needs more packages ({error}): pip install 'convnext-fast[export]'") from error
+        raise ImportError(f"ONNX needs more packages ({error}): {how_to_install('export')}") from error
     images = torch.randn(2, model.config.num_channels, height, width)
     check_image(images, model.config, "the image")
     # PyTorch says that torchvision's operators, of which a ConvNeXt has none, are missing, and warns of its own calls.

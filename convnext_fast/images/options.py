@@ -13,6 +13,8 @@ import PIL.Image
 from .batch_feature import FRAMEWORKS
 from .transforms import CHANNELS_FIRST, CHANNELS_LAST
 
+MOST_SIDE = 1 << 16
+"""Of a size in pixels."""
 _SIZE_KEYS = (
     {"shortest_edge"},
     {"height", "width"},
@@ -86,8 +88,11 @@ def _flag(name: str, value: Any) -> bool:
 def _number(name: str, value: Any, positive: bool = False) -> float:
     allowed = "a positive number" if positive else "a finite number"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}: expected {allowed}")
-    value = float(value)
+        raise TypeError(f"{name} is {value!r:.80}: expected {allowed}")
+    try:
+        value = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is out of a float's range: expected {allowed}") from None
     if not math.isfinite(value) or (positive and value <= 0):
         raise ValueError(f"{name} is {value}: expected {allowed}")
     return value
@@ -123,6 +128,8 @@ def _size(name: str, value: Any) -> dict[str, int]:
             raise TypeError(f"{name}[{key!r}] is {item!r}: expected a positive integer")
         if item < 1:
             raise ValueError(f"{name}[{key!r}] is {item}: expected a positive integer")
+        if item > MOST_SIDE and key not in ("min_pixels", "max_pixels"):
+            raise ValueError(f"{name}[{key!r}] is too large: expected at most {MOST_SIDE:,} pixels")
     return {key: int(item) for key, item in value.items()}
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 
-from ..checkpoints.tensor_files import json_writer, write_files
+from ..files import find_file, json_writer, local_path, read_json, write_files
 from .batch_feature import BatchFeature, to_framework
-from .options import DEFAULTS, ImageOptions, check_names, check_option
+from .options import DEFAULTS, MOST_SIDE, ImageOptions, check_names, check_option
 from .transforms import (
     CHANNELS_LAST,
     Picture,
@@ -49,7 +49,7 @@ _NEEDS = {
 
 
 MOST_PIXELS = 1 << 27
-"""Of a resized picture; a narrow one, whose shorter edge gives the size, would take gigabytes."""
+"""Of a resized or cropped picture; a narrow one, whose shorter edge gives the size, would take gigabytes."""
 
 
 class ConvNextImageProcessor:
@@ -83,7 +83,7 @@ class ConvNextImageProcessor:
     data_format: str | None
     input_data_format: str | None
 
-    def __init__(self, **options: Unpack[ImageOptions]):
+    def __init__(self, /, **options: Unpack[ImageOptions]):
         extra: dict[str, Any] = {name: value for name, value in options.items() if name not in DEFAULTS}
         old_type = extra.pop("feature_extractor_type", None)
         kind = extra.pop("image_processor_type", None) or old_type or _TYPES[0]
@@ -164,12 +164,14 @@ class ConvNextImageProcessor:
                 raise ValueError(f"size is {values['size']}: expected an integer or {{'shortest_edge': …}} to resize")
             target = (side, side)
             if side < WARP_EDGE:
-                edge = int(side / values["crop_pct"])
-                if edge < 1:
-                    raise ValueError(f"crop_pct is {values['crop_pct']}: it resizes to no pixel with size {side}")
-                target = shortest_edge_size(*picture_size(picture), edge)
-            if target[0] * target[1] > MOST_PIXELS:
-                raise ValueError(f"{where} would be resized to {target[0]}×{target[1]} pixels, beyond {MOST_PIXELS:,}")
+                edge = side / values["crop_pct"]
+                if not 1 <= edge <= MOST_SIDE:
+                    raise ValueError(
+                        f"crop_pct is {values['crop_pct']}: with size {side} it resizes to {edge:.3g} pixels, expected "
+                        f"1 to {MOST_SIDE:,}"
+                    )
+                target = shortest_edge_size(*picture_size(picture), int(edge))
+            _check_pixels(target, f"{where} would be resized to")
             picture, fractions = resize(picture, target, values["resample"], where)
             if side < WARP_EDGE:
                 picture = center_crop(picture, (side, side))
@@ -177,7 +179,9 @@ class ConvNextImageProcessor:
             crop = values["crop_size"]
             if "height" not in crop:
                 raise ValueError(f"crop_size is {crop}: expected an integer or {{'height': …, 'width': …}}")
-            picture = center_crop(picture, (crop["height"], crop["width"]))
+            target = crop["height"], crop["width"]
+            _check_pixels(target, "crop_size is")
+            picture = center_crop(picture, target)
         return picture, fractions
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,9 +213,7 @@ class ConvNextImageProcessor:
             TypeError: ``directory`` is neither a string nor a path.
             ValueError: it is a file.
         """
-        if not isinstance(directory, (str, Path)):
-            raise TypeError(f"directory is a {type(directory).__name__}: expected a path")
-        directory = Path(directory)
+        directory = local_path(directory)
         if directory.is_file():
             raise ValueError(f"directory {directory} is a file: expected a folder to write {FILE_NAME} into")
         write_files(directory, {FILE_NAME: json_writer(self.to_dict())})
@@ -226,15 +228,13 @@ class ConvNextImageProcessor:
             TypeError: ``source`` is no path, or an override is no option.
             ValueError: the file is no JSON object, is of another processor, or holds an invalid value.
         """
-        from ..files import find_file
-
+        check_names(overrides)
         path = find_file(source, FILE_NAME)
+        fields = {name: value for name, value in read_json(path).items() if name not in overrides}
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path} holds a {type(fields).__name__}: expected an object with the processor's options")
+            cls.from_dict(fields)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
         return cls.from_dict(fields, **overrides)
 
     def __eq__(self, other: object) -> bool:
@@ -248,6 +248,11 @@ class ConvNextImageProcessor:
 
 ConvNextFeatureExtractor = ConvNextImageProcessor
 """The class's older name, which older checkpoints and scripts use."""
+
+
+def _check_pixels(size: tuple[int, int], where: str) -> None:
+    if size[0] * size[1] > MOST_PIXELS:
+        raise ValueError(f"{where} {size[0]}×{size[1]} pixels: expected at most {MOST_PIXELS:,}")
 
 
 def _check_channels(channels: int, values: Mapping[str, Any], where: str) -> None:

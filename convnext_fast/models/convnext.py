@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..checkpoints.load_save import load_model, save_model
 from ..config import ConvNextConfig
 from ..ops.sequence import in_one_go
 from .fused_module import in_turn, layer_norm_2d, outputs_in_turn
@@ -267,15 +268,11 @@ class ConvNext(ConvNextSwitches):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> ConvNext:
-        """A model with the weights of a folder, file or hub id; see `checkpoint.load_model`."""
-        from ..checkpoints.load_save import load_model
-
+        """A model with the weights of a folder, file or hub id; see `load_model`."""
         return load_model(cls, source, **options)
 
     def save_pretrained(self, directory: str | Path, **options: Any) -> None:
-        """Write ``config.json`` and ``model.safetensors``, by default in timm's format; see `checkpoint.save_model`."""
-        from ..checkpoints.load_save import save_model
-
+        """Write ``config.json`` and ``model.safetensors``, by default in timm's format; see `save_model`."""
         save_model(self, directory, **options)
 
     def extra_repr(self) -> str:

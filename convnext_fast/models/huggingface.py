@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..backends.reference import ACTIVATION_FUNCTIONS
+from ..checkpoints.load_save import load_model, save_model
 from ..config import ConvNextConfig
 from ..ops.folding import FrozenDownsample
 from ..ops.sequence import in_one_go
@@ -194,15 +195,11 @@ class ConvNextPreTrainedModel(ConvNextSwitches):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Any:
-        """A model with the weights of a folder, file or hub id; see `checkpoint.load_model`."""
-        from ..checkpoints.load_save import load_model
-
+        """A model with the weights of a folder, file or hub id; see `load_model`."""
         return load_model(cls, source, **options)
 
     def save_pretrained(self, directory: str | Path, **options: Any) -> None:
-        """Write ``config.json`` and the weights; options as of `checkpoint.save_model`, such as ``max_shard_size``."""
-        from ..checkpoints.load_save import save_model
-
+        """Write ``config.json`` and the weights; options as of `save_model`, such as ``max_shard_size``."""
         save_model(self, directory, **options)
 
     @property

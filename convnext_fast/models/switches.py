@@ -95,6 +95,13 @@ class ConvNextSwitches(Unfreezing):
                 parameter.requires_grad_(True)
         return self
 
+    def initialise(self, layer: nn.Module) -> None:
+        """Give one of this model's layers the values that a new model starts with."""
+        if isinstance(layer, nn.LayerNorm):
+            layer.reset_parameters()
+        else:
+            init_weights(layer, self.config.initializer_range)
+
     def _freezable(self) -> list[Freezable]:
         return [module for module in self.modules() if isinstance(module, Freezable)]
 

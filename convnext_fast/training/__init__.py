@@ -1,8 +1,9 @@
 """Training: from labelled pictures to an exported model, resumable to the same numbers and under ``torchrun``."""
 
-from .data import ImageSet, load_data
+from .data import load_data
 from .evaluation import Reporter, Score, evaluate
 from .loop import Trainer
 from .options import TrainingOptions
+from .pictures import ImageSet
 
 __all__ = ["ImageSet", "Reporter", "Score", "Trainer", "TrainingOptions", "evaluate", "load_data"]

@@ -12,11 +12,18 @@ from collections.abc import Callable
 import numpy as np
 import PIL.Image
 
+ORDER, AUGMENT, MIX, SPLIT = range(4)
+"""What random numbers are drawn for; the second part of a generator's key."""
 AUGMENTATIONS = ("crop", "affine", "none")
 CROP_AREA = (0.08, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 ROTATION, SHEAR, ZOOM, SHIFT = math.radians(12), 0.15, 0.12, 0.1
 """Limits of "affine": radians, slope, part of the size, part of the size."""
+
+
+def keyed_generator(*key: int) -> np.random.Generator:
+    """Random numbers that depend on the key alone."""
+    return np.random.default_rng(key)
 
 
 def augment(

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..cli.classify import default_processor, load_processor
 from ..config import ConvNextConfig
 from ..console import Silence, TrainingProgress, new_console
+from ..files import local_path
+from ..images.default_processor import default_processor, load_processor
 from ..images.processor import ConvNextImageProcessor
 from ..models.convnext import ConvNext
-from .data import evaluation_loader, load_data, load_evaluation_folder
+from .data import evaluation_loader, load_data
 from .digits import digits_config, digits_processor, load_digits
 from .distributed import process_group
 from .evaluation import Score, evaluate
 from .loop import MODEL, Trainer
 from .options import TrainingOptions
+from .pictures import load_evaluation_folder
 
 
 class Start(NamedTuple):
@@ -151,10 +152,7 @@ def read_config(source: str) -> ConvNextConfig:
     Raises:
         FileNotFoundError, TypeError, ValueError: it is not there, or not a ConvNeXt's.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if not path.is_file():
         return ConvNextConfig.from_pretrained(source)
-    try:
-        return ConvNextConfig.from_dict(json.loads(path.read_text("utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{path} is no configuration: {error}") from error
+    return ConvNextConfig.from_file(path)

@@ -1,4 +1,4 @@
-"""Labelled pictures, and the batches they are served in.
+"""Pictures to train on, and the batches they come in.
 
 Every random choice is drawn from a generator keyed by (seed, epoch, picture or place in the epoch). So a batch does not
 depend on how many processes or loader workers there are, nor on whether the run was interrupted before it.
@@ -6,83 +6,20 @@ depend on how many processes or loader workers there are, nor on whether the run
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..images.files import find_images, open_image, to_channels
+from ..files import local_path
 from ..images.processor import ConvNextImageProcessor
-from .augment import augment, mix_pairs
-
-_ORDER, _AUGMENT, _MIX, _SPLIT = range(4)
-VALIDATION_FOLDERS = ("val", "validation")
-
-
-class ImageSet:
-    """Pictures with a class each.
-
-    Args:
-        pictures: image files, or arrays (height, width) or (height, width, channels) of uint8.
-        labels: class index of each.
-        classes: names of the classes.
-    """
-
-    def __init__(self, pictures: Sequence[Path | np.ndarray], labels: Sequence[int], classes: Sequence[str]):
-        self.pictures, self.labels, self.classes = list(pictures), list(labels), tuple(classes)
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def open(self, index: int, channels: int) -> PIL.Image.Image:
-        """Picture ``index``, with ``channels`` channels.
-
-        Raises:
-            ValueError: it cannot be read; the message names the file.
-        """
-        picture = self.pictures[index]
-        if isinstance(picture, np.ndarray):
-            return to_channels(PIL.Image.fromarray(picture), channels)
-        try:
-            return open_image(picture, channels)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{picture}: {error}") from error
-
-    def subset(self, indices: Sequence[int]) -> ImageSet:
-        """The pictures at ``indices``."""
-        return ImageSet([self.pictures[i] for i in indices], [self.labels[i] for i in indices], self.classes)
-
-
-def load_folder(folder: Path, classes: Sequence[str] | None = None) -> ImageSet:
-    """The pictures of a folder that has a folder for each class.
-
-    Args:
-        folder: holds ``class name/…/picture``.
-        classes: the classes there have to be, in order; None takes the folders' names, sorted.
-
-    Raises:
-        ValueError: fewer than two classes, a class without a picture, or other classes than asked for.
-    """
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if classes is not None and set(names) - set(classes):
-        raise ValueError(f"{folder} has the classes {sorted(set(names) - set(classes))}, which the model does not have")
-    if len(names) < 2 and classes is None:
-        raise ValueError(f"{folder} has {len(names)} folders: expected one for each class, at least two")
-    pictures, labels = [], []
-    for label, name in enumerate(names if classes is None else classes):
-        found = find_images(folder / name) if name in names else []
-        if not found and classes is None:
-            raise ValueError(f"{folder / name} holds no image that pillow can read")
-        pictures += found
-        labels += [label] * len(found)
-    if not pictures:
-        raise ValueError(f"{folder} holds no image of the classes {', '.join(classes or ())}")
-    return ImageSet(pictures, labels, names if classes is None else classes)
+from .augment import AUGMENT, MIX, ORDER, augment, keyed_generator, mix_pairs
+from .digits import load_digits
+from .pictures import ImageSet, load_folder, split, validation_folder
 
 
 def load_data(source: str | Path, holdout: float, seed: int) -> tuple[ImageSet, ImageSet | None]:
@@ -100,62 +37,18 @@ def load_data(source: str | Path, holdout: float, seed: int) -> tuple[ImageSet, 
         ValueError: the folder is not laid out as above.
     """
     if str(source) == "digits":
-        from .digits import load_digits
-
         return split(load_digits()[0], holdout, seed)
-    folder = Path(source).expanduser()
+    folder = local_path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"{source} is no folder: expected one with a folder for each class, or 'digits'")
     if not (folder / "train").is_dir():
-        aside = _validation_folder(folder)
+        aside = validation_folder(folder)
         if aside:
             raise ValueError(f"{folder} holds {aside.name}/ but no train/: expected both, or a folder for each class")
         return split(load_folder(folder), holdout, seed)
     training = load_folder(folder / "train")
-    aside = _validation_folder(folder)
+    aside = validation_folder(folder)
     return (training, load_folder(aside, training.classes)) if aside else split(training, holdout, seed)
-
-
-def load_evaluation_folder(source: str | Path, classes: Sequence[str]) -> ImageSet:
-    """The pictures to score a model on: of ``val/`` (or ``validation/``) in a folder, or else of the folder.
-
-    Args:
-        source: laid out as for `load_data`.
-        classes: the model's; the folder may lack some.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is not laid out so, or has other classes.
-    """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{source} is no folder: expected one with a folder for each class, or 'digits'")
-    aside = _validation_folder(folder)
-    if aside is None and (folder / "train").is_dir():
-        raise ValueError(f"{folder} holds train/ but no val/: expected one, or the folder of other pictures")
-    return load_folder(aside or folder, classes)
-
-
-def _validation_folder(folder: Path) -> Path | None:
-    return next((folder / name for name in VALIDATION_FOLDERS if (folder / name).is_dir()), None)
-
-
-def split(images: ImageSet, holdout: float, seed: int) -> tuple[ImageSet, ImageSet | None]:
-    """Put the part ``holdout`` of each class aside, at least one picture unless it is 0.
-
-    Raises:
-        ValueError: a class would have no picture left to train on.
-    """
-    if holdout == 0:
-        return images, None
-    labels, aside = np.array(images.labels), np.zeros(len(images), bool)
-    for label, name in enumerate(images.classes):
-        members = np.flatnonzero(labels == label)
-        count = max(1, round(holdout * len(members)))
-        if count >= len(members):
-            raise ValueError(f"class {name!r} has {len(members)} pictures: too few to hold out {holdout:g} of them")
-        aside[_generator(seed, _SPLIT, label).permutation(members)[:count]] = True
-    return images.subset(np.flatnonzero(~aside)), images.subset(np.flatnonzero(aside))
 
 
 class Batch(NamedTuple):
@@ -215,7 +108,7 @@ class EpochSampler:
         return self.length // self.batch_size
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = _generator(self.seed, _ORDER, self.epoch).permutation(self.length)
+        order = keyed_generator(self.seed, ORDER, self.epoch).permutation(self.length)
         local = self.batch_size // self.world
         for batch in range(self.first, len(self)):
             start = batch * self.batch_size + self.rank * local
@@ -260,7 +153,7 @@ class _Pictures(Dataset):
         image = self.images.open(index, self.channels)
         options = {}
         if self.kind != "none":
-            rng = _generator(self.seed, _AUGMENT, epoch, index)
+            rng = keyed_generator(self.seed, AUGMENT, epoch, index)
             image = augment(image, self.kind, edge(self.processor), self.processor.resample, rng)
             options = {"do_resize": False}
         return self.processor(image, **options).pixel_values[0]
@@ -284,7 +177,7 @@ class _Collate:
         targets = np.eye(self.classes, dtype=np.float32)[[sample.label for sample in samples]]
 
         def generator_of_pair(i: int) -> np.random.Generator:
-            return _generator(self.seed, _MIX, epoch, position // 2 + i)
+            return keyed_generator(self.seed, MIX, epoch, position // 2 + i)
 
         mix_pairs(pixels, targets, self.mixup, self.cutmix, generator_of_pair)
         return Batch(torch.from_numpy(pixels), torch.from_numpy(targets), unreadable)
@@ -387,7 +280,3 @@ def evaluation_loader(
         collate_fn=_Collate((channels, side, side), len(images.classes), 0.0, 0.0, 0),
         pin_memory=pin_memory,
     )
-
-
-def _generator(*key: int) -> np.random.Generator:
-    return np.random.default_rng(key)

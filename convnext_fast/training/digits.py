@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..config import ConvNextConfig
+from ..files import how_to_install
 from ..images.processor import ConvNextImageProcessor
-from .data import ImageSet
+from .pictures import ImageSet
 
 CLASSES = tuple(str(digit) for digit in range(10))
 EVERY = 3
@@ -26,7 +27,7 @@ def load_digits() -> tuple[ImageSet, ImageSet]:
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
-        raise ImportError(f"the digits need scikit-learn ({error}): pip install 'convnext-fast[demo]'") from error
+        raise ImportError(f"the digits need scikit-learn ({error}): {how_to_install('demo')}") from error
     data = load()
     # Samples are 0 to 16.
     pictures = np.round(data.images * (255 / 16)).astype(np.uint8)

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoints.tensor_files import json_writer, write_files
+from ..files import json_writer, write_files
 from ..images.processor import ConvNextImageProcessor
 from ..models.convnext import ConvNext
-from .data import Batch, EpochSampler, ImageSet, batches, dead_worker, evaluation_loader, training_loader
+from .data import Batch, EpochSampler, batches, dead_worker, evaluation_loader, training_loader
 from .distributed import (
     STRATEGIES,
     Process,
@@ -41,6 +41,7 @@ from .evaluation import Reporter, autocast, evaluate
 from .faults import bad_gradients, first_bad_layer
 from .optim import build_optimizer, learning_rate, moments, set_learning_rate
 from .options import TrainingOptions
+from .pictures import ImageSet
 from .state import (
     HISTORY,
     find_checkpoint,

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checkpoints.tensor_files import json_writer, read_json, write_files
+from ..files import json_writer, read_json, write_files
 from .distributed import from_all_processes, wait_for_all
 
 CHECKPOINT, HISTORY, FACTS, LOCK = "checkpoint.pt", "history.json", "run.json", ".lock"

@@ -11,8 +11,9 @@ import torch
 from checkpoint_cases import FIELDS, model_of, same
 
 from convnext_fast import ConvNext, ConvNextConfig, ConvNextForImageClassification
-from convnext_fast.checkpoints.load_save import convert_checkpoint, load_checkpoint, load_model, save_model
+from convnext_fast.checkpoints.load_save import load_checkpoint, load_model, save_model
 from convnext_fast.checkpoints.tensor_files import size_in_bytes
+from convnext_fast.cli.convert import convert_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 

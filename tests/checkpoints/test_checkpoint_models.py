@@ -10,7 +10,8 @@ from checkpoint_cases import FIELDS, image, model_of, same
 from support import FLOAT32_BOUND, relative_error
 
 from convnext_fast import ConvNext, ConvNextBackbone, ConvNextConfig, ConvNextForImageClassification, ConvNextModel
-from convnext_fast.checkpoints.load_save import convert_checkpoint, load_model, save_model
+from convnext_fast.checkpoints.load_save import load_model, save_model
+from convnext_fast.cli.convert import convert_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 

@@ -10,7 +10,7 @@ from checkpoint_cases import model_of, same
 
 from convnext_fast import ConvNextForImageClassification
 from convnext_fast.checkpoints.load_save import load_model, save_model
-from convnext_fast.checkpoints.tensor_files import write_files
+from convnext_fast.files import write_files
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_support import tiny_config
 
 from convnext_fast import VARIANTS, ConvNext, ConvNextConfig, cli
-from convnext_fast.cli.classify import Classifier, default_processor
+from convnext_fast.cli.classify import Classifier
 from convnext_fast.cli.info import count
+from convnext_fast.images.default_processor import default_processor
 from convnext_fast.images.files import open_image, to_channels
 from convnext_fast.images.processor import ConvNextImageProcessor
 from convnext_fast.models.huggingface import ConvNextForImageClassification
@@ -353,7 +354,7 @@ def test_what_the_extra_installs_is_asked_for_by_name(run, monkeypatch, module, 
     monkeypatch.setitem(sys.modules, module, None)
     status, out, err = run(*argv)
     assert (status, out) == (1, "")
-    assert "pip install 'convnext-fast[demo]'" in err
+    assert "pip install -e '.[demo]'" in err
 
 
 def test_the_installed_command_runs_without_rich_for_scripts(checkpoint, images):

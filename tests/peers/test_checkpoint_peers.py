@@ -14,7 +14,8 @@ torchvision = pytest.importorskip("torchvision", reason="torchvision is not inst
 
 from convnext_fast import ConvNext, ConvNextConfig, ConvNextForImageClassification  # noqa: E402
 from convnext_fast.checkpoints.formats import FORMATS, from_timm, recognise, to_timm  # noqa: E402
-from convnext_fast.checkpoints.load_save import convert_checkpoint, load_checkpoint, load_model, save_model  # noqa: E402
+from convnext_fast.checkpoints.load_save import load_checkpoint, load_model, save_model  # noqa: E402
+from convnext_fast.cli.convert import convert_checkpoint  # noqa: E402
 
 SIZES = {"depths": (1, 2, 1, 1), "dims": (8, 12, 20, 24), "num_classes": 6}
 # Of timm's names: linear layers as convolutions (atto, pico), as linear layers (tiny), norm before pooling (tiny_hnf).

@@ -19,8 +19,9 @@ from convnext_fast.images.files import open_image
 from convnext_fast.images.processor import ConvNextImageProcessor
 from convnext_fast.training import evaluate
 from convnext_fast.training.command import Start, build, evaluate_checkpoint
-from convnext_fast.training.data import evaluation_loader, load_folder
+from convnext_fast.training.data import evaluation_loader
 from convnext_fast.training.optim import layer_ids
+from convnext_fast.training.pictures import load_folder
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,48 @@
+"""A checkpoint under the names of another library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoints.config_json import warn_of_losses
+from ..checkpoints.load_save import in_format, load_checkpoint, write_folder
+from ..checkpoints.matching import fit
+from ..checkpoints.tensor_files import WEIGHT_SUFFIXES, pickle_writer, safetensors_writer
+from ..files import local_path, write_files
+from ..models.convnext import ConvNext
+
+
+def convert_checkpoint(source: str | Path, destination: str | Path, to: str, *, use_ema: bool = False) -> None:
+    """Write the checkpoint ``source`` to ``destination`` in the format ``to``.
+
+    Args:
+        source: folder, file or hub id, as for `load_checkpoint`.
+        destination: a file, if it ends in .safetensors, .pth, .pt or .bin; it holds the tensors alone (under
+            ``model`` in an official .pth). Otherwise a folder for ``config.json`` and ``model.safetensors``.
+        to: one of ``formats.FORMATS``.
+        use_ema: take the averaged weights out of a training checkpoint.
+
+    Raises:
+        FileNotFoundError, ImportError: as `load_checkpoint`.
+        ValueError: as `load_checkpoint`; or the tensors do not fit the configuration; or ``to`` cannot hold them.
+    """
+    checkpoint = load_checkpoint(source, use_ema=use_ema)
+    config, state = checkpoint.config, checkpoint.state_dict
+    layers = {name.rpartition(".")[0] for name in state}
+    skeleton = ConvNext(
+        config if "head.fc" in layers else config.amended(num_labels=0),
+        head_norm_first=checkpoint.head_norm_first,
+        features_only=not layers & {"head.fc", "head.norm", "norm_pre"},
+        device="meta",
+    )
+    fit(skeleton, checkpoint, str(source))
+    tensors = in_format(state, checkpoint.extra, to, checkpoint.global_pool)
+    path = local_path(destination)
+    if path.suffix in WEIGHT_SUFFIXES:
+        warn_of_losses(config, to, with_config=False)
+        nest = "model" if to == "official" else None
+        plain = path.suffix == ".safetensors"
+        write_files(path.parent, {path.name: safetensors_writer(tensors) if plain else pickle_writer(tensors, nest)})
+        return
+    options = {"head_norm_first": checkpoint.head_norm_first, "global_pool": checkpoint.global_pool}
+    write_folder(path, config, to, tensors, options, "5GB")

@@ -1,0 +1,35 @@
+"""The image processor of a checkpoint, or the usual one where it has none of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config import ConvNextConfig
+from .processor import ConvNextImageProcessor
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def default_processor(config: ConvNextConfig) -> ConvNextImageProcessor:
+    """The preprocessing that ImageNet models are trained with: ``image_size`` after a crop of 7/8, its mean and std.
+
+    Models of another number of channels than three get a mean and std of 0.5.
+
+    Raises:
+        ValueError: ``image_size`` is not square.
+    """
+    if not isinstance(config.image_size, int) and len(set(config.image_size)) != 1:
+        raise ValueError(f"image_size is {config.image_size}: expected a square for an image processor")
+    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if config.num_channels == 3 else (0.5, 0.5)
+    return ConvNextImageProcessor(size=size, image_mean=mean, image_std=std)
+
+
+def load_processor(source: str | Path, config: ConvNextConfig) -> tuple[ConvNextImageProcessor, bool]:
+    """The processor of a folder or hub id, or else `default_processor`; and whether it has one of its own."""
+    if Path(source).is_file():
+        return default_processor(config), False
+    try:
+        return ConvNextImageProcessor.from_pretrained(source), True
+    except FileNotFoundError:
+        return default_processor(config), False

@@ -1,0 +1,119 @@
+"""Labelled pictures, of folders or in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from ..files import local_path
+from ..images.files import find_images, open_image, to_channels
+from .augment import SPLIT, keyed_generator
+
+VALIDATION_FOLDERS = ("val", "validation")
+
+
+class ImageSet:
+    """Pictures with a class each.
+
+    Args:
+        pictures: image files, or arrays (height, width) or (height, width, channels) of uint8.
+        labels: class index of each.
+        classes: names of the classes.
+    """
+
+    def __init__(self, pictures: Sequence[Path | np.ndarray], labels: Sequence[int], classes: Sequence[str]):
+        self.pictures, self.labels, self.classes = list(pictures), list(labels), tuple(classes)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def open(self, index: int, channels: int) -> PIL.Image.Image:
+        """Picture ``index``, with ``channels`` channels.
+
+        Raises:
+            ValueError: it cannot be read; the message names the file.
+        """
+        picture = self.pictures[index]
+        if isinstance(picture, np.ndarray):
+            return to_channels(PIL.Image.fromarray(picture), channels)
+        try:
+            return open_image(picture, channels)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{picture}: {error}") from error
+
+    def subset(self, indices: Sequence[int]) -> ImageSet:
+        """The pictures at ``indices``."""
+        return ImageSet([self.pictures[i] for i in indices], [self.labels[i] for i in indices], self.classes)
+
+
+def load_folder(folder: Path, classes: Sequence[str] | None = None) -> ImageSet:
+    """The pictures of a folder that has a folder for each class.
+
+    Args:
+        folder: holds ``class name/…/picture``.
+        classes: the classes there have to be, in order; None takes the folders' names, sorted.
+
+    Raises:
+        ValueError: fewer than two classes, a class without a picture, or other classes than asked for.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if classes is not None and set(names) - set(classes):
+        raise ValueError(f"{folder} has the classes {sorted(set(names) - set(classes))}, which the model does not have")
+    if len(names) < 2 and classes is None:
+        raise ValueError(f"{folder} has {len(names)} folders: expected one for each class, at least two")
+    pictures, labels = [], []
+    for label, name in enumerate(names if classes is None else classes):
+        found = find_images(folder / name) if name in names else []
+        if not found and classes is None:
+            raise ValueError(f"{folder / name} holds no image that pillow can read")
+        pictures += found
+        labels += [label] * len(found)
+    if not pictures:
+        raise ValueError(f"{folder} holds no image of the classes {', '.join(classes or ())}")
+    return ImageSet(pictures, labels, names if classes is None else classes)
+
+
+def load_evaluation_folder(source: str | Path, classes: Sequence[str]) -> ImageSet:
+    """The pictures to score a model on: of ``val/`` (or ``validation/``) in a folder, or else of the folder.
+
+    Args:
+        source: laid out as for `load_data`.
+        classes: the model's; the folder may lack some.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is not laid out so, or has other classes.
+    """
+    folder = local_path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{source} is no folder: expected one with a folder for each class, or 'digits'")
+    aside = validation_folder(folder)
+    if aside is None and (folder / "train").is_dir():
+        raise ValueError(f"{folder} holds train/ but no val/: expected one, or the folder of other pictures")
+    return load_folder(aside or folder, classes)
+
+
+def validation_folder(folder: Path) -> Path | None:
+    """``val/`` or ``validation/`` in ``folder``; None where there is neither."""
+    return next((folder / name for name in VALIDATION_FOLDERS if (folder / name).is_dir()), None)
+
+
+def split(images: ImageSet, holdout: float, seed: int) -> tuple[ImageSet, ImageSet | None]:
+    """Put the part ``holdout`` of each class aside, at least one picture unless it is 0.
+
+    Raises:
+        ValueError: a class would have no picture left to train on.
+    """
+    if holdout == 0:
+        return images, None
+    labels, aside = np.array(images.labels), np.zeros(len(images), bool)
+    for label, name in enumerate(images.classes):
+        members = np.flatnonzero(labels == label)
+        count = max(1, round(holdout * len(members)))
+        if count >= len(members):
+            raise ValueError(f"class {name!r} has {len(members)} pictures: too few to hold out {holdout:g} of them")
+        aside[keyed_generator(seed, SPLIT, label).permutation(members)[:count]] = True
+    return images.subset(np.flatnonzero(~aside)), images.subset(np.flatnonzero(aside))
