@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .files import how_to_install
 
+_UNPRINTED = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+"""Control and format characters (escapes, right-to-left marks), lone surrogates, and ends of lines and paragraphs."""
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def new_console(stderr: bool = False) -> Console:
-    """Where to print; as wide as the terminal, ``COLUMNS``, or 80.
+def plain(text: str) -> str:
+    """``text`` for a terminal: characters that would move its cursor, hide or reorder text are written as escapes.
+
+    Names of files and classes come from elsewhere, and may hold anything. Line ends and tabs stay.
+    """
+    return "".join(_escaped(c) if unicodedata.category(c) in _UNPRINTED and c not in "\n\t" else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    return ascii(character)[1:-1]
+
+
+def new_console() -> Console:
+    """Where to print; as wide as the terminal, ``COLUMNS``, or 80. Nothing that is printed is read as markup.
 
     Raises:
         ImportError: rich is not installed.
@@ -22,7 +38,7 @@ def new_console(stderr: bool = False) -> Console:
         from rich.console import Console
     except ImportError as error:
         raise ImportError(f"tables need rich ({error}): {how_to_install('demo')}") from error
-    return Console(stderr=stderr, highlight=False)
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def print_table(
@@ -45,15 +61,15 @@ def print_table(
     for i, column in enumerate(columns or ("", "")):
         table.add_column(column, justify="right" if i and columns else "left", no_wrap=True)
     for i, row in enumerate(rows):
-        table.add_row(*row, end_section=total and i == len(rows) - 2)
-    console.print(title, style="bold", markup=False, soft_wrap=True)
+        table.add_row(*map(plain, row), end_section=total and i == len(rows) - 2)
+    console.print(plain(title), style="bold", soft_wrap=True)
     wide = console.options.update(max_width=10_000)
     if Measurement.get(console, wide, table).maximum <= console.width:
         console.print(table)
         return
     for name, *cells in rows:
         words = cells if columns is None else [f"{c} {w}" for c, w in zip(columns[1:], cells, strict=True) if w]
-        console.print(f"{name}: {', '.join(words)}", markup=False)
+        console.print(plain(f"{name}: {', '.join(words)}"))
 
 
 class TrainingProgress:
@@ -95,7 +111,7 @@ class TrainingProgress:
 
     def warn(self, text: str) -> None:
         """See `training.Reporter`."""
-        self.console.print(f"note: {text}", markup=False, soft_wrap=True)
+        self.console.print(plain(f"note: {text}"), soft_wrap=True)
 
     def stop(self) -> None:
         """Take the bar away."""
@@ -116,7 +132,7 @@ class Silence:
 
     def warn(self, text: str) -> None:
         """Say what was skipped."""
-        print(f"note: {text}", file=sys.stderr)
+        print(plain(f"note: {text}"), file=sys.stderr)
 
     def stop(self) -> None:
         """Say nothing."""

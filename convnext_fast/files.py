@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -120,9 +121,22 @@ def write_files(directory: Path, writers: Mapping[str, Callable[[Path], None]], 
             os.close(handle)
 
 
+def json_text(fields: Mapping[str, Any], **options: Any) -> str:
+    """A JSON object; a number that is not finite becomes null, for JSON has none."""
+    return json.dumps(_finite(fields), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def json_writer(fields: Mapping[str, Any]) -> Callable[[Path], None]:
-    """A writer of a JSON object, for `write_files`."""
-    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    """A writer of a JSON object, for `write_files`; see `json_text`."""
+    text = json_text(fields, indent=2, sort_keys=True) + "\n"
 
     def write(path: Path) -> None:
         path.write_text(text, encoding="utf-8")

@@ -6,12 +6,19 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..console import plain
+from ..files import local_path
 
 if TYPE_CHECKING:
     import torch
 
 PROGRAM = "convnext-fast"
+MOST = 10**9
+"""Of an integer argument; absurd ones would only fail later, and less clearly."""
+MOST_IMAGES, MOST_SIDE, MOST_PROCESSES = 1 << 20, 1 << 13, 1 << 10
 
 
 def new_command(
@@ -40,13 +47,16 @@ def find_device(name: str | None) -> torch.device:
         kind = next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), "cpu")
         return torch.device(kind)
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from None
+        device = torch.empty(0, device=name).device
+        torch.zeros(1, device=device).cpu()  # "meta" and devices that only have a name fail here
+        return device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"device {name!r} is not there: {reason}") from None
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """An argument's type: an integer of at least ``least``."""
+def at_least(least: int, most: int = MOST) -> Callable[[str], int]:
+    """An argument's type: an integer in [least, most]."""
 
     def integer(text: str) -> int:
         try:
@@ -54,7 +64,9 @@ def at_least(least: int) -> Callable[[str], int]:
         except ValueError:
             value = least - 1
         if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least {least}")
+            raise argparse.ArgumentTypeError(f"{text!r:.80}: expected an integer of at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text!r:.80}: expected an integer of at most {most}")
         return value
 
     return integer
@@ -69,12 +81,26 @@ def between(least: float, end: float) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not least <= value < end:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least {least:g} and under {end:g}")
+            raise argparse.ArgumentTypeError(f"{text!r:.80}: expected a number of at least {least:g} and under {end:g}")
         return value
 
     return number
 
 
+def file_path(text: str) -> Path:
+    """An argument's type: the path of a file or a folder."""
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def say(text: str) -> None:
+    """Print a line to standard output; see `console.plain`."""
+    print(plain(text), flush=True)
+
+
 def complain(message: str, kind: str = "error") -> None:
     """Say on standard error what is wrong."""
-    print(f"{PROGRAM}: {kind}: {message}", file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # closed: `print` would take standard output instead
+        print(plain(f"{PROGRAM}: {kind}: {message}"), file=sys.stderr, flush=True)

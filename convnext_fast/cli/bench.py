@@ -7,18 +7,22 @@ import functools
 import importlib
 import statistics
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import choose
+from ..console import plain, print_table
 from ..fusion.apply import FuseReport, fuse
 from ..measuring import alternate, peak_bytes, relative_error, saved_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+MOST_PIXELS = 1 << 30
+"""Of a batch."""
 LIBRARIES = ("timm", "hf", "torchvision")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,14 +75,22 @@ def load_model(spec: str) -> nn.Module:
         module = importlib.import_module(package)
     except ImportError as error:
         raise ImportError(f"{spec} needs {package} ({error}): pip install {package}") from error
-    if library == "hf":
-        config = module.AutoConfig.from_pretrained(name)
-        architecture = getattr(module, (config.architectures or ["AutoModel"])[0], module.AutoModel)
-        return architecture.from_pretrained(name)
     try:
-        return module.create_model(name) if library == "timm" else module.models.get_model(name)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{package} has no model {name!r}: {error}") from error
+        if library == "timm":
+            return module.create_model(name)
+        return module.models.get_model(name) if library == "torchvision" else _load_transformers_model(module, name)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # other libraries raise anything for what a file or a name may hold
+        raise ValueError(f"{package} has no model {name!r}: {error or type(error).__name__}") from error
+
+
+def _load_transformers_model(transformers: ModuleType, name: str) -> nn.Module:
+    architectures = transformers.AutoConfig.from_pretrained(name).architectures or [None]
+    architecture = getattr(transformers, str(architectures[0]), None)
+    if not (isinstance(architecture, type) and issubclass(architecture, nn.Module)):
+        architecture = transformers.AutoModel
+    return architecture.from_pretrained(name)
 
 
 def compare(model: nn.Module, images: Tensor, autocast: torch.dtype | None = None, rounds: int = 5) -> Comparison:
@@ -135,15 +147,24 @@ def run(
     Raises:
         ValueError, ImportError, OSError: as `load_model`.
     """
-    from ..console import print_table
-
+    if batch_size * image_size**2 > MOST_PIXELS:
+        raise ValueError(
+            f"{batch_size} images of {image_size}×{image_size} are too large: expected at most {MOST_PIXELS:,} pixels"
+        )
     model = load_model(spec)
-    channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if channels is None:
+        raise ValueError(f"{spec} has no convolution: expected a model of images")
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, channels, image_size, image_size, generator=generator).to(device)
     with console.status("measuring"):
-        found = compare(model, images, None if dtype == "float32" else DTYPES[dtype], rounds)
-    console.print(str(found.report), markup=False, soft_wrap=True)
+        try:
+            found = compare(model, images, None if dtype == "float32" else DTYPES[dtype], rounds)
+        except (OSError, MemoryError, RuntimeError):
+            raise
+        except Exception as error:  # of a model that takes something else than images
+            raise ValueError(f"{spec} does not run on images: {type(error).__name__}: {error}") from error
+    console.print(plain(str(found.report)), soft_wrap=True)
     on_cpu = device.type == "cpu"
     rows = []
     for name, (before, after) in (("forward", found.forward), ("training step", found.training)):

@@ -12,7 +12,7 @@ import PIL.Image
 import torch
 
 from ..files import local_path
-from ..images.files import find_images, open_image, to_channels
+from ..images.files import FORMATS, MOST_BYTES, find_images, open_image, to_channels
 from ..images.processor import ConvNextImageProcessor
 from ..models.huggingface import ConvNextForImageClassification
 
@@ -51,6 +51,11 @@ class Classifier:
             model.freeze()
         self.processor, self.channels = processor, model.config.num_channels
 
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether scores are probabilities; those of a regression are the model's outputs."""
+        return self.model.config.problem_type != "regression" and self.model.config.num_labels != 1
+
     def prepare(self, image: PIL.Image.Image) -> np.ndarray:
         """A picture of any size and mode as the model's input (channels, height, width), float32."""
         return self.processor(to_channels(image, self.channels)).pixel_values[0]
@@ -68,7 +73,7 @@ class Classifier:
     def predictions(self, logits: torch.Tensor, top_k: int) -> list[Prediction]:
         """The ``top_k`` best classes (or as many as there are) of one row of `logits`."""
         config = self.model.config
-        if config.problem_type == "regression" or config.num_labels == 1:
+        if not self.gives_probabilities:
             scores = logits
         elif config.problem_type == "multi_label_classification":
             scores = logits.sigmoid()
@@ -76,48 +81,69 @@ class Classifier:
             scores = logits.softmax(-1)
         best = scores.topk(min(top_k, len(scores)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [Prediction(config.id2label[index], index, score) for index, score in pairs]
+        return [Prediction(str(config.id2label.get(i, f"LABEL_{i}")), i, score) for i, score in pairs]
 
 
-def sources(arguments: Iterable[str], standard_input: io.BufferedIOBase) -> Iterator[tuple[str, Path | bytes | str]]:
-    """(name, file, its bytes, or an error) of each picture that the arguments name: files, folders, and "-".
+def sources(
+    arguments: Iterable[str], standard_input: io.BufferedIOBase | None
+) -> Iterator[tuple[str, Path | bytes | str]]:
+    """(name, and a file, its bytes, or an error) of each picture that the arguments name: files, folders, and "-".
 
-    "-" stands for ``standard_input``: the bytes of one picture, or paths of files and folders, one a line.
+    "-" stands for ``standard_input``, None where it is closed: the bytes of one picture, or paths of files and folders,
+    one a line.
     """
     for argument in arguments:
-        if argument == STDIN:
-            yield from _standard_input(standard_input.read())
-        else:
+        if argument != STDIN:
             yield from _path(argument)
+        elif standard_input is None:
+            yield "standard input", "it is closed"
+        else:
+            try:
+                data = standard_input.read(MOST_BYTES)
+            except OSError as error:  # a folder, say
+                yield "standard input", _reason(error)
+            else:
+                yield from _standard_input(data)
 
 
 def _path(argument: str) -> Iterator[tuple[str, Path | str]]:
-    path = local_path(argument)
-    if not path.is_dir():
-        yield argument, path
+    unreadable: list[OSError] = []
+    try:
+        path = local_path(argument)
+        if not path.is_dir():
+            yield argument, path
+            return
+        images = find_images(path, unreadable.append)
+    except (OSError, ValueError) as error:  # an empty name, or one that is too long
+        yield argument, _reason(error)
         return
-    images = find_images(path)
-    if not images:
-        yield argument, "the folder holds no image that pillow can read"
+    if not images and not unreadable:
+        yield argument, "the folder holds no image of a format that is read"
+    for error in unreadable:
+        yield str(error.filename or argument), f"the folder cannot be read: {_reason(error)}"
     for image in images:
         yield str(image), image
 
 
+def _reason(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
 def _standard_input(data: bytes) -> Iterator[tuple[str, Path | bytes | str]]:
     try:
-        with PIL.Image.open(io.BytesIO(data)):
+        with PIL.Image.open(io.BytesIO(data), formats=FORMATS):
             yield "standard input", data
             return
     except PIL.UnidentifiedImageError:
         pass
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError):
+    except Exception:
         # An image, but not a sound one: decoding it will say what is wrong.
         yield "standard input", data
         return
     try:
         lines = [line.strip() for line in data.decode().splitlines()]
     except UnicodeDecodeError:
-        yield "standard input", "neither an image that pillow can read nor a list of paths"
+        yield "standard input", "neither an image of a format that is read nor a list of paths"
         return
     paths = [line for line in lines if line]
     if not paths:
@@ -152,10 +178,10 @@ def _input(classifier: Classifier, source: Path | bytes) -> np.ndarray | str:
     """A picture as the model's input, or what is wrong with it."""
     try:
         return classifier.prepare(open_image(source, classifier.channels))
-    except OSError as error:
-        return error.strerror or str(error)
-    except ValueError as error:
-        return str(error)
+    except (OSError, ValueError) as error:
+        return _reason(error)
+    except MemoryError:
+        return "there is not enough memory for it"
 
 
 def _results(
@@ -165,9 +191,9 @@ def _results(
     error = None
     try:
         rows = iter(classifier.logits(inputs, batch_size) if inputs else ())
-    except ValueError as refusal:
+    except (ValueError, MemoryError, RuntimeError) as refusal:
         # All inputs of a batch have one shape, so the model refuses all of them.
-        error = str(refusal)
+        error = next(iter(str(refusal).splitlines()), "there is not enough memory for it")
     for name, entry in entries:
         if isinstance(entry, str) or error:
             yield Result(name, [], entry if isinstance(entry, str) else error)

@@ -7,16 +7,28 @@ interrupted.
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..config import VARIANTS
+from ..console import plain
+from ..files import json_text
 from . import train as cli_training
-from .arguments import PROGRAM, add_device, at_least, complain, find_device, new_command
+from .arguments import (
+    MOST_IMAGES,
+    MOST_SIDE,
+    PROGRAM,
+    add_device,
+    at_least,
+    complain,
+    file_path,
+    find_device,
+    new_command,
+    say,
+)
 
 FORMATS = ("timm", "torchvision", "transformers", "official")
 
@@ -27,7 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: status 2 for wrong usage, 0 for ``--help`` and ``--version``.
     """
-    arguments = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal or locale may know few characters
+            stream.reconfigure(errors="backslashreplace")
+    reader = parser()
+    arguments = reader.parse_args(argv)
+    if [] in vars(arguments).values():  # argparse takes a second "--" for nothing
+        reader.error("an argument is missing")
     try:
         return arguments.run(arguments)
     except BrokenPipeError:
@@ -36,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (ValueError, OSError, ImportError) as error:
         complain(str(error))
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        # What PyTorch says of the machine: no memory for a size, or a driver that fails.
+        complain(next(iter(str(error).splitlines()), "there is not enough memory"))
         return 1
     except KeyboardInterrupt:
         complain("interrupted")
@@ -69,7 +91,7 @@ def _add_demo(commands: Any) -> None:
         "Reads scikit-learn's held-out handwritten digits with the model in this package through fused=True; prints "
         "accuracy, agreement with fused=False, speed of both and memory; draws a sheet of digits, mistakes first.",
     )
-    command.add_argument("--output", type=Path, default="convnext_fast_digits.png", help="the sheet (%(default)s)")
+    command.add_argument("--output", type=file_path, default="convnext_fast_digits.png", help="the sheet (%(default)s)")
     add_device(command)
 
 
@@ -97,7 +119,9 @@ def _add_classify(commands: Any) -> None:
     command.add_argument("--checkpoint", required=True, help="folder, file or Hugging Face hub id")
     command.add_argument("--top-k", type=at_least(1), default=5, help="labels an image, at most (%(default)s)")
     command.add_argument("--json", action="store_true", help="one JSON object a line, with image and predictions")
-    command.add_argument("--batch-size", type=at_least(1), default=16, help="images at a time (%(default)s)")
+    command.add_argument(
+        "--batch-size", type=at_least(1, MOST_IMAGES), default=16, help="images at a time (%(default)s)"
+    )
     add_device(command)
 
 
@@ -116,19 +140,23 @@ def run_classify(arguments: argparse.Namespace) -> int:
         taken = f"size {processor.size['shortest_edge']}, mean {processor.image_mean}, std {processor.image_std}"
         complain(f"{arguments.checkpoint} has no preprocessor_config.json; taking {taken}", "note")
     classifier = classify.Classifier(model, processor)
-    pictures = classify.sources(arguments.images, sys.stdin.buffer)
+    pictures = classify.sources(arguments.images, None if sys.stdin is None else sys.stdin.buffer)
     failed = False
     for result in classify.classify(classifier, pictures, top_k=arguments.top_k, batch_size=arguments.batch_size):
         if result.error is not None:
-            complain(f"{result.name}: {result.error}")
+            complain(f"{result.name or repr('')}: {result.error}")
             failed = True
-        elif console is None:
+            continue
+        if not all(math.isfinite(prediction.score) for prediction in result.predictions):
+            complain(f"{result.name}: the model's scores are not all finite numbers", "warning")
+        if console is None:
             predictions = [prediction._asdict() for prediction in result.predictions]
-            print(json.dumps({"image": result.name, "predictions": predictions}), flush=True)
+            say(json_text({"image": result.name, "predictions": predictions}))
         else:
-            console.print(result.name, markup=False, style="bold", soft_wrap=True)
+            console.print(plain(result.name), style="bold", soft_wrap=True)
             for label, _, score in result.predictions:
-                console.print(f"  {score:7.2%}  {label}", markup=False, soft_wrap=True)
+                shown = f"{score:7.2%}" if classifier.gives_probabilities else f"{score:10.4g}"
+                console.print(plain(f"  {shown}  {label}"), soft_wrap=True)
     return 1 if failed else 0
 
 
@@ -151,7 +179,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
     from .convert import convert_checkpoint
 
     convert_checkpoint(arguments.source, arguments.destination, arguments.to, use_ema=arguments.ema)
-    print(f"{arguments.destination} holds {arguments.source} under the names of {arguments.to}")
+    say(f"{arguments.destination} holds {arguments.source} under the names of {arguments.to}")
     return 0
 
 
@@ -197,8 +225,8 @@ def _add_export(commands: Any) -> None:
         "with onnxruntime, and says how closely it agrees with the model.",
     )
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, file or Hugging Face hub id")
-    command.add_argument("destination", metavar="OUT.onnx", type=Path, help="the file to write")
-    command.add_argument("--image-size", type=at_least(1), help="side in pixels (default: the model's)")
+    command.add_argument("destination", metavar="OUT.onnx", type=file_path, help="the file to write")
+    command.add_argument("--image-size", type=at_least(1, MOST_SIDE), help="side in pixels (default: the model's)")
 
 
 def run_export(arguments: argparse.Namespace) -> int:
@@ -210,7 +238,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     size = arguments.image_size or model.config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     error = export_onnx(model, arguments.destination, height, width)
-    print(
+    say(
         f"{arguments.destination}: pixel_values (N, {model.config.num_channels}, {height}, {width}) to logits "
         f"(N, {model.num_classes}); onnxruntime differs from the model by {error:.1e} of the largest logit"
     )
@@ -228,8 +256,10 @@ def _add_bench(commands: Any) -> None:
         "no block that can be fused.",
     )
     command.add_argument("--model", required=True, help="timm:NAME, torchvision:NAME, or hf:DIR (folder or hub id)")
-    command.add_argument("--batch-size", type=at_least(1), default=8, help="images at a time (%(default)s)")
-    command.add_argument("--image-size", type=at_least(1), default=224, help="side in pixels (%(default)s)")
+    command.add_argument(
+        "--batch-size", type=at_least(1, MOST_IMAGES), default=8, help="images at a time (%(default)s)"
+    )
+    command.add_argument("--image-size", type=at_least(1, MOST_SIDE), default=224, help="side in pixels (%(default)s)")
     command.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

@@ -27,6 +27,8 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import torch
 
+from ..files import write_files
+from ..images.files import FORMATS
 from ..images.processor import ConvNextImageProcessor
 from ..models.huggingface import ConvNextForImageClassification
 from .classify import Classifier
@@ -165,7 +167,8 @@ def run(console: Console, output: Path, device: torch.device) -> int:
     from ..console import print_table
     from ..training.digits import load_digits
 
-    if output.suffix.lower() not in PIL.Image.registered_extensions():
+    format = PIL.Image.registered_extensions().get(output.suffix.lower())
+    if format not in FORMATS or format not in PIL.Image.SAVE:
         raise ValueError(f"output {output} does not end as an image does: expected such as .png")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output {output}: there is no folder {output.parent}")
@@ -173,7 +176,8 @@ def run(console: Console, output: Path, device: torch.device) -> int:
     pictures = [held_out.open(i, 1) for i in range(len(held_out))]
     with console.status("reading digits"):
         outcome = read_held_out(pictures, held_out.labels, device)
-    draw_sheet(pictures, outcome).save(output)
+    sheet = draw_sheet(pictures, outcome)
+    write_files(output.parent, {output.name: lambda path: sheet.save(path, format)})
     count = len(pictures)
     accuracy = f"{outcome.correct / count:.2%} ({outcome.correct} of {count})"
     same = "same predictions" if outcome.same_predictions else "DIFFERENT predictions"

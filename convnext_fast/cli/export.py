@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from pathlib import Path
 
@@ -55,17 +56,19 @@ def export_onnx(model: ConvNext, path: Path, height: int, width: int) -> float:
             verbose=False,
         )
 
-    def write(file: Path) -> None:
-        program.save(file, external_data=False)
-
     with torch.no_grad():
         images = torch.randn(3, *images.shape[1:])
         expected = model(images)
+    error = math.nan
+
+    def write(file: Path) -> None:
+        nonlocal error
+        program.save(file, external_data=False)
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        (logits,) = session.run(None, {"pixel_values": images.numpy()})
+        error = float((torch.from_numpy(logits) - expected).abs().max() / expected.abs().max())
+        if not error < 1e-3:
+            raise ValueError(f"onnxruntime gives other logits than the model, by {error:.1e} of the largest")
+
     write_files(path.parent, {path.name: write})
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {"pixel_values": images.numpy()})
-    error = float((torch.from_numpy(logits) - expected).abs().max() / expected.abs().max())
-    if not error < 1e-3:
-        path.unlink()
-        raise ValueError(f"onnxruntime gives other logits than the model, by {error:.1e} of the largest")
     return error

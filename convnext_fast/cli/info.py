@@ -12,6 +12,7 @@ from .. import __version__
 from ..backends import choose, environment
 from ..backends.cpu import llvm
 from ..config import VARIANTS, ConvNextConfig
+from ..console import print_table
 from ..models.layers import KERNEL_SIZE
 
 if TYPE_CHECKING:
@@ -95,8 +96,6 @@ def versions() -> dict[str, str]:
 
 def print_here(console: Console) -> None:
     """Print versions, and for each device the path that ``fused=True`` takes in each dtype."""
-    from ..console import print_table
-
     print_table(console, "Versions", None, list(versions().items()))
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     rows = []
@@ -111,8 +110,6 @@ def print_here(console: Console) -> None:
 
 def print_variants(console: Console) -> None:
     """Print the size of each named variant, with 1000 classes at 224²."""
-    from ..console import print_table
-
     rows = []
     for name, (depths, widths) in VARIANTS.items():
         counts = count(ConvNextConfig.from_variant(name, num_labels=1000))
@@ -124,8 +121,6 @@ def print_variants(console: Console) -> None:
 
 def print_config(console: Console, config: ConvNextConfig, title: str) -> None:
     """Print what each part of a network costs for one image of the configuration's size."""
-    from ..console import print_table
-
     counts = count(config)
     parameters, macs = sum(part.parameters for part in counts), sum(part.macs for part in counts)
     rows = []

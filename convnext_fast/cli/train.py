@@ -5,11 +5,25 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ..config import VARIANTS
-from .arguments import add_device, at_least, between, complain, find_device, new_command
+from ..files import json_text
+from .arguments import (
+    MOST_IMAGES,
+    MOST_PROCESSES,
+    MOST_SIDE,
+    add_device,
+    at_least,
+    between,
+    complain,
+    file_path,
+    find_device,
+    new_command,
+    say,
+)
+
+MOST_SEED = (1 << 63) - 1
 
 
 def add_train(commands: Any) -> None:
@@ -34,17 +48,19 @@ def add_train(commands: Any) -> None:
     start.add_argument("--variant", choices=VARIANTS, help="start a named architecture from random weights")
     start.add_argument("--config", help="the same for the architecture in a config.json, folder or hub id")
     start.add_argument("--checkpoint", help="fine-tune this folder, file or hub id; other classes get a new classifier")
-    command.add_argument("--output", type=Path, default="convnext_fast_run", help="folder of the run (%(default)s)")
+    command.add_argument(
+        "--output", type=file_path, default="convnext_fast_run", help="folder of the run (%(default)s)"
+    )
     command.add_argument(
         "--resume", action="store_true", help="go on from the run in the output folder, if there is one"
     )
     part = between(0, 1)
     command.add_argument("--holdout", type=part, default=0.1, help="part to evaluate on, without val/ (%(default)s)")
-    command.add_argument("--image-size", type=at_least(1), help="side in pixels (default: the model's)")
+    command.add_argument("--image-size", type=at_least(1, MOST_SIDE), help="side in pixels (default: the model's)")
     _add_options(command)
     command.add_argument("--save-every", type=at_least(1), default=0, help="steps between checkpoints (one an epoch)")
     command.add_argument(
-        "--workers", type=at_least(0), default=0, help="loader processes for each process (%(default)s)"
+        "--workers", type=at_least(0, MOST_PROCESSES), default=0, help="loader processes for each process (%(default)s)"
     )
     command.add_argument(
         "--strategy",
@@ -72,7 +88,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
 
     positive, share = between(0, math.inf), between(0, 1)
     add("epochs", at_least(1), "passes over the images")
-    add("batch_size", at_least(1), "images a step, of all processes together")
+    add("batch_size", at_least(1, MOST_IMAGES), "images a step, of all processes together")
     add("lr", positive, "learning rate after the warm-up")
     add("min_lr", positive, "learning rate at the end")
     warmup = "length of the linear warm-up (5, or a fifth of the epochs if that is less)"
@@ -89,7 +105,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--augmentation", choices=AUGMENTATIONS, help=words)
     default = TrainingOptions.dtype
     command.add_argument("--dtype", choices=DTYPES, default=default, help="16 bits by autocast (%(default)s)")
-    add("seed", at_least(0), "of everything random")
+    add("seed", at_least(0, MOST_SEED), "of everything random")
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -142,15 +158,17 @@ def add_evaluate(commands: Any) -> None:
     command.add_argument("data", metavar="DATA_DIR|digits", help=what)
     command.add_argument("--checkpoint", required=True, help="folder, file or Hugging Face hub id")
     command.add_argument("--json", action="store_true", help="one JSON object with loss, accuracy and images")
-    command.add_argument("--batch-size", type=at_least(1), default=64, help="images at a time (%(default)s)")
-    command.add_argument("--workers", type=at_least(0), default=0, help="processes that load images (%(default)s)")
+    command.add_argument(
+        "--batch-size", type=at_least(1, MOST_IMAGES), default=64, help="images at a time (%(default)s)"
+    )
+    command.add_argument(
+        "--workers", type=at_least(0, MOST_PROCESSES), default=0, help="processes that load images (%(default)s)"
+    )
     add_device(command)
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """``convnext-fast evaluate``."""
-    import json
-
     from ..training.command import evaluate_checkpoint
 
     score, count = evaluate_checkpoint(
@@ -160,8 +178,10 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         device=find_device(arguments.device),
     )
+    if not math.isfinite(score.loss):
+        complain(f"the loss is {score.loss}", "warning")
     if arguments.json:
-        print(json.dumps({"images": count, **score._asdict()}))
+        say(json_text({"images": count, **score._asdict()}))
     else:
-        print(f"{count} images: accuracy {score.accuracy:.2%}, loss {score.loss:.4f}")
+        say(f"{count} images: accuracy {score.accuracy:.2%}, loss {score.loss:.4f}")
     return 0

@@ -3,30 +3,55 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import PIL.Image
 import PIL.ImageOps
 
-_STUBS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # pillow knows these by name alone, the last where it is not Windows
+PIL.Image.init()
+_RASTERS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP"
+FORMATS = tuple(name for name in _RASTERS.split() if name in PIL.Image.OPEN)
+"""What is read, by pillow's names, whatever a file's name says: pictures of pixels, those that this pillow was built
+for. For others pillow starts programs (Ghostscript for EPS), or knows little more than their names."""
+MOST_BYTES = 1 << 30
+"""Of an image file."""
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 def is_image_file(path: Path) -> bool:
-    """Whether ``path`` is a file, not hidden, whose suffix is one of a format that pillow reads."""
-    format = PIL.Image.registered_extensions().get(path.suffix.lower())
-    read = format in PIL.Image.OPEN and format not in _STUBS
+    """Whether ``path`` is a file, not hidden, whose suffix is one of the formats that are read.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    read = PIL.Image.registered_extensions().get(path.suffix.lower()) in FORMATS
     return read and not path.name.startswith(".") and path.is_file()
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Every image file in ``folder`` and below, sorted by path; what lies in a hidden folder there is left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if is_image_file(path) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+def find_images(folder: Path, on_error: Callable[[OSError], None] | None = None) -> list[Path]:
+    """Every image file in ``folder`` and below, sorted by path; what lies in a hidden folder there is left out.
+
+    Args:
+        folder: where to look; links to folders below it are not followed.
+        on_error: is told of each folder that cannot be read, which is then left out; None raises the error.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        if on_error is None:
+            raise error
+        on_error(error)
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [path for path in (Path(place, name) for name in names) if is_image_file(path)]
+    return sorted(found)
 
 
 def open_image(source: Path | bytes, channels: int) -> PIL.Image.Image:
@@ -37,28 +62,37 @@ def open_image(source: Path | bytes, channels: int) -> PIL.Image.Image:
         channels: 1 for grey, 2 for grey and alpha, 3 for RGB (transparency over white), 4 for RGBA.
 
     Raises:
-        ValueError: not a picture, a broken one, one of too many pixels, or ``channels`` is not 1 to 4.
+        ValueError: not a picture of one of ``FORMATS``, a broken one, one of too many pixels or bytes, or ``channels``
+            is not 1 to 4.
         OSError: the file cannot be read.
     """
     _mode(channels)
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    data = source if isinstance(source, bytes) else _read(source)
     if not data:
         raise ValueError("the file is empty")
     try:
         with warnings.catch_warnings():
             # Past pillow's limit a picture is refused outright, not warned about.
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-            image = PIL.Image.open(io.BytesIO(data))
+            image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
             return to_channels(_upright(image), channels)
     except PIL.UnidentifiedImageError:
-        raise ValueError("not an image that pillow can read") from None
+        raise ValueError(f"not an image of a format that is read ({', '.join(FORMATS)})") from None
     except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"refused: {error}") from None
     except MemoryError:
         raise
     except Exception as error:  # decoders of damaged files raise whatever their arithmetic meets
         raise ValueError(f"broken image: {error}") from error
+
+
+def _read(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"the file is too large for an image: expected at most {MOST_BYTES:,} bytes")
+    return data
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import ConvNextConfig
-from ..console import Silence, TrainingProgress, new_console
+from ..console import Silence, TrainingProgress, new_console, plain
 from ..files import local_path
 from ..images.default_processor import default_processor, load_processor
 from ..images.processor import ConvNextImageProcessor
@@ -75,7 +75,7 @@ def run(
         finally:
             reporter.stop()
         if process.rank == 0:
-            console.print(f"model in {output / MODEL}", soft_wrap=True)
+            console.print(plain(f"model in {output / MODEL}"), soft_wrap=True)
 
 
 def build(

@@ -68,7 +68,7 @@ def load_folder(folder: Path, classes: Sequence[str] | None = None) -> ImageSet:
     for label, name in enumerate(names if classes is None else classes):
         found = find_images(folder / name) if name in names else []
         if not found and classes is None:
-            raise ValueError(f"{folder / name} holds no image that pillow can read")
+            raise ValueError(f"{folder / name} holds no image of a format that is read")
         pictures += found
         labels += [label] * len(found)
     if not pictures:
