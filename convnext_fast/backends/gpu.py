@@ -115,7 +115,7 @@ def dwconv_layernorm_bwd(
     weight, _, ln_weight, _ = _dense(weights)
     du, dg, dbeta = layernorm_bwd(dn, u, statistics, ln_weight, _above_zero(eps))
     dx = dwconv_dgrad(du, weight, None)
-    dweight, dbias = dwconv_wgrad(x, du, weight.shape[3], weight.dtype)
+    dweight, dbias = dwconv_wgrad(x, du, weight.shape[3], dtype=weight.dtype)
     return dx, dweight, dbias, dg, dbeta
 
 
