@@ -18,7 +18,7 @@ from ..kernels.mlp import mlp_bwd, mlp_fwd
 from ..kernels.replaying import replayed
 from ..kernels.weights import BlockWeights, ConvNorm, FrozenBlock, FrozenDownsample, MlpWeights, NormConv, Saved
 from .dwconv import dwconv_dgrad, dwconv_fwd
-from .interface import Gradients
+from .interface import Gradients, like_inputs
 
 Weights = TypeVar("Weights", bound=tuple)
 
@@ -116,7 +116,7 @@ def dwconv_layernorm_bwd(
     du, dg, dbeta = layernorm_bwd(dn, u, statistics, ln_weight, _above_zero(eps))
     dx = dwconv_dgrad(du, weight, None)
     dweight, dbias = dwconv_wgrad(x, du, weight.shape[3], dtype=weight.dtype)
-    return dx, dweight, dbias, dg, dbeta
+    return like_inputs((dx, dweight, dbias, dg, dbeta), x, weights)
 
 
 @replayed
@@ -154,7 +154,7 @@ def pointwise_mlp_bwd(
     folded = fold_fwd(block, dtype, layer_scale=True)
     drop_scale = None if drop_scale is None else drop_scale.contiguous()
     dx, sums = mlp_bwd(dy.view(rows), x.to(dtype).view(rows), None, a, *folded, drop_scale, 0.0, act)
-    return dx.view(x.shape), *fold_bwd(sums, block)[4:]
+    return like_inputs((dx.view(x.shape), *fold_bwd(sums, block)[4:]), x, weights)
 
 
 @replayed
@@ -168,7 +168,7 @@ def patchify_stem_bwd(
     dy: Tensor, x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype, needs_x: bool
 ) -> Gradients:
     """Gradients of the image and of the weights."""
-    return patchify.stem_bwd(dy, x, *_dense(weights), _above_zero(eps), needs_x)
+    return like_inputs(patchify.stem_bwd(dy, x, *_dense(weights), _above_zero(eps), needs_x), x, weights)
 
 
 @replayed
@@ -185,7 +185,7 @@ def downsample_bwd(dy: Tensor, x: Tensor, weights: NormConv, eps: float, dtype: 
     ln_weight, ln_bias, weight, bias = _dense(weights)
     parameters = weight, bias, ln_weight, ln_bias
     dx, dweight, dbias, dg, dbeta = patchify.downsample_bwd(dy, x, *parameters, _above_zero(eps), dtype)
-    return dx, dg, dbeta, dweight, dbias
+    return like_inputs((dx, dg, dbeta, dweight, dbias), x, weights)
 
 
 @replayed

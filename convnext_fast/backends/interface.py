@@ -2,13 +2,15 @@
 
 x, y and their gradients are (N, H, W, C), contiguous, in the dtype R of the residual stream. ``dtype`` is the compute
 dtype T. eps is LayerNorm's, act one of ``config.ACTIVATIONS``, drop_scale (N,) or None the drop-path factor of each
-sample. Gradients are returned in order, that of x first, then those of the weights; None where there is no such input.
+sample. Gradients are returned in order, that of x first, then those of the weights, each in the dtype and shape of its
+input; None where there is no such input.
 `gpu` and `cpu.ops` are modules with these functions; `convnext_fast.ops` calls them and registers each as an operator
 ``convnext_fast::<name>``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -17,6 +19,17 @@ from torch import Tensor
 from ..kernels.weights import BlockWeights, ConvNorm, FrozenBlock, FrozenDownsample, MlpWeights, NormConv, Saved
 
 Gradients = tuple[Tensor | None, ...]
+
+
+def like_inputs(grads: Iterable[Tensor | None], x: Tensor, weights: Iterable[Tensor | None]) -> Gradients:
+    """The gradients of x and of the weights in the dtypes and shapes of these."""
+    return tuple(map(_like, grads, (x, *weights)))
+
+
+def _like(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+    if grad is None or like is None or (grad.dtype == like.dtype and grad.shape == like.shape):
+        return grad if like is not None else None
+    return grad.to(like.dtype).reshape(like.shape)
 
 
 class Backend(Protocol):

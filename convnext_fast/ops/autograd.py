@@ -92,10 +92,10 @@ FORMULAS = {
 """By the op's name; the others have no gradient."""
 
 
-def save(name: str, ctx: Any, flat: Sequence[Any], output: Tensor | tuple[Tensor | None, ...]) -> None:
-    """Keep on the context what the backward of the op needs."""
+def save(name: str, ctx: Any, arguments: list[Any], output: Tensor | tuple[Tensor | None, ...]) -> None:
+    """Keep on the context what the backward of the op needs; ``arguments`` in groups."""
     kept = () if isinstance(output, Tensor) else output[1:]
-    FORMULAS[name].save(ctx, SIGNATURES[name].group(flat), kept)
+    FORMULAS[name].save(ctx, arguments, kept)
     # The results besides the first are read by the backward alone, and a gradient of the first may be absent.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(tensor for tensor in kept if tensor is not None))

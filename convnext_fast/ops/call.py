@@ -8,6 +8,7 @@ the backend's function itself, under autograd as a plain `torch.autograd.Functio
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from .compute import compute
 from .signatures import SIGNATURES, flatten
 from .views import unlinked
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), torch.dtype, bool, int, float, str))
+_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+_PLAIN = _TENSORS | {type(None), torch.dtype, bool, int, float, str}
 
 
 def run(name: str, backend: choose.Name, *arguments: Any) -> Any:
@@ -28,13 +30,15 @@ def run(name: str, backend: choose.Name, *arguments: Any) -> Any:
     Autograd records the forward of an op on plain weights; one on frozen weights has no gradient, and is not to be
     called where one is wanted. The first argument is a tensor.
     """
-    if torch.compiler.is_compiling():
-        return _operator(name)(*flatten(arguments))
     flat = flatten(arguments)
     if not is_plain(*flat):
         operator = _operator(name)
-        flops.register_formulas()
+        if not torch.compiler.is_compiling():
+            flops.register_formulas()
         return operator(*flat)
+    if any(t.is_neg() for t in flat if t.__class__ in _TENSORS):  # a backend reads memory as it is
+        flat = [t.resolve_neg() if isinstance(t, Tensor) else t for t in flat]
+        arguments = SIGNATURES[name].group(flat)
     if not torch.is_grad_enabled() or name.startswith("frozen"):
         return compute(name, backend, arguments)
     function = _FUNCTIONS.get(name)
@@ -51,20 +55,23 @@ def _function(name: str) -> type[torch.autograd.Function]:
     """The op under autograd: ``apply(backend, *flat arguments)``."""
 
     def forward(ctx: Any, backend: choose.Name, *flat: Any) -> Any:
-        output = compute(name, backend, SIGNATURES[name].group(flat))
+        arguments = SIGNATURES[name].group(flat)
+        output = compute(name, backend, arguments)
         output = unlinked(output) if isinstance(output, Tensor) else (unlinked(output[0]), *output[1:])
-        autograd.save(name, ctx, flat, output)
+        autograd.save(name, ctx, arguments, output)
+        ctx.run = functools.partial(_run_backward, backend)
         return output
 
     def backward(ctx: Any, dy: Tensor | None, *_: object) -> autograd.Gradients:
-        def again(backward: str, *arguments: Any) -> Any:
-            return run(backward, choose.select(arguments[0].device, ctx.dtype), *arguments)
-
-        return None, *autograd.gradients(name, ctx, ctx.needs_input_grad[1:], dy, again)
+        return None, *autograd.gradients(name, ctx, ctx.needs_input_grad[1:], dy, ctx.run)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     # By a call, for nodes of autograd's graph are called after the class.
     return type(torch.autograd.Function)(name, (torch.autograd.Function,), methods)
+
+
+def _run_backward(backend: choose.Name, name: str, *arguments: Any) -> Any:
+    return run(name, backend, *arguments)
 
 
 _FUNCTIONS = {name: _function(name) for name in autograd.FORMULAS}

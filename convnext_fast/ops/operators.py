@@ -26,12 +26,13 @@ def _register(signature: Signature) -> Any:
     shapes = getattr(result_shapes, name, None)
     # Where a compiled model runs eagerly, under a mode that dispatches, say, it is not to be compiled by pieces.
     compute_whole = torch.compiler.disable(compute)
+    kind = list if name.endswith("_bwd") else tuple
 
     def whole(*flat: Any) -> Any:
         arguments = signature.group(flat)
         dtype = arguments[signature.names.index("dtype")]
         results = compute_whole(name, choose.select(flat[0].device, dtype), arguments)
-        return results if isinstance(results, Tensor) else type(results)(_present(flat[0], *results))
+        return results if isinstance(results, Tensor) else kind(_present(flat[0], *results))
 
     whole.__signature__ = signature.flat  # type: ignore[attr-defined]
     on_cpu = None
@@ -51,7 +52,7 @@ def _register(signature: Signature) -> Any:
     if name in autograd.FORMULAS:
         operator.register_autograd(
             lambda ctx, dy, *_: autograd.gradients(name, ctx, ctx.needs_input_grad, dy, _run),
-            setup_context=lambda ctx, inputs, output: autograd.save(name, ctx, inputs, output),
+            setup_context=lambda ctx, inputs, output: autograd.save(name, ctx, signature.group(inputs), output),
         )
     elif name.endswith("_bwd"):
         operator.register_autograd(_no_second_derivative)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...kernels.weights import BlockWeights, ConvNorm, FrozenBlock, FrozenDownsample, MlpWeights, NormConv, Saved
 from .. import reference
-from ..interface import Gradients
+from ..interface import Gradients, like_inputs
 from . import llvm, onednn
 from .aten_layers import Mlp, Norm, linear, sum_dtype
 from .mlp import mlp_bwd, mlp_fwd
@@ -91,7 +91,7 @@ def block_bwd(
     dx, dweight, dbias = _dwconv_bwd(du, x, dwconv_weight, needs_x, needs_dwconv, needs_bias)
     if dx is not None:
         dx = dx.add_(dy) if dx.dtype == dy.dtype else dx + dy
-    return dx, dweight, dbias, *d_parameters
+    return like_inputs((dx, dweight, dbias, *d_parameters), x, weights)
 
 
 def _parts(weights: BlockWeights, eps: float, act: str) -> tuple[Norm, Mlp]:
@@ -124,7 +124,8 @@ def dwconv_layernorm_bwd(
     rows = (-1, x.shape[3])
     norm = Norm(weights.ln_weight, weights.ln_bias, eps)
     du, dg, dbeta = norm.backward(dn.reshape(rows), u.view(rows), *statistics.unbind())
-    return *_dwconv_bwd(du, x, weights.weight, True, True, weights.bias is not None), dg, dbeta
+    dwconv = _dwconv_bwd(du, x, weights.weight, True, True, weights.bias is not None)
+    return like_inputs((*dwconv, dg, dbeta), x, weights)
 
 
 def pointwise_mlp_fwd(
@@ -156,7 +157,7 @@ def pointwise_mlp_bwd(
     """Gradients of x and of the weights; the residual's is dy."""
     rows = (-1, x.shape[3])
     dx, _, _, *d_mlp = mlp_bwd(dy.reshape(rows), x.to(dtype).reshape(rows), a, None, Mlp(*weights, act), drop_scale)
-    return dx.view(x.shape), *d_mlp
+    return like_inputs((dx.view(x.shape), *d_mlp), x, weights)
 
 
 def patchify_stem_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype) -> Tensor:
@@ -207,7 +208,7 @@ def downsample_bwd(dy: Tensor, x: Tensor, weights: NormConv, eps: float, dtype: 
     )
     dn = dn.permute(0, 2, 3, 1).to(x.dtype).reshape(rows.shape)
     dx, dg, dbeta = norm.backward(dn, rows, mean, rstd)
-    return dx.view(x.shape), dg, dbeta, dweight, dbias
+    return like_inputs((dx.view(x.shape), dg, dbeta, dweight, dbias), x, weights)
 
 
 def frozen_downsample_fwd(x: Tensor, weights: FrozenDownsample, eps: float, dtype: torch.dtype) -> Tensor:
