@@ -208,7 +208,10 @@ def _common_dtype(tensors: Any) -> torch.dtype:
     """The narrowest dtype that holds all of them."""
     dtypes = list(dict.fromkeys(tensor.dtype for tensor in tensors if tensor is not None))
     try:
-        return functools.reduce(torch.promote_types, dtypes)
+        found = functools.reduce(torch.promote_types, dtypes)
+        if found.itemsize > 1:
+            return found
+        raise ValueError(f"the checkpoint is of {found}, in which PyTorch cannot compute: pass dtype= to choose")
     except RuntimeError:
         raise ValueError(f"the checkpoint mixes {', '.join(map(str, dtypes))}: pass dtype= to choose") from None
 

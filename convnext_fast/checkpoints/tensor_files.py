@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 import re
 import zipfile
@@ -22,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 # In the order of preference that transformers has.
 WEIGHT_FILES = (SAFETENSORS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json", "model.pth")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+MOST_TENSORS = 1 << 16
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
 
 
@@ -133,13 +135,16 @@ def _read_shards(source: str | Path, index: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:
             raise ValueError(f"{index} names the file {name!r}: expected the name of a file beside it")
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(weight_map.values())):
+    promised: dict[str, list[str]] = {}
+    for key, name in weight_map.items():
+        promised.setdefault(name, []).append(key)
+    for name, keys in sorted(promised.items()):
         try:
             file = find_file(source, name)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{index} names the shard {name}, which is missing: {error}") from error
         shard = _read_file(file)
-        absent = [key for key, where in weight_map.items() if where == name and key not in shard]
+        absent = [key for key in keys if key not in shard]
         if absent:
             raise ValueError(f"{index} places {', '.join(absent[:5])} in {name}, which does not hold them")
         tensors.update(shard)
@@ -151,16 +156,33 @@ def _read_file(path: Path) -> dict[str, Any]:
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-        except SafetensorError as error:
+        except (MemoryError, FileNotFoundError):
+            raise
+        except Exception as error:  # dtypes that PyTorch lacks raise as they please
             raise ValueError(f"{path} is no safetensors file, or is cut short or damaged: {error}") from error
     if path.suffix == ".json":
         raise ValueError(f"{path} holds no weights: give the folder, or a file of {', '.join(WEIGHT_SUFFIXES)}")
-    with open(path, "rb") as file:
-        mappable = zipfile.is_zipfile(file)
+    content = read_pickle(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: expected a dict of tensors")
+    return content
+
+
+def read_pickle(path: Path) -> Any:
+    """What `torch.save` wrote: plain values and tensors, on the CPU. Nothing in the file is run.
+
+    Tensors are mapped into memory where the file allows it. Each is dense and no larger than what the file holds of it,
+    so that a small file cannot stand for a large amount of memory.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, something else, or would run code.
+    """
+    _check_archive(path)
     try:
         # Training scripts keep their command-line arguments in the file; a Namespace is a bag of attributes, no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except MemoryError:
         raise
     except pickle.UnpicklingError as error:
@@ -173,9 +195,59 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no PyTorch checkpoint, or is damaged") from error
     except Exception as error:  # a damaged file can raise anything, OSError included
         raise ValueError(f"{path} is no PyTorch checkpoint, or is cut short or damaged: {error!r:.200}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}: expected a dict of tensors")
+    _check_tensors(path, content)
     return content
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive whose directory promises more than the file holds; `torch.save` compresses nothing."""
+    size = path.stat().st_size
+    if not size:
+        raise ValueError(f"{path} is no PyTorch checkpoint, or is cut short or damaged: it is empty")
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception as error:
+        raise ValueError(f"{path} is no PyTorch checkpoint, or is cut short or damaged: {error!r:.200}") from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError(f"{path} is a compressed archive: expected one as torch.save writes it")
+    promised = sum(entry.file_size for entry in entries)
+    if promised > size:
+        raise ValueError(f"{path} has {size:,} bytes, and its directory promises {promised:,}: it is damaged")
+
+
+def _check_tensors(path: Path, content: Any) -> None:
+    """Refuse tensors that are not plain, or larger than what the file holds of them."""
+    waiting = [("", content)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(str(key), item) for key, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(name, item) for item in value]
+        elif isinstance(value, Tensor):
+            kind = _kind(value)
+            if kind:
+                raise ValueError(f"{path}: {name:.100} is {kind}: expected a plain tensor")
+            size, held = math.prod(value.shape) * value.element_size(), value.untyped_storage().nbytes()
+            if size > held:
+                shape = f"has shape {tuple(value.shape)}"
+                raise ValueError(f"{path}: {name:.100} {shape}, {size:,} bytes, of which the file holds {held:,}")
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a tensor is instead of a plain one, in words; an empty string for a plain one."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return f"a tensor of the layout {tensor.layout}"
+    if tensor.device.type != "cpu":
+        return f"on the device {tensor.device.type!r}, without values"
+    return "quantised" if tensor.is_quantized else ""
 
 
 def _state_dict(content: dict[str, Any], path: Path, use_ema: bool) -> dict[str, Tensor]:
@@ -193,6 +265,8 @@ def _state_dict(content: dict[str, Any], path: Path, use_ema: bool) -> dict[str,
     if strange:
         held = f"{strange[0]!r}, a {type(content[strange[0]]).__name__}"
         raise ValueError(f"{path} holds {held}: expected tensors by name, at the top or under {' or '.join(plain)}")
+    if len(content) > MOST_TENSORS:
+        raise ValueError(f"{path} holds {len(content):,} tensors: expected at most {MOST_TENSORS:,}")
     while content and any(all(key.startswith(prefix) for key in content) for prefix in _WRAPPERS):
         content = {key.partition(".")[2]: value for key, value in content.items()}
     return {key: value.detach() for key, value in content.items()}

@@ -141,7 +141,7 @@ class Trainer:
         self._identity = {
             "options": dataclasses.asdict(options) | {"betas": list(options.betas)},
             "config": json.dumps(model.config.to_dict(), sort_keys=True),
-            "pictures": [len(training), *training.classes],
+            "pictures": training.fingerprint(),
         }
         self.output.mkdir(parents=True, exist_ok=True)
         self._lock = self._hold()
@@ -361,19 +361,47 @@ class Trainer:
             before = facts["identity"].get(name)
             if before != value:
                 raise ValueError(f"cannot resume {self.output}: {_difference(name, before, value)}")
+        self._check(checkpoint, facts)
         load_tensors(checkpoint, self._tensors())
         self.scaler.load_state_dict(facts["scaler"])
         self.step, self.epoch, self.history = facts["step"], facts["epoch"], facts["history"]
 
+    def _check(self, checkpoint: Path, facts: dict[str, Any]) -> None:
+        """Refuse values that no run of this length writes."""
+        first = len(facts["history"]) * len(self.sampler)
+        wrong = [
+            name
+            for name, right in (
+                ("step", first <= facts["step"] <= min(first + len(self.sampler), self.steps)),
+                ("history", all(isinstance(record, dict) for record in facts["history"])),
+                ("epoch", _alike(facts["epoch"], self.epoch)),
+                ("scaler", _alike(facts["scaler"], self.scaler.state_dict())),
+            )
+            if not right
+        ]
+        if wrong:
+            raise ValueError(f"{checkpoint} is damaged: its {wrong[0]} is {facts[wrong[0]]!r:.200}")
+
+
+def _alike(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether ``found`` has the keys of ``wanted``, and numbers for values."""
+    return found.keys() == wanted.keys() and all(type(value) in (int, float) for value in found.values())
+
 
 def _difference(name: str, before: Any, now: Any) -> str:
     """What changed between two runs, in words."""
-    if name == "config" and before is not None:
-        before, now = json.loads(before), json.loads(now)
-    if isinstance(before, dict):
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        text = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in changed)
-        return f"its {name} had other values: {text}"
-    if isinstance(before, list):
-        before, now = (f"{count} of the classes {', '.join(classes)[:200]}" for count, *classes in (before, now))
-    return f"its {name} were {before}; this run's are {now}"
+    if name == "config" and isinstance(before, str):
+        with contextlib.suppress(ValueError):
+            before, now = json.loads(before), json.loads(now)
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return f"its {name} were {before!r:.200}; this run has other ones"
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if name == "pictures":
+        counts = [[None if e is None else e[0] for e in (d.get(key) for d in (before, now))] for key in changed]
+        words = (
+            f"class {key}, of which there were {then or 0} and are {there or 0}"
+            for key, (then, there) in zip(changed, counts, strict=True)
+        )
+        return f"its pictures had other names or sizes, or were others: {'; '.join(words)}"
+    text = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in changed)
+    return f"its {name} had other values: {text:.1000}"

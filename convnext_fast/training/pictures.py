@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +44,23 @@ class ImageSet:
             return open_image(picture, channels)
         except (ValueError, OSError) as error:
             raise ValueError(f"{picture}: {error}") from error
+
+    def fingerprint(self) -> dict[str, list[int | str]]:
+        """Of each class, how many pictures it has, and a digest of their names and sizes in bytes.
+
+        Raises:
+            OSError: a picture is not there any more.
+        """
+        digests = [hashlib.sha256() for _ in self.classes]
+        counts = [0] * len(self.classes)
+        for picture, label in zip(self.pictures, self.labels, strict=True):
+            counts[label] += 1
+            if isinstance(picture, np.ndarray):
+                digests[label].update(picture.tobytes())
+            else:
+                digests[label].update(f"{picture.name}\0{picture.stat().st_size}\0".encode(errors="surrogateescape"))
+        entries = zip(map(str, self.classes), counts, digests, strict=True)
+        return {name: [count, digest.hexdigest()[:16]] for name, count, digest in entries}
 
     def subset(self, indices: Sequence[int]) -> ImageSet:
         """The pictures at ``indices``."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checkpoints.tensor_files import read_pickle
 from ..files import json_writer, read_json, write_files
 from .distributed import from_all_processes, wait_for_all
 
@@ -34,8 +34,8 @@ _REMAINS = re.compile(
 )
 TENSORS = ("model", "model_ema", "optimizer")
 """What a checkpoint holds by name, in tensors."""
-ENTRIES = ("step", "epoch", "history", "scaler", "identity")
-"""What it holds in plain values, which JSON can keep."""
+ENTRIES = {"step": int, "epoch": dict, "history": list, "scaler": dict, "identity": dict}
+"""What it holds in plain values, which JSON can keep, with their types."""
 
 Tree = Mapping[str, Union[Tensor, "Tree"]]
 
@@ -114,6 +114,10 @@ def load_facts(path: Path) -> dict[str, Any]:
     content = read_json(path / FACTS) if path.is_dir() else _read_file(path)
     if set(ENTRIES) - set(content):
         raise ValueError(f"{path} is no checkpoint of a training run")
+    for name, kind in ENTRIES.items():
+        if type(content[name]) is not kind:
+            found = type(content[name]).__name__
+            raise ValueError(f"{path} is damaged: its {name} is a {found}, expected a {kind.__name__}")
     return {name: content[name] for name in ENTRIES}
 
 
@@ -121,7 +125,7 @@ def load_tensors(path: Path, tensors: Tree) -> None:
     """Fill ``tensors``, whole or split over processes, with those of the checkpoint `find_checkpoint` found.
 
     Args:
-        path: a file, of which no code is run; or a folder, whose index is a pickle: load only what you trust.
+        path: a file or a folder, of which no code is run.
         tensors: `TENSORS`, as the run that loads has them.
 
     Raises:
@@ -131,15 +135,20 @@ def load_tensors(path: Path, tensors: Tree) -> None:
     if not path.is_dir():
         _fill(tensors, _read_file(path), str(path))
         return
+    # PyTorch's distributed checkpoints take a second to import.
     import torch.distributed.checkpoint as dcp
+
+    from .sharded_reader import ShardedReader
 
     alone = not dist.is_initialized()
     try:
         with warnings.catch_warnings():
             if alone:
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(dict(tensors), checkpoint_id=path, no_dist=alone)
-    except (dcp.api.CheckpointException, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            dcp.load(dict(tensors), storage_reader=ShardedReader(path), no_dist=alone)
+    except MemoryError:
+        raise
+    except (Exception, dcp.api.CheckpointException) as error:  # a damaged index can make it raise anything
         raise ValueError(f"{path} is no whole checkpoint: {_reason(error)}") from error
 
 
@@ -175,14 +184,10 @@ def remove_remains(directory: Path) -> None:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    if path.is_file() and path.stat().st_size == 0:
-        raise ValueError(f"{path} is no whole checkpoint: it is empty")
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = read_pickle(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent} holds no {path.name}") from None
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no whole checkpoint: {error}") from error
     if not isinstance(content, dict) or {*TENSORS, *ENTRIES} - set(content):
         raise ValueError(f"{path} is no checkpoint of a training run")
     return content
@@ -194,9 +199,13 @@ def _fill(target: Tree, source: Tree, name: str) -> None:
     for key, value in target.items():
         if key not in source:
             raise ValueError(f"{name} lacks {key}")
+        if isinstance(value, Mapping) != isinstance(source[key], Mapping):
+            raise ValueError(f"{name}: {key} is a {type(source[key]).__name__}")
         if isinstance(value, Mapping):
             _fill(value, source[key], f"{name}: {key}")
             continue
+        if not isinstance(source[key], Tensor):
+            raise ValueError(f"{name}: {key} is a {type(source[key]).__name__}: expected a tensor")
         if value.shape != source[key].shape:
             raise ValueError(f"{name}: {key} has shape {tuple(source[key].shape)}: expected {tuple(value.shape)}")
         if hasattr(value, "placements"):

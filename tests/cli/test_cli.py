@@ -127,7 +127,7 @@ def test_standard_input_is_paths_or_an_image(run, checkpoint, images):
         assert found == same | {"score": pytest.approx(same["score"], abs=1e-5)}
     for stdin, reason in (
         (b"", "no image and no path"),
-        (b"\xff\x00\xfe", "neither an image that pillow can read nor a list of paths"),
+        (b"\xff\x00\xfe", "neither an image of a format that is read nor a list of paths"),
         (data[: len(data) // 2], "broken image"),
     ):
         status, out, err = run("classify", "-", "--checkpoint", checkpoint, stdin=stdin)
@@ -384,9 +384,9 @@ def test_pictures_with_damaged_exif_lie_as_they_are_and_other_damage_is_a_broken
     with pytest.raises(struct.error):
         PIL.ImageOps.exif_transpose(PIL.Image.open(tmp_path / "x.jpg"))
     assert open_image(tmp_path / "x.jpg", 3).size == (20, 40)
-    (tmp_path / "x.dds").write_bytes(b"DDS \x7c\0\0\0" + b"\x01" * 120)
+    (tmp_path / "x.qoi").write_bytes(b"qoif" + bytes([0, 0, 0, 5] * 2) + b"\x03\0\xfe")
     with pytest.raises(ValueError, match="broken image"):
-        open_image(tmp_path / "x.dds", 3)
+        open_image(tmp_path / "x.qoi", 3)
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("I;16", "<u2"), ("I;16B", ">u2")])

@@ -27,7 +27,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_nor_continued_with_other_o
         new_trainer(tmp_path)
     with pytest.raises(ValueError, match=r"its options had other values: lr was 0.01 and is 0.02"):
         new_trainer(tmp_path, resume=True, lr=2e-2)
-    with pytest.raises(ValueError, match=r"its pictures were 24 of the classes dark, light; this run's are 26 of"):
+    with pytest.raises(ValueError, match="class dark, of which there were 12 and are 13"):
         new_trainer(tmp_path, resume=True, images=pictures(26))
     with pytest.raises(ValueError, match=r"its config had other values: drop_path_rate was 0.3 and is 0.2"):
         new_trainer(tmp_path, resume=True, drop_path=0.2)
@@ -39,7 +39,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     content = path.read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"words"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="no whole checkpoint"):
+        with pytest.raises(ValueError, match="damaged"):
             new_trainer(tmp_path, resume=True)
     torch.save({"step": 1}, path)
     with pytest.raises(ValueError, match="no checkpoint of a training run"):
