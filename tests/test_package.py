@@ -81,7 +81,11 @@ def test_environment_chooses_the_path(request_, path):
 
 
 def test_environment_rejects_other_words():
-    result = python("import convnext_fast", CONVNEXT_FAST_BACKEND="cuda")
+    code = (
+        "import torch, convnext_fast as c\n"
+        "c.ConvNext(c.ConvNextConfig(num_stages=1, hidden_sizes=[8], depths=[1]))(torch.randn(1, 3, 32, 32))"
+    )
+    result = python(code, CONVNEXT_FAST_BACKEND="cuda")
     assert "CONVNEXT_FAST_BACKEND is 'cuda': expected one of auto, triton, aten, reference" in result.stderr
 
 

@@ -34,8 +34,10 @@ def select(device: torch.device, dtype: torch.dtype) -> Name:
     calls the ops there as operators, which choose anew when they run.
 
     Raises:
-        ValueError: ``CONVNEXT_FAST_BACKEND=triton`` was asked for and the kernels cannot run this dtype.
+        ValueError: ``CONVNEXT_FAST_BACKEND`` is not one of its values, or "triton", and the kernels cannot run this
+            dtype.
     """
+    environment.check()
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active():
         return "reference"
     if torch.autograd.forward_ad._current_level >= 0:

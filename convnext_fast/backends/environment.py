@@ -7,12 +7,15 @@ import os
 REQUESTS = ("auto", "triton", "aten", "reference")
 
 
-def _read() -> str:
-    request = os.environ.get("CONVNEXT_FAST_BACKEND", "auto").strip().lower() or "auto"
-    if request not in REQUESTS:
-        raise ValueError(f"CONVNEXT_FAST_BACKEND is {request!r}: expected one of {', '.join(REQUESTS)}")
-    return request
-
-
-REQUEST = _read()
+REQUEST = os.environ.get("CONVNEXT_FAST_BACKEND", "auto").strip().lower() or "auto"
 """``CONVNEXT_FAST_BACKEND``: the path of the fused ops for the whole process."""
+
+
+def check() -> None:
+    """Refuse a value of ``CONVNEXT_FAST_BACKEND`` that is not known; not at import, where no command can say so.
+
+    Raises:
+        ValueError: it is none of ``REQUESTS``.
+    """
+    if REQUEST not in REQUESTS:
+        raise ValueError(f"CONVNEXT_FAST_BACKEND is {REQUEST!r}: expected one of {', '.join(REQUESTS)}")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..backends import environment
 from ..console import plain
 from ..files import local_path
 
 if TYPE_CHECKING:
     import torch
+
 
 PROGRAM = "convnext-fast"
 MOST = 10**9
@@ -43,9 +46,13 @@ def find_device(name: str | None) -> torch.device:
     """
     import torch
 
+    from ..backends.choose import KERNEL_DEVICES
+
     if name is None:
-        kind = next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), "cpu")
-        return torch.device(kind)
+        name = next((kind for kind in KERNEL_DEVICES if getattr(torch, kind).is_available()), "cpu")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if environment.REQUEST == "triton" and not interpreted and not name.startswith(KERNEL_DEVICES):
+        raise ValueError(f"CONVNEXT_FAST_BACKEND is 'triton', whose kernels need a GPU: the device is {name!r}")
     try:
         device = torch.empty(0, device=name).device
         torch.zeros(1, device=device).cpu()  # "meta" and devices that only have a name fail here

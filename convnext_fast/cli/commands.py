@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ..backends import environment
 from ..config import VARIANTS
 from ..console import plain
 from ..files import json_text
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if [] in vars(arguments).values():  # argparse takes a second "--" for nothing
         reader.error("an argument is missing")
     try:
+        environment.check()
         return arguments.run(arguments)
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does. Nothing is left to flush at exit.
@@ -234,7 +236,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     from ..models.convnext import ConvNext
     from .export import export_onnx
 
-    model = ConvNext.from_pretrained(arguments.checkpoint)
+    model = ConvNext.from_pretrained(arguments.checkpoint, device=find_device("cpu"))
     size = arguments.image_size or model.config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     error = export_onnx(model, arguments.destination, height, width)

@@ -19,6 +19,7 @@ import torch
 from training_support import tiny_config
 
 from convnext_fast import ConvNextImageProcessor, cli
+from convnext_fast.backends import environment
 from convnext_fast.cli import arguments
 from convnext_fast.images.files import FORMATS
 from convnext_fast.models.huggingface import ConvNextForImageClassification
@@ -352,17 +353,7 @@ def test_pictures_that_other_programs_would_draw(run, checkpoint, tmp_path, monk
     )
 
 
-ENVIRONMENTS = (
-    {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
-    {"COLUMNS": "0"},
-    {"COLUMNS": "x"},
-    {"TERM": ""},
-    {"HOME": "", "XDG_CACHE_HOME": "relative"},
-)
-
-
-@pytest.mark.parametrize("environment", ENVIRONMENTS[:1])
-def test_an_ascii_terminal(environment, checkpoint, pictures, tmp_path):
+def test_an_ascii_terminal(checkpoint, pictures, tmp_path):
     picture = tmp_path / "é😀.png"
     picture.write_bytes((pictures / "ant" / "0.png").read_bytes())
     program = (
@@ -374,12 +365,24 @@ def test_an_ascii_terminal(environment, checkpoint, pictures, tmp_path):
         "    print('status', status)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, checkpoint, picture], env=os.environ | environment, capture_output=True
+        [sys.executable, "-c", program, checkpoint, picture],
+        env=os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        capture_output=True,
     )
     assert done.returncode == 0, done.stderr
     out = done.stdout.decode("ascii")
     assert "\\udcc3\\udca9" in out
     assert [line[-1] for line in out.splitlines() if line.startswith("status")] == ["0", "0", "0", "0", "0", "1"]
+
+
+@pytest.mark.parametrize(("request_", "words"), [("x", "expected one of auto"), ("triton", "need a GPU")])
+def test_a_backend_that_is_not_there(run, checkpoint, pictures, tmp_path, monkeypatch, request_, words):
+    monkeypatch.setattr(environment, "REQUEST", request_)
+    calls = commands_on(checkpoint, pictures, tmp_path)
+    for argv in [("demo",), calls[1], calls[3], calls[5], calls[6], calls[7]]:
+        status, _, err = run(*argv, *(["--device", "cpu"] if argv[0] != "export" else []))
+        assert status == 1
+        assert words in err
 
 
 def test_memory_that_is_not_there(run, checkpoint, pictures, monkeypatch):
