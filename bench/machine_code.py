@@ -1,8 +1,9 @@
 """``python -m bench.machine_code``: what the compiler makes of every launch of models, and the counts of a whole pass.
 
 Registers, spills, shared memory and static instructions are what the compiler gave, occupancy follows from them. Bytes
-and FLOPs are counted from the launches. Times are modelled from counts and data sheets (chips.py): nothing here ran on
-a GPU. Needs the package installed (``pip install -e .[bench]``), no GPU.
+and FLOPs are counted from the launches; limits are these over a data sheet's rates (chips.py). Times on an H200 are
+modelled (resource_model.py): nothing here ran on a GPU. Needs the package installed (``pip install -e .[bench]``), no
+GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 import warnings
 from typing import Any
@@ -21,7 +21,6 @@ from rich.table import Table
 
 from bench.static_analysis.analysis import Compiled, analyse_all
 from bench.static_analysis.chips import CHIP_OF, Chip
-from bench.static_analysis.compilation import Launch
 from bench.static_analysis.counts import (
     BUDGETS,
     COUNTED,
@@ -30,11 +29,11 @@ from bench.static_analysis.counts import (
     count_tiny,
     flops,
     output_elements,
-    programs,
     traffic,
 )
 from bench.static_analysis.executed import BATCH, instructions_per_output
 from bench.static_analysis.recording import MODES, Specialised
+from bench.static_analysis.resource_model import BOUNDS, MEASURED, PASSES, ModelledPass, model_pass
 from bench.static_analysis.sweep import DTYPES, Kernel, Pass, collect, faults, large_tile, passes
 from convnext_fast.config import VARIANTS
 
@@ -46,19 +45,12 @@ def precision(specialised: Specialised, dtype: str) -> str:
     return "tf32" if "tf32" in specialised.constants.values() else "fp32"
 
 
-def modelled(launch: Launch, moved: int, work: int | None, kind: str, chip: Chip) -> tuple[float, float] | None:
-    """(modelled time, roofline), microseconds, of a launch on a chip; None without a count of FLOPs.
+def limit(moved: int, work: int | None, kind: str, chip: Chip) -> float | None:
+    """Microseconds that a launch takes at least on a chip: the greater of bytes over bandwidth and FLOPs over peak.
 
-    The roofline is the greater of bytes over bandwidth and FLOPs over peak. The model lets the last wave of programs
-    leave processors idle: the part of arithmetic is stretched to whole programs a processor. Instruction issue, latency
-    and caches are not modelled, so a real time is longer.
+    None without a count of FLOPs. Real times are longer; for an H200 `resource_model` says how much.
     """
-    if work is None:
-        return None
-    memory, arithmetic = moved / chip.bandwidth, work / chip.flops_of(kind)
-    share = programs(launch) / chip.processors
-    stretched = arithmetic * math.ceil(share) / share
-    return 1e6 * max(memory, stretched), 1e6 * max(memory, arithmetic)
+    return None if work is None else 1e6 * max(moved / chip.bandwidth, work / chip.flops_of(kind))
 
 
 def row(kernel: Kernel, compiled: Compiled, executed: float | None) -> dict[str, Any]:
@@ -71,7 +63,6 @@ def row(kernel: Kernel, compiled: Compiled, executed: float | None) -> dict[str,
     read, written = traffic(launch, compiled, kernel.own)
     work = flops(launch, compiled)
     outputs = output_elements(launch, compiled)
-    times = modelled(launch, read + written, work, precision(specialised, dtype), chip)
     return {
         "kernel": compiled.kernel,
         "target": compiled.target,
@@ -100,8 +91,7 @@ def row(kernel: Kernel, compiled: Compiled, executed: float | None) -> dict[str,
         "bytes_per_output": (read + written) / outputs if outputs else None,
         "flops": work,
         "chip": chip.name,
-        "modelled_us": times and times[0],
-        "roofline_us": times and times[1],
+        "limit_us": limit(read + written, work, precision(specialised, dtype), chip),
     }
 
 
@@ -138,7 +128,7 @@ def kernel_table(found: list[dict], title: str) -> Table:
     """The rows as a table."""
     table = Table(
         title=title,
-        caption="µs are modelled from counted bytes and FLOPs and data sheets, not measured. Instructions an output: "
+        caption="The limit is counted bytes or FLOPs over the data sheet's rates. Instructions an output: "
         f"thread instructions counted as executed for {BATCH} images by an emulator of sm_80, over elements of the "
         "largest tensor written; other targets' code, and launches that differ at 128 images, are not executed.",
     )
@@ -147,12 +137,11 @@ def kernel_table(found: list[dict], title: str) -> Table:
     for name in ("target", "×", "regs", "spills", "shared", "occ."):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("static instructions, %")
-    for name in ("instr./output", "B/output", "modelled µs", "of roofline"):
+    for name in ("instr./output", "B/output", "limit µs"):
         table.add_column(name, justify="right")
     for each in found:
         total = sum(each["instructions"].values())
         mix = sorted(each["instructions"].items(), key=lambda item: -item[1])[:5]
-        known = each["modelled_us"] is not None
         shape = "×".join(str(each["constants"][name]) for name in ("C", "K", "N") if name in each["constants"])
         table.add_row(
             each["kernel"],
@@ -166,8 +155,7 @@ def kernel_table(found: list[dict], title: str) -> Table:
             " ".join(f"{name} {100 * n / total:.0f}" for name, n in mix),
             f"{each['instructions_per_output']:.1f}" if each["instructions_per_output"] else "",
             f"{each['bytes_per_output']:.1f}" if each["bytes_per_output"] else "",
-            f"{each['modelled_us']:.1f}" if known else "FLOPs not counted",
-            f"{each['roofline_us'] / each['modelled_us']:.0%}" if known and each["modelled_us"] else "",
+            f"{each['limit_us']:.1f}" if each["limit_us"] is not None else "FLOPs not counted",
         )
     return table
 
@@ -201,6 +189,46 @@ def count_table(counts: dict[tuple[str, int | None], Counts]) -> Table:
     return table
 
 
+def model_table(made: ModelledPass) -> Table:
+    """What bounds each kind of launch of a pass on an H200, and its modelled time."""
+    measured = MEASURED.get(made.name)
+    table = Table(
+        title=f"ConvNeXt-T, {made.name}: {made.milliseconds:.2f} ms modelled on an H200, {made.limit:.2f} at the limit"
+        + (f", {measured} measured before" if measured else ""),
+        caption="µs a launch, modelled from walked sm_90 code (resource_model.py), not measured.",
+    )
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("shape")
+    for name in ("×", "programs", "an SM", "waves", "modelled", "limit", *BOUNDS):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each, places in made.kinds():
+        bounds = [f"{each.bounds[name]:.1f}" if name in each.bounds else "" for name in BOUNDS]
+        place = list(BOUNDS).index(each.bound)
+        bounds[place] = f"[bold]{bounds[place]}[/bold]"
+        table.add_row(
+            each.kernel,
+            each.shape,
+            str(len(places)),
+            str(each.programs or ""),
+            str(each.resident or ""),
+            f"{each.waves:.2f}" if each.programs else "",
+            f"{each.microseconds:.1f}",
+            f"{each.limit:.1f}",
+            *bounds,
+        )
+    return table
+
+
+def summary(made: list[ModelledPass]) -> dict[str, dict[str, float]]:
+    """The totals of passes on an H200, by name."""
+    return {
+        "modelled_ms": {each.name: round(each.milliseconds, 3) for each in made},
+        "limit_ms": {each.name: round(each.limit, 3) for each in made},
+        "measured_before_ms": {each.name: MEASURED[each.name] for each in made if each.name in MEASURED},
+        "launches": {each.name: len(each.launches) for each in made},
+    }
+
+
 def _range(values: tuple[float, float]) -> str:
     least, most = values
     return f"{least:g}" if least == most else f"{least:g}–{most:g}"
@@ -216,9 +244,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--recompute", type=int, choices=(0, 1, 2), **several, help="default: 1")
     parser.add_argument("--drop-path", type=float, **several, help="rate of the last block in training; default: 0")
     parser.add_argument("--target", choices=TARGETS, **several, help="default: all")
-    parser.add_argument("--json", action="store_true", help="print the rows of the kernels as a JSON list")
+    parser.add_argument("--summary", action="store_true", help="only the modelled times of whole passes on an H200")
+    parser.add_argument("--json", action="store_true", help="print the kernels, or the summary, as JSON")
     given = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    if given.summary and given.json:
+        print(json.dumps(summary([model_pass(name) for name in PASSES]), indent=1))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if given.summary:
+        for name in PASSES:
+            console.print(model_table(model_pass(name)))
+        return
     chosen = passes(
         given.variant or ["tiny"],
         given.dtype or ["bf16"],
@@ -232,7 +269,6 @@ def main(arguments: list[str] | None = None) -> None:
         json.dump(found, sys.stdout, indent=1)
         print()
         return
-    console = Console(width=None if sys.stdout.isatty() else 200)
     variants, dtypes = ", ".join(given.variant or ["tiny"]), ", ".join(given.dtype or ["bf16"])
     console.print(kernel_table(found, f"ConvNeXt {variants}, {dtypes}: each kernel in the pass that launches it first"))
     console.print(summary_table(found, chosen))
@@ -240,6 +276,8 @@ def main(arguments: list[str] | None = None) -> None:
         for fault in each["faults"]:
             console.print(f"[red]{each['kernel']}[/red] {each['constants']} ({Pass(**each['first'])}): {fault}")
     console.print(count_table({each: count_tiny(*each) for each in COUNTED}))
+    for name in PASSES:
+        console.print(model_table(model_pass(name)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from convnext_fast.kernels.targets import TARGETS
 
 from bench import cases, correctness, scaling, startup, variants
 from bench.environment import DTYPES, Roofline
@@ -84,19 +83,25 @@ class Study:
     def steps(self, only: tuple[str, ...] = ()) -> list[Step]:
         """The plan, correctness first; ``only`` those parts: sections, or the beginnings of rows' keys.
 
+        A quick study of an accelerator is correctness and models alone: `bench.gpu_day` asks what remains.
+
         Raises:
             ValueError: a part is not in the plan.
         """
-        device, targets = self.device, ("sm_90",) if self.quick else TARGETS
+        device = self.device
         plan = [
             Step("correctness", "every op on this device", (), lambda: correctness.rows(device)),
             *(self._models(cell) for cell in self._cells()),
-            *(self._stage(case) for case in self._stage_cases()),
-            *(self._axis(axis, found) for axis, found in scaling.cells(self.quick, self.on_cpu).items()),
-            Step("alternating", "sizes that change", (), lambda: scaling.alternating_rows(device, self.on_cpu)),
-            Step("startup", "import and first calls", (), lambda: startup.rows(device)),
-            Step("modelled", "modelled figures", (), lambda: modelled.rows(targets)),
         ]
+        if self.on_cpu or not self.quick:
+            plan += [
+                *(self._stage(case) for case in self._stage_cases()),
+                *(self._axis(axis, found) for axis, found in scaling.cells(self.quick, self.on_cpu).items()),
+                Step("alternating", "sizes that change", (), lambda: scaling.alternating_rows(device, self.on_cpu)),
+                Step("startup", "import and first calls", (), lambda: startup.rows(device)),
+            ]
+        if not self.quick:
+            plan.append(Step("modelled", "modelled figures", (), modelled.rows))
         for part in only:
             if not any(step.belongs_to(part) for step in plan):
                 raise ValueError(

@@ -119,14 +119,17 @@ def _rates(results: Results, device: torch.device) -> environment.Roofline:
     key = "rates/measured"
     if key not in results:
         dtypes = ("float32",) if device.type == "cpu" else ("float32", "bfloat16", "float16")
-        measured = environment.measured_rates(device, dtypes)
-        held = environment.roofline(device, measured)
-        row: dict[str, Any] = {"key": key, "section": "rates", "failure": None}
-        for name, rates in (("measured", measured), ("held_against", held)):
-            row[name] = {"flops": rates.flops, "bandwidth": rates.bandwidth, "source": rates.source}
-        results.add(row)
+        results.add(rates_row(device, environment.measured_rates(device, dtypes)))
     held = next(row for row in results.rows if row["key"] == key)["held_against"]
     return environment.Roofline(held["flops"], held["bandwidth"], held["source"])
+
+
+def rates_row(device: torch.device, measured: environment.Roofline) -> dict[str, Any]:
+    """The row that says what times are held against."""
+    row: dict[str, Any] = {"key": "rates/measured", "section": "rates", "failure": None}
+    for name, rates in (("measured", measured), ("held_against", environment.roofline(device, measured))):
+        row[name] = {"flops": rates.flops, "bandwidth": rates.bandwidth, "source": rates.source}
+    return row
 
 
 def _check_alive(device: torch.device) -> None:

@@ -1,66 +1,40 @@
-"""Figures that nothing was timed for: modelled from the compiler's output, counts and data sheets."""
+"""Rows of a study that nothing was timed for: the resource model's figures of whole passes on an H200."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-from bench.machine_code import rows as kernel_rows
-from bench.static_analysis.chips import CHIP_OF
-from bench.static_analysis.counts import count
-from bench.static_analysis.recording import record
-from bench.static_analysis.sweep import Pass
+from bench.static_analysis.resource_model import MEASURED, PASSES, ModelledPass, model_pass
 from bench.timing import failure
 
-PASSES = (("inference", 1), ("training", 1))
-BATCH = 128
+KEPT = ("kernel", "shape", "programs", "resident", "waves", "limit", "microseconds", "bounds")
+"""Of `resource_model.Modelled`, what a row keeps."""
 
 
-def rows(targets: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """ConvNeXt-T, bfloat16, 224², 128 images, for each target and pass.
-
-    "modelled_ms": our kernels' modelled times added up, each the greater of bytes over bandwidth and FLOPs over peak;
-    PyTorch's own operators between them, latency, caches and instruction issue are left out, so that a real time is
-    longer.
-    """
+def rows() -> Iterator[dict[str, Any]]:
+    """A row for each of ``resource_model.PASSES``: milliseconds modelled and at the limit, and every kind of launch."""
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-    for target in targets:
-        chip = CHIP_OF[target]
-        sheet = {
-            "chip": chip.name,
-            "sheet": chip.source,
-            "sheet_bandwidth": chip.bandwidth,
-            "sheet_flops": chip.tensor_flops,
-        }
-        for mode, recompute in PASSES:
-            row = {
-                "key": f"modelled/{target}/{mode}",
-                "section": "modelled",
-                "target": target,
-                "variant": "tiny",
-                "batch": BATCH,
-                "side": 224,
-                "dtype": "bfloat16",
-                "mode": mode,
-                **sheet,
-            }
-            try:
-                kernels = kernel_rows([Pass("tiny", "bf16", mode, recompute, target)], batch=BATCH)
-                counts = count(
-                    record("tiny", torch.bfloat16, mode=mode, recompute=recompute, target=target, batch=BATCH), target
-                )
-            except Exception as error:
-                yield row | {"failure": failure(error)}
-                continue
-            times = [(kernel["modelled_us"], kernel["launches"]) for kernel in kernels]
-            yield row | {
-                "failure": None,
-                "modelled_ms": sum(time * launches for time, launches in times if time is not None) / 1e3,
-                "kernels_without_a_count": sum(time is None for time, _ in times),
-                "megabytes_an_image": counts.megabytes,
-                "launches": counts.launches,
-                "saved_mb_an_image": counts.saved if mode == "training" else None,
-            }
+    for name in PASSES:
+        row = {"key": f"modelled/{name}", "section": "modelled", "pass": name}
+        try:
+            yield row | {"failure": None, **figures(model_pass(name))}
+        except Exception as error:
+            yield row | {"failure": failure(error)}
+
+
+def figures(made: ModelledPass) -> dict[str, Any]:
+    """Of a pass; "places" are those of its kinds of launches among all launches of the pass."""
+    kinds = [
+        {name: value for name, value in dataclasses.asdict(each).items() if name in KEPT} | {"places": places}
+        for each, places in made.kinds()
+    ]
+    return {
+        "modelled_ms": made.milliseconds,
+        "limit_ms": made.limit,
+        "earlier_ms": MEASURED.get(made.name),
+        "launches": len(made.launches),
+        "kinds": kinds,
+    }

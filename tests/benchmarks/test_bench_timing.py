@@ -186,7 +186,7 @@ def test_quantiles_and_deviation():
 def test_correctness_finds_what_is_wrong(monkeypatch):
     case = cases.OpCase("dwconv_layernorm", (1, 6, 6, 8), "float32", "both")
     assert correctness.row_of("against float64", case, CPU)["passed"] is True
-    assert correctness.row_of("same bits twice", case, CPU)["passed"] is True
+    assert correctness.row_of("same bits four times", case, CPU)["passed"] is True
     right = cases.OPS["dwconv_layernorm"]
     monkeypatch.setitem(
         cases.OPS, "dwconv_layernorm", (lambda fused, *t: right[0](fused, *t) * (1.001 if fused else 1.0), right[1])
@@ -204,7 +204,7 @@ def test_a_single_different_run_in_ten_is_found(monkeypatch):
     monkeypatch.setitem(
         cases.OPS, "dwconv_layernorm", (lambda *a: op(*a) + (1e-6 if next(calls) == 8 else 0.0), shapes)
     )
-    assert correctness.row_of("same bits twice", case, CPU)["passed"] is True
+    assert correctness.row_of("same bits four times", case, CPU)["passed"] is True
     assert correctness.row_of(correctness.OFTEN, case, CPU)["passed"] is False
 
 

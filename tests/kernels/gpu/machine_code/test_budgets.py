@@ -24,6 +24,7 @@ from bench.static_analysis.analysis import accesses, analyse, analyse_all  # noq
 from bench.static_analysis.chips import CHIP_OF  # noqa: E402
 from bench.static_analysis.counts import BUDGETS, COUNTED, count_tiny  # noqa: E402
 from bench.static_analysis.recording import Buffer, record, unique, unique_bytes  # noqa: E402
+from bench.static_analysis.resource_model import model_pass  # noqa: E402
 from bench.static_analysis.sweep import DTYPES, Pass, collect, describe, faults, passes  # noqa: E402
 
 EVERY_PASS = (("inference", "training"), (1, 2, 0), (0.1, 0.0))  # modes, recomputation levels, drop-path rates
@@ -61,6 +62,9 @@ REACHED = {
     ("inference", None): {"megabytes": 38.2},  # misses 37
     ("training", 0): {"megabytes": 173.7, "launches": 234, "saved": 27.4},
 }
+
+# Milliseconds modelled on an H200 by the resource model, with 5 % of room: lower them as kernels improve.
+MODELLED = {"inference_128": 1.05 * 3.96, "inference_1": 1.05 * 0.615, "training_64_autocast": 1.05 * 13.7}
 
 
 @pytest.fixture
@@ -132,6 +136,32 @@ def test_counts_of_a_pass(mode, recompute):
     # level 1 on a: once by two products, twice by a fused backward, three times where D and E are apart.
     least = 8.9 if mode == "inference" else 26.6
     assert least <= counts.gflops <= least * {None: 1.0, 0: 1.07, 1: 1.30, 2: 1.31}[recompute] + 0.1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.thorough if "training" in name else ()) for name in MODELLED],
+)
+def test_modelled_times_on_an_h200(name):
+    made = model_pass(name)
+    assert made.milliseconds <= MODELLED[name]
+    assert made.limit <= made.milliseconds
+    for launch in made.launches:
+        assert launch.limit <= max(launch.bounds.values()) * 1.001 <= launch.microseconds
+
+
+def test_summary_of_modelled_times(monkeypatch, capsys):
+    passes = {name: machine_code.PASSES[name] for name in ("inference_1", "inference_128")}
+    monkeypatch.setattr(machine_code, "PASSES", passes)
+    machine_code.main(["--summary", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["modelled_ms"].keys() == found["limit_ms"].keys() == passes.keys()
+    for name in passes:
+        assert 0 < found["limit_ms"][name] < found["modelled_ms"][name] <= MODELLED[name]
+    machine_code.main(["--summary"])
+    printed = capsys.readouterr().out
+    assert f"{found['modelled_ms']['inference_128']:.2f} ms modelled on an H200" in printed
+    assert "_fc1_kernel" in printed
 
 
 def test_command_prints_rows_and_imports_the_installed_kernels(capsys):

@@ -1,0 +1,82 @@
+"""The threads of a program as a walk knows them: integers and predicates for each thread, or "not known"."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bench.static_analysis.sass import CONSTANT, ROWS, TRUE, UNIFORM_TRUE, Instruction, Operand
+
+LANES = 32
+
+
+class Threads:
+    """Registers of all threads of a program.
+
+    Args:
+        threads: threads of a program.
+        place: the program's indices in the grid.
+        constants: 32-bit words of the constant bank, by their offset; None where a word is not known.
+
+    Attributes:
+        table: a row for each register and predicate (sass.py), a column for each thread.
+        known: which rows hold what the machine would.
+        local: what was spilled, by its offset.
+    """
+
+    def __init__(self, threads: int, place: tuple[int, int, int], constants: dict[int, int | None]) -> None:
+        self.threads, self.place, self.constants = threads, place, constants
+        self.table = np.zeros((ROWS + 3, threads), np.uint32)
+        self.table[[TRUE, UNIFORM_TRUE]] = 1
+        self.known = np.ones(ROWS + 3, bool)
+        self.local: dict[int, np.ndarray | None] = {}
+
+    def pair(self, row: int) -> np.ndarray:
+        """The 64 bits of a register and the one after it."""
+        high = self.table[row + 1] if row not in CONSTANT else self.table[row]
+        return self.table[row].astype(np.uint64) | (high.astype(np.uint64) << np.uint64(32))
+
+    def value(self, operand: Operand) -> np.ndarray:
+        """An operand's 32 bits for every thread."""
+        if operand.kind == "number":
+            return np.uint32(operand.value & 0xFFFFFFFF)
+        found = (self.constants.get(operand.value) or 0) if operand.kind == "constant" else self.table[operand.row]
+        found = np.uint32(found)
+        if operand.kind == "predicate":
+            return found ^ np.uint32(operand.inverted)
+        found = np.where(found.view(np.int32) < 0, -found, found) if operand.absolute else found
+        found = -found if operand.negative else found
+        return ~found if operand.inverted else found
+
+    def wide(self, operand: Operand) -> np.ndarray:
+        """An operand's 64 bits."""
+        if operand.kind == "constant":
+            low, high = (self.constants.get(operand.value + at) or 0 for at in (0, 4))
+            return np.uint64(low | high << 32)
+        if operand.kind == "register" and operand.row not in CONSTANT:
+            return self.pair(operand.row)
+        return np.uint64(np.int64(operand.value) if operand.kind == "number" else 0)
+
+    def addresses(self, operand: Operand) -> np.ndarray | None:
+        """What every thread's address is, or None where it is not known."""
+        if not all(self.known[row] and (not operand.wide or self.known[row + 1]) for row in operand.rows):
+            return None
+        total = np.full(self.threads, operand.value, np.int64)
+        for place, row in enumerate(operand.rows):
+            if place == 0 and operand.wide:
+                total += self.pair(row).view(np.int64)
+            else:
+                total += self.table[row].view(np.int32)
+        return total
+
+    def known_lanes(self, operand: Operand | None) -> np.ndarray | None:
+        """The threads for which a predicate holds; None for all of them, and where it is not known."""
+        if operand is None or not self.known[operand.row]:
+            return None
+        return (self.table[operand.row] != 0) ^ operand.inverted
+
+    def store_local(self, instruction: Instruction) -> None:
+        """A spill, which every thread writes at the same place of its own memory."""
+        address, value = instruction.sources[:2]
+        for n in range(instruction.words):
+            row = value.row + n if value.row not in CONSTANT else value.row
+            self.local[address.value + 4 * n] = self.table[row].copy() if self.known[row] else None
