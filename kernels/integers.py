@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 
 Function = TypeVar("Function", bound=Callable)
+MOST = 4096
+"""Results of one function that are remembered; sizes may change on every call."""
 
 
 def cdiv(a: int, b: int) -> int:
@@ -22,8 +24,8 @@ def next_power_of_2(n: int) -> int:
 
 
 def remembered(function: Function) -> Function:
-    """`functools.cache` that takes a compiler's symbolic integers too: they become plain ones, which is a guard."""
-    known = functools.cache(function)
+    """`functools.lru_cache` that takes a compiler's symbolic integers too: they become plain ones, which is a guard."""
+    known = functools.lru_cache(MOST)(function)
 
     @functools.wraps(function)
     def call(*args: object) -> object:
