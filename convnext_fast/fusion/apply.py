@@ -9,66 +9,23 @@ it was when it was fused; if not, it runs the host's own forward and warns.
 from __future__ import annotations
 
 import functools
-import warnings
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..models.fused_module import Layered
-from ..models.layer_changes import settings_of
+from ..models.freezing import set_plan, state_of, unfreeze
+from ..models.fused_module import FusedModule, fused_forward
+from ..models.layer_changes import changed
 from ..models.layers import ConvNextBlockBase
+from ..models.plan import BlockPlan, PatchPlan, Plan, holder_of, settings_of
+from ..models.records import STATE
+from ..models.whole_runs import runs_as_steps
 from .confirm import confirm
-from .find_blocks import Plan, find_blocks, make_plan
-from .find_patch_layers import PatchLayer, PatchPlan, find_patch_layers, make_patch_plan
-from .forward import run
-from .layer_kinds import Unfusable, changed, others_of, takes_keywords
-
-_PLAN = "_convnext_fast_plan"
-
-
-@dataclass(frozen=True)
-class FuseReport:
-    """What `fuse` did. Calling it calls the model, so that ``torch.compile(fuse(model))`` compiles that.
-
-    Attributes:
-        model: the model.
-        fused: names of the blocks that run whole on the fused ops.
-        partly_fused: names of the blocks whose depthwise convolution and LayerNorm do, and the rest by the host's own
-            layers (ConvNeXt V2, whose global response norm stands between the linear layers).
-        patch_layers: names of what does of the stem (convolution of patches, LayerNorm) and of the downsampling layers
-            (LayerNorm, convolution of patches).
-        left_alone: names of the other blocks and patch layers, and why.
-    """
-
-    model: nn.Module
-    fused: tuple[str, ...]
-    partly_fused: tuple[str, ...]
-    patch_layers: tuple[str, ...]
-    left_alone: dict[str, str]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """``model(*args, **kwargs)``."""
-        return self.model(*args, **kwargs)
-
-    def __str__(self) -> str:
-        """The counts, then what was left alone, layers of one reason together."""
-        counts = [
-            (len(self.fused), "blocks"),
-            (len(self.partly_fused), "blocks in part (depthwise convolution + LayerNorm)"),
-            (len(self.patch_layers), "patch layers (stem, downsampling)"),
-        ]
-        done = sum(count for count, _ in counts)
-        if not done and not self.left_alone:
-            return f"{type(self.model).__name__}: no ConvNeXt block found"
-        kinds = ", ".join(f"{count} {what}" for count, what in counts if count)
-        lines = [f"{type(self.model).__name__}: {done} of {done + len(self.left_alone)} fused: {kinds or 'none'}"]
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.left_alone.items():
-            reasons.setdefault(reason, []).append(name or "the model itself")
-        lines += [f"left alone: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
-        return "\n".join(lines)
+from .find_blocks import find_blocks, make_plan
+from .find_chains import find_chains
+from .find_patch_layers import PatchLayer, find_patch_layers, make_patch_plan
+from .layer_kinds import Unfusable, others_of, takes_keywords
+from .report import FuseReport
 
 
 def fuse(model: nn.Module, *, recompute: int | None = None, strict: bool = False) -> FuseReport:
@@ -98,9 +55,9 @@ def fuse(model: nn.Module, *, recompute: int | None = None, strict: bool = False
         raise ValueError(f"recompute is {recompute!r}: expected 0, 1 or 2, or None to leave it as it is")
     for module in model.modules():
         # A slice of a fused `torch.nn.Sequential` has its class, but is none.
-        if isinstance(module, FusedForward) and _PLAN not in vars(module):
+        if isinstance(module, FusedHost) and state_of(module) is None:
             module.__class__ = module._convnext_fast_host
-    plans: list[tuple[nn.Module, Plan | PatchPlan | None]] = []
+    plans: list[tuple[nn.Module, Plan]] = []
     left_alone: dict[str, str] = {}
     whole: list[str] = []
     partly: list[str] = []
@@ -119,20 +76,25 @@ def fuse(model: nn.Module, *, recompute: int | None = None, strict: bool = False
             left_alone[name] = str(reason)
             continue
         plans.append((module, plan))
-        (patches if layer is not None else partly if plan is not None and plan.tail else whole).append(name)
+        (patches if layer is not None else partly if plan.tail else whole).append(name)
     report = FuseReport(model, tuple(whole), tuple(partly), tuple(patches), left_alone)
     if strict and (left_alone or not blocks):
         raise ValueError(f"fuse with strict=True left the model as it was:\n{report}")
     for module, plan in plans:
-        if recompute is not None and isinstance(plan, Plan):
+        if recompute is not None and isinstance(plan, BlockPlan):
             plan = plan._replace(recompute=recompute)
-        if plan is not None:
-            vars(module)[_PLAN] = plan
-            if not isinstance(module, FusedForward):
-                module.__class__ = fused_class(type(module))
-        elif recompute is not None and isinstance(module, ConvNextBlockBase):
-            module.recompute = recompute
+        _give(module, plan)
+    for module, chain in find_chains(model, {id(module) for module, _ in plans}):
+        _give(module, chain)
     return report
+
+
+def _give(module: nn.Module, plan: Plan) -> None:
+    if not isinstance(module, FusedModule):
+        module.__class__ = fused_class(type(module))
+    state = state_of(module)
+    if state is None or state.plan != plan:
+        set_plan(module, plan)
 
 
 def unfuse(model: nn.Module) -> None:
@@ -144,7 +106,7 @@ def unfuse(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
-    fused = {name: module for name, module in model.named_modules() if isinstance(module, FusedForward)}
+    fused = {name: module for name, module in model.named_modules() if isinstance(module, FusedHost)}
     for name, module in fused.items():
         if type(module) is not fused_class(module._convnext_fast_host):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -153,27 +115,15 @@ def unfuse(model: nn.Module) -> None:
                 "expected unfuse() before the model is wrapped"
             )
     for module in fused.values():
+        unfreeze(module)
         module.__class__ = module._convnext_fast_host
-        vars(module).pop(_PLAN, None)
+        vars(module).pop(STATE, None)
 
 
-class FusedForward:
+class FusedHost(FusedModule):
     """What `fused_class` puts before a host's class."""
 
     _convnext_fast_host: type[nn.Module]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C', H', W')."""
-        return run(self, self.__dict__[_PLAN], x) if self._holds() else super().forward(x)
-
-    def _holds(self) -> bool:
-        """Whether the plan still fits; warns if not. Part of a fused `torch.nn.Sequential` has none, and needs none."""
-        plan = self.__dict__.get(_PLAN)
-        reason = None if plan is None else changed(self, plan)
-        if reason is not None and not torch.compiler.is_compiling():
-            kind = type(self).__name__
-            warnings.warn(f"a fused {kind} runs its own forward: {reason} (see fuse)", RuntimeWarning, stacklevel=3)
-        return plan is not None and reason is None
 
     def extra_repr(self) -> str:
         """The host's, and that the module is fused."""
@@ -188,21 +138,24 @@ class FusedForward:
         return _new, (self._convnext_fast_host,), *reduced[2:]
 
 
-class FusedForwardWithKeywords(FusedForward):
-    """`FusedForward` for a host that takes any keyword and reads none, as the stages of transformers' DINOv3."""
+@runs_as_steps
+class FusedHostWithKeywords(FusedHost):
+    """`FusedHost` for a host that takes any keyword and reads none, as the stages of transformers' DINOv3."""
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """(N, C, H, W) to (N, C', H', W')."""
-        return run(self, self.__dict__[_PLAN], x) if self._holds() else super(FusedForward, self).forward(x, **kwargs)
+        y = fused_forward(self, x)
+        return self._plain_forward(x, **kwargs) if y is None else y
 
 
 @functools.cache
 def fused_class(host: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a host's class that runs the fused ops; it goes by the host's name."""
-    forward = FusedForwardWithKeywords if takes_keywords(host.forward) else FusedForward
+    base = FusedHostWithKeywords if takes_keywords(host.forward) else FusedHost
     names = ("__module__", "__qualname__", "__doc__")
-    namespace = {**{name: getattr(host, name) for name in names}, "_convnext_fast_host": host}
-    return type(host.__name__, (forward, host), namespace)
+    namespace = {name: getattr(host, name) for name in names}
+    namespace |= {"_convnext_fast_host": host, "_plain_forward": host.forward}
+    return type(host.__name__, (base, host), namespace)
 
 
 def _new(host: type[nn.Module]) -> nn.Module:
@@ -216,36 +169,31 @@ def _own_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _unlike_before(model: nn.Module, found: list[nn.Module]) -> list[tuple[str, nn.Module, PatchLayer | None]]:
-    """The fused modules of ``model``, and this package's own, that do not look like blocks or patch layers any more."""
+    """The fused modules of ``model``, this package's own too, that do not look like blocks or patch layers any more."""
     seen = {id(module) for module in found}
-    others = []
+    others: list[tuple[str, nn.Module, PatchLayer | None]] = []
     for name, module in model.named_modules():
-        plan = vars(module).get(_PLAN)
-        if plan is not None and id(module) not in seen:
-            path = () if plan.pair is None else plan.pair[0]
-            layer = None if plan.pair is None else PatchLayer(".".join(filter(None, (name, *path))), module, path)
-            others.append((name if layer is None else layer.name, module, layer))
-        elif isinstance(module, Layered) and id(module) not in seen and module.change() is not None:
-            others.append((name, module, PatchLayer(name, module, ())))
+        plan = None if id(module) in seen or state_of(module) is None else state_of(module).plan
+        if isinstance(plan, PatchPlan):
+            layer = PatchLayer(".".join(filter(None, (name, *holder_of(plan)))), module, holder_of(plan))
+            others.append((layer.name, module, layer))
+        elif isinstance(plan, BlockPlan):
+            others.append((name, module, None))
     return others
 
 
-def _plan_of(module: nn.Module, layer: PatchLayer | None, known: dict[Any, str | None]) -> Plan | PatchPlan | None:
-    """The plan of a block, or of the module that runs a patch layer; None for this package's own.
+def _plan_of(module: nn.Module, layer: PatchLayer | None, known: dict[Any, str | None]) -> BlockPlan | PatchPlan:
+    """The plan of a block, or of the module that runs a patch layer.
 
     Raises:
         Unfusable: it is to be left alone.
     """
-    if type(module).__module__.split(".")[0] == __name__.split(".")[0] or isinstance(module, ConvNextBlockBase):
-        if not module.fused:
+    state = state_of(module)
+    if state is not None:
+        plan = state.plan
+        if not plan.fused:
             raise Unfusable("it is this package's own, with fused=False")
-        reason = module.change()
-        if reason is not None:
-            raise Unfusable(reason)
-        return None
-    if _PLAN in vars(module):
-        plan = vars(module)[_PLAN]
-        if layer is not None and plan.pair[0] != layer.path:
+        if layer is not None and holder_of(plan) != layer.path:
             raise Unfusable(f"the {type(module).__name__} that runs it runs another patch layer already")
         reason = changed(module, plan)
         if reason is not None:

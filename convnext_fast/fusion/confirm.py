@@ -2,58 +2,24 @@
 
 It runs as a copy on the CPU in float32 (PyTorch's depthwise convolution in float64 takes seconds), with every
 tensor drawn from N(0, 1), so that nothing small (a layer scale of 1e-6) hides a difference; outside and in training,
-where its stochastic depth must drop the same samples for one seed. A stage runs with two stand-ins for its blocks.
-Neither the module nor the caller's random streams change.
+where its stochastic depth must drop the same samples for one seed. A stage or a container runs with stand-ins for what
+it calls. Neither the module nor the caller's random streams change.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import torch
 from torch import Tensor, nn
 
-from ..models.layer_changes import follow
-from .find_blocks import Plan
-from .find_patch_layers import PatchPlan
-from .forward import run
+from ..models.plan import BlockPlan, PatchPlan, called_by, follow
+from ..models.run_plan import read, run
 from .layer_kinds import Unfusable
+from .probe_copy import probe_copy
 
 SAMPLES, HEIGHT, WIDTH = 8, 2, 3
 RATE = 0.4
 BOUND = 1e-4
 """Of the relative error, far above rounding. The activation was told apart from its like before, in float64."""
-
-
-def probe_copy(module: nn.Module, copies: dict[int, object] | None = None) -> nn.Module:
-    """A copy of ``module`` for `confirm`: no hooks, floating tensors random, float32 and on the CPU.
-
-    Tensors are made by shape, so that none of the original's memory is read: it may be on a meta device, or sharded.
-    """
-    copies = {} if copies is None else copies
-    if id(module) in copies:
-        return copies[id(module)]  # type: ignore[return-value]
-    copy = copies[id(module)] = object.__new__(type(module))
-    for name, value in vars(module).items():
-        copy.__dict__[name] = OrderedDict() if "hooks" in name else value
-    for name in ("_parameters", "_buffers"):
-        tensors = {}
-        for key, tensor in getattr(module, name).items():
-            if tensor is not None and id(tensor) not in copies:
-                copies[id(tensor)] = _random_like(tensor)
-            tensors[key] = None if tensor is None else copies[id(tensor)]
-        copy.__dict__[name] = tensors
-    children = module._modules.items()
-    copy.__dict__["_modules"] = {key: None if m is None else probe_copy(m, copies) for key, m in children}
-    return copy
-
-
-def _random_like(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-    fan_in = tensor[0].numel() if tensor.dim() > 1 and tensor.shape[0] else 1
-    value = torch.randn(tensor.shape, dtype=torch.float32, device="cpu") / fan_in**0.5
-    return nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
 
 
 class _StandIn(nn.Module):
@@ -68,7 +34,7 @@ class _StandIn(nn.Module):
 
 
 @torch.no_grad()
-def confirm(module: nn.Module, plan: Plan | PatchPlan) -> None:
+def confirm(module: nn.Module, plan: BlockPlan | PatchPlan) -> None:
     """Run ``module`` and the plan.
 
     Raises:
@@ -78,7 +44,7 @@ def confirm(module: nn.Module, plan: Plan | PatchPlan) -> None:
         # `torch.manual_seed` would seed the accelerators' streams too.
         torch.default_generator.manual_seed(0)
         copies: dict[int, object] = {}
-        if isinstance(plan, Plan):
+        if isinstance(plan, BlockPlan):
             what, height, width = "a ConvNeXt block", HEIGHT, WIDTH
             channels, drop_path = follow(module, plan.dwconv).in_channels, plan.drop_path
         else:
@@ -100,7 +66,7 @@ def confirm(module: nn.Module, plan: Plan | PatchPlan) -> None:
             except Exception as error:
                 raise Unfusable(f"its forward fails on {tuple(x.shape)} float32: {error}") from error
             torch.default_generator.manual_seed(1)
-            actual = run(copy, plan, x, fused=False)
+            actual = run(copy, plan, read(copy, plan), x, fused=False)
             if not isinstance(expected, Tensor) or expected.shape != actual.shape:
                 raise Unfusable("its forward returns something else than the activations")
             if not (actual - expected).norm() <= BOUND * expected.norm():
@@ -108,6 +74,30 @@ def confirm(module: nn.Module, plan: Plan | PatchPlan) -> None:
                 raise Unfusable(f"its forward computes something else than {what} {mode}")
         if isinstance(plan, PatchPlan) and plan.stem:
             with torch.autocast("cpu", torch.bfloat16):
-                dtypes = [type(module).forward(copy, x).dtype, run(copy, plan, x, fused=False).dtype]
+                ours = run(copy, plan, read(copy, plan), x, fused=False)
+                dtypes = [type(module).forward(copy, x).dtype, ours.dtype]
             if dtypes[0] != dtypes[1]:
                 raise Unfusable("its output under autocast is {}, not {} as of torch's own LayerNorm".format(*dtypes))
+
+
+@torch.no_grad()
+def confirm_chain(container: nn.Module) -> None:
+    """Run a container with a stand-in for each module that it holds.
+
+    Raises:
+        Unfusable: in evaluation it does not call them one after another and nothing else.
+    """
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        torch.default_generator.manual_seed(0)
+        copies: dict[int, object] = {}
+        x = expected = torch.randn(SAMPLES, 4, HEIGHT, WIDTH, dtype=torch.float32, device="cpu")
+        for i, child in enumerate(called_by(container)):
+            stand_in = copies.setdefault(id(child), _StandIn(i + 2))
+            expected = stand_in(expected)
+        copy = probe_copy(container, copies)
+        try:
+            actual = type(container).forward(copy.eval(), x.clone())
+        except Exception as error:
+            raise Unfusable(f"its forward fails on {tuple(x.shape)} float32: {error}") from error
+        if not isinstance(actual, Tensor) or not torch.equal(actual, expected):
+            raise Unfusable("its forward does more than call what it holds")

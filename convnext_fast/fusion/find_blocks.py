@@ -2,68 +2,27 @@
 
 A block is the smallest module (no `torch.nn.Sequential`) whose layers are, in the order in which they were registered:
 a depthwise 2-d convolution, a norm, a pointwise layer (linear or 1×1), …, a second pointwise layer. `make_plan` says
-where the parts of such a block are, or why the fused ops cannot stand in for it; `fuse_probe` then confirms the plan by
+where the parts of such a block are, or why the fused ops cannot stand in for it; `confirm` then confirms the plan by
 running the block. Nothing here changes a module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from ..backends.reference import ACTIVATION_FUNCTIONS
-from ..models.layer_changes import Path, Watched, dotted, follow, kind_of, watch
-from .layer_kinds import DTYPES, Unfusable, check_forward, check_norm, check_untouched, check_weights, own_tensors
+from ..models.layer_changes import dotted, kind_of, own_tensors
+from ..models.plan import BlockPlan, Path, watch
+from .layer_kinds import DTYPES, Unfusable, check_forward, check_norm, check_untouched, check_weights
+from .probe_copy import probe_copy
 
 KERNEL_SIZES = (3, 5, 7)
 RATES = ("drop_prob", "p", "rate")
 """Names under which libraries keep the rate of their stochastic depth."""
-
-
-class Plan(NamedTuple):
-    """Where the parts of a block are, as paths from the block.
-
-    Attributes:
-        dwconv, norm, fc1, fc2: the layers.
-        gamma: name of the block's layer scale, or None.
-        drop_path: the host's stochastic depth, or None.
-        rate: name of its rate.
-        eps: of the norm.
-        act: one of ``config.ACTIVATIONS``.
-        tail: where something stands between the linear layers that the fused MLP has not (ConvNeXt V2's GRN): the
-            host's layers to call one after another after the norm. Empty where the whole block is fused.
-        channels_first: whether the tail takes (N, C, H, W).
-        watched: the layers that are not called, to notice when they change.
-        recompute: what the backward pass computes anew (see `ops.convnext_block`); no effect where there is a tail.
-    """
-
-    dwconv: Path
-    norm: Path
-    fc1: Path
-    fc2: Path
-    gamma: str | None
-    drop_path: Path | None
-    rate: str
-    eps: float
-    act: str
-    tail: tuple[Path, ...]
-    channels_first: bool
-    watched: tuple[Watched, ...]
-    recompute: int = 1
-
-    @property
-    def weighted(self) -> tuple[Path, ...]:
-        """Of `AnyPlan`."""
-        return (self.dwconv,) if self.tail else (self.dwconv, self.fc1, self.fc2)
-
-    @property
-    def pair(self) -> None:
-        """Of `AnyPlan`."""
-        return None
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -88,7 +47,7 @@ def _collect(module: nn.Module, name: str, found: list[tuple[str, nn.Module]], s
     return seen[id(module)]
 
 
-def make_plan(block: nn.Module) -> Plan:
+def make_plan(block: nn.Module) -> BlockPlan:
     """Where the parts of ``block`` are.
 
     Raises:
@@ -104,7 +63,7 @@ def make_plan(block: nn.Module) -> Plan:
     dwconv, norm = [(path, layer) for path, layer in layers if _holds_tensors(layer)][:2]
     fc1, fc2 = layers[places[0]], layers[places[1]]
     channels = _check_dwconv(*dwconv)
-    eps = check_norm(*norm, channels)
+    check_norm(*norm, channels)
     between, outside = layers[places[0] + 1 : places[1]], layers[: places[0]] + layers[places[1] + 1 :]
     hidden = _check_linear(fc1, fc2, channels)
     drop_path = _find_drop_path(outside)
@@ -114,15 +73,15 @@ def make_plan(block: nn.Module) -> Plan:
             raise Unfusable(f"it holds {dotted(path)} ({kind_of(layer)}) besides the layers of a ConvNeXt block")
     act, tail = _find_activation(between, hidden)
     tail_paths = tuple(path for path, _ in layers[places[0] : places[1] + 1]) if tail else ()
-    watched = [(path, layer) for path, layer in everything if path not in tail_paths]
+    watched = [path for path, _ in everything if path not in tail_paths]
     if not tail:
         _check_plain_weights(fc1, fc2)
     _check_plain_weights(dwconv, norm)
     if tail and (norm[1].weight is None or norm[1].bias is None):
         raise Unfusable("its LayerNorm has no affine, which the fused depthwise convolution + LayerNorm needs")
-    containers = {path[:n]: follow(block, path[:n]) for path, _ in everything for n in range(1, len(path))}
+    containers = dict.fromkeys(path[:n] for path, _ in everything for n in range(1, len(path)))
     rate = "" if drop_path is None else next(name for name in RATES if hasattr(drop_path[1], name))
-    return Plan(
+    return BlockPlan(
         dwconv=dwconv[0],
         norm=norm[0],
         fc1=fc1[0],
@@ -130,14 +89,12 @@ def make_plan(block: nn.Module) -> Plan:
         gamma=_find_gamma(block, channels),
         drop_path=None if drop_path is None else drop_path[0],
         rate=rate,
-        eps=eps,
         act=act,
+        watched=tuple(
+            watch(block, path, rate if drop_path and path == drop_path[0] else "") for path in [*containers, *watched]
+        ),
         tail=tail_paths,
         channels_first=isinstance(fc1[1], nn.Conv2d),
-        watched=tuple(
-            watch(path, layer, rate if drop_path and path == drop_path[0] else "")
-            for path, layer in [*containers.items(), *watched]
-        ),
     )
 
 
@@ -274,8 +231,6 @@ def _find_activation(between: list[tuple[Path, nn.Module]], hidden: int) -> tupl
 @torch.no_grad()
 def _recognise_activation(path: Path, layer: nn.Module, optional: bool = False) -> str:
     """The activation that computes what ``layer`` does, whatever it is called."""
-    from .confirm import probe_copy
-
     x = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
     if not _holds_tensors(layer):
         copy = probe_copy(layer)

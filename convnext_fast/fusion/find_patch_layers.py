@@ -3,7 +3,7 @@
 Both are a pair of layers, a convolution of non-overlapping patches and a LayerNorm over the channels; the convolution
 comes first in the stem, the norm in a downsampling layer. The pair is all that a module holds (timm, torchvision, the
 stem of transformers), or a list of a stage that calls it before its blocks (transformers); then the stage gets the
-fused forward. As for blocks, `fuse_probe` confirms each plan by running the module, and nothing here changes one.
+fused forward. As for blocks, `confirm` confirms each plan by running the module, and nothing here changes one.
 """
 
 from __future__ import annotations
@@ -14,43 +14,9 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..models.layer_changes import Path, Watched, dotted, follow, kind_of, watch
-from .layer_kinds import Unfusable, check_forward, check_norm, check_untouched, check_weights, own_tensors
-
-
-class PatchPlan(NamedTuple):
-    """Where the parts of a patch layer are, as paths from the module that runs it.
-
-    Attributes:
-        norm, conv: the layers.
-        stem: whether the convolution comes first.
-        eps: of the norm.
-        following: the list of modules that a stage calls afterwards; None where the pair is all.
-        watched: the layers that are not called, to notice when they change.
-    """
-
-    norm: Path
-    conv: Path
-    stem: bool
-    eps: float
-    following: Path | None
-    watched: tuple[Watched, ...]
-
-    @property
-    def weighted(self) -> tuple[Path, ...]:
-        """Of `AnyPlan`."""
-        return (self.conv,)
-
-    @property
-    def pair(self) -> tuple[Path, tuple[str, ...]]:
-        """Of `AnyPlan`."""
-        names = self.norm[-1], self.conv[-1]
-        return self.norm[:-1], names[::-1] if self.stem else names
-
-    @property
-    def gamma(self) -> None:
-        """Of `AnyPlan`."""
-        return None
+from ..models.layer_changes import dotted, kind_of, own_tensors
+from ..models.plan import PatchPlan, Path, follow, watch
+from .layer_kinds import Unfusable, check_forward, check_norm, check_untouched, check_weights
 
 
 class PatchLayer(NamedTuple):
@@ -100,13 +66,15 @@ def make_patch_plan(layer: PatchLayer) -> PatchPlan:
     check_untouched((dotted(path), child) for path, child in pair)
     stem = not hasattr(pair[0][1], "eps")
     (norm_path, norm), (conv_path, conv) = pair[::-1] if stem else pair
-    eps = check_norm(norm_path, norm, _check_conv(conv_path, conv)[0 if stem else 1])
+    check_norm(norm_path, norm, _check_conv(conv_path, conv)[0 if stem else 1])
     for path, child in pair:
         check_weights(path, child)
     if norm.weight is None or norm.bias is None:
         raise Unfusable(f"its LayerNorm {dotted(norm_path)} has no affine, which the fused patch layers need")
-    watched = pair if following is None else [(layer.path, holder), (following, follow(runner, following)), *pair]
-    return PatchPlan(norm_path, conv_path, stem, eps, following, tuple(watch(*each) for each in watched))
+    watched = [path for path, _ in pair]
+    if following is not None:
+        watched = [layer.path, following, *watched]
+    return PatchPlan(norm_path, conv_path, stem, tuple(watch(runner, path) for path in watched), following)
 
 
 def _looks_like_patches(module: nn.Module) -> bool:

@@ -1,17 +1,18 @@
-"""What the plans of `fuse` have in common: when they no longer hold, and what forbids fusing layers."""
+"""What forbids fusing a module, or the layers in it."""
 
 from __future__ import annotations
 
 import dis
 import inspect
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..models.layer_changes import Path, Watched, change, dotted, follow, has_hooks, is_plain, is_setting, kind_of
+from ..models.layer_changes import dotted, has_hooks, is_plain, kind_of
+from ..models.plan import Path, follow, is_setting
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -19,45 +20,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 class Unfusable(Exception):
     """Why a block or a patch layer is left alone."""
-
-
-class AnyPlan(Protocol):
-    """What `changed` looks at.
-
-    Attributes:
-        watched: the layers that are not called.
-        weighted: paths of the layers whose weights the fused ops read.
-        pair: the container whose children are to stay the two layers that are named, or None.
-        gamma: name of the only tensor that the module has of its own, or None for none.
-    """
-
-    watched: tuple[Watched, ...]
-    weighted: tuple[Path, ...]
-    pair: tuple[Path, tuple[str, ...]] | None
-    gamma: str | None
-
-
-def changed(block: nn.Module, plan: AnyPlan) -> str | None:
-    """Why the plan of a fused block no longer holds, or None: hooks, other layers, other settings, other weights."""
-    reason = change(block, plan.watched, plan.weighted)
-    if reason is not None:
-        return reason
-    if plan.gamma is not None and getattr(block, plan.gamma, None) is None:
-        return f"its {plan.gamma} is gone"
-    for name, tensor in own_tensors(block):
-        # FullyShardedDataParallel keeps a parameter of its own, _flat_param, on what it wraps.
-        if tensor is not None and name != plan.gamma and not name.startswith("_"):
-            return f"it has a tensor {name} now"
-    if plan.pair is not None:
-        names = tuple(follow(block, plan.pair[0])._modules)
-        if names != plan.pair[1]:
-            return f"its layers are now {', '.join(names) or 'none'}, not {', '.join(plan.pair[1])}"
-    return None
-
-
-def own_tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    """The parameters and buffers of ``module`` itself, by name, absent ones too."""
-    return [*module._parameters.items(), *module._buffers.items()]
 
 
 def others_of(module: nn.Module, paths: Iterable[Path]) -> tuple[Any, ...]:
@@ -116,15 +78,14 @@ def check_untouched(layers: Iterable[tuple[str, nn.Module]]) -> None:
             raise Unfusable(f"the forward of {name} was replaced")
 
 
-def check_norm(path: Path, norm: nn.Module, channels: int) -> float:
-    """The epsilon of a LayerNorm over the channels."""
+def check_norm(path: Path, norm: nn.Module, channels: int) -> None:
+    """A LayerNorm over the channels."""
     # A norm without weight and bias has them as None; RMSNorm has no attribute "bias" at all.
     affine = [getattr(norm, name, "missing") for name in ("weight", "bias")]
     fits = all(value is None or (isinstance(value, Tensor) and value.shape == (channels,)) for value in affine)
     shape = getattr(norm, "normalized_shape", None)
     if not fits or shape is None or tuple(shape) != (channels,) or not isinstance(norm.eps, float):
         raise Unfusable(f"its norm {dotted(path)} is {kind_of(norm)}, not a LayerNorm over the {channels} channels")
-    return norm.eps
 
 
 def check_weights(path: Path, layer: nn.Module) -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.load_save import load_model, save_model
 from ..config import ConvNextConfig
-from ..ops.sequence import in_one_go
 from .fused_module import in_turn, layer_norm_2d, outputs_in_turn
-from .layers import ConvNextBlock, Downsample, Stem
-from .steps import Step, joined, steps_of, stepwise
+from .layers import ConvNextBlock, Downsample, Stage, Stem
 from .switches import ConvNextSwitches, check_image, init_weights
 
 POOLS = ("avg", "max", "")
@@ -40,31 +38,14 @@ class FeatureInfo(list):
         return [entry[key] for entry in self] if index is None else self[index][key]
 
 
-@stepwise
-class Stage(nn.Module):
-    """Downsampling, then blocks."""
+class ConvNextStage(Stage):
+    """A stage under timm's names: downsample, blocks."""
 
-    def __init__(self, downsample: nn.Module, blocks: list[ConvNextBlock]):
+    def __init__(self, downsample: nn.Module, blocks: list[ConvNextBlock], fused: bool):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋), or of the same size in the first stage."""
-        results = in_one_go(lambda: [self.steps()], x)
-        if results is not None:
-            return results[0]
-        x = self.downsample(x)
-        if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
-            return self.blocks(x)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        return x
-
-    def steps(self) -> list[Step] | None:
-        """See `steps.stepwise`."""
-        return joined(map(steps_of, (self.downsample, self.blocks)))
+        self.declare("downsample", "blocks", fused)
 
 
 class Head(nn.Module):
@@ -148,7 +129,7 @@ class ConvNext(ConvNextSwitches):
                 )
                 for rate in rates
             ]
-            self.stages.append(Stage(shrink, blocks))
+            self.stages.append(ConvNextStage(shrink, blocks, fused))
         stride = max(config.patch_shape)
         self.feature_info = FeatureInfo(
             {"num_chs": width, "reduction": stride << i, "module": f"stages.{i}"} for i, width in enumerate(widths)
@@ -181,8 +162,8 @@ class ConvNext(ConvNextSwitches):
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (N, in_chans, H, W) to the last feature map (N, C, H', W')."""
         check_image(x, self.config, "x")
-        results = in_one_go(lambda: [joined(map(steps_of, (self.stem, self.stages)))], x)
-        return self._final_norm(self.stages(self.stem(x)) if results is None else results[0])
+        maps = self.run_frozen((self.stem, self.stages), x)
+        return self._final_norm(self.stages(self.stem(x)) if maps is None else maps[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last feature map to logits (N, num_classes), or to the pooled features (N, C) before the classifier."""
@@ -220,8 +201,8 @@ class ConvNext(ConvNextSwitches):
         wanted = self._stage_indices(indices)
         last = len(self.stages) - 1
         run = max(wanted) + 1 if stop_early else last + 1
-        layers = self.stem, *self.stages[:run]
-        results = in_one_go(lambda: list(map(steps_of, layers)), x) or outputs_in_turn(layers, x)
+        layers = self.stem, *islice(self.stages, run)
+        results = self.run_frozen(layers, x) or outputs_in_turn(layers, x)
         maps = []
         for i, y in enumerate(results[1:]):
             if i in wanted:
@@ -251,7 +232,7 @@ class ConvNext(ConvNextSwitches):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute whole blocks in the backward pass (`torch.utils.checkpoint`); ``recompute`` is cheaper."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.checkpointing = {"use_reentrant": False} if enable else None
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameter names into layer groups, for layer-wise learning-rate decay."""

@@ -1,82 +1,137 @@
-"""Modules that compute with folded copies of their weights once they are frozen."""
+"""What a fused module knows of itself, and freezing: to compute with folded copies of the weights, in inference.
+
+What is folded follows the weights: a change of them is noticed at the next call (see `ops.folded_weights`), a copy of a
+module folds its own, and a pickle holds nothing folded. Training mode and a loaded state_dict unfreeze.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-
-class Unfreezing(nn.Module):
-    """A module that training mode, and a state_dict loaded into it or into a module around it, unfreeze."""
-
-    def unfreeze(self) -> Any:
-        """Undo freezing."""
-        raise NotImplementedError
-
-    def train(self, mode: bool = True) -> Any:
-        """As `torch.nn.Module.train`; training mode undoes freezing."""
-        if mode:
-            self.unfreeze()
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unfreeze()
-        super()._load_from_state_dict(*args, **kwargs)
+from ..backends.steps import Step
+from ..ops.folded_weights import Folded, folded, new_token, notice_fused_optimizers
+from .layer_changes import changed
+from .plan import BlockPlan, ChainPlan, Path, Plan, follow, remember, weighted
+from .records import STATE, Record
+from .run_plan import Read, read, step_of
+from .whole_runs import WholeRuns
 
 
-class Freezable(Unfreezing):
-    """A module that `freeze` gives copies of its weights, folded for inference, as buffers outside its state_dict.
+class State:
+    """What a `FusedModule` knows of itself. It is replaced where the plan changes, and by freezing and unfreezing.
 
-    The copies follow the module to another device. A change of dtype folds the parameters anew, as the copies have more
-    than one dtype and depend on how the weights were rounded. Training mode and the loading of a state_dict, of the
-    module or of one around it, drop them.
+    Attributes:
+        plan: where its parts are.
+        key: what stands for the plan in this process.
+        trainable: None, or of a frozen module the paths of the parameters that took gradients before.
+        token: of a frozen module, what its folded weights are kept with.
+        folded: of a frozen module on a GPU, the copies of its weights that a compiled model computes with.
+        seen: what the plan read, and the record by which it still holds; None if that is to be found out.
+        whole: the steps that stand for its forward, once found.
     """
 
-    Frozen: type[NamedTuple]
-    _names: tuple[str, ...]  # of the buffers that hold the fields
+    def __init__(self, plan: Plan, trainable: tuple[Path, ...] | None = None):
+        self.plan, self.trainable = plan, trainable
+        self.key = remember(plan)
+        self.token = None if trainable is None else new_token()
+        self.folded: Folded | None = None
+        self.seen: tuple[Record, Read] | None = None
+        self.whole = WholeRuns()
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "Frozen" in vars(cls):
-            cls._names = tuple(f"folded_{name}" for name in cls.Frozen._fields)
+    def __deepcopy__(self, memo: Any) -> State:
+        return State(self.plan, self.trainable)
 
-    def fold(self) -> Any:
-        """A ``Frozen`` made of the parameters; None where this module has nothing to fold."""
-        raise NotImplementedError
-
-    @property
-    def frozen(self) -> Any:
-        """The ``Frozen`` in use; None unless `freeze` was called."""
-        names, buffers = self._names, self._buffers
-        return self.Frozen._make(map(buffers.__getitem__, names)) if names[0] in buffers else None
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def freeze(self) -> None:
-        """Fold the parameters into copies, which the forward uses from then on."""
-        folded = self.fold()
-        if folded is None:
-            self.unfreeze()
-        else:
-            for name, value in zip(self._names, folded, strict=True):
-                self.register_buffer(name, value, persistent=False)
-
-    def unfreeze(self) -> None:
-        """Drop the copies."""
-        for name in self._names:
-            self._buffers.pop(name, None)
-            self._non_persistent_buffers_set.discard(name)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = self.frozen
-        super()._apply(fn, recurse)
-        if before is not None and [_dtype(a) for a in before] != [_dtype(b) for b in self.frozen]:
-            self.freeze()
-        return self
+    def __reduce__(self) -> Any:
+        return State, (self.plan, self.trainable)
 
 
-def _dtype(copy: Tensor | None) -> torch.dtype | None:
-    return None if copy is None else copy.dtype
+def state_of(module: nn.Module) -> State | None:
+    """The state of a `FusedModule`; None of any other module."""
+    return vars(module).get(STATE)
+
+
+def set_plan(module: nn.Module, plan: Plan) -> None:
+    """Give a `FusedModule` its plan, or another one."""
+    state = state_of(module)
+    _replace(module, State(plan, None if state is None else state.trainable))
+
+
+def can_freeze(module: nn.Module) -> bool:
+    """Whether ``module`` has a plan, and one of which all can be frozen."""
+    state = state_of(module)
+    return state is not None and not (isinstance(state.plan, BlockPlan) and state.plan.tail)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether ``module`` itself is frozen."""
+    state = state_of(module)
+    return state is not None and state.trainable is not None
+
+
+def freeze(module: nn.Module) -> None:
+    """Have a module that `can_freeze` compute with folded copies of its weights, and turn their gradients off."""
+    state = state_of(module)
+    before = set(state.trainable or ())
+    for path, parameter in _parameters(module, state.plan):
+        if parameter.requires_grad:
+            before.add(path)
+            parameter.requires_grad_(False)
+    notice_fused_optimizers()
+    _replace(module, State(state.plan, tuple(sorted(before))))
+
+
+def unfreeze(module: nn.Module) -> None:
+    """Undo `freeze`, if there was any."""
+    if not is_frozen(module):
+        return
+    state = state_of(module)
+    _replace(module, State(state.plan))
+    for *path, name in state.trainable:
+        parameter = getattr(follow(module, tuple(path)), name, None)
+        if isinstance(parameter, nn.Parameter):
+            parameter.requires_grad_(True)
+
+
+def folded_weights(module: nn.Module) -> Folded | None:
+    """What a frozen block or downsampling layer computes with; None of any other module, or where its plan fails."""
+    step = _step(module) if is_frozen(module) else None
+    return None if step is None else folded(step)
+
+
+def fold_for_compilers(module: nn.Module) -> None:
+    """Fold at once what a compiled model on a GPU reads: a compiler cannot ask whether weights changed."""
+    state = state_of(module)
+    if state is None or state.trainable is None:
+        return
+    step = _step(module)
+    on_gpu = step is not None and step.weights[0].device.type not in ("cpu", "meta")
+    state.folded = folded(step) if on_gpu else None
+
+
+def _replace(module: nn.Module, state: State) -> None:
+    setattr(module, STATE, state)
+    fold_for_compilers(module)
+
+
+def _step(module: nn.Module) -> Step | None:
+    state = state_of(module)
+    if isinstance(state.plan, ChainPlan) or changed(module, state.plan) is not None:
+        return None
+    return step_of(state.plan, read(module, state.plan), state.token)
+
+
+def _parameters(module: nn.Module, plan: Plan) -> Iterator[tuple[Path, nn.Parameter]]:
+    """The parameters that the plan reads, with their paths."""
+    if isinstance(plan, ChainPlan):
+        return
+    for path in (plan.norm, *weighted(plan)):
+        layer = follow(module, path)
+        for name, parameter in {} if layer is None else layer._parameters.items():
+            if parameter is not None:
+                yield (*path, name), parameter
+    gamma = getattr(module, plan.gamma, None) if isinstance(plan, BlockPlan) and plan.gamma else None
+    if gamma is not None:
+        yield (plan.gamma,), gamma

@@ -1,95 +1,114 @@
-"""Modules of this package that compute with the weights of their layers, and call the layers where they must.
+"""The one mechanism by which a module computes with the weights of its layers, or calls them.
 
-With ``fused`` set, a block, the stem or a downsampling layer reads its layers' weights and calls none of them. Users
-replace such layers (adapters, quantisation, a dilated convolution) and hang hooks on them: then the module calls them
-one after another, as it does with ``fused=False``, and says so.
+A `FusedModule` has a plan (see `plan`). Its forward asks once whether the plan still holds, and then runs the plan's op
+on the live parameters. Where it does not hold, the plain forward runs, which calls the layers, with a warning: users
+replace layers (adapters, quantisation, a dilated convolution) and hang hooks on them, and both keep their meaning.
+Frozen modules run as steps (see `whole_runs`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layer_changes import Path, Records, change, follow, recall, remember, watch
+from .. import ops
+from ..ops import call
+from ..ops.views import as_nchw
+from .freezing import State, fold_for_compilers, unfreeze
+from .layer_changes import changed
+from .plan import BlockPlan, ChainPlan, PatchPlan, Plan, follow, recall
+from .records import Record
+from .run_plan import Read, read, run, run_following
+from .whole_runs import outputs_of, runs_as_steps
 
-_LIVE = ("eps", "rate", "act_name")
-"""Settings that every forward reads anew."""
 
+@runs_as_steps
+class FusedModule(nn.Module):
+    """A module that runs its plan's op, or else its plain forward.
 
-class Layered(nn.Module):
-    """A module that may call its layers or only read their weights.
-
-    Attributes:
-        fused: run the fused ops; otherwise call the layers.
+    What this class adds has private names, for a host's class may use any other.
     """
 
-    fused: bool
-    _records = Records()
-    _number = remember(Records())
+    _convnext_fast: State | None = None
 
-    def watch(self, weighted: Iterable[Path], others: Iterable[Path] = ()) -> None:
-        """Remember the layers as they are: those whose weights are read, and those that are only not called."""
-        weighted = tuple(weighted)
-        watched = tuple(watch(path, follow(self, path), *_LIVE) for path in (*weighted, *others))
-        self._records = Records(watched, weighted)
-        self._number = remember(self._records)
+    def _plain_forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C', H', W') by calling the layers."""
+        raise NotImplementedError
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._number = remember(self._records)
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C', H', W')."""
+        y = fused_forward(self, x)
+        return self._plain_forward(x) if y is None else y
 
-    def change(self, reads: bool = True) -> str | None:
-        """Why the layers must be called, whatever ``fused`` says; None where there is no reason.
+    def train(self, mode: bool = True) -> Any:
+        """As `torch.nn.Module.train`; training mode undoes freezing."""
+        if mode:
+            unfreeze(self)
+        return super().train(mode)
 
-        ``reads``: whether the weights are read, and not copies of them.
-        """
-        return change(self, *self._recalled(), reads)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        unfreeze(self)
+        super()._load_from_state_dict(*args, **kwargs)
 
-    def _recalled(self) -> Records:
-        return recall(self._number) if torch.compiler.is_compiling() else self._records
-
-    def reads_weights(self) -> bool:
-        """Whether the fused ops run; warns where the layers are called though ``fused`` is set."""
-        if not self.fused:
-            return False
-        reason = self.change()
-        if reason is not None and not torch.compiler.is_compiling():
-            kind = type(self).__name__
-            warnings.warn(f"a fused {kind} calls its layers one by one: {reason}", RuntimeWarning, stacklevel=3)
-        return reason is None
-
-    def stands(self, frozen: Any) -> bool:
-        """Whether a step by ``frozen`` copies of the weights, or by the weights, does what a call does."""
-        if not self.fused or self.learns():
-            return False
-        # A compiler would guard every weight that is looked at.
-        return self.change(reads=frozen is None or not torch.compiler.is_compiling()) is None
-
-    def learns(self) -> bool:
-        """Whether autograd records and a parameter whose values are read wants a gradient."""
-        if not torch.is_grad_enabled():
-            return False
-        holders = (self, *(follow(self, path) for path in self._recalled().weighted))
-        return any(p is not None and p.requires_grad for holder in holders for p in holder._parameters.values())
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        fold_for_compilers(self)
+        return self
 
 
-class Pair(Layered, nn.Sequential):
-    """A convolution of patches and a LayerNorm, in either order."""
+def fused_forward(module: FusedModule, x: Tensor) -> Tensor | None:
+    """What the plan of ``module`` makes of x; None where the plain forward has to run."""
+    state = module._convnext_fast
+    if state is None:  # a slice of a fused `torch.nn.Sequential`
+        return None
+    plan = recall(state.key) if torch.compiler.is_compiling() else state.plan
+    if not plan.fused:
+        return None
+    if state.trainable is not None:
+        outputs = outputs_of(state.whole, module, (module,), x)
+        if outputs is not None:
+            return outputs[0]
+    if isinstance(plan, ChainPlan):
+        return None
+    found = _read_if_it_holds(module, state, plan)
+    if found is None:
+        return None
+    if state.folded is not None and torch.compiler.is_compiling() and not call.autocasts(x):
+        return _frozen_on_gpu(module, state, plan, found, x)
+    return run(module, plan, found, x)
 
-    def __init__(self, first: nn.Module, second: nn.Module, fused: bool):
-        super().__init__(first, second)
-        self.fused = fused
-        self.watch((("0",), ("1",)))
 
-    def change(self, reads: bool = True) -> str | None:
-        """As `Layered.change`."""
-        if len(self._modules) != 2:
-            return f"it holds {len(self._modules)} layers, not 2"
-        return super().change(reads)
+def _read_if_it_holds(module: nn.Module, state: State, plan: Plan) -> Read | None:
+    if torch.compiler.is_compiling():
+        return None if changed(module, plan) is not None else read(module, plan)
+    seen = state.seen
+    if seen is not None and seen[0].holds(module):
+        return seen[1]
+    reason = changed(module, plan)
+    if reason is not None:
+        kind = type(module).__name__
+        warnings.warn(f"a fused {kind} calls its layers one by one: {reason}", RuntimeWarning, stacklevel=4)
+        return None
+    found = read(module, plan)
+    record = Record(module, [follow(module, watched.path) for watched in plan.watched])
+    state.seen = (record, found) if record.sees(found.weights) else None
+    return found
+
+
+def _frozen_on_gpu(module: nn.Module, state: State, plan: BlockPlan | PatchPlan, found: Read, x: Tensor) -> Tensor:
+    """A frozen block or downsampling layer in a compiler's graph."""
+    stem = isinstance(plan, PatchPlan) and plan.stem
+    if stem or call.wants_gradient(x, *found.weights):
+        return run(module, plan, found, x)
+    nhwc = x.permute(0, 2, 3, 1)
+    if isinstance(plan, BlockPlan):
+        return as_nchw(ops.frozen_block(nhwc, *state.folded, eps=found.eps, act=plan.act))
+    y = as_nchw(ops.frozen_downsample(nhwc, *state.folded, eps=found.eps))
+    return run_following(module, plan, y)
 
 
 def layer_norm_2d(x: Tensor, norm: nn.Module) -> Tensor:

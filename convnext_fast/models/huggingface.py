@@ -7,53 +7,26 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..backends.reference import ACTIVATION_FUNCTIONS
 from ..checkpoints.load_save import load_model, save_model
 from ..config import ConvNextConfig
-from ..ops.folding import FrozenDownsample
-from ..ops.sequence import in_one_go
-from .freezing import Freezable
-from .fused_module import Layered, in_turn, layer_norm_2d, outputs_in_turn
-from .layers import (
-    KERNEL_SIZE,
-    ConvNextBlockBase,
-    DropPath,
-    Parts,
-    downsample,
-    fold_downsample,
-    new_layer_scale,
-    patchify_stem,
-    stem_steps,
-)
+from .drop_path import ConvNextDropPath
+from .fused_module import layer_norm_2d, outputs_in_turn
+from .layers import KERNEL_SIZE, ConvNextBlockBase, Downsample, Parts, PatchLayer, Stage, new_layer_scale
 from .losses import classification_loss
 from .outputs import BackboneOutput, BaseModelOutput, ImageClassifierOutput, ModelOutput
-from .steps import Step, is_untouched, joined, steps_of, stepwise
 from .switches import ConvNextSwitches, check_image, init_weights
+from .whole_runs import is_untouched
 
 Output = TypeVar("Output", bound=ModelOutput)
-
-
-class ConvNextDropPath(DropPath):
-    """Stochastic depth that draws from the random stream as transformers does."""
-
-    def draw(self, x: Tensor) -> Tensor | None:
-        """As `DropPath.draw`."""
-        if self.rate == 0.0 or not self.training:
-            return None
-        keep = 1.0 - self.rate
-        shape = (x.shape[0],) + (1,) * (x.dim() - 1)
-        kept = torch.floor(torch.rand(shape, dtype=x.dtype, device=x.device) + keep).flatten()
-        return kept / keep if keep > 0.0 else kept
 
 
 class ConvNextLayer(ConvNextBlockBase):
     """The block under transformers' names: dwconv, layernorm, pwconv1, pwconv2, layer_scale_parameter."""
 
     def __init__(self, config: ConvNextConfig, channels: int, drop_path: float, fused: bool, **factory: Any):
-        super().__init__(fused)
-        self.act_name = config.activation
+        super().__init__()
         padding = KERNEL_SIZE // 2
         self.dwconv = nn.Conv2d(channels, channels, KERNEL_SIZE, padding=padding, groups=channels, **factory)
         self.layernorm = nn.LayerNorm(channels, eps=config.norm_eps, **factory)
@@ -61,16 +34,13 @@ class ConvNextLayer(ConvNextBlockBase):
         self.pwconv2 = nn.Linear(4 * channels, channels, **factory)
         self.layer_scale_parameter = new_layer_scale(channels, config.layer_scale_init_value, **factory)
         self.drop_path = ConvNextDropPath(drop_path)
-        self.watch((("dwconv",), ("layernorm",), ("pwconv1",), ("pwconv2",)), (("drop_path",),))
+        paths = ("dwconv",), ("layernorm",), ("pwconv1",), ("pwconv2",)
+        self.declare(*paths, "layer_scale_parameter", config.activation)
+        self.fused = fused
 
     def parts(self) -> Parts:
         """The layers of this block."""
         return Parts(self.dwconv, self.layernorm, self.pwconv1, self.pwconv2, self.layer_scale_parameter)
-
-    @property
-    def eps(self) -> float:
-        """Epsilon of the LayerNorm."""
-        return self.layernorm.eps
 
     def branch(self, x: Tensor) -> Tensor:
         """γ · fc2(act(fc1(LayerNorm(dwconv(x))))) by calling the layers: (N, C, H, W) to (N, H, W, C)."""
@@ -79,83 +49,32 @@ class ConvNextLayer(ConvNextBlockBase):
         return z if self.layer_scale_parameter is None else self.layer_scale_parameter * z
 
 
-@stepwise
-class ConvNextEmbeddings(Layered):
-    """The stem: patch convolution, then LayerNorm."""
+class ConvNextEmbeddings(PatchLayer):
+    """The stem: patch convolution, then LayerNorm, (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋), channels_last."""
 
     def __init__(self, config: ConvNextConfig, fused: bool, **factory: Any):
         super().__init__()
         channels, patch = config.hidden_sizes[0], config.patch_shape
         self.patch_embeddings = nn.Conv2d(config.num_channels, channels, patch, stride=patch, **factory)
         self.layernorm = nn.LayerNorm(channels, eps=config.norm_eps, **factory)
-        self.fused = fused
-        self.watch((("patch_embeddings",), ("layernorm",)))
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋), channels_last."""
-        layers = self.patch_embeddings, self.layernorm
-        return patchify_stem(pixel_values, *layers) if self.reads_weights() else in_turn(layers, pixel_values)
-
-    def steps(self) -> list[Step] | None:
-        """See `steps.stepwise`."""
-        return stem_steps(self, self.patch_embeddings, self.layernorm)
+        self.declare("patch_embeddings", "layernorm", stem=True, fused=fused)
 
 
-@stepwise
-class ConvNextStage(Layered, Freezable):
-    """Downsampling (not in the first stage), then blocks."""
-
-    Frozen = FrozenDownsample
+class ConvNextStage(Stage):
+    """A stage under transformers' names: downsampling_layer (empty in the first stage), layers."""
 
     def __init__(self, config: ConvNextConfig, index: int, rates: list[float], fused: bool, **factory: Any):
         super().__init__()
         channels = config.hidden_sizes[index]
-        self.downsampling_layer = nn.ModuleList()
-        if index > 0:
-            before = config.hidden_sizes[index - 1]
-            norm = nn.LayerNorm(before, eps=config.norm_eps, **factory)
-            self.downsampling_layer.extend([norm, nn.Conv2d(before, channels, 2, stride=2, **factory)])
+        self.downsampling_layer = (
+            Downsample(config.hidden_sizes[index - 1], channels, config.norm_eps, fused, **factory)
+            if index > 0
+            else nn.Sequential()
+        )
         self.layers = nn.ModuleList(ConvNextLayer(config, channels, rate, fused, **factory) for rate in rates)
-        self.fused = fused
-        self.checkpointing: dict[str, Any] | None = None
-        holder = ("downsampling_layer",)
-        self.watch(((*holder, name) for name in self.downsampling_layer._modules), (holder,))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋), or of the same size in the first stage."""
-        results = in_one_go(lambda: [self.steps()], x)
-        if results is not None:
-            return results[0]
-        if self.downsampling_layer:
-            if self.reads_weights():
-                x = downsample(x, *self.downsampling_layer, None if self.learns() else self.frozen)
-            else:
-                x = in_turn(self.downsampling_layer, x)
-        for layer in self.layers:
-            if self.checkpointing is not None and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, **self.checkpointing)
-            else:
-                x = layer(x)
-        return x
-
-    def steps(self) -> list[Step] | None:
-        """See `steps.stepwise`."""
-        steps = []
-        if self.downsampling_layer:
-            frozen = self.frozen
-            if frozen is None or not self.stands(frozen):
-                return None
-            steps.append(Step(tuple(frozen), self.downsampling_layer[0].eps))
-        return joined((steps, *map(steps_of, self.layers)))
-
-    def fold(self) -> FrozenDownsample | None:
-        """The downsampling LayerNorm's affine folded into its convolution; None in the first stage."""
-        if not self.downsampling_layer or self.change() is not None:
-            return None
-        return fold_downsample(*self.downsampling_layer)
+        self.declare("downsampling_layer", "layers", fused)
 
 
-@stepwise
 class ConvNextEncoder(nn.Module):
     """The stages."""
 
@@ -167,16 +86,6 @@ class ConvNextEncoder(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The stem's output to (it, and the output of each stage)."""
         return (x, *outputs_in_turn(self.stages, x))
-
-
-def states_of(embeddings: ConvNextEmbeddings, encoder: ConvNextEncoder, pixel_values: Tensor) -> tuple[Tensor, ...]:
-    """What comes out of the stem and of each stage."""
-
-    def steps() -> list[list[Step] | None]:
-        return list(map(steps_of, (embeddings, *encoder.stages))) if is_untouched(encoder) else [None]
-
-    results = in_one_go(steps, pixel_values)
-    return encoder(embeddings(pixel_values)) if results is None else tuple(results)
 
 
 class ConvNextPreTrainedModel(ConvNextSwitches):
@@ -192,6 +101,13 @@ class ConvNextPreTrainedModel(ConvNextSwitches):
         if not isinstance(config, ConvNextConfig):
             raise TypeError(f"config is a {type(config).__name__}: expected a convnext_fast.ConvNextConfig")
         self.config = config
+
+    def _states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """What comes out of the stem and of each stage."""
+        embeddings, encoder, states = self.embeddings, self.encoder, None
+        if is_untouched(encoder, (ConvNextEncoder.forward,)):
+            states = self.run_frozen((embeddings, *encoder.stages), pixel_values)
+        return encoder(embeddings(pixel_values)) if states is None else tuple(states)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Any:
@@ -274,7 +190,7 @@ class ConvNextModel(ConvNextPreTrainedModel):
     ) -> BaseModelOutput | tuple[Any, ...]:
         """pixel_values (N, num_channels, H, W) to a `BaseModelOutput`, or its tuple with ``return_dict=False``."""
         check_image(pixel_values, self.config, "pixel_values")
-        states = states_of(self.embeddings, self.encoder, pixel_values)
+        states = self._states(pixel_values)
         output = BaseModelOutput(
             last_hidden_state=states[-1],
             pooler_output=self.layernorm(states[-1].mean((2, 3))),
@@ -374,7 +290,7 @@ class ConvNextBackbone(ConvNextPreTrainedModel):
     ) -> BackboneOutput | tuple[Any, ...]:
         """pixel_values (N, num_channels, H, W) to a `BackboneOutput`, each map after its own LayerNorm."""
         check_image(pixel_values, self.config, "pixel_values")
-        states = states_of(self.embeddings, self.encoder, pixel_values)
+        states = self._states(pixel_values)
         chosen = zip(self.out_features, self.out_indices, strict=True)
         maps = tuple(layer_norm_2d(states[i], self.hidden_states_norms[name]) for name, i in chosen)
         hidden = states if self._wants_hidden_states(output_hidden_states) else None

@@ -1,8 +1,8 @@
-"""The building blocks as modules: drop path, the ConvNeXt block, the stem and the downsampling layer.
+"""The building blocks as modules: the ConvNeXt block, the stem, the downsampling layer and the stage.
 
 All take and return (N, C, H, W) tensors, in channels_last memory from the stem on, so that the (N, H, W, C) views that
-the ops work on are free. The inner `torch.nn` layers hold parameters under their usual names; with ``fused`` set their
-own ``forward`` is not called, unless something was done to them (see `layered`).
+the ops work on are free. They are plain modules that declare a plan (see `fused_module`): with ``fused`` set, the
+``forward`` of the inner `torch.nn` layers is not called, unless something was done to them.
 """
 
 from __future__ import annotations
@@ -10,51 +10,39 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.fx
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .. import ops
 from ..backends.reference import ACTIVATION_FUNCTIONS
-from ..ops import call
-from ..ops.folding import FrozenBlock, FrozenDownsample, freeze_block, freeze_downsample
-from ..ops.views import as_nchw
-from .freezing import Freezable
-from .fused_module import Layered, Pair, in_turn
-from .steps import Step, stepwise
+from .drop_path import DropPath
+from .freezing import set_plan, state_of
+from .fused_module import FusedModule, in_turn
+from .plan import BlockPlan, ChainPlan, PatchPlan, Path, watch
 
 KERNEL_SIZE = 7
 
+_LIVE = ("eps", "rate")
+"""Settings of layers that every forward reads anew."""
 
-class DropPath(nn.Module):
-    """Stochastic depth per sample ("Deep Networks with Stochastic Depth"): a residual branch is dropped at ``rate``."""
 
-    def __init__(self, rate: float = 0.0):
-        super().__init__()
-        self.rate = rate
+class OwnModule(FusedModule):
+    """A `FusedModule` of this package.
 
-    def draw(self, x: Tensor) -> Tensor | None:
-        """The factor of each sample of x (N, …): 0, or 1/(1 − rate), as (N,); None where nothing is dropped.
+    Attributes:
+        fused: run the fused ops; otherwise call the layers.
+    """
 
-        Draws from the random stream as timm does, so that one seed drops the same samples.
-        """
-        if self.rate == 0.0 or not self.training:
-            return None
-        keep = 1.0 - self.rate
-        kept = x.new_empty(x.shape[0]).bernoulli_(keep)
-        return kept / keep if keep > 0.0 else kept
+    @property
+    def fused(self) -> bool:  # noqa: D102 - see the class
+        return state_of(self).plan.fused
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N, C, H, W) with each sample's factor applied."""
-        factor = self.draw(x)
-        return x if factor is None else x * factor.view(-1, 1, 1, 1)
-
-    def extra_repr(self) -> str:
-        """The rate, for `repr`."""
-        return f"rate={self.rate:.3f}"
+    @fused.setter
+    def fused(self, value: bool) -> None:
+        set_plan(self, state_of(self).plan._replace(fused=bool(value)))
 
 
 class Parts(NamedTuple):
-    """The layers of a block, whatever its host library calls them."""
+    """The layers of a block, under whatever names."""
 
     dwconv: nn.Conv2d
     norm: nn.LayerNorm
@@ -63,8 +51,7 @@ class Parts(NamedTuple):
     gamma: nn.Parameter | None
 
 
-@stepwise
-class ConvNextBlockBase(Layered, Freezable):
+class ConvNextBlockBase(OwnModule):
     """x + drop_path(γ · fc2(act(fc1(LayerNorm(dwconv(x)))))); subclasses name the layers.
 
     Attributes:
@@ -73,15 +60,12 @@ class ConvNextBlockBase(Layered, Freezable):
         act_name: activation, one of ``config.ACTIVATIONS``.
     """
 
-    Frozen = FrozenBlock
     drop_path: DropPath
 
-    act_name: str
-
-    def __init__(self, fused: bool):
-        super().__init__()
-        self.fused = fused
-        self.recompute = 1
+    def declare(self, dwconv: Path, norm: Path, fc1: Path, fc2: Path, gamma: str, act: str, *others: Path) -> None:
+        """Say where the layers are; ``others``: modules besides that the fused forward does not call."""
+        watched = tuple(watch(self, path, *_LIVE) for path in (dwconv, norm, fc1, fc2, *others, ("drop_path",)))
+        set_plan(self, BlockPlan(dwconv, norm, fc1, fc2, gamma, ("drop_path",), "rate", act, watched, own=True))
 
     def parts(self) -> Parts:
         """The layers of this block."""
@@ -91,41 +75,24 @@ class ConvNextBlockBase(Layered, Freezable):
         """γ · fc2(act(fc1(LayerNorm(dwconv(x))))) by calling the layers: (N, C, H, W) to (N, H, W, C)."""
         raise NotImplementedError
 
+    def _plain_forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.branch(x).permute(0, 3, 1, 2))
+
     @property
-    def eps(self) -> float:
-        """Epsilon of the LayerNorm."""
-        raise NotImplementedError
+    def recompute(self) -> int:  # noqa: D102 - see the class
+        return state_of(self).plan.recompute
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same."""
-        if not self.reads_weights():
-            return x + self.drop_path(self.branch(x).permute(0, 3, 1, 2))
-        nhwc, frozen = x.permute(0, 2, 3, 1), self.frozen
-        if frozen is not None and not self.learns():
-            if torch._C._is_any_autocast_enabled():  # to ask for γ takes as long as some kernels
-                nhwc = _residual(nhwc, self.parts().gamma)
-            y = ops.frozen_block(nhwc, *frozen, eps=self.eps, act=self.act_name)
-        else:
-            dwconv, norm, fc1, fc2, gamma = self.parts()
-            args = (dwconv.weight, dwconv.bias, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-            options = {"eps": norm.eps, "act": self.act_name, "recompute": self.recompute}
-            y = ops.convnext_block(nhwc, *args, gamma, self.drop_path.draw(x), **options)
-        return as_nchw(y)
+    @recompute.setter
+    def recompute(self, level: int) -> None:
+        set_plan(self, state_of(self).plan._replace(recompute=level))
 
-    def steps(self) -> list[Step] | None:
-        """See `steps.stepwise`."""
-        frozen = self.frozen
-        if frozen is None or not self.stands(frozen):
-            return None
-        return [Step(tuple(frozen), self.eps, self.act_name)]
+    @property
+    def act_name(self) -> str:  # noqa: D102 - see the class
+        return state_of(self).plan.act
 
-    def fold(self) -> FrozenBlock | None:
-        """LayerNorm's affine and γ folded into the linear layers, and a copy of the convolution."""
-        if self.change() is not None:
-            return None
-        dwconv, norm, fc1, fc2, gamma = self.parts()
-        mlp = fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma
-        return freeze_block(dwconv.weight, dwconv.bias, norm.weight, norm.bias, *mlp)
+    @act_name.setter
+    def act_name(self, name: str) -> None:
+        set_plan(self, state_of(self).plan._replace(act=name))
 
     def extra_repr(self) -> str:
         """The block's options, for `repr`."""
@@ -165,31 +132,30 @@ class ConvNextBlock(ConvNextBlockBase):
         fused: bool = True,
         **factory: Any,
     ):
-        super().__init__(fused)
+        super().__init__()
         self.conv_dw = nn.Conv2d(channels, channels, KERNEL_SIZE, padding=KERNEL_SIZE // 2, groups=channels, **factory)
         self.norm = nn.LayerNorm(channels, eps=eps, **factory)
         self.mlp = Mlp(channels, 4 * channels, act, **factory)
         self.gamma = new_layer_scale(channels, layer_scale, **factory)
         self.drop_path = DropPath(drop_path)
-        self.watch((("conv_dw",), ("norm",), ("mlp", "fc1"), ("mlp", "fc2")), (("mlp",), ("drop_path",)))
+        self.declare(("conv_dw",), ("norm",), ("mlp", "fc1"), ("mlp", "fc2"), "gamma", act, ("mlp",))
+        self.fused = fused
 
     def parts(self) -> Parts:
         """The layers of this block."""
         return Parts(self.conv_dw, self.norm, self.mlp.fc1, self.mlp.fc2, self.gamma)
 
     @property
-    def act_name(self) -> str:  # type: ignore[override]
+    def act_name(self) -> str:
         """Activation, one of ``config.ACTIVATIONS``."""
         return self.mlp.act_name
 
     @act_name.setter
     def act_name(self, name: str) -> None:
         self.mlp.act_name = name
-
-    @property
-    def eps(self) -> float:
-        """Epsilon of the LayerNorm."""
-        return self.norm.eps
+        plan = state_of(self).plan
+        watched = tuple(layer._replace(values=(name,)) if layer.path == ("mlp",) else layer for layer in plan.watched)
+        set_plan(self, plan._replace(act=name, watched=watched))
 
     def branch(self, x: Tensor) -> Tensor:
         """γ · fc2(act(fc1(LayerNorm(dwconv(x))))) by calling the layers: (N, C, H, W) to (N, H, W, C)."""
@@ -205,81 +171,57 @@ class ConvNextBlock(ConvNextBlockBase):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-@stepwise
-class Stem(Pair):
-    """Patch convolution, then LayerNorm: (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
+class PatchLayer(OwnModule):
+    """A convolution of patches that do not overlap and a LayerNorm, in either order."""
+
+    def declare(self, conv: str, norm: str, stem: bool, fused: bool) -> None:
+        """Say which of the two layers is which; ``stem``: whether the convolution comes first."""
+        watched = tuple(watch(self, (name,), *_LIVE) for name in self._modules)
+        set_plan(self, PatchPlan((norm,), (conv,), stem, watched, fused=fused))
+
+    def _plain_forward(self, x: Tensor) -> Tensor:
+        return in_turn(self._modules.values(), x)
+
+
+class Stem(PatchLayer, nn.Sequential):
+    """Patch convolution, then LayerNorm: (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋), channels_last."""
 
     def __init__(
         self, in_channels: int, channels: int, patch: tuple[int, int], eps: float, fused: bool, **factory: Any
     ):
         conv = nn.Conv2d(in_channels, channels, patch, stride=patch, **factory)
-        super().__init__(conv, nn.LayerNorm(channels, eps=eps, **factory), fused)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋), channels_last."""
-        return patchify_stem(image, *self) if self.reads_weights() else in_turn(self, image)
-
-    def steps(self) -> list[Step] | None:
-        """See `steps.stepwise`."""
-        return stem_steps(self, *self)
+        super().__init__(conv, nn.LayerNorm(channels, eps=eps, **factory))
+        self.declare("0", "1", stem=True, fused=fused)
 
 
-@stepwise
-class Downsample(Freezable, Pair):
-    """LayerNorm, then 2×2 convolution of stride 2: (N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋)."""
-
-    Frozen = FrozenDownsample
+class Downsample(PatchLayer, nn.Sequential):
+    """LayerNorm, then 2×2 convolution of stride 2: (N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋), channels_last."""
 
     def __init__(self, in_channels: int, channels: int, eps: float, fused: bool, **factory: Any):
         norm = nn.LayerNorm(in_channels, eps=eps, **factory)
-        super().__init__(norm, nn.Conv2d(in_channels, channels, 2, stride=2, **factory), fused)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋), channels_last."""
-        if not self.reads_weights():
-            return in_turn(self, x)
-        return downsample(x, *self, None if self.learns() else self.frozen)
-
-    def steps(self) -> list[Step] | None:
-        """See `steps.stepwise`."""
-        frozen = self.frozen
-        return None if frozen is None or not self.stands(frozen) else [Step(tuple(frozen), self[0].eps)]
-
-    def fold(self) -> FrozenDownsample | None:
-        """LayerNorm's affine folded into the convolution."""
-        return None if self.change() is not None else fold_downsample(*self)
+        super().__init__(norm, nn.Conv2d(in_channels, channels, 2, stride=2, **factory))
+        self.declare("1", "0", stem=False, fused=fused)
 
 
-@torch.fx.wrap
-def _residual(x: Tensor, gamma: Tensor | None) -> Tensor:
-    """x in the dtype of a block's result: autocast leaves γ, though it be folded away, and what is summed in theirs."""
-    return x if gamma is None or not call.autocasts(x) else x.to(torch.promote_types(x.dtype, gamma.dtype))
+class Stage(OwnModule):
+    """Downsampling, then blocks: (N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋), or of the same size in the first stage.
 
+    Attributes:
+        checkpointing: None, or the options with which `torch.utils.checkpoint.checkpoint` runs each block in training.
+    """
 
-def patchify_stem(image: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
-    """The stem by the weights of its layers: (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
-    y = ops.patchify_stem(image, conv.weight, conv.bias, norm.weight, norm.bias, eps=norm.eps)
-    return as_nchw(y)
+    def declare(self, downsample: str, blocks: str, fused: bool) -> None:
+        """Say which of the two modules is which."""
+        self.checkpointing: dict[str, Any] | None = None
+        self._names = downsample, blocks
+        set_plan(self, ChainPlan(self._names, fused=fused))
 
-
-def stem_steps(module: Layered, *layers: nn.Module) -> list[Step] | None:
-    """What a stem does whose layers are a convolution and a LayerNorm; see `steps.stepwise`."""
-    if not module.stands(None):
-        return None
-    conv, norm = layers
-    return [Step((conv.weight, conv.bias, norm.weight, norm.bias), norm.eps)]
-
-
-def downsample(x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d, frozen: FrozenDownsample | None) -> Tensor:
-    """A downsampling layer by the weights of its layers, or by what is ``frozen`` of them, on (N, C, H, W)."""
-    nhwc = x.permute(0, 2, 3, 1)
-    if frozen is not None:
-        y = ops.frozen_downsample(nhwc, *frozen, eps=norm.eps)
-    else:
-        y = ops.downsample(nhwc, norm.weight, norm.bias, conv.weight, conv.bias, eps=norm.eps)
-    return as_nchw(y)
-
-
-def fold_downsample(norm: nn.LayerNorm, conv: nn.Conv2d) -> FrozenDownsample:
-    """LayerNorm's affine folded into the convolution."""
-    return freeze_downsample(norm.weight, norm.bias, conv.weight, conv.bias)
+    def _plain_forward(self, x: Tensor) -> Tensor:
+        downsample, blocks = map(self._modules.__getitem__, self._names)
+        x = downsample(x)
+        checkpoints = self.checkpointing is not None and self.training and torch.is_grad_enabled()
+        if not checkpoints and not isinstance(blocks, nn.ModuleList):
+            return blocks(x)
+        for block in blocks:
+            x = checkpoint(block, x, **self.checkpointing) if checkpoints else block(x)
+        return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,14 +13,19 @@ from ..backends import choose
 from ..backends.cpu import llvm
 from ..config import ConvNextConfig
 from ..ops import call
-from .freezing import Freezable, Unfreezing
-from .layers import ConvNextBlockBase
+from .freezing import can_freeze, freeze, unfreeze
+from .layers import ConvNextBlockBase, OwnModule
+from .whole_runs import WholeRuns, outputs_of
 
 
-class ConvNextSwitches(Unfreezing):
+class ConvNextSwitches(nn.Module):
     """Mix-in of run-time switches for a model made of `ConvNextBlockBase` blocks."""
 
     config: ConvNextConfig
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._whole_runs = WholeRuns()
 
     def blocks(self) -> list[ConvNextBlockBase]:
         """All blocks, in order."""
@@ -35,7 +41,7 @@ class ConvNextSwitches(Unfreezing):
         if not value:
             self.unfreeze()
         for module in self.modules():
-            if module is not self and "fused" in vars(module):
+            if isinstance(module, OwnModule):
                 module.fused = bool(value)
 
     @property
@@ -66,29 +72,39 @@ class ConvNextSwitches(Unfreezing):
         sizes = {(*block.parts().fc1.weight.shape[::-1], block.act_name) for block in self.blocks()}
         return "cpu" if all(llvm.serves_block(*size) for size in sizes) else "aten"
 
+    def run_frozen(self, parts: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:
+        """What comes out of each of ``parts`` in a single run of frozen steps; None if that cannot be."""
+        return outputs_of(self._whole_runs, None, parts, x)
+
     def freeze(self) -> Any:
         """Make the model ready for inference alone and return it.
 
-        Sets evaluation mode, turns gradients of the parameters off, and folds each block's LayerNorm affine and layer
-        scale into copies of its linear layers, and that of a downsampling layer into its convolution, for the fused
-        path. `train` and `load_state_dict` undo the folding; a change of dtype folds the parameters anew.
+        Sets evaluation mode, turns gradients of the parameters off, and has the fused path compute with folded copies
+        of the weights: each block's LayerNorm affine and layer scale are folded into its linear layers, and the affine
+        of a downsampling layer into its convolution. The copies follow the parameters: where a parameter or a layer is
+        replaced, changed in place, moved or converted, the next call folds anew (see `ops.folded_weights` for the few
+        ways to write that leave no trace; after those, freeze again). So does a compiled model on a CPU; one on a GPU
+        sees replaced layers and settings, and new weights after another `freeze`. `train` and `load_state_dict` undo
+        freezing.
 
         Raises:
             ValueError: the model runs the plain reference, which has nothing to fold.
         """
         if not self.fused:
             raise ValueError("freeze() folds weights for the fused path: expected a model with fused=True")
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        self.eval().requires_grad_(False)
-        for module in self._freezable():
-            module.freeze()
-        self._trainable_before_freeze = trainable | vars(self).get("_trainable_before_freeze", set())
+        self.eval()
+        for module in self.modules():
+            if can_freeze(module):
+                freeze(module)
+        rest = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self.requires_grad_(False)
+        self._trainable_before_freeze = rest | vars(self).get("_trainable_before_freeze", set())
         return self
 
     def unfreeze(self) -> Any:
         """Undo `freeze`, but for the mode, which stays evaluation; return the model."""
-        for module in self._freezable():
-            module.unfreeze()
+        for module in self.modules():
+            unfreeze(module)
         trainable = vars(self).pop("_trainable_before_freeze", set())
         for name, parameter in self.named_parameters():
             if name in trainable:
@@ -102,8 +118,15 @@ class ConvNextSwitches(Unfreezing):
         else:
             init_weights(layer, self.config.initializer_range)
 
-    def _freezable(self) -> list[Freezable]:
-        return [module for module in self.modules() if isinstance(module, Freezable)]
+    def train(self, mode: bool = True) -> Any:
+        """As `torch.nn.Module.train`; training mode undoes freezing."""
+        if mode:
+            self.unfreeze()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unfreeze()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 def check_image(image: Any, config: ConvNextConfig, name: str) -> None:

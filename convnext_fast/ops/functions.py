@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, reference
+from ..backends.steps import Kind
 from ..kernels.weights import BlockWeights, ConvNorm, FrozenBlock, FrozenDownsample, MlpWeights, NormConv
 from . import arguments, call
 
@@ -177,7 +178,9 @@ def patchify_stem(
     if backend == "triton" or (backend != "reference" and call.wants_values(image)):
         return call.run("patchify_stem_fwd", backend, image, weights, eps, dtype)
     if backend == "aten" and dtype == torch.float32 and call.compiles_for_values(image, *weights):
-        return _compiled_step(image, weights, eps)
+        from .sequence_operator import frozen_steps  # registers an operator, which imports PyTorch's compiler
+
+        return frozen_steps(image, list(weights), [None], [int(Kind.STEM)], [eps], "", [0])[0]
     return reference.patchify_stem(image, *weights, eps)
 
 
@@ -212,19 +215,10 @@ def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1
     weights = FrozenDownsample(weight, bias)
     dtype = arguments.check_frozen_downsample(x, weights)
     backend = choose.select(x.device, dtype)
-    if backend == "aten" and dtype == weight.dtype == torch.float32 and call.compiles_for_values(x, *weights):
-        return _compiled_step(x, weights, eps)
     serves = backend == "triton" or (backend != "reference" and call.wants_values(x))
     if weight.dtype != dtype or call.wants_gradient(x, *weights) or not serves:
         return downsample(x, *_affine(x, None, None), weight, bias.to(weight.dtype), eps=eps)
     return call.run("frozen_downsample_fwd", backend, x.contiguous(), weights, eps, dtype)
-
-
-def _compiled_step(x: Tensor, weights: tuple[Tensor | None, ...], eps: float) -> Tensor:
-    """A step of `steps` in a compiler's graph."""
-    from .sequence_operator import frozen_steps
-
-    return frozen_steps(x, list(weights), [len(weights)], [eps], "", [0])[0]
 
 
 def _affine(x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,14 @@
-"""Frozen modules on a CPU one after another, with nothing but their kernels in between.
+"""Frozen parts of a model one after another, with nothing but their kernels in between.
 
-While a kernel runs, its data push Python's out of the caches: what a block or a downsampling layer does around its
-kernel takes 0.2 to 0.5 ms then, and a kernel of ConvNeXt-T on one image 2. So all that is asked of the modules is asked
-before the first kernel starts.
+While a kernel runs on a CPU, its data push Python's out of the caches: what a block or a downsampling layer does around
+its kernel takes 0.2 to 0.5 ms then, and a kernel of ConvNeXt-T on one image 2. So all that is asked of the modules is
+asked before the first kernel starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import accumulate, chain
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,71 +17,143 @@ from torch.nn.modules import module as globally
 from ..backends import choose
 from ..backends.cpu import llvm, onednn
 from ..backends.cpu.packed_weights import kernels_for
-from ..kernels.weights import ConvNorm, FrozenBlock, FrozenDownsample
-from ..models.steps import BLOCK, DOWNSAMPLE, STEM, Step, shapes_after
-from . import call
-from .arguments import check_frozen_block, check_frozen_downsample, check_stem
+from ..backends.steps import Kind, Step, shapes_after
+from . import call, functions
+from .arguments import check_block, check_downsample, check_stem
+from .folded_weights import Folded, Signature, flat_block, folded, signature
 from .views import as_nchw
 
-_KINDS = {
-    STEM: (check_stem, ConvNorm),
-    DOWNSAMPLE: (check_frozen_downsample, FrozenDownsample),
-    BLOCK: (check_frozen_block, FrozenBlock),
-}
+_MOST_SHAPES = 256
 
 
-def in_one_go(ask: Callable[[], Sequence[list[Step] | None]], x: Tensor) -> list[Tensor] | None:
-    """(N, C, H, W) through parts, of which ``ask`` says the steps: what comes out of each part.
+def serves(x: Tensor) -> bool:
+    """Whether a `FrozenSequence` takes x: a tensor of 4 dimensions that a fused backend serves, without autocast.
 
-    None where modules have to be called one by one. ``ask`` is asked only where kernels may serve.
+    Where a compiler traces, only what the kernels for CPUs compute.
     """
-    if not _serves(x) or _hooks_everywhere():
-        return None
-    parts = ask()
-    if not all(parts):
-        return None
-    steps = list(chain.from_iterable(parts))
-    weights = [step.weights for step in steps]
-    if any(len(step) == STEM for step in weights[1:]):
-        return None
-    eps, acts = [step.eps for step in steps], [step.act for step in steps]
-    ends = [count - 1 for count in accumulate(map(len, parts))]
-    x = x if len(weights[0]) == STEM else x.permute(0, 2, 3, 1)
-    shapes = _checked(steps, x)
-    if torch.compiler.is_compiling():
-        kinds = {act for act in acts if act}
-        if len(kinds) > 1:
-            return None
-        from .sequence_operator import frozen_steps
-
-        flat, counts = list(chain.from_iterable(weights)), list(map(len, weights))
-        return [y.permute(0, 3, 1, 2) for y in frozen_steps(x, flat, counts, eps, "".join(kinds), ends)]
-    kernels = kernels_for(weights, acts)
-    return None if kernels is None else list(map(as_nchw, llvm.run(kernels, eps, shapes, x.contiguous(), ends)))
+    if not isinstance(x, Tensor) or x.dim() != 4 or call.autocasts(x) or _hooks_everywhere():
+        return False
+    if not torch.compiler.is_compiling():
+        return choose.select(x.device, x.dtype) != "reference"
+    plain = x.dtype == torch.float32 and x.device.type == "cpu" and not call.wants_gradient(x)
+    return plain and choose.select(x.device, x.dtype) in ("cpu", "aten")
 
 
-def _checked(steps: list[Step], x: Tensor) -> list[tuple[int, ...]]:
-    """`steps.shapes_after`; raises what the ops raise for steps that do not fit x."""
-    shapes = shapes_after([step.weights for step in steps], x.shape)
-    for (weights, _, act), shape in zip(steps, shapes, strict=True):
-        check, kind = _KINDS[len(weights)]
-        check(x, kind(*weights), *((act,) if len(weights) == BLOCK else ()))
-        if shape != x.shape:
-            x = x.new_empty(1).expand(shape)
+class FrozenSequence:
+    """Steps that run one after another, by weights that are folded once, and again where they changed.
+
+    Only the first may be a stem, which is read as it is.
+    """
+
+    def __init__(self, steps: Sequence[Step]):
+        self._steps = list(steps)
+        self._weights = [w for step in self._steps if step.kind != Kind.STEM for w in step.weights if w is not None]
+        self._signature: Signature = None
+        self._folded: list[Folded] = []
+        self._kernels: list[llvm.Kernel] | None = None
+        self._shapes: dict[tuple, list[tuple[int, ...]]] = {}
+
+    def __call__(self, x: Tensor, ends: Sequence[int]) -> list[Tensor]:
+        """x (N, C, H, W) that the sequence `serves`: what comes out of the steps ``ends``, (N, C', H', W') each.
+
+        ends: in ascending order, the last step's too.
+
+        Raises:
+            TypeError, ValueError: as the ops do.
+        """
+        x = x if self._steps[0].kind == Kind.STEM else x.permute(0, 2, 3, 1)
+        self._notice_changes(x)
+        shapes = self._checked(x)
+        kernels = self._kernels_for() if _kernels_serve(x) else None
+        if kernels is not None:
+            eps = [step.eps for step in self._steps]
+            return list(map(as_nchw, run_kernels(kernels, eps, shapes, x.contiguous(), ends)))
+        results = []
+        for i, (step, weights) in enumerate(zip(self._steps, self._folded, strict=True)):
+            x = _run_step(step, weights, x)
+            if i in ends:
+                results.append(as_nchw(x))
+        return results
+
+    def _notice_changes(self, x: Tensor) -> None:
+        now = signature(self._weights)
+        if now is None or now != self._signature:
+            check_steps(self._steps, x)
+            self._folded = list(map(folded, self._steps))
+            self._signature, self._kernels, self._shapes = now, None, {}
+
+    def _checked(self, x: Tensor) -> list[tuple[int, ...]]:
+        """`steps.shapes_after`; raises what the ops raise. Tensors like those that passed are not checked again."""
+        if self._steps[0].kind == Kind.STEM:
+            check_stem(x, self._steps[0].weights)
+        seen = x.shape, x.dtype, x.device
+        shapes = self._shapes.get(seen)
+        if shapes is None:
+            shapes = check_steps(self._steps, x)
+            if len(self._shapes) >= _MOST_SHAPES:
+                self._shapes.clear()
+            self._shapes[seen] = shapes
+        return shapes
+
+    def _kernels_for(self) -> list[llvm.Kernel] | None:
+        """Kernels with packed weights; None where a step has none. A stem's are packed as they are now."""
+        stem = self._steps[0].kind == Kind.STEM
+        if self._kernels is None:
+            rest = slice(1 if stem else 0, None)
+            self._kernels = kernels_for(self._folded[rest], [step.act for step in self._steps[rest]])
+        if self._kernels is None or not stem:
+            return self._kernels
+        first = llvm.prepare_stem(*self._steps[0].weights)
+        return None if first is None else [first, *self._kernels]
+
+
+def compiled(steps: Sequence[Step], x: Tensor, ends: Sequence[int]) -> list[Tensor] | None:
+    """As `FrozenSequence` in a compiler's graph, where one operator runs all; None where that cannot be."""
+    acts = {step.act for step in steps if step.act}
+    if len(acts) > 1:
+        return None
+    from .sequence_operator import frozen_steps  # when it is needed: it imports PyTorch's compiler
+
+    x = x if steps[0].kind == Kind.STEM else x.permute(0, 2, 3, 1)
+    check_steps(steps, x)
+    weights, kinds, eps = [step.weights for step in steps], [int(step.kind) for step in steps], [s.eps for s in steps]
+    tokens = [step.token for step in steps]
+    results = frozen_steps(x, list(chain.from_iterable(weights)), tokens, kinds, eps, "".join(acts), list(ends))
+    return [y.permute(0, 3, 1, 2) for y in results]
+
+
+def run_kernels(
+    kernels: list[llvm.Kernel], eps: list[float], shapes: list[tuple[int, ...]], x: Tensor, ends: Sequence[int]
+) -> list[Tensor]:
+    """`llvm.run`, without its preparations where there is one kernel."""
+    return [kernels[0](x, eps[0])] if len(kernels) == 1 else llvm.run(kernels, eps, shapes, x, ends)
+
+
+def check_steps(steps: Sequence[Step], x: Tensor) -> list[tuple[int, ...]]:
+    """`steps.shapes_after`; raises what the ops raise for steps that do not fit x, (N, H, W, C) or a stem's image."""
+    shapes = []
+    for step in steps:
+        if step.kind == Kind.BLOCK:
+            check_block(x, flat_block(step.weights), None, step.act, 2)
+        else:
+            (check_stem if step.kind == Kind.STEM else check_downsample)(x, step.weights)
+        shapes += shapes_after([step], x.shape)
+        if shapes[-1] != tuple(x.shape):
+            x = x.new_empty(1).expand(shapes[-1])
     return shapes
 
 
-def _serves(x: Tensor) -> bool:
-    """Whether the path for CPUs takes x, which wants no gradient, and nothing but a compiler looks on."""
-    if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu":
-        return False
-    if call.wants_gradient(x):
-        return False
-    if torch.compiler.is_compiling():
-        looked_at = call.autocasts(x)
-    else:
-        looked_at = not call.is_unseen(x) or not onednn.serves(x)
-    return not looked_at and choose.select(x.device, x.dtype) in ("cpu", "aten")
+def _run_step(step: Step, weights: Folded, x: Tensor) -> Tensor:
+    if step.kind == Kind.BLOCK:
+        return functions.frozen_block(x, *weights, eps=step.eps, act=step.act)
+    function = functions.patchify_stem if step.kind == Kind.STEM else functions.frozen_downsample
+    return function(x, *weights, eps=step.eps)
+
+
+def _kernels_serve(x: Tensor) -> bool:
+    """Whether the kernels for CPUs take x: it wants no gradient, and no mode observes what is done to it."""
+    plain = not call.wants_gradient(x) and call.is_unseen(x) and onednn.serves(x)
+    return plain and choose.select(x.device, x.dtype) == "cpu"
 
 
 def _hooks_everywhere() -> bool:

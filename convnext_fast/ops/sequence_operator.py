@@ -1,7 +1,8 @@
 """What a compiled frozen model calls on a CPU: one operator for many steps.
 
-An operator of `torch.library.custom_op` takes 0.1 ms and more a call, for it prepares for gradients, too. This one has
-none, and is registered with the dispatcher directly.
+It takes the model's own parameters, which are folded once, and again where they changed: a compiled model notices
+changes as any other does. An operator of `torch.library.custom_op` takes 0.1 ms and more a call, for it prepares for
+gradients, too. This one has none, and is registered with the dispatcher directly.
 """
 
 from __future__ import annotations
@@ -15,48 +16,55 @@ from torch import Tensor
 from ..backends.cpu import llvm, onednn
 from ..backends.cpu import ops as cpu
 from ..backends.cpu.packed_weights import kernels_for
-from ..kernels.weights import ConvNorm, FrozenBlock, FrozenDownsample
-from ..models.steps import BLOCK, DOWNSAMPLE, STEM, shapes_after
+from ..backends.steps import WEIGHTS, Kind, Step, shapes_after
+from .folded_weights import folded
 
 _LIBRARY = torch.library.Library("convnext_fast", "FRAGMENT")
 _IN_CALLS = {
-    STEM: (cpu.patchify_stem_fwd, ConvNorm),
-    DOWNSAMPLE: (cpu.frozen_downsample_fwd, FrozenDownsample),
-    BLOCK: (cpu.frozen_block_fwd, FrozenBlock),
+    Kind.STEM: cpu.patchify_stem_fwd,
+    Kind.DOWNSAMPLE: cpu.frozen_downsample_fwd,
+    Kind.BLOCK: cpu.frozen_block_fwd,
 }
 
 
 def _steps(
     x: Tensor,
     weights: list[Optional[Tensor]],  # noqa: UP045 - what `infer_schema` understands
-    counts: list[int],
+    tokens: list[Optional[Tensor]],  # noqa: UP045
+    kinds: list[int],
     eps: list[float],
     act: str,
     ends: list[int],
 ) -> list[Tensor]:
     """What comes out of steps of the numbers ``ends``, among them the last, one after another (`steps.Step`).
 
-    x: (N, H, W, C), or a stem's (N, C, H, W); counts: how many of ``weights`` belong to each step.
+    x: (N, H, W, C), or a stem's (N, C, H, W); weights: of all steps; tokens, kinds: of each.
     """
-    steps = _cut(weights, counts)
-    shapes = shapes_after(steps, x.shape)
+    steps = _cut(weights, tokens, kinds, eps, act)
+    shapes, ready = shapes_after(steps, x.shape), list(map(folded, steps))
     if x.dtype == torch.float32 and onednn.serves(x):
-        kernels = kernels_for(steps, [act] * len(steps))
+        kernels = kernels_for(ready, [step.act for step in steps])
         if kernels is not None:
             return llvm.run(kernels, eps, shapes, x.contiguous(), ends)
     results = []
-    for i, (step, e) in enumerate(zip(steps, eps, strict=True)):
-        options = (e, act) if len(step) == BLOCK else (e,)
-        run, kind = _IN_CALLS[len(step)]
-        x = run(x.contiguous(), kind(*step), *options, x.dtype)
+    for i, (step, own) in enumerate(zip(steps, ready, strict=True)):
+        options = (step.eps, act) if step.kind == Kind.BLOCK else (step.eps,)
+        x = _IN_CALLS[step.kind](x.contiguous(), own, *options, x.dtype)
         if i in ends:
             results.append(x)
     return results
 
 
-def _cut(weights: list[Tensor | None], counts: list[int]) -> list[tuple[Tensor | None, ...]]:
-    rest = iter(weights)
-    return [tuple(itertools.islice(rest, count)) for count in counts]
+def _cut(
+    weights: list[Tensor | None], tokens: list[Tensor | None], kinds: list[int], eps: list[float], act: str
+) -> list[Step]:
+    rest, steps = iter(weights), []
+    for token, number, e in zip(tokens, kinds, eps, strict=True):
+        kind = Kind(number)
+        group = WEIGHTS[kind]
+        own = group._make(itertools.islice(rest, len(group._fields)))
+        steps.append(Step(kind, own, e, act if kind == Kind.BLOCK else "", token))
+    return steps
 
 
 _LIBRARY.define("frozen_steps_cpu" + torch.library.infer_schema(_steps, mutates_args=()))
@@ -67,7 +75,13 @@ frozen_steps = torch.ops.convnext_fast.frozen_steps_cpu
 
 @torch.library.register_fake("convnext_fast::frozen_steps_cpu", lib=_LIBRARY)
 def _(
-    x: Tensor, weights: list[Tensor | None], counts: list[int], eps: list[float], act: str, ends: list[int]
+    x: Tensor,
+    weights: list[Tensor | None],
+    tokens: list[Tensor | None],
+    kinds: list[int],
+    eps: list[float],
+    act: str,
+    ends: list[int],
 ) -> list[Tensor]:
-    shapes = shapes_after(_cut(weights, counts), x.shape)
+    shapes = shapes_after(_cut(weights, tokens, kinds, eps, act), x.shape)
     return [x.new_empty(shapes[end]) for end in ends]

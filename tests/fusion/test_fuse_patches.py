@@ -241,7 +241,7 @@ def test_sequential_stays_one(image):
     part = model.downsample[:1]
     assert torch.equal(part(x), model.downsample[0](x))
     model.downsample.append(nn.ReLU())
-    with pytest.warns(RuntimeWarning, match="its layers are now 0, 1, 2, not 0, 1"):
+    with pytest.warns(RuntimeWarning, match="it now holds 0, 1, 2, not 0, 1"):
         assert (model.downsample(x) >= 0).all()
     unfuse(part)
     assert type(part) is nn.Sequential

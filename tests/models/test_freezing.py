@@ -7,9 +7,11 @@ import io
 
 import pytest
 import torch
+from convnext_fast.kernels.weights import FrozenBlock, FrozenDownsample
 from support import BOUNDS, randomise, relative_error
 
 from convnext_fast import ConvNext, ConvNextConfig, ConvNextForImageClassification, ops
+from convnext_fast.models.freezing import folded_weights, is_frozen
 from convnext_fast.ops.operators import OPERATORS
 
 CONFIG = {"num_stages": 2, "hidden_sizes": [8, 12], "depths": [1, 2], "num_labels": 5}
@@ -28,8 +30,11 @@ def logits(model, x):
     return y if isinstance(y, torch.Tensor) else y.logits
 
 
-def folded_buffers(model):
-    return {name: buffer for name, buffer in model.named_buffers() if "folded_" in name}
+def folded(model):
+    """What the frozen blocks and downsampling layers of a model compute with, by name."""
+    found = {name: folded_weights(module) for name, module in model.named_modules() if is_frozen(module)}
+    frozen = {name: weights for name, weights in found.items() if isinstance(weights, (FrozenBlock, FrozenDownsample))}
+    return {f"{name}.{field}": t for name, weights in frozen.items() for field, t in weights._asdict().items()}
 
 
 @pytest.mark.parametrize("made", [ConvNext, ConvNextForImageClassification])
@@ -38,27 +43,25 @@ def test_nothing_but_the_speed_changes(made, dtype):
     model = model_of(dtype, made)
     expected, keys = logits(model, image(dtype)), list(model.state_dict())
     model.freeze()
-    assert len(folded_buffers(model)) == 3 * 6 + 2
+    assert len(folded(model)) == 3 * 6 + 2
+    assert not list(model.buffers())
     assert relative_error(logits(model, image(dtype)), expected) <= BOUNDS[dtype]
     assert list(model.state_dict()) == keys
     assert model.state_dict().keys() == model_of(dtype, made).state_dict().keys()
     model.unfreeze()
-    assert not folded_buffers(model)
+    assert not folded(model)
     assert torch.equal(logits(model, image(dtype)), expected)
 
 
 def test_folded_weights_are_copies():
+    """Of all parameters, γ absent: what a block computes with shares no memory with them."""
     model = model_of(torch.float64)
     for block in model.blocks():
         block.gamma = None
     expected = model(image(torch.float64))
     model.freeze()
-    with torch.no_grad():
-        for block in model.blocks():
-            for parameter in block.parameters():
-                parameter.zero_()
-        for parameter in model.stages[1].downsample.parameters():
-            parameter.zero_()
+    memory = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert not any(tensor.untyped_storage().data_ptr() in memory for tensor in folded(model).values())
     assert relative_error(model(image(torch.float64)), expected) <= BOUNDS[torch.float64]
 
 
@@ -71,21 +74,23 @@ def test_a_change_of_dtype_folds_anew(before, after):
     model = model_of(before).freeze().to(after)
     wide = torch.promote_types(after, torch.float32)
     fresh = model_of(before).to(after).freeze()
-    for (name, got), want in zip(folded_buffers(model).items(), folded_buffers(fresh).values(), strict=True):
-        assert got.dtype == (wide if name.endswith(("b1", "b2", "downsample.folded_bias")) else after), name
+    for (name, got), want in zip(folded(model).items(), folded(fresh).values(), strict=True):
+        assert got.dtype == (wide if name.endswith(("b1", "b2", "downsample.bias")) else after), name
         assert torch.equal(got, want), name
     for block in model.blocks():
-        *_, w1, b1, _, _ = block.frozen
+        *_, w1, b1, _, _ = folded_weights(block)
         assert torch.equal(b1[1], w1.sum(1, dtype=wide))
     assert torch.equal(model(image(after)), fresh(image(after)))
 
 
-def test_parameters_changed_before_a_move_of_device_alone_do_not_show():
-    model = model_of().freeze()
-    expected = model(image())
-    with torch.no_grad():
-        model.blocks()[0].norm.weight.zero_()
-    assert torch.equal(model.to("cpu").to(memory_format=torch.channels_last)(image()), expected)
+def test_parameters_changed_before_a_move_show():
+    model, other = model_of().freeze(), model_of()
+    model(image())
+    for each in (model, other):
+        with torch.no_grad():
+            each.blocks()[0].norm.weight.zero_()
+    moved = model.to("cpu").to(memory_format=torch.channels_last)
+    assert relative_error(moved(image()), other(image())) <= BOUNDS[torch.float32]
 
 
 def test_autocast_of_frozen_float32_weights():
@@ -107,11 +112,11 @@ def test_copies_and_pickles():
     torch.save(model, file)
     file.seek(0)
     for again in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert folded_buffers(again).keys() == folded_buffers(model).keys()
+        assert folded(again).keys() == folded(model).keys()
         assert torch.equal(again(image()), expected)
         again.train()
-        assert not folded_buffers(again)
-        assert folded_buffers(model)
+        assert not folded(again)
+        assert folded(model)
 
 
 def test_gradients_of_the_input():
@@ -155,7 +160,7 @@ def test_traces_the_reference():
 def test_opcheck():
     block = model_of().freeze().blocks()[0]
     x = torch.randn(2, 5, 4, 8)
-    arguments = (x, *block.frozen, 1e-6, "gelu", torch.float32)
+    arguments = (x, *folded_weights(block), 1e-6, "gelu", torch.float32)
     torch.library.opcheck(OPERATORS["frozen_block_fwd"], arguments)
 
 
@@ -164,7 +169,7 @@ def test_bad_operands_are_named(gradients):
     """After good ones too, which are not checked again where no gradients are wanted."""
     block, shrink = (model := model_of().freeze()).blocks()[0], model.stages[1].downsample
     x = torch.randn(2, 5, 4, 8)
-    *weights, w1, b1, w2, b2 = block.frozen
+    *weights, w1, b1, w2, b2 = folded_weights(block)
     with torch.set_grad_enabled(gradients):
         ops.frozen_block(x, *weights, w1, b1, w2, b2)
         check_bad_operands(x, weights, w1, b1, w2, b2, shrink)
@@ -191,7 +196,7 @@ def check_bad_operands(x, weights, w1, b1, w2, b2, shrink):
             ops.frozen_block(x, *weights, w1, b1, w2, b2, act=act)
     with pytest.raises(TypeError, match="w2 is a ndarray"):
         ops.frozen_block(x, *weights, w1, b1, w2.numpy(), b2)
-    weight, bias = shrink.frozen
+    weight, bias = folded_weights(shrink)
     with pytest.raises(ValueError, match=r"expected \(C', C, kh, kw\)"):
         ops.frozen_downsample(x, weight.flatten(1), bias)
     with pytest.raises(ValueError, match=r"the patch bias has shape \(11,\): expected \(12,\)"):
@@ -254,7 +259,10 @@ def test_parameters_that_want_gradients_again_get_them(made):
 def test_training_mode_of_a_part_unfreezes_it():
     model = model_of().freeze()
     model.stages[1].train()
-    assert {name.split(".")[1] for name in folded_buffers(model)} == {"0"}
+    assert {name.split(".")[1] for name in folded(model)} == {"0"}
+    assert {name.split(".")[1] for name, p in model.stages.named_parameters(prefix="stages") if p.requires_grad} == {
+        "1"
+    }
 
 
 def test_weights_folded_in_inference_mode_serve_autograd():
@@ -267,9 +275,16 @@ def test_weights_folded_in_inference_mode_serve_autograd():
 
 
 def test_a_change_of_dtype_while_layers_are_called_leaves_no_old_copies():
-    model = model_of().freeze()
+    model, other = model_of().freeze(), model_of().bfloat16()
+    model(image())
     hooks = [block.norm.register_forward_hook(lambda *_: None) for block in model.blocks()]
     model.bfloat16()
+    assert all("downsample" in name for name in folded(model))
     for hook in hooks:
         hook.remove()
-    assert all("downsample" in name for name in folded_buffers(model))
+    assert all(
+        value.dtype != torch.float32 or name.endswith(("b1", "b2", "bias")) for name, value in folded(model).items()
+    )
+    want = copy.deepcopy(other).double()(image(torch.float64))
+    got, plain = (each(image(torch.bfloat16)) for each in (model, other))
+    assert relative_error(got, want) <= 2 * relative_error(plain, want)

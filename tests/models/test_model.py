@@ -192,10 +192,11 @@ def test_freeze_folds_and_training_unfreezes():
     with torch.no_grad():
         for block in model.blocks():
             block.norm.weight.zero_()
-    assert relative_error(model(x), expected) <= BOUNDS[torch.float64], "frozen weights are copies"
+    changed = model(x)
+    assert relative_error(changed, expected) > 1e-3
     model.train()
     assert all(p.requires_grad == (not name.startswith("stem")) for name, p in model.named_parameters())
-    assert relative_error(model.eval()(x), expected) > 1e-3
+    assert relative_error(model.eval()(x), changed) <= BOUNDS[torch.float64]
     model.freeze()
     model.load_state_dict(randomise(ConvNext(model.config, dtype=torch.float64)).state_dict())
     assert relative_error(model(x), expected) <= BOUNDS[torch.float64]
@@ -269,7 +270,10 @@ def test_features_only_holds_the_stages_that_it_runs(tmp_path):
 
 @pytest.mark.parametrize("kind", ["fused", "plain", "frozen"])
 def test_symbolic_tracing(kind):
-    """As `torchvision.models.feature_extraction` and quantisation by graphs do it."""
+    """As `torchvision.models.feature_extraction` and quantisation by graphs do it.
+
+    The trace of a frozen model reads the parameters, not what is folded of them.
+    """
     config = ConvNextConfig(num_stages=2, hidden_sizes=[8, 12], depths=[1, 2], num_labels=5, drop_path_rate=0.5)
     model = randomise(ConvNext(config, fused=kind != "plain")).train(kind != "frozen")
     if kind == "frozen":
@@ -280,4 +284,4 @@ def test_symbolic_tracing(kind):
     for each in (traced, model):
         torch.manual_seed(0)
         results.append(each(x))
-    assert torch.equal(*results)
+    assert relative_error(*results) <= (BOUNDS[torch.float32] if kind == "frozen" else 0)

@@ -1,4 +1,4 @@
-"""Frozen models in one go: the same bits as block by block, and whatever looks on is called as ever."""
+"""Frozen models as one sequence: the same bits as block by block, and every hook and mode sees what it saw before."""
 
 import copy
 import itertools
@@ -11,9 +11,11 @@ from torch import nn
 
 from convnext_fast import ConvNext, ConvNextBackbone, ConvNextConfig, ConvNextModel
 from convnext_fast.backends.cpu import llvm
+from convnext_fast.backends.steps import Kind
+from convnext_fast.models.freezing import freeze, state_of, unfreeze
 from convnext_fast.models.layers import Stem
-from convnext_fast.models.steps import joined, steps_of
-from convnext_fast.ops import sequence
+from convnext_fast.models.plan import ChainPlan
+from convnext_fast.models.whole_runs import WholeRuns, outputs_of, steps_of
 from convnext_fast.ops.sequence_operator import frozen_steps
 
 launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
@@ -62,8 +64,12 @@ def one_by_one(monkeypatch):
     """A function that has modules called one by one from then on."""
 
     def forbid():
-        for module in ("convnext", "huggingface"):
-            monkeypatch.setattr(f"convnext_fast.models.{module}.in_one_go", lambda ask, x: None)
+        def of_blocks(runs, root, parts, x):
+            containers = root is None or isinstance(state_of(root).plan, ChainPlan)
+            return None if containers else outputs_of(runs, root, parts, x)
+
+        for module in ("switches", "fused_module"):
+            monkeypatch.setattr(f"convnext_fast.models.{module}.outputs_of", of_blocks)
 
     return forbid
 
@@ -74,6 +80,10 @@ def stages(model):
 
 def blocks_of(model, stage):
     return stages(model)[stage].blocks if isinstance(model, ConvNext) else stages(model)[stage].layers
+
+
+def downsampling(model):
+    return stages(model)[1].downsample if isinstance(model, ConvNext) else stages(model)[1].downsampling_layer
 
 
 def stem_of(model):
@@ -142,8 +152,8 @@ def test_the_input_is_not_overwritten_and_the_result_is_anyones(model):
     x = torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last)
     given = x.clone()
     with torch.no_grad():
-        (y,) = sequence.in_one_go(lambda: [joined(map(steps_of, blocks))], x)
-        (again,) = sequence.in_one_go(lambda: [joined(map(steps_of, blocks))], x)
+        (y,) = outputs_of(WholeRuns(), None, [nn.Sequential(*blocks)], x)
+        (again,) = outputs_of(WholeRuns(), None, [nn.Sequential(*blocks)], x)
         y += 1
     assert torch.equal(x, given)
     assert torch.equal(y, again + 1)
@@ -173,9 +183,7 @@ def test_what_a_block_refuses_a_chain_refuses(model):
             (plain[..., :4, :4].clone(), "expected a square one of side 3, 5 or 7"),
             (plain.to("meta"), "is on meta"),
         ):
-            block.unfreeze()
             conv.weight = nn.Parameter(bad, requires_grad=False)
-            block.freeze()
             with pytest.raises((TypeError, ValueError), match=error):
                 output(model, x)
 
@@ -183,20 +191,20 @@ def test_what_a_block_refuses_a_chain_refuses(model):
 def test_what_other_modules_refuse_a_chain_refuses(model):
     stem = stem_of(model)
     conv, norm = stem.children()
-    down = stages(model)[1] if isinstance(model, ConvNextModel) else stages(model)[1].downsample
+    down_norm, down_conv = downsampling(model)
     with torch.no_grad():
-        for holder, name, bad, error in (
+        for layer, name, bad, error in (
             (conv, "weight", conv.weight.double(), "the activations are torch.float32 but weight is torch.float64"),
             (norm, "bias", torch.zeros(17), r"ln_bias has shape \(17,\): expected \(16,\)"),
-            (down, "folded_weight", down.folded_weight.double(), "torch.float32 but weight is torch.float64"),
-            (down, "folded_bias", down.folded_bias.to("meta"), "is on meta"),
+            (down_conv, "weight", down_conv.weight.double(), "torch.float32 but weight is torch.float64"),
+            (down_conv, "bias", down_conv.bias.to("meta"), "is on meta"),
+            (down_norm, "bias", torch.zeros(17), r"ln_bias has shape \(17,\): expected \(16,\)"),
         ):
-            before = getattr(holder, name)
-            store = holder._buffers if name.startswith("folded") else holder._parameters
-            store[name] = bad if store is holder._buffers else nn.Parameter(bad)
+            before = getattr(layer, name)
+            setattr(layer, name, nn.Parameter(bad))
             with pytest.raises((TypeError, ValueError), match=error):
                 output(model, torch.randn(1, 3, 32, 32))
-            store[name] = before
+            setattr(layer, name, before)
 
 
 def test_an_image_that_a_downsampling_layer_cannot_divide():
@@ -229,8 +237,7 @@ def test_an_activation_that_there_is_not(model):
 @pytest.mark.parametrize("compile_", [False, True])
 @pytest.mark.parametrize("part", ["stem", "block", "downsample"])
 def test_a_parameter_that_wants_a_gradient_though_the_model_is_frozen(model, chains, part, compile_):
-    down = stages(model)[1].downsample if isinstance(model, ConvNext) else stages(model)[1].downsampling_layer
-    module = {"stem": stem_of(model), "block": blocks_of(model, 1)[0], "downsample": down}[part]
+    module = {"stem": stem_of(model), "block": blocks_of(model, 1)[0], "downsample": downsampling(model)}[part]
     parameter = list(module.parameters())[-1].requires_grad_()
     called = torch.compile(model, backend="aot_eager") if compile_ else model
     y = output(called, torch.randn(1, 3, 32, 32))
@@ -265,7 +272,7 @@ def test_gradients_go_block_by_block(model, chains):
     assert not chains
 
 
-# The rest of the model still runs in one go, stage by stage.
+# The rest of the model still runs as sequences, stage by stage.
 LOOKED_AT = {"stem": [3, 3], "block": [3], "container": [3], "stage": [3, 3], "downsample": [3], "everywhere": []}
 
 
@@ -319,9 +326,9 @@ def test_what_was_done_to_a_block_counts(model, chains):
         changed = output(model, x)
         del block.forward
         assert not torch.equal(changed, before)
-        block.unfreeze()
+        unfreeze(block)
         check(output(model, x), model, x)
-        block.freeze()
+        freeze(block)
         assert torch.equal(output(model, x), before)
         replaced = nn.LayerNorm(16)
         name = "norm" if isinstance(model, ConvNext) else "layernorm"
@@ -380,11 +387,11 @@ def stride_of_the_stem(model):
     next(stem_of(model).children()).stride = (2, 2)
 
 
-def unfreeze(model):
-    blocks_of(model, 0)[1].unfreeze()
+def unfreeze_a_block(model):
+    unfreeze(blocks_of(model, 0)[1])
 
 
-@pytest.mark.parametrize("do", [dilate, replace, stop_fusing, stride_of_the_stem, unfreeze])
+@pytest.mark.parametrize("do", [dilate, replace, stop_fusing, stride_of_the_stem, unfreeze_a_block])
 def test_a_compiled_model_sees_what_is_done_to_it(model, chains, do):
     torch.compiler.reset()
     x = torch.randn(2, 3, 40, 40)
@@ -420,17 +427,18 @@ def test_opcheck(bias, channels):
     """Of steps that kernels serve, and that they do not."""
     config = ConvNextConfig(num_stages=2, hidden_sizes=[channels, 24], depths=[1, 1])
     model = randomise(ConvNext(config)).freeze()
-    steps = [list(step.weights) for step in joined(map(steps_of, (model.stem, model.stages)))]
+    found = steps_of(nn.Sequential(model.stem, model.stages))
+    steps, kinds = [list(step.weights) for step in found], [int(step.kind) for step in found]
+    tokens = [step.token for step in found]
     if not bias:
         steps[0][1] = steps[1][1] = None
-    counts = list(map(len, steps))
-    assert counts == [4, 6, 2, 6]
+    assert kinds == [Kind.STEM, Kind.BLOCK, Kind.DOWNSAMPLE, Kind.BLOCK]
     for ends in ([3], [0, 2, 3]):
         for samples in (2, 0):
             image, weights = torch.randn(samples, 3, 33, 32), [weight for step in steps for weight in step]
-            arguments = image, weights, counts, [1e-6] * 4, "gelu", ends
+            arguments = image, weights, tokens, kinds, [1e-6] * 4, "gelu", ends
             torch.library.opcheck(frozen_steps, arguments, test_utils=("test_schema", "test_faketensor"))
-    one = torch.randn(2, 9, 8, channels), steps[2], [2], [1e-6], "", [0]
+    one = torch.randn(2, 9, 8, channels), steps[2], tokens[2:3], [int(Kind.DOWNSAMPLE)], [1e-6], "", [0]
     torch.library.opcheck(frozen_steps, one, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.steps import patched
 from .. import environment
+from ..steps import patched
 
 _OLDEST_LLVMLITE = 0, 46
 

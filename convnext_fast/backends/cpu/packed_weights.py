@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from ...models.steps import BLOCK, DOWNSAMPLE
+from ...kernels.weights import ConvNorm, FrozenBlock, FrozenDownsample
 from . import llvm
 
 Weights = tuple[Tensor | None, ...]
@@ -62,8 +62,10 @@ def prepared_downsample(weight: Tensor, bias: Tensor) -> Prepared | None:
     return _kept(weight, (bias,), "", lambda: llvm.prepare_downsample(weight, bias))
 
 
-def kernels_for(steps: Sequence[Weights], acts: Sequence[str]) -> list[llvm.Kernel] | None:
-    """Steps of `steps` as kernels; None where one has none."""
+def kernels_for(
+    steps: Sequence[ConvNorm | FrozenDownsample | FrozenBlock], acts: Sequence[str]
+) -> list[llvm.Kernel] | None:
+    """A stem's weights and those of frozen parts as kernels; None where one has none. ``acts``: of blocks."""
     kernels = []
     for weights, act in reversed(list(zip(steps, acts, strict=True))):  # a stem, never kept, last
         kernel = _kernel_for(weights, act)
@@ -73,7 +75,7 @@ def kernels_for(steps: Sequence[Weights], acts: Sequence[str]) -> list[llvm.Kern
     return kernels[::-1]
 
 
-def _kernel_for(weights: Weights, act: str) -> Prepared | None:
-    if len(weights) == BLOCK:
+def _kernel_for(weights: ConvNorm | FrozenDownsample | FrozenBlock, act: str) -> Prepared | None:
+    if isinstance(weights, FrozenBlock):
         return prepared_block(weights, act)
-    return prepared_downsample(*weights) if len(weights) == DOWNSAMPLE else llvm.prepare_stem(*weights)
+    return prepared_downsample(*weights) if isinstance(weights, FrozenDownsample) else llvm.prepare_stem(*weights)

@@ -1,0 +1,108 @@
+"""What `fuse` did to a model, and freezing of what it fused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..models.freezing import can_freeze, freeze, is_frozen, state_of, unfreeze
+from ..models.plan import ChainPlan, PatchPlan, holder_of
+from ..models.switches import ConvNextSwitches
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What `fuse` did. Calling it calls the model, so that ``torch.compile(fuse(model))`` compiles that.
+
+    Attributes:
+        model: the model.
+        fused: names of the blocks that run whole on the fused ops.
+        partly_fused: names of the blocks whose depthwise convolution and LayerNorm do, and the rest by the host's own
+            layers (ConvNeXt V2, whose global response norm stands between the linear layers).
+        patch_layers: names of what does of the stem (convolution of patches, LayerNorm) and of the downsampling layers
+            (LayerNorm, convolution of patches).
+        left_alone: names of the other blocks and patch layers, and why.
+    """
+
+    model: nn.Module
+    fused: tuple[str, ...]
+    partly_fused: tuple[str, ...]
+    patch_layers: tuple[str, ...]
+    left_alone: dict[str, str]
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the blocks and patch layers that are frozen now."""
+        return tuple(name for name, module in self._parts() if is_frozen(module))
+
+    def freeze(self) -> FuseReport:
+        """Make the model ready for inference alone, and return the report.
+
+        Sets evaluation mode and has the fused blocks and patch layers compute with folded copies of their weights, of
+        which they turn the gradients off: LayerNorm's affine and the layer scale go into the linear layers, and on an
+        x86 CPU what kernels compute is packed for them. Containers that only call what they hold, one after another,
+        run it all as one sequence. Keys, names and values of the model's parameters stay as they are. The copies follow
+        the parameters: where one is replaced, changed in place, moved or converted, the next call folds anew (see
+        `ConvNext.freeze` for the limits). Training mode and a loaded ``state_dict`` undo it, where they reach. Blocks
+        that are fused in part stay as they are.
+
+        Raises:
+            ValueError: nothing of the model can be frozen.
+        """
+        modules = [module for module in self.model.modules() if can_freeze(module)]
+        if not any(not isinstance(state_of(module).plan, ChainPlan) for module in modules):
+            raise ValueError(f"freeze() found nothing that runs on the fused ops whole:\n{self}")
+        self.model.eval()
+        if isinstance(self.model, ConvNextSwitches):
+            self.model.freeze()
+        for module in modules:
+            if not is_frozen(module):
+                freeze(module)
+        return self
+
+    def unfreeze(self) -> FuseReport:
+        """Undo `freeze`, but for the mode, which stays evaluation; return the report."""
+        if isinstance(self.model, ConvNextSwitches):
+            self.model.unfreeze()
+        for module in self.model.modules():
+            unfreeze(module)
+        return self
+
+    def _parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The blocks and patch layers, under the names by which they are reported."""
+        for name, module in self.model.named_modules():
+            state = state_of(module)
+            if state is not None and not isinstance(state.plan, ChainPlan):
+                holder = holder_of(state.plan) if isinstance(state.plan, PatchPlan) else ()
+                yield ".".join(filter(None, (name, *holder))), module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """``model(*args, **kwargs)``."""
+        return self.model(*args, **kwargs)
+
+    def __str__(self) -> str:
+        """The counts, then what was left alone, layers of one reason together."""
+        counts = [
+            (len(self.fused), "blocks"),
+            (len(self.partly_fused), "blocks in part (depthwise convolution + LayerNorm)"),
+            (len(self.patch_layers), "patch layers (stem, downsampling)"),
+        ]
+        done = sum(count for count, _ in counts)
+        if not done and not self.left_alone:
+            return f"{type(self.model).__name__}: no ConvNeXt block found"
+        kinds = ", ".join(f"{count} {what}" for count, what in counts if count)
+        lines = [f"{type(self.model).__name__}: {done} of {done + len(self.left_alone)} fused: {kinds or 'none'}"]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left_alone.items():
+            reasons.setdefault(reason, []).append(name or "the model itself")
+        lines += [f"left alone: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+        frozen = set(self.frozen)
+        if frozen:
+            lines.append(f"frozen: {len(frozen)} of {done}")
+            rest = [name for name in self.partly_fused if name not in frozen]
+            if rest:
+                lines.append(f"not frozen: {', '.join(rest)}: fused in part")
+        return "\n".join(lines)

@@ -1,0 +1,47 @@
+"""Stochastic depth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class DropPath(nn.Module):
+    """Stochastic depth per sample ("Deep Networks with Stochastic Depth"): a residual branch is dropped at ``rate``."""
+
+    def __init__(self, rate: float = 0.0):
+        super().__init__()
+        self.rate = rate
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """The factor of each sample of x (N, …): 0, or 1/(1 − rate), as (N,); None where nothing is dropped.
+
+        Draws from the random stream as timm does, so that one seed drops the same samples.
+        """
+        if self.rate == 0.0 or not self.training:
+            return None
+        keep = 1.0 - self.rate
+        kept = x.new_empty(x.shape[0]).bernoulli_(keep)
+        return kept / keep if keep > 0.0 else kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) with each sample's factor applied."""
+        factor = self.draw(x)
+        return x if factor is None else x * factor.view(-1, 1, 1, 1)
+
+    def extra_repr(self) -> str:
+        """The rate, for `repr`."""
+        return f"rate={self.rate:.3f}"
+
+
+class ConvNextDropPath(DropPath):
+    """Stochastic depth that draws from the random stream as transformers does."""
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """As `DropPath.draw`."""
+        if self.rate == 0.0 or not self.training:
+            return None
+        keep = 1.0 - self.rate
+        shape = (x.shape[0],) + (1,) * (x.dim() - 1)
+        kept = torch.floor(torch.rand(shape, dtype=x.dtype, device=x.device) + keep).flatten()
+        return kept / keep if keep > 0.0 else kept

@@ -1,0 +1,194 @@
+"""Plans: where the parts of a block, a patch layer or a container are, so that ops can stand in for its forward.
+
+A plan is plain data about a module: paths to its layers, and what these layers were like when the plan was made. This
+package's own modules declare theirs, and `fuse` makes one for each module of another library that it recognises.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+Path = tuple[str, ...]
+"""Attribute names that lead from a module to a layer in it."""
+
+
+class Watched(NamedTuple):
+    """A layer that the fused forward does not call, as it was when the plan was made.
+
+    Attributes:
+        path: where it is.
+        kind: its class.
+        names, values: its plain attributes, such as a convolution's stride.
+        children: names of the modules in it.
+        biased: whether it has a bias, or does not say.
+    """
+
+    path: Path
+    kind: type
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+    children: tuple[str, ...]
+    biased: bool
+
+
+class BlockPlan(NamedTuple):
+    """Where the parts of a ConvNeXt block are.
+
+    Attributes:
+        dwconv, norm, fc1, fc2: the layers.
+        gamma: name of the block's layer scale, or None.
+        drop_path: its stochastic depth, or None.
+        rate: name of the rate of that.
+        act: one of ``config.ACTIVATIONS``.
+        watched: the layers that are not called, to notice when they change.
+        tail: where something stands between the linear layers that the fused MLP has not (ConvNeXt V2's GRN): the
+            layers to call one after another after the norm. Empty where the whole block is fused.
+        channels_first: whether the tail takes (N, C, H, W).
+        recompute: what the backward pass computes anew (see `ops.convnext_block`); no effect where there is a tail.
+        fused: whether the plan is to be used at all.
+        own: whether the block is this package's own, which reads γ anew on every call and knows no other tensors.
+    """
+
+    dwconv: Path
+    norm: Path
+    fc1: Path
+    fc2: Path
+    gamma: str | None
+    drop_path: Path | None
+    rate: str
+    act: str
+    watched: tuple[Watched, ...]
+    tail: tuple[Path, ...] = ()
+    channels_first: bool = False
+    recompute: int = 1
+    fused: bool = True
+    own: bool = False
+
+
+class PatchPlan(NamedTuple):
+    """Where the parts of a patch layer (the stem, or a downsampling layer) are.
+
+    Attributes:
+        norm, conv: the layers. The module that holds them holds nothing else.
+        stem: whether the convolution comes first.
+        watched: the layers that are not called, to notice when they change.
+        following: the list of modules that the module calls afterwards; None where the pair is all.
+        fused: whether the plan is to be used at all.
+    """
+
+    norm: Path
+    conv: Path
+    stem: bool
+    watched: tuple[Watched, ...]
+    following: Path | None = None
+    fused: bool = True
+
+
+class ChainPlan(NamedTuple):
+    """A container that calls what it holds, one module after another, and does nothing else in evaluation.
+
+    A list stands for the modules in it.
+
+    Attributes:
+        children: names of what it holds; None where these may change, as in a `torch.nn.Sequential`.
+        watched: the lists in it, which are not called.
+        names, values: plain attributes of the container.
+        fused: whether the plan is to be used at all.
+    """
+
+    children: tuple[str, ...] | None = None
+    watched: tuple[Watched, ...] = ()
+    names: tuple[str, ...] = ()
+    values: tuple[Any, ...] = ()
+    fused: bool = True
+
+
+Plan = BlockPlan | PatchPlan | ChainPlan
+
+
+_PLANS: list[Plan] = []
+_KEYS: dict[Plan, str] = {}
+_LOCK = threading.Lock()
+
+
+def remember(plan: Plan) -> str:
+    """A key that stands for this plan in this process, the same for equal ones."""
+    with _LOCK:
+        if plan not in _KEYS:
+            _PLANS.append(plan)
+            _KEYS[plan] = str(len(_PLANS) - 1)
+        return _KEYS[plan]
+
+
+def recall(key: str) -> Plan:
+    """The plan that a key stands for.
+
+    A compiler takes it for a constant of this key, which it guards: a guard for each field of a plan would take as long
+    as a kernel.
+    """
+    return _PLANS[int(key)]
+
+
+recall._dynamo_marked_constant = True  # `torch.compiler.assume_constant_result`, which takes a second to import
+
+
+def watch(module: nn.Module, path: Path, *skip: str) -> Watched:
+    """The layer at ``path`` as it is now; ``skip``: settings that may change."""
+    layer = follow(module, path)
+    settings = settings_of(layer, *skip)
+    names, values = (tuple(setting[i] for setting in settings) for i in range(2))
+    return Watched(path, type(layer), names, values, tuple(layer._modules), is_biased(layer))
+
+
+def follow(module: nn.Module, path: Path) -> Any:
+    """The layer at ``path``; None where there is none."""
+    layer: Any = module
+    for name in path:
+        layer = None if layer is None else layer._modules.get(name)
+    return layer
+
+
+def called_by(container: nn.Module) -> Iterator[nn.Module]:
+    """The modules that a container with a `ChainPlan` calls, in order."""
+    for child in container._modules.values():
+        if isinstance(child, nn.ModuleList):
+            yield from called_by(child)
+        elif child is not None:
+            yield child
+
+
+def settings_of(module: nn.Module, *skip: str) -> tuple[tuple[str, Any], ...]:
+    """The plain attributes of ``module`` but ``training``, private ones and ``skip``."""
+    return tuple(
+        (name, value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in ("training", *skip) and is_setting(value)
+    )
+
+
+def weighted(plan: BlockPlan | PatchPlan) -> tuple[Path, ...]:
+    """The layers, beside the norm, whose weights the fused ops read."""
+    if isinstance(plan, PatchPlan):
+        return (plan.conv,)
+    return (plan.dwconv,) if plan.tail else (plan.dwconv, plan.fc1, plan.fc2)
+
+
+def holder_of(plan: PatchPlan) -> Path:
+    """Where the module that holds the pair of layers is."""
+    return plan.norm[:-1]
+
+
+def is_setting(value: Any) -> bool:
+    """Whether an attribute is plain data."""
+    if isinstance(value, tuple):
+        return all(is_setting(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def is_biased(layer: nn.Module) -> bool:
+    """Whether a layer has a bias, or does not say: FullyShardedDataParallel takes the names of parameters away."""
+    return layer._parameters.get("bias", "elsewhere") is not None

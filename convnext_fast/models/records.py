@@ -1,0 +1,89 @@
+"""Whether anything that a fused forward depends on has changed since it was last looked at, found out in one pass."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from .plan import settings_of
+
+STATE = "_convnext_fast"
+"""The attribute that holds a `fused_module.State`, which is replaced where it changes."""
+
+_READ: dict[type, list[str]] = {
+    nn.Conv2d: ["stride", "padding", "dilation", "groups", "padding_mode"],
+    nn.LayerNorm: ["normalized_shape", "eps"],
+    nn.Linear: [],
+}
+"""Attributes that the forward of PyTorch's own layers reads. Of other kinds all count."""
+
+_values = dict.values
+_flat = chain.from_iterable
+
+
+class Record:
+    """Modules as they are now: their classes, attributes, parameters and children. None of them has hooks.
+
+    It finds out fast, by identity, that nothing changed. That something did may be a false alarm: what it was is for
+    `layer_changes.changed` to say.
+
+    Args:
+        module: the one whose forward asks, if that is no container above all others. Its own hooks do not count, for
+            they run before its forward.
+        others: the modules that are not called though their weights or what they do count. No hooks are on them.
+    """
+
+    def __init__(self, module: nn.Module | None, others: Iterable[nn.Module]):
+        # A reference to ``module`` or to its ``__dict__`` would make a cycle, for the module holds the record.
+        self._root = None if module is None else module._modules
+        self._others = list(others)
+        everything = self._others if module is None else [module, *self._others]
+        holders = [d for each in everything for d in (each._parameters, each._modules, each._buffers)]
+        hooks = list(_flat(map(_hooks_of, self._others)))
+        self._empty = [*hooks, *(d for d in holders if not d)]
+        self._holders = list(filter(None, holders))
+        self._attributes = list(map(vars, self._others))
+        self._getters, self._settings = [], []
+        for other in self._others:
+            names = [STATE] * (STATE in vars(other)) + [name for name, _ in settings_of(other)]
+            names = _READ.get(type(other), names)
+            if names:
+                self._getters.append(operator.itemgetter(*names))
+                self._settings.append(vars(other))
+        self._kinds = list(map(type, self._others))
+        self._sizes = list(map(len, self._attributes))
+        self._counts = list(map(len, self._holders))
+        self._held = list(_flat(map(_values, self._holders)))
+        self._values = list(map(_call, self._getters, self._settings))
+
+    def holds(self, module: nn.Module | None) -> bool:
+        """Whether nothing changed; ``module``: the one that asks, which may be a replica of the one that was seen."""
+        try:
+            return (
+                (module is None or module._modules is self._root)
+                and list(map(type, self._others)) == self._kinds
+                and not any(self._empty)
+                and list(map(len, self._attributes)) == self._sizes
+                and list(map(len, self._holders)) == self._counts
+                and all(map(operator.is_, _flat(map(_values, self._holders)), self._held))
+                and list(map(_call, self._getters, self._settings)) == self._values
+            )
+        except KeyError:  # an attribute is gone
+            return False
+
+    def sees(self, weights: Iterable[Any]) -> bool:
+        """Whether all of these, but None, are among what is compared."""
+        seen = set(map(id, self._held))
+        return all(weight is None or id(weight) in seen for weight in weights)
+
+
+def _hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def _call(getter: operator.itemgetter, attributes: dict[str, Any]) -> Any:
+    return getter(attributes)
