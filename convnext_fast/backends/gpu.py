@@ -193,3 +193,28 @@ def frozen_downsample_fwd(x: Tensor, weights: FrozenDownsample, eps: float, dtyp
     """Patch convolution of LayerNorm(x) by folded weights, ``weight`` in T."""
     weight, bias = weights.weight.permute(0, 2, 3, 1).contiguous(), weights.bias.contiguous()
     return patchify.downsample_fwd(x, weight, bias, _above_zero(eps), dtype)
+
+
+FrozenStep = tuple[ConvNorm | FrozenDownsample | FrozenBlock, float, str]
+"""The weights of a stem, a downsampling layer or a block, eps, and the activation of a block."""
+
+
+@replayed
+def frozen_steps(
+    x: Tensor, steps: tuple[FrozenStep, ...], ends: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Steps of a frozen model one after another, all launches as one plan: what comes out of those of numbers ``ends``.
+
+    x: (N, H, W, C), contiguous, or the image of a stem, which is the first step.
+    """
+    results = []
+    for number, (weights, eps, act) in enumerate(steps):
+        if isinstance(weights, FrozenBlock):
+            x = frozen_block_fwd.__wrapped__(x, weights, eps, act, dtype)
+        elif isinstance(weights, FrozenDownsample):
+            x = frozen_downsample_fwd.__wrapped__(x, weights, eps, dtype)
+        else:
+            x = patchify_stem_fwd.__wrapped__(x, weights, eps, dtype)
+        if number in ends:
+            results.append(x)
+    return tuple(results)

@@ -68,12 +68,23 @@ class FrozenSequence:
         if kernels is not None:
             eps = [step.eps for step in self._steps]
             return list(map(as_nchw, run_kernels(kernels, eps, shapes, x.contiguous(), ends)))
+        if self._is_one_plan(x):
+            given = x if self._steps[0].kind == Kind.STEM else x.contiguous()
+            steps = zip(self._folded, self._steps, strict=True)
+            every = tuple([(weights, step.eps, step.act) for weights, step in steps])
+            return list(map(as_nchw, choose.module("triton").frozen_steps(given, every, tuple(ends), x.dtype)))
         results = []
         for i, (step, weights) in enumerate(zip(self._steps, self._folded, strict=True)):
             x = _run_step(step, weights, x)
             if i in ends:
                 results.append(as_nchw(x))
         return results
+
+    def _is_one_plan(self, x: Tensor) -> bool:
+        """Whether a GPU runs all steps as one plan: no gradient is wanted, and no mode observes what is done to x."""
+        stem = self._steps[0].weights if self._steps[0].kind == Kind.STEM else ()
+        plain = call.is_unseen(x) and not x.is_neg() and not call.wants_gradient(x, *stem)
+        return plain and choose.select(x.device, x.dtype) == "triton"
 
     def _notice_changes(self, x: Tensor) -> None:
         now = signature(self._weights)

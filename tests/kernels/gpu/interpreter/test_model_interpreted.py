@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from model_cases import check_digits, check_training_step
+from model_cases import check_digits, check_training_step, small_model
 
-from convnext_fast.backends import environment
+from convnext_fast.backends import environment, gpu
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +19,22 @@ def test_training_step(dtype, recompute):
 
 def test_digits():
     check_digits(8, torch.float32, lambda run: run())
+
+
+@torch.no_grad()
+def test_a_frozen_model_is_one_call_with_the_bits_of_its_steps(monkeypatch):
+    calls, frozen_steps = [], gpu.frozen_steps
+
+    def counted(x, steps, ends, dtype):
+        calls.append((len(steps), ends))
+        return frozen_steps(x, steps, ends, dtype)
+
+    monkeypatch.setattr(gpu, "frozen_steps", counted)
+    model = small_model(torch.float32).eval().freeze()
+    x = torch.randn(2, 3, 40, 28)
+    logits, (last, maps) = model(x), model.forward_intermediates(x)
+    assert calls == [(4, (0, 3)), (4, (0, 1, 3))]  # the stem and the stages; the stem and each stage
+    model.stages[0].blocks[0].register_forward_hook(lambda module, args, output: None)  # now modules are called
+    assert torch.equal(model(x), logits)
+    again = model.forward_intermediates(x)
+    assert all(map(torch.equal, (again[0], *again[1]), (last, *maps)))
