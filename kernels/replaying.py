@@ -61,7 +61,8 @@ class Calls:
 
     Attributes:
         kinds: for each kind of call its plan; None where there can be none, "once" after the first call.
-        native: the plans that C repeats, by C's own key, which tells no fewer kinds apart.
+        native: the plans that C repeats, by C's own key, which tells no fewer kinds apart but for negative views:
+            who calls resolves them.
     """
 
     def __init__(self, function: Callable):

@@ -84,6 +84,8 @@ def _backward(name: str, x: Tensor, *rest: object) -> tuple:
         return dy, x, *kept, *tensors, act, dtype
     if name == "patchify_stem_bwd":
         return dy, x, *rest, True
+    if name == "downsample_bwd":
+        return dy, x, *rest, True, True, rest[3] is not None
     return dy, x, *kept, *rest
 
 

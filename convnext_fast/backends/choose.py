@@ -6,7 +6,6 @@ How it runs there is for `ops.call` to say.
 from __future__ import annotations
 
 import functools
-import os
 from types import ModuleType
 from typing import Literal
 
@@ -25,7 +24,7 @@ def select(device: torch.device, dtype: torch.dtype) -> Name:
 
     - "triton": the Triton kernels, on CUDA, ROCm and XPU devices; on a CPU too under ``TRITON_INTERPRET=1``.
     - "cpu": kernels compiled by LLVM, on an x86 CPU in float32 (`cpu.llvm`). What they do not serve takes ATen calls.
-    - "aten": the same ops by ATen calls, on every other CPU and device.
+    - "aten": the same ops by calls of ATen and oneDNN, on every other CPU and device. Both are `cpu.ops`.
     - "reference": plain eager PyTorch, for what the kernels cannot do on a GPU (float64, and NVIDIA's GPUs before
       compute capability 8.0), for the meta device, and for what must see into the ops: export to ONNX,
       `torch.jit.trace`, on a CPU `torch.export`, forward-mode derivatives, and the transforms of `torch.func`.
@@ -37,7 +36,6 @@ def select(device: torch.device, dtype: torch.dtype) -> Name:
         ValueError: ``CONVNEXT_FAST_BACKEND`` is not one of its values, or "triton", and the kernels cannot run this
             dtype.
     """
-    environment.check()
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active():
         return "reference"
     if torch.autograd.forward_ad._current_level >= 0:
@@ -50,6 +48,7 @@ def select(device: torch.device, dtype: torch.dtype) -> Name:
             )
         return "triton"
     if environment.REQUEST != "auto":
+        environment.check()
         return environment.REQUEST  # type: ignore[return-value]
     kind = device.type
     if kind in KERNEL_DEVICES:
@@ -57,15 +56,16 @@ def select(device: torch.device, dtype: torch.dtype) -> Name:
         return "triton" if served else "reference"
     if kind != "cpu":
         return "reference" if torch.compiler.is_exporting() or kind == "meta" else "aten"
-    if os.environ.get("TRITON_INTERPRET") == "1" and dtype in KERNEL_DTYPES:
+    if environment.INTERPRETS and dtype in KERNEL_DTYPES:
         return "triton"
     if torch.compiler.is_compiling():
         return "reference" if torch.compiler.is_exporting() else "aten"
     return "cpu" if dtype == torch.float32 and llvm.machine_for() is not None else "aten"
 
 
+@functools.cache
 def module(name: Name) -> ModuleType:
-    """The functions of a backend other than the reference (see `interface.Backend`)."""
+    """The functions of a backend (see `interface.Backend`); the CPU's stand in for the reference's, too."""
     if name == "triton":
         from . import gpu  # imports Triton
 

@@ -6,9 +6,11 @@ import os
 
 REQUESTS = ("auto", "triton", "aten", "reference")
 
-
 REQUEST = os.environ.get("CONVNEXT_FAST_BACKEND", "auto").strip().lower() or "auto"
 """``CONVNEXT_FAST_BACKEND``: the path of the fused ops for the whole process."""
+
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+"""``TRITON_INTERPRET``: whether Triton's kernels run in its interpreter, on a CPU too."""
 
 
 def check() -> None:

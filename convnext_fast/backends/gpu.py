@@ -5,7 +5,9 @@ T is the compute dtype, R the dtype of the residual stream; the kernels sum and 
 
 from __future__ import annotations
 
-from typing import TypeVar
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,17 @@ Weights = TypeVar("Weights", bound=tuple)
 def _dense(weights: Weights) -> Weights:
     """The weights in contiguous memory, as the kernels read them."""
     return weights._make(None if t is None else t.contiguous() for t in weights)  # type: ignore[attr-defined]
+
+
+def _like_its_inputs(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Gradients in the dtypes of the inputs; outside of what is replayed, for a conversion is no launch of ours."""
+
+    @functools.wraps(backward)
+    def call(dy: Tensor, x: Tensor, *arguments: Any) -> Gradients:
+        (weights,) = (argument for argument in arguments if isinstance(argument, tuple))
+        return like_inputs(backward(dy, x, *arguments), x, weights)
+
+    return call
 
 
 def _without_norm(weights: MlpWeights) -> BlockWeights:
@@ -107,6 +120,7 @@ def dwconv_layernorm_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.
     return layernorm_fwd(u, statistics, ln_weight, ln_bias, _above_zero(eps)), u, statistics
 
 
+@_like_its_inputs
 @replayed
 def dwconv_layernorm_bwd(
     dn: Tensor, x: Tensor, u: Tensor, statistics: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype
@@ -116,7 +130,7 @@ def dwconv_layernorm_bwd(
     du, dg, dbeta = layernorm_bwd(dn, u, statistics, ln_weight, _above_zero(eps))
     dx = dwconv_dgrad(du, weight, None)
     dweight, dbias = dwconv_wgrad(x, du, weight.shape[3], dtype=weight.dtype)
-    return like_inputs((dx, dweight, dbias, dg, dbeta), x, weights)
+    return dx, dweight, dbias, dg, dbeta
 
 
 @replayed
@@ -139,6 +153,7 @@ def pointwise_mlp_fwd(
     return y.view(x.shape), a
 
 
+@_like_its_inputs
 @replayed
 def pointwise_mlp_bwd(
     dy: Tensor,
@@ -154,7 +169,7 @@ def pointwise_mlp_bwd(
     folded = fold_fwd(block, dtype, layer_scale=True)
     drop_scale = None if drop_scale is None else drop_scale.contiguous()
     dx, sums = mlp_bwd(dy.view(rows), x.to(dtype).view(rows), None, a, *folded, drop_scale, 0.0, act)
-    return like_inputs((dx.view(x.shape), *fold_bwd(sums, block)[4:]), x, weights)
+    return dx.view(x.shape), *fold_bwd(sums, block)[4:]
 
 
 @replayed
@@ -163,12 +178,13 @@ def patchify_stem_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dty
     return patchify.stem_fwd(x, *_dense(weights), _above_zero(eps), dtype)
 
 
+@_like_its_inputs
 @replayed
 def patchify_stem_bwd(
     dy: Tensor, x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype, needs_x: bool
 ) -> Gradients:
     """Gradients of the image and of the weights."""
-    return like_inputs(patchify.stem_bwd(dy, x, *_dense(weights), _above_zero(eps), needs_x), x, weights)
+    return patchify.stem_bwd(dy, x, *_dense(weights), _above_zero(eps), needs_x)
 
 
 @replayed
@@ -179,13 +195,23 @@ def downsample_fwd(x: Tensor, weights: NormConv, eps: float, dtype: torch.dtype)
     return patchify.downsample_fwd(x, *folded, _above_zero(eps), dtype)
 
 
+@_like_its_inputs
 @replayed
-def downsample_bwd(dy: Tensor, x: Tensor, weights: NormConv, eps: float, dtype: torch.dtype) -> Gradients:
-    """Gradients of x and of the weights."""
+def downsample_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weights: NormConv,
+    eps: float,
+    dtype: torch.dtype,
+    needs_norm: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> Gradients:
+    """Gradients of x and of the weights: all of them, for they come out of the same launches."""
     ln_weight, ln_bias, weight, bias = _dense(weights)
     parameters = weight, bias, ln_weight, ln_bias
     dx, dweight, dbias, dg, dbeta = patchify.downsample_bwd(dy, x, *parameters, _above_zero(eps), dtype)
-    return like_inputs((dx, dg, dbeta, dweight, dbias), x, weights)
+    return dx, dg, dbeta, dweight, dbias
 
 
 @replayed

@@ -4,8 +4,8 @@ x, y and their gradients are (N, H, W, C), contiguous, in the dtype R of the res
 dtype T. eps is LayerNorm's, act one of ``config.ACTIVATIONS``, drop_scale (N,) or None the drop-path factor of each
 sample. Gradients are returned in order, that of x first, then those of the weights, each in the dtype and shape of its
 input; None where there is no such input.
-`gpu` and `cpu.ops` are modules with these functions; `convnext_fast.ops` calls them and registers each as an operator
-``convnext_fast::<name>``.
+`gpu` and `cpu.ops` are modules with these functions (a CPU has no `patchify_stem_bwd`: there the reference runs);
+`convnext_fast.ops` calls them and registers each as an operator ``convnext_fast::<name>``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Backend(Protocol):
         recompute: int,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """y, then the three of `Saved`: ``a`` only at level 0 of ``recompute``, the others below level 2."""
+        """y, then the three of `Saved`: ``a`` at level 0 of ``recompute``, u and a GPU's statistics below level 2."""
         raise NotImplementedError
 
     def block_bwd(
@@ -120,8 +120,18 @@ class Backend(Protocol):
         """Patch convolution of LayerNorm(x), (N, ⌊H/kh⌋, ⌊W/kw⌋, C') in T."""
         raise NotImplementedError
 
-    def downsample_bwd(self, dy: Tensor, x: Tensor, weights: NormConv, eps: float, dtype: torch.dtype) -> list[Tensor]:
-        """Gradients of x and of the weights."""
+    def downsample_bwd(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weights: NormConv,
+        eps: float,
+        dtype: torch.dtype,
+        needs_norm: bool,
+        needs_weight: bool,
+        needs_bias: bool,
+    ) -> list[Tensor]:
+        """Gradients of x and of the weights; those of x and of LayerNorm's affine are needed or not together."""
         raise NotImplementedError
 
     def frozen_downsample_fwd(self, x: Tensor, weights: FrozenDownsample, eps: float, dtype: torch.dtype) -> Tensor:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.interface import Gradients
 from ..kernels.weights import BlockWeights, ConvNorm, MlpWeights, NormConv, Saved
 from .signatures import SIGNATURES
 
-Gradients = tuple[Tensor | None, ...]
 Needs = Sequence[bool]
 
 
@@ -79,7 +79,7 @@ def _patchify_stem_bwd(ctx: Any, needs: Needs, dy: Tensor) -> tuple[Any, ...]:
 
 def _downsample_bwd(ctx: Any, needs: Needs, dy: Tensor) -> tuple[Any, ...]:
     x, *weights = ctx.saved_tensors
-    return dy, x, NormConv(*weights), ctx.eps, ctx.dtype
+    return dy, x, NormConv(*weights), ctx.eps, ctx.dtype, any(needs[:3]), needs[3], needs[4]
 
 
 FORMULAS = {

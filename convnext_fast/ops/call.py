@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..backends.interface import Gradients
 from . import autograd, flops
 from .compute import compute
 from .signatures import SIGNATURES, flatten
@@ -62,7 +63,7 @@ def _function(name: str) -> type[torch.autograd.Function]:
         ctx.run = functools.partial(_run_backward, backend)
         return output
 
-    def backward(ctx: Any, dy: Tensor | None, *_: object) -> autograd.Gradients:
+    def backward(ctx: Any, dy: Tensor | None, *_: object) -> Gradients:
         return None, *autograd.gradients(name, ctx, ctx.needs_input_grad[1:], dy, ctx.run)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}

@@ -1,7 +1,8 @@
 """The fused ops as PyTorch operators: the only door between the models and the device code.
 
-`convnext_block`, `dwconv_layernorm` and `pointwise_mlp` validate their arguments, choose the path for the device
-(see `backend`), and are differentiable, traceable (`torch.compile`, `torch.export`) and aware of autocast. Under
+All validate their arguments and choose the backend (`backends.choose`); those on plain weights are differentiable, and
+all are traceable (`torch.compile`, `torch.export`) and aware of autocast. The backward raises NotImplementedError for
+second derivatives and for batches of output gradients. Under
 autocast they compute in its dtype and keep the residual stream and the gradients of parameters in the dtypes that eager
 PyTorch would give them. Activations are (N, H, W, C) and must be contiguous in memory for speed; any strides work.
 """
@@ -93,7 +94,7 @@ def frozen_block(
 ) -> Tensor:
     """`convnext_block` on what `folding.freeze_block` made of its parameters, without drop path.
 
-    x: (N, H, W, C); w1, b1, w2, b2: see `folding.FrozenBlock`. Where a gradient is wanted, or autocast asks for another
+    x: (N, H, W, C); w1, b1, w2, b2: see `weights.FrozenBlock`. Where a gradient is wanted, or autocast asks for another
     dtype than that of ``w1``, this is `convnext_block` with these weights.
 
     Raises:
@@ -177,7 +178,8 @@ def patchify_stem(
     backend = choose.select(image.device, dtype)
     if backend == "triton" or (backend != "reference" and call.wants_values(image)):
         return call.run("patchify_stem_fwd", backend, image, weights, eps, dtype)
-    if backend == "aten" and dtype == torch.float32 and call.compiles_for_values(image, *weights):
+    on_cpu = backend == "aten" and image.device.type == "cpu"
+    if on_cpu and dtype == torch.float32 and call.compiles_for_values(image, *weights):
         from .sequence_operator import frozen_steps  # registers an operator, which imports PyTorch's compiler
 
         return frozen_steps(image, list(weights), [None], [int(Kind.STEM)], [eps], "", [0])[0]
@@ -190,7 +192,7 @@ def downsample(
     """The layer between stages: LayerNorm, then a convolution of non-overlapping patches.
 
     x: (N, H, W, C); weight: (C', C, kh, kw). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C').
-    Off a GPU this is the reference, two calls without a copy, but that for backward x alone is saved.
+    Off a GPU this is the reference, two calls without a copy, except that autograd saves x alone for plain tensors.
 
     Raises:
         TypeError, ValueError: as `convnext_block`.
@@ -198,9 +200,11 @@ def downsample(
     weights = NormConv(ln_weight, ln_bias, weight, bias)
     dtype = arguments.check_downsample(x, weights)
     backend = choose.select(x.device, dtype)
-    if backend == "reference" or (backend != "triton" and torch.compiler.is_compiling()):
+    if backend == "triton":
+        return call.run("downsample_fwd", backend, x.contiguous(), weights, eps, dtype)
+    if backend == "reference" or not torch.is_grad_enabled() or not call.is_plain(x, *weights):
         return reference.downsample(x, *weights, eps)
-    return call.run("downsample_fwd", backend, x.contiguous(), weights, eps, dtype)
+    return call.run("downsample_fwd", backend, x, weights, eps, dtype)
 
 
 def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:

@@ -1,8 +1,8 @@
 """Registration of the fused ops with `torch.library`, as ``convnext_fast::<name>``.
 
 Each operator branches on the device inside its body, so that a compiler traces the path that will run: it sees the
-kernels that a GPU runs. What a CPU runs (the ops that `result_shapes` knows) it calls as one operator,
-``<name>_cpu``: loops over rows and samples, and kernels and calls of oneDNN that it cannot better.
+kernels that a GPU runs. On a CPU it calls the ops that `result_shapes` knows as one operator each, ``<name>_cpu``:
+loops over rows and samples, and kernels and calls of oneDNN that it cannot better. The others it traces or replaces.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..backends import choose
+from ..backends.interface import Gradients
 from . import autograd, result_shapes
 from .compute import compute
 from .signatures import SIGNATURES, Signature, flatten
@@ -63,7 +64,7 @@ def _run(name: str, *arguments: Any) -> Any:
     return OPERATORS[name](*flatten(arguments))
 
 
-def _no_second_derivative(ctx: Any, *_: object) -> autograd.Gradients:
+def _no_second_derivative(ctx: Any, *_: object) -> Gradients:
     raise NotImplementedError(
         "the fused ops have no second derivatives: take the plain reference with fused=False, or torch.func, which does"
     )

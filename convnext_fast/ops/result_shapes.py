@@ -1,6 +1,7 @@
 """What the fused ops return on a CPU, as shapes alone: for compilers, which treat each op there as a whole.
 
-One function for each operator that a CPU runs, with the arguments of `interface.Backend`. An absent result is empty.
+One function for each op that has an operator ``<name>_cpu``, with the arguments of `interface.Backend`. An absent
+result is empty.
 """
 
 from __future__ import annotations

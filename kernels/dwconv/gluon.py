@@ -1,6 +1,6 @@
-"""The depthwise convolution of dwconv_tensor_core.py with explicit layouts, for NVIDIA: fewer instructions an output.
+"""The depthwise convolution of tensor_core.py with explicit layouts, for NVIDIA: fewer instructions an output.
 
-Formula, tiles, pairs, segments, the band matrices T and what NaNs reach are as in dwconv_tensor_core.py. What differs
+Formula, tiles, pairs, segments, the band matrices T and what NaNs reach are as in tensor_core.py. What differs
 is how the rows are fed. A warp owns 4 channels. Rows of x come by cp.async, STAGES − 1 rows early, into shared memory,
 whose order lets every thread read its fragments of the matrix product, 4 channels at a time, without bank conflicts;
 registers are renamed, never shuffled. A residual's rows come likewise, each thread's own. A finished row goes through

@@ -133,7 +133,7 @@ def dwconv_scalar(
 
     ``weight`` (C, 1, k, k) and ``bias`` (C,) are of any float dtype, ``residual`` (N, H, W, C) or None is added.
     Returns the sum in ``out_dtype`` and, with ``statistics``, its float32 partial statistics (⌈C/CB⌉, N·H·W, 2) with
-    the blocks of ``stats_block(C, float32)``. ``config`` replaces the configuration of tuning_dwconv.py.
+    the blocks of ``stats_block(C, float32)``. ``config`` replaces the configuration of tuning.py.
     """
     batch, height, width, channels = x.shape
     block = stats_block(channels, torch.float32)

@@ -244,7 +244,7 @@ def dwconv_tensor_core(
 
     ``weight`` (C, 1, k, k) and ``bias`` (C,) are of any float dtype, ``residual`` (N, H, W, C) or None is added.
     Returns the sum in ``out_dtype`` and, with ``statistics``, its float32 partial statistics (⌈C/CB⌉, N·H·W, 2).
-    ``config`` replaces the configuration of tuning_dwconv.py.
+    ``config`` replaces the configuration of tuning.py.
     """
     batch, height, width, channels = x.shape
     taps = weight.shape[-1]

@@ -1,7 +1,7 @@
 """Launch configurations of the depthwise convolution: pure functions of shape, dtype and target, no device asked.
 
 Numbers come from compiled code (registers, spills) and from executed instruction counts on sm_80; those of sm_90 were
-timed (see tuning_mlp.py).
+timed (see tuning.py).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def segment_rows(height: int, taps: int, pairs: int, blocks: int, slots: int) ->
 
 
 def tensor_core_config(shape: tuple[int, int, int, int], taps: int, block: int, target: str) -> TensorCoreConfig:
-    """Configuration of dwconv_tensor_core.py for x of ``shape`` (N, H, W, C) and ``block`` channels a program.
+    """Configuration of tensor_core.py for x of ``shape`` (N, H, W, C) and ``block`` channels a program.
 
     AMD's matrix instructions are 16 wide, hence tiles of 16, and 4 wavefronts so that each may have 512 registers, of
     which 8 channels leave enough. Elsewhere 16 channels on 8 warps leave every target without spills.
@@ -71,7 +71,7 @@ class GluonConfig:
 
 @remembered
 def gluon_config(shape: tuple[int, int, int, int], taps: int, block: int, itemsize: int, target: str) -> GluonConfig:
-    """Configuration of dwconv_gluon.py for x of ``shape`` (N, H, W, C), ``itemsize`` bytes an element.
+    """Configuration of gluon.py for x of ``shape`` (N, H, W, C), ``itemsize`` bytes an element.
 
     A row in shared memory is 256·block elements, and one on its way out 128·block of 16 bits; four of the first, three
     ahead, where they fit (float32 rows of x then take 71 to 84 % of the time that two take on sm_90), else two. A
@@ -113,7 +113,7 @@ class ScalarConfig:
 
 
 def scalar_config(shape: tuple[int, int, int, int], block: int, target: str) -> ScalarConfig:
-    """Configuration of dwconv_scalar.py for x of ``shape`` (N, H, W, C) and ``block`` channels a program.
+    """Configuration of scalar.py for x of ``shape`` (N, H, W, C) and ``block`` channels a program.
 
     Tiles of 7 fit every stage of an image whose side is a multiple of 224 and hold 56 sums a thread; 4 channels of two
     rows are a thread's share. Narrow maps take narrow tiles.
@@ -144,7 +144,7 @@ class WgradConfig:
 
 
 def wgrad_config(shape: tuple[int, int, int, int], dtype: torch.dtype, target: str, wide: bool) -> WgradConfig:
-    """Configuration of dwconv_wgrad.py for x of ``shape`` (N, H, W, C), ``wide`` if float32, and du of ``dtype``.
+    """Configuration of wgrad.py for x of ``shape`` (N, H, W, C), ``wide`` if float32, and du of ``dtype``.
 
     A program takes as many items as leave two programs for every processor, for each writes its own partial sums. On
     sm_90 small ones, four a processor, with a row loaded ahead, take half (float32 x) to nine tenths of the time.

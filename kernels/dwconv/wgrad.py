@@ -2,7 +2,7 @@
 
     dw[c, ky, kx] = Σ_p x[p + (ky, kx) − k//2, c] · du[p, c]            db_c = Σ_p du[p, c]
 
-Tensor-core form (float16, bfloat16). With the tiles, the pairs and the padding of dwconv_tensor_core.py, but the 16
+Tensor-core form (float16, bfloat16). With the tiles, the pairs and the padding of tensor_core.py, but the 16
 pairs on K, the gradient of the band matrix is
 
     dT[c, ky] += A_h[c]ᵀ · dU_{h + k//2 − ky}[c]        (2·TW, 16) · (16, TW)      k products an input row h
@@ -266,7 +266,7 @@ def dwconv_wgrad_partials(
     """Partial sums of the gradients, (splits, k, SLOTS, C) float32 with k = ``taps``, for ``add_taps``.
 
     ``x`` (N, H, W, C) is of any float dtype, ``du`` (N, H, W, C) of the compute dtype: float16 and bfloat16 round x to
-    it and multiply on tensor cores, float32 does not. ``config`` replaces the configuration of tuning_dwconv.py.
+    it and multiply on tensor cores, float32 does not. ``config`` replaces the configuration of tuning.py.
     """
     batch, height, width, channels = x.shape
     candidates = SHARES[:1] if config else SHARES

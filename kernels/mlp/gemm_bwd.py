@@ -10,7 +10,7 @@ the epilogue of its GEMM, because both means follow from what the first kernel h
 
     m1 = Σ_k da'_k·r_k / C = rstd·mean(dx̂)        m2 = Σ_k da'_k·(a_k − b1g_k) / C = rstd·mean(dx̂·x̂)
 
-In float32 μ is subtracted from u as it is loaded, see pointwise_mlp_gemm.py: a = rstd·((u − μ)·w1gᵀ) + b1g and
+In float32 μ is subtracted from u as it is loaded, see gemm.py: a = rstd·((u − μ)·w1gᵀ) + b1g and
 D = da'ᵀ·(u − μ).
 
 The means and the sums over pixels are partial sums, of a tile each, that a later launch adds up in a fixed order.

@@ -1,7 +1,7 @@
 """Launch configurations of the backward of the wide MLP and of patchify: pure functions of shape, dtype and target.
 
 Numbers come from compiled code (registers, spills, warp-group MMA) and from counts of bytes; those of sm_90 were timed
-(see tuning_mlp.py).
+(see tuning.py).
 """
 
 from __future__ import annotations

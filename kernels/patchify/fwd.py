@@ -10,7 +10,7 @@ weights, its statistics are taken from the rows that a program is about to multi
     out = Σ_taps x̂[n, k·y + dy, k·x + dx]·wg[tap]ᵀ + bg        wg = w∘g        bg = b + Σ w·β
 
 H and W that k does not divide lose their last rows and columns, as in the strided convolution. The backwards are in
-``patchify_bwd.py``.
+``bwd.py``.
 """
 
 from __future__ import annotations

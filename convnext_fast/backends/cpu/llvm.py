@@ -87,7 +87,7 @@ class Kernel:
         raise NotImplementedError
 
     def __call__(self, x: Tensor, eps: float) -> Tensor:
-        """`prepared.Prepared`."""
+        """`packed_weights.Prepared`."""
         y = x.new_empty(self.result(x.shape))
         return self.launch(x.shape, eps)(x, y, self.addresses)
 
@@ -176,7 +176,7 @@ def prepare_block(weights: tuple[Tensor | None, ...], act: str) -> CompiledBlock
 
 
 def prepare_downsample(weight: Tensor, bias: Tensor) -> CompiledPatches | None:
-    """`folding.FrozenDownsample` made ready; None where the kernel does not serve."""
+    """`weights.FrozenDownsample` made ready; None where the kernel does not serve."""
     machine = machine_for(*weight.shape[:2])
     return None if machine is None else CompiledPatches(machine, weight, bias)
 

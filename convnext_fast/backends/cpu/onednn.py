@@ -33,7 +33,8 @@ def serves(x: Tensor) -> bool:
     where it has given up on the model around them, and cannot lower them then.
     """
     return (
-        x.numel() > 0
+        type(x) in (Tensor, torch.nn.Parameter)  # no tracer's tensor without memory
+        and x.numel() > 0
         and not torch.compiler.is_compiling()
         and x.dtype == torch.float32
         and x.device.type == "cpu"

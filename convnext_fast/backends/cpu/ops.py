@@ -188,7 +188,16 @@ def downsample_fwd(x: Tensor, weights: NormConv, eps: float, dtype: torch.dtype)
     return reference.patch_conv(n, weights.weight, weights.bias, dtype=dtype)
 
 
-def downsample_bwd(dy: Tensor, x: Tensor, weights: NormConv, eps: float, dtype: torch.dtype) -> Gradients:
+def downsample_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weights: NormConv,
+    eps: float,
+    dtype: torch.dtype,
+    needs_norm: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> Gradients:
     """Gradients of x and of the weights, from x alone: LayerNorm(x), which PyTorch would save, is computed again."""
     norm, rows = Norm(weights.ln_weight, weights.ln_bias, eps), x.reshape(-1, x.shape[3])
     n, mean, rstd = norm.forward(rows)
@@ -204,11 +213,14 @@ def downsample_bwd(dy: Tensor, x: Tensor, weights: NormConv, eps: float, dtype: 
         False,
         [0, 0],
         1,
-        [True, True, weights.bias is not None],
+        [needs_norm, needs_weight, needs_bias],
     )
-    dn = dn.permute(0, 2, 3, 1).to(x.dtype).reshape(rows.shape)
-    dx, dg, dbeta = norm.backward(dn, rows, mean, rstd)
-    return like_inputs((dx.view(x.shape), dg, dbeta, dweight, dbias), x, weights)
+    dx = dg = dbeta = None
+    if needs_norm:
+        dn = dn.permute(0, 2, 3, 1).to(x.dtype).reshape(rows.shape)
+        dx, dg, dbeta = norm.backward(dn, rows, mean, rstd)
+        dx = dx.view(x.shape)
+    return like_inputs((dx, dg, dbeta, dweight, dbias), x, weights)
 
 
 def frozen_downsample_fwd(x: Tensor, weights: FrozenDownsample, eps: float, dtype: torch.dtype) -> Tensor:

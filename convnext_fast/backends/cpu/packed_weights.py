@@ -16,7 +16,7 @@ from ...kernels.weights import ConvNorm, FrozenBlock, FrozenDownsample
 from . import llvm
 
 Weights = tuple[Tensor | None, ...]
-"""Of `folding.FrozenBlock` or `folding.FrozenDownsample`, or a stem's."""
+"""Of `weights.FrozenBlock` or `weights.FrozenDownsample`, or a stem's."""
 
 
 class Prepared(Protocol):

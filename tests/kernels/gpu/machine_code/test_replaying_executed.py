@@ -239,7 +239,7 @@ def test_patches_that_cover_all_are_recorded(repeating):
     packed = weight.contiguous(memory_format=torch.channels_last)
     calls = {
         "patchify_stem_bwd": (torch.randn(1, 2, 2, 8), *stem_arguments, eps, dtype, True),
-        "downsample_bwd": (torch.randn(1, 2, 2, 12), x, *affine, weight, bias, eps, dtype),
+        "downsample_bwd": (torch.randn(1, 2, 2, 12), x, *affine, weight, bias, eps, dtype, True, True, True),
         "frozen_downsample_fwd": (x, packed, bias, eps, dtype),
     }
     for number, (name, given) in enumerate(calls.items(), 1):
