@@ -24,7 +24,8 @@ import torch
 from bench import environment, report
 from bench.environment import ROOT
 from bench.gpu_steps import STEPS, Step
-from bench.results import Results, slug
+from bench.results import SAME, Results, read, slug
+from bench.static_analysis import modelled
 
 COMMAND = (sys.executable, "-m", "bench.gpu_steps")
 LONGEST = 12 * 60.0
@@ -35,12 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status: 1 if a step failed or was stopped."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_day", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the results go")
-    parser.add_argument("--report", action="store_true", help="measure nothing, write the report of --output anew")
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing: model what --output has not, write its report anew"
+    )
     given = parser.parse_args(arguments)
     if given.report:
         if given.output is None:
             parser.error("--report needs --output")
-        report.write(given.output)
+        try:
+            complete(given.output)
+            report.write(given.output)
+        except (ValueError, OSError) as error:
+            print(f"bench.gpu_day: {error}", file=sys.stderr)
+            return 1
         return 0
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
@@ -48,6 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"{slug(environment.device_name(device))}-{datetime.date.today().isoformat()}-gpu-day"
     folder = given.output or ROOT / "bench" / "results" / name
     return 0 if follow(STEPS, folder, LONGEST) else 1
+
+
+def complete(folder: Path) -> None:
+    """Add the modelled times of the measured passes, where the GPU's time was not enough for them.
+
+    Raises:
+        FileNotFoundError, ValueError: see `results.read`.
+    """
+    rows = read(folder)
+    facts = {name: rows[0][name] for name in environment.facts(torch.device("cpu")) if name in rows[0]}
+    results = Results(folder, facts | {name: rows[0].get(name) for name in SAME})
+    for row in rows:
+        key = f"modelled/{row.get('pass')}"
+        if row["section"] == "kernels" and not row["failure"] and key not in results:
+            results.add(modelled.row(row["pass"]) | {"modelled_with_triton": environment.version("triton")})
 
 
 def follow(steps: Sequence[Step], folder: Path, longest: float) -> bool:

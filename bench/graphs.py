@@ -34,7 +34,7 @@ def _pass(name: str, device: torch.device, graph: bool) -> Callable[[], Any]:
     made = PASSES[name]
     trains, autocast = made["mode"] == "training", made.get("autocast")
     config = ConvNextConfig.from_variant(VARIANT)
-    model = ConvNext(config, device=device, dtype=made["dtype"])
+    model = ConvNext(config, device="meta", dtype=made["dtype"]).to_empty(device=device)
     model.load_state_dict(random_weights(config))
     model.train(trains)
     if not trains:

@@ -11,7 +11,7 @@ from typing import Any
 FILE = "results.json"
 SCHEMA = 1
 # What must agree for rows to stand in one file.
-_SAME = ("device", "torch", "threads", "cuda", "rocm")
+SAME = ("device", "torch", "threads", "cuda", "rocm")
 
 
 class Results:
@@ -29,7 +29,7 @@ class Results:
         self.folder, self.facts = folder, facts
         self.rows = read(folder) if (folder / FILE).exists() else []
         for row in self.rows:
-            for name in _SAME:
+            for name in SAME:
                 if row.get(name) != facts.get(name):
                     raise ValueError(
                         f"{folder / FILE} holds results of {name} {row.get(name)}, this run is of {facts.get(name)}: "

@@ -132,7 +132,7 @@ class Subject:
 
     def model(self, fused: bool) -> ConvNext:
         """A model with the weights, in the mode of the cell."""
-        model = ConvNext(self.config, fused=fused, device=self.device, dtype=self.stored)
+        model = ConvNext(self.config, fused=fused, device="meta", dtype=self.stored).to_empty(device=self.device)
         model.load_state_dict(self.weights)
         return model.train(self.trains)
 

@@ -15,14 +15,18 @@ KEPT = ("kernel", "shape", "programs", "resident", "waves", "limit", "microsecon
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    """A row for each of ``resource_model.PASSES``: milliseconds modelled and at the limit, and every kind of launch."""
+    """A row for each of ``resource_model.PASSES``."""
+    return map(row, PASSES)
+
+
+def row(name: str) -> dict[str, Any]:
+    """Of a pass: milliseconds modelled and at the limit, and every kind of launch."""
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-    for name in PASSES:
-        row = {"key": f"modelled/{name}", "section": "modelled", "pass": name}
-        try:
-            yield row | {"failure": None, **figures(model_pass(name))}
-        except Exception as error:
-            yield row | {"failure": failure(error)}
+    head = {"key": f"modelled/{name}", "section": "modelled", "pass": name}
+    try:
+        return head | {"failure": None, **figures(model_pass(name))}
+    except Exception as error:
+        return head | {"failure": failure(error)}
 
 
 def figures(made: ModelledPass) -> dict[str, Any]:

@@ -110,6 +110,27 @@ def test_measured_kernels_stand_beside_the_model():
     assert "| _fc1_kernel |  | 2 | 16.0 |  |  |  |" in text
 
 
+def test_a_report_models_what_is_missing(tmp_path, monkeypatch, capsys):
+    measured = {"section": "kernels", "failure": None, "p50_ms": 1.0, "kernels_us": 10.0}
+    measured |= {"kernels": [["_fc1_kernel", 10.0]]}
+    found = [measured | {"key": f"kernels/{name}", "pass": name} for name in ("a", "b")]
+    model = {"failure": None, "modelled_ms": 2.0, "limit_ms": 1.0, "earlier_ms": None, "launches": 1}
+    model |= {"kinds": [kind("_fc1_kernel", "96", [0], 11.0)], "section": "modelled"}
+    stored(tmp_path, [*found, model | {"key": "modelled/a", "pass": "a"}])
+    asked = []
+
+    def row(name):
+        asked.append(name)
+        return model | {"key": f"modelled/{name}", "pass": name}
+
+    monkeypatch.setattr(gpu_day.modelled, "row", row)
+    assert gpu_day.main(["--report", "--output", str(tmp_path)]) == 0
+    assert asked == ["b"]
+    assert (tmp_path / report.FILE).read_text().count("| _fc1_kernel | 96 | 1 | 10.0 | 11.0 |") == 2
+    assert gpu_day.main(["--report", "--output", str(tmp_path / "none")]) == 1
+    assert "results.json" in capsys.readouterr().err
+
+
 def test_a_report_without_matplotlib(tmp_path, monkeypatch):
     stored(tmp_path, [{"key": "k", "section": "steps", "step": "rates", "took_s": 1.0, "failure": None}])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
