@@ -108,7 +108,7 @@ def image():
 
 
 def downsampled(outputs):
-    return fused_calls(outputs, "DownsampleBackward")
+    return fused_calls(outputs, "downsample_fwd")
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

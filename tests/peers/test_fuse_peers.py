@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import sys
 
 import pytest
 import torch
 from fuse_support import check_bfloat16, check_float32, everything, fused_calls, one_thread, widths  # noqa: F401
-from support import BOUNDS, FLOAT32_BOUND, randomise, relative_error
+from support import BOUNDS, FLOAT32_BOUND, no_worse, randomise, relative_error
 
 from convnext_fast import fuse, unfuse
+from convnext_fast.backends import environment
+from convnext_fast.backends.cpu import llvm
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -79,7 +82,7 @@ def test_agrees_at_odd_sizes(make, dtype, layout):
     expected = everything(model, x)
     assert len(fuse(model, strict=True).patch_layers) == 4
     actual = everything(model, x)
-    assert fused_calls(model(x), "DownsampleBackward") == 3
+    assert fused_calls(model(x), "downsample_fwd") == 3
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert relative_error(actual[name], value) <= BOUNDS[dtype], name
@@ -216,3 +219,49 @@ def test_bench_loads_by_name(library):
         assert len(fuse(load_model(f"{library}:convnext_tiny")).fused) == 18
     with pytest.raises(ValueError, match=f"{library} has no model 'convnext_huge'"):
         load_model(f"{library}:convnext_huge")
+
+
+@pytest.mark.parametrize("backend", ["kernels", "aten"])
+@pytest.mark.parametrize("make", [timm_model, torchvision_model])
+def test_frozen_hosts_run_as_one_sequence_and_notice_changes(make, backend, monkeypatch):
+    """torchvision's features; timm's stages after its stem."""
+    dims, image = (16, 24, 32, 40), torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(sys.modules[__name__], "widths", lambda seed: dims)
+    model = make().eval()
+    if backend == "aten":
+        monkeypatch.setattr(environment, "REQUEST", "aten")
+    runs, run = [], llvm.run
+    monkeypatch.setattr(llvm, "run", lambda kernels, *rest: runs.append(len(kernels)) or run(kernels, *rest))
+    report = fuse(model, strict=True).freeze()
+    blocks = len(report.fused)
+    assert len(report.frozen) == blocks + 4
+
+    def check():
+        plain = copy.deepcopy(model)
+        unfuse(plain)
+        with torch.no_grad():
+            eager, got = plain(image), model(image)
+            assert no_worse(got, plain.double()(image.double()), eager)
+        return got
+
+    before = check()
+    if backend == "kernels" and llvm.machine_for() is not None:
+        assert runs == [blocks + (4 if make is torchvision_model else 3)]
+    block = model.get_submodule(report.fused[1])
+    with torch.no_grad():
+        next(layer for layer in block.modules() if isinstance(layer, torch.nn.Linear)).weight.neg_()
+    assert relative_error(check(), before) > 1e-3
+    model.train()
+    assert report.frozen == ()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_frozen_timm_features():
+    model = timm.create_model("convnext_tiny", features_only=True, depths=(1, 2, 1, 1), dims=(16, 24, 32, 40))
+    randomise(model).eval()
+    x = torch.randn(2, 3, 64, 48)
+    with torch.no_grad():
+        expected = model(x)
+        fuse(model).freeze()
+        for mine, theirs in zip(model(x), expected, strict=True):
+            assert relative_error(mine, theirs) <= FLOAT32_BOUND
