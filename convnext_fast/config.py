@@ -96,9 +96,7 @@ class ConvNextConfig:
     ):
         model_type = extra.pop("model_type", self.model_type)
         if model_type != self.model_type:
-            raise ValueError(
-                f"model_type is {model_type!r}: expected 'convnext' (this package holds ConvNeXt V1 alone)"
-            )
+            raise ValueError(f"model_type is {model_type!r}: expected 'convnext' (this package has ConvNeXt V1 only)")
         self.num_channels = _integer("num_channels", num_channels, 1, MOST_CHANNELS)
         self.patch_size = _size("patch_size", patch_size, MOST_SIDE)
         self.num_stages = _integer("num_stages", num_stages, 1, MOST_STAGES)
@@ -150,7 +148,7 @@ class ConvNextConfig:
 
     @property
     def activation(self) -> str:
-        """``hidden_act`` under the name that the ops know it by ("swish" is "silu")."""
+        """The ops' name of ``hidden_act`` ("swish" is "silu")."""
         return _ACTIVATION_ALIASES.get(self.hidden_act, self.hidden_act)
 
     @property
@@ -183,7 +181,7 @@ class ConvNextConfig:
     def drop_path_rates(self) -> list[list[float]]:
         """Drop-path rate of each block of each stage: linear from 0 to ``drop_path_rate`` over all blocks.
 
-        Rounded to float32 on the way, as in timm and transformers, so that 1/(1 − rate) is theirs to the last bit.
+        Rounded to float32, as in timm and transformers, so that 1/(1 − rate) equals theirs to the last bit.
         """
         rates = torch.linspace(0, self.drop_path_rate, sum(self.depths), device="cpu", dtype=torch.float32)
         return [stage.tolist() for stage in rates.split(list(self.depths))]
@@ -240,7 +238,7 @@ class ConvNextConfig:
             indices = _integers("out_indices", out_indices, -len(names), len(names) - 1)
             positive = [i % len(names) if -len(names) <= i < len(names) else i for i in indices]
             if not indices or max(positive) >= len(names) or positive != sorted(set(positive)):
-                raise ValueError(f"out_indices is {list(out_indices)}: expected distinct, rising indices into {names}")
+                raise ValueError(f"out_indices is {list(out_indices)}: expected increasing indices into {names}")
             from_indices = [names[i] for i in positive]
             if out_features is not None and list(out_features) != from_indices:
                 raise ValueError(
@@ -267,7 +265,8 @@ class ConvNextConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            TypeError, ValueError: ``fields`` is no mapping, is of another architecture, or holds an invalid value.
+            TypeError, ValueError: ``fields`` is not a mapping, describes another architecture, or holds an invalid
+            value.
         """
         if not isinstance(fields, Mapping):
             raise TypeError(f"a configuration is a mapping of field names to values, not a {type(fields).__name__}")

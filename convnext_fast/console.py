@@ -51,7 +51,7 @@ def print_table(
         title: printed above.
         columns: headings; None for rows of a name and a text.
         rows: one cell for each column.
-        total: the last row sums up the others, and stands apart.
+        total: the last row sums up the others, and is set apart.
     """
     from rich import box
     from rich.measure import Measurement

@@ -165,7 +165,7 @@ def _hub_file(repository: str, names: tuple[str, ...]) -> Path:
         )
     except ImportError:
         raise ImportError(
-            f"{repository} is no local folder; fetching it from the Hugging Face hub needs the extra: "
+            f"{repository} is not a local folder; fetching it from the Hugging Face hub needs the extra: "
             f"{how_to_install('hub')}"
         ) from None
     for name in names:
@@ -177,10 +177,10 @@ def _hub_file(repository: str, names: tuple[str, ...]) -> Path:
             offline = None
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise FileNotFoundError(
-                f"{repository} is no local folder, and the hub does not give it: {error}"
+                f"{repository} is not a local folder, and the hub does not provide it: {error}"
             ) from error
     if offline is not None:
         raise FileNotFoundError(
-            f"{repository} is no local folder, and its {' or '.join(names)} is neither in the hub's cache nor reachable"
+            f"{repository} is not a folder, and its {' or '.join(names)} is neither in the hub's cache nor reachable"
         ) from offline
     raise FileNotFoundError(f"the hub repository {repository} holds no {' or '.join(names)}")

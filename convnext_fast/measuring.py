@@ -1,4 +1,4 @@
-"""How calls are timed and their memory is counted: what `model_bench` and the benchmarks in ``bench/`` share."""
+"""Timing calls and counting their memory: shared by ``convnext-fast bench`` and the benchmarks in ``bench/``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Call = Callable[[], Any]
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for everything that was started on an accelerator."""
+    """Wait for all work that was started on an accelerator."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
 
 
 def seconds(calls: Sequence[Call], device: torch.device) -> float:
-    """Seconds that one of ``calls`` took, of all in a row.
+    """Seconds per call, of ``calls`` run back to back.
 
     CUDA and ROCm: by two events on the current stream, so that the calls queue up behind one another; other
     accelerators and CPUs: by the wall clock, between two synchronisations.
@@ -42,7 +42,7 @@ def seconds(calls: Sequence[Call], device: torch.device) -> float:
 
 
 def alternate(calls: Sequence[Call], device: torch.device, rounds: int) -> list[list[float]]:
-    """Seconds of each of ``calls`` in each round; they take turns, so that all see the same machine."""
+    """Seconds of each of ``calls`` in each round; interleaved, so that all see the same machine."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, taken in zip(calls, times, strict=True):
@@ -51,7 +51,7 @@ def alternate(calls: Sequence[Call], device: torch.device, rounds: int) -> list[
 
 
 def saved_bytes(call: Call, owned: Iterable[Tensor]) -> int:
-    """Bytes of the storages that autograd keeps for the backward pass during ``call``, those of ``owned`` left out."""
+    """Bytes of the storages that autograd keeps for the backward pass during ``call``, without those of ``owned``."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def saved_bytes(call: Call, owned: Iterable[Tensor]) -> int:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """Bytes that ``call`` allocates at most beside what lies there before, as PyTorch's allocator counts them.
+    """Peak bytes that ``call`` allocates beyond what was allocated before, as PyTorch's allocator counts them.
 
     On a CPU the count comes from PyTorch's profiler, which sees tensors, not what other libraries allocate.
     """

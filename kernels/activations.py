@@ -1,7 +1,7 @@
 """The activations of the pointwise MLP by name, on float32 values: value alone, or value and derivative.
 
-ACT is one of ``ACTIVATIONS``. FORM selects the form of the exact GELU (see ``gelu.py``); the others have one
-form.
+ACT is one of ``ACTIVATIONS``. FORM selects the form of the exact GELU (see ``gelu.py``); the other activations have
+one form.
 """
 
 import triton

@@ -4,7 +4,7 @@ By default a configuration is a pure function of shape, dtype and target (the ``
 the first launch of a kernel at a new shape on a GPU times a few candidates (``triton.testing.do_bench``) and keeps the
 fastest, in memory and in Triton's cache directory, for each device, kernel source, dtype and shape; the number of
 pixels or images is rounded up to a power of two. Nothing is timed while a CUDA graph is captured or a compiler traces,
-for that would break either: there a choice made earlier is used, else the default. The interpreter and other CPU runs
+which timing would break: an earlier choice is used there, otherwise the default. The interpreter and other CPU runs
 take the default. Candidates may differ in the order of their sums, so results may differ in the last bits from machine
 to machine.
 """
@@ -66,7 +66,7 @@ def fastest(
 ) -> Config:
     """The candidate to launch ``kernel`` with; the first, which is the default, unless autotuning is on.
 
-    ``run`` launches with a candidate, a dataclass, into outputs that may be written again and again. ``tensor`` is the
+    ``run`` launches with a candidate, a dataclass, into outputs that may be overwritten. ``tensor`` is the
     main operand; ``rows`` and ``shape`` are what the kernel's time depends on beside its device and dtype.
     """
     if not ENABLED or len(candidates) == 1 or tensor.device.type != "cuda":
@@ -89,10 +89,10 @@ def key_of(*parts: Hashable) -> str:
 
 
 def choose(key: str, candidates: Sequence[Config], measure: Callable[[Config], float] | None) -> Config:
-    """The choice made for ``key`` in this process or in an earlier one, else that of least ``measure`` (milliseconds).
+    """The choice made for ``key`` in this process or an earlier one, else the one of least ``measure`` (ms).
 
-    A candidate that needs more of the chip than there is loses. Without ``measure`` an unknown choice is the first
-    candidate, and is not kept.
+    A candidate that needs more resources than the chip has loses. Without ``measure``, an unknown choice is the first
+    candidate and is not kept.
     """
     if key not in _chosen:
         found = load(key, candidates)

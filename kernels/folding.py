@@ -1,4 +1,4 @@
-"""LayerNorm's affine and γ folded into the linear layers, and the parameter gradients that fall out of two products.
+"""LayerNorm's affine and γ folded into the linear layers, and the parameter gradients that follow from two products.
 
 Forward, for w1 (K, C), b1 (K,), g and β of LayerNorm (C,), w2 (C, K), γ (C,):
 
@@ -54,7 +54,7 @@ def _fold_fwd_kernel(
     w1_ptr, b1_ptr, g_ptr, beta_ptr, w2_ptr, gamma_ptr, w1g_ptr, b1g_ptr, w2g_ptr, K, C,
     UNIT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """w2g is written if wanted; UNIT: by q."""
+    """w2g is written if needed; UNIT: divided by q."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     inverse = 1.0
     if UNIT:
@@ -62,7 +62,7 @@ def _fold_fwd_kernel(
         for c0 in range(0, C, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             most = tl.maximum(most, tl.abs(tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)))
-        # The exponent of the largest, as float32 holds it, away from the ends, where q or 1/q would be no number.
+        # The exponent of the largest, as float32 holds it, clamped so that neither q nor 1/q overflows.
         exponent = tl.minimum(tl.maximum(tl.max(most, axis=0).to(tl.int32, bitcast=True) >> 23, 1), 253)
         unit = (exponent << 23).to(tl.float32, bitcast=True)
         inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)

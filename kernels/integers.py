@@ -1,4 +1,4 @@
-"""Integer arithmetic of launchers, and functions of sizes that remember what they gave: both cost the host little."""
+"""Integer arithmetic for launchers, and cached functions of sizes: both cost the host little."""
 
 from __future__ import annotations
 

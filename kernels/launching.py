@@ -1,4 +1,4 @@
-"""One door for every kernel launch: device guard, visibility to ``torch.compile``, a listener for recordings."""
+"""The one function for every kernel launch: device guard, visibility to ``torch.compile``, a hook for recordings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ORDINARY = frozenset((*PLAIN, type(None), int, float))
 
 
 class _Listening(threading.local):
-    """``listener`` is told of this thread's launches: of the compiled kernel, the grid and all parameters in order."""
+    """``listener``: this thread's hook, called with the compiled kernel, the grid and all parameters in order."""
 
     listener: Callable[[Any, tuple[int, ...], tuple], None] | None = None
 
@@ -24,16 +24,16 @@ listening = _Listening()
 
 
 def traced(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` stands for one in a compiler's graph, a fake or functional tensor, say: it is no plain one."""
+    """Whether a compiler traces ``tensor``, such as a fake or functional tensor."""
     return type(tensor) not in PLAIN
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch ``kernel[grid](*args, **meta)`` on the device of its first argument, a tensor.
 
-    ``args`` are all of the kernel's parameters that are no ``tl.constexpr``, ``meta`` the others and the options.
-    Tensors that a compiler traces make the kernel a node of its graph instead of a Python call. A grid with a zero in
-    it launches nothing, as CUDA refuses such a grid.
+    ``args`` are the kernel's parameters that are not ``tl.constexpr``, ``meta`` the others and the options. With traced
+    tensors, the kernel becomes a node of the compiler's graph. A grid with a zero in it launches nothing, because CUDA
+    refuses such a grid.
     """
     if 0 in grid:
         return
@@ -50,7 +50,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 
 def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Makes the device of ``tensor`` the current one, as Triton launches on that."""
+    """Makes the device of ``tensor`` the current one, which Triton launches on."""
     if tensor.device.type not in ("cuda", "xpu"):
         return _NOTHING
     module = torch.get_device_module(tensor.device)

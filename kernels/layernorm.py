@@ -1,10 +1,10 @@
-"""LayerNorm over the channels from statistics that another kernel has made: forward and backward, rows (P, C).
+"""LayerNorm over the channels from statistics that another kernel computed: forward and backward, rows (P, C).
 
     x̂ = (u − μ)·rstd        n = x̂·g + β
     dx̂ = dn·g               du = rstd·(dx̂ − mean(dx̂) − x̂·mean(dx̂·x̂))        dg = Σ_p dn·x̂        dβ = Σ_p dn
 
-A program takes BR rows; the channels pass by in chunks of BC, twice in the backward (once for the means). dg and dβ are
-partial sums a program, (splits, 2, C), that a second launch adds in a fixed order.
+A program takes BR rows and loops over the channels in chunks of BC, twice in the backward (once for the means). dg and
+dβ are partial sums a program, (splits, 2, C), that a second launch adds in a fixed order.
 """
 
 from __future__ import annotations

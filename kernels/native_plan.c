@@ -8,8 +8,8 @@
        results    = new tensors, or parts of them
 
    Plans are found by a key: the bytes of everything that a call depends on but the values in its tensors (shapes,
-   strides, dtypes, devices, alignments, plain arguments, the precision of float32 products). Addresses are read anew
-   for every call and nothing of a call is kept in its plan, so threads may repeat one plan at the same time.
+   strides, dtypes, devices, alignments, plain arguments, the precision of float32 products). Addresses are read
+   again on every call and a plan keeps nothing of a call, so threads may repeat one plan at the same time.
 
    Tensors are read through PyTorch's stable C interface (aoti_torch_*), allocated by the function that Inductor's code
    calls, on the current stream, and launched by cuLaunchKernel. The addresses of these functions come from Python
@@ -56,7 +56,7 @@ static int is_tensor(PyObject *value) { return Py_TYPE(value) == tensor_type || 
 
 static void *handle_of(PyObject *tensor) { return (char *)tensor + tensor_offset; }
 
-/* These return 0, or -1 for what no plan serves. */
+/* These return 0, or -1 for what no plan supports. */
 static int add_bytes(Call *call, const void *bytes, Py_ssize_t size) {
     Py_ssize_t words = (size + 7) / 8;
     if (words > MOST_WORDS - call->words) return -1;

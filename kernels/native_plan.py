@@ -1,9 +1,9 @@
 """Recorded calls repeated by one call of C: native_plan.c, compiled when the first call is recorded.
 
 Triton compiles it, with the C compiler that it needs for itself, and keeps it in its cache. Where that fails, and for
-launches that are more than a kernel on a grid, Python repeats the plan, through Triton's own launcher. What a kernel
-takes is read from its own PTX: the parameters of its signature, and after them pointers to scratch memory, as many as
-the version of Triton adds. The kernels here use none, so these are null.
+launches that are not plain kernels on a grid, Python repeats the plan, through Triton's own launcher. A kernel's
+parameters are read from its PTX: those of its signature, then pointers to scratch buffers, as many as the version of
+Triton adds. The kernels here use none, so these are null.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if hasattr(torch._C, "_get_fp32_precision_getter"):  # since PyTorch 2.9
     float32_precision = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
 else:
     float32_precision = torch._C._get_cublas_allow_tf32
-"""What PyTorch's switch for TF32 says."""
+"""The state of PyTorch's switch for TF32."""
 
 
 class Driver(NamedTuple):
@@ -117,7 +117,7 @@ def build(plan: Plan, tensor: Tensor) -> Any | None:
 
 
 def _parameters(launch: Launch) -> list[bytes] | None:
-    """All that the kernel takes, as C reads it; None where it takes, or is launched with, what C does not know."""
+    """The kernel's parameters for C; None if C does not support one, or an option of the launch."""
     metadata = launch.kernel.metadata
     more = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl", "tensordesc_meta")
     if metadata.num_ctas != 1 or any(getattr(metadata, name, None) for name in (*more, "instrumentation_mode")):
@@ -145,7 +145,7 @@ def _parameters(launch: Launch) -> list[bytes] | None:
 
 @functools.cache
 def _sizes(ptx: str) -> list[int]:
-    """The bytes of each parameter of a kernel; 0 for one that is no number."""
+    """The bytes of each parameter of a kernel; 0 for one that is not a number."""
     start = ptx.index(".entry")
     entry = ptx[start : ptx.index(")", start)]
     return [

@@ -1,8 +1,8 @@
-"""A call of the kernels recorded as a plan: what it allocates, what it launches, and what it returns of that.
+"""A call of the kernels recorded as a plan: its allocations, launches and results.
 
 A plan holds for every call of the same kind, whatever memory its tensors lie in: an address is noted as a piece of
 memory and an offset into it. Memory that only the launches see comes from one allocation, in which pieces that are
-never in use at the same time share their place.
+never used at the same time overlap.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Plan(NamedTuple):
 
     Attributes:
         given: how many tensors the call has.
-        allocations: memory that only the launches see, as one tensor of bytes; then tensors that are returned.
+        allocations: the scratch buffer of the launches, one tensor of bytes; then the tensors that are returned.
         launches: what is launched, in order.
         results: what is returned; None for None.
-        single: whether the result is one tensor, no tuple.
+        single: whether the result is one tensor, not a tuple.
     """
 
     given: int
@@ -101,9 +101,9 @@ def tensors(args: tuple) -> list[Tensor]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes what a call allocates and launches; ``faithful`` as long as it does nothing else.
+    """Records what a call allocates and launches; ``faithful`` as long as the call does nothing else.
 
-    Memory is numbered as it comes: the call's tensors, then each allocation. No tensor is kept alive, so an address may
+    Memory is numbered in order: the call's tensors, then each allocation. No tensor is kept alive, so an address may
     have been an earlier allocation's: it is the newest one's.
     """
 

@@ -1,11 +1,11 @@
-"""Calls of the kernels that repeat what an earlier call of the same kind did on the host.
+"""Replay: calls of the kernels that repeat what an earlier call of the same kind did on the host.
 
 Which form of a kernel runs, in which configuration, on what grid and with what memory between the launches, depends on
-the shapes, strides, dtypes and alignments of a call's tensors and on its other arguments, never on values. Finding it
-costs the host more time than most kernels take. So the first call of its kind runs as it is written (it compiles and
-may tune), the second is recorded as a plan (recording.py), and later ones repeat the plan, with the addresses of their
-own tensors. On NVIDIA that is one call of C (native_plan.py); where that cannot be had, Python repeats the plan. A call
-that does anything but allocate, look at parts of tensors and launch is not recorded.
+the shapes, strides, dtypes and alignments of a call's tensors and on its other arguments, never on values. Working
+this out takes the host longer than most kernels run. So the first call of its kind runs normally (it compiles and may
+tune), the second is recorded as a plan (recording.py), and later ones repeat the plan with the addresses of their own
+tensors. On NVIDIA that is one call of C (native_plan.py); without a C compiler, Python repeats the plan. A call that
+does anything except allocate, take views and launch is not recorded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .recording import Plan, leaves, record
 
 Function = TypeVar("Function", bound=Callable)
 MOST = 4096
-"""Kinds of calls that are remembered of a function; when there are more, as of ever new sizes, all are forgotten."""
+"""The most kinds of calls remembered per function; when there are more, as with many sizes, all are dropped."""
 _VALUES = frozenset((type(None), int, float, str, bool, torch.dtype))
 
 
@@ -103,13 +103,13 @@ class Calls:
         return known.plan.repeat(args)
 
     def forget(self) -> None:
-        """Record every kind of call anew."""
+        """Record every kind of call again."""
         self.kinds.clear()
         self.native.clear()
 
 
 def kind_of(args: tuple) -> tuple[Hashable, ...] | None:
-    """All that a call depends on but values; None where an argument is of another type than `replayed` names."""
+    """Everything that a call depends on except values; None if an argument has a type that `replayed` does not name."""
     key: list[Hashable] = [native_plan.float32_precision()]
     for arg in leaves(args):
         kind = type(arg)

@@ -1,4 +1,4 @@
-"""LayerNorm's statistics as the convolution emits them: one (mean, M2) pair per pixel and channel block.
+"""LayerNorm's statistics as the convolution writes them: one (mean, M2) pair per pixel and channel block.
 
     mean_b = Σ_{c in block} u_c / n_b        M2_b = Σ_{c in block} (u_c − mean_b)²
 
@@ -38,7 +38,7 @@ def stats_block(channels: int, dtype: torch.dtype) -> int:
 
 @triton.jit
 def inverse_deviation(variance, eps):
-    """(variance + eps)^-½ in float32, whatever eps is: Inductor passes Python's numbers to kernels as float64."""
+    """(variance + eps)^-½ in float32, whatever the type of eps: Inductor passes Python floats to kernels as float64."""
     return tl.rsqrt(variance + tl.cast(eps, tl.float32))
 
 

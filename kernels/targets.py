@@ -1,7 +1,7 @@
-"""Which target a launch is tuned for: a name that the pure functions of the ``tuning_*`` files take.
+"""The target that a launch is tuned for: a name that the functions of the ``tuning`` files take.
 
-A device that is none of the known targets is served by its nearest older relative (compute capability 8.9, of the RTX
-40 and the L4, by sm_86), a tensor on the CPU (the interpreter, or a tool that executes compiled code) by sm_80.
+An unknown device takes the nearest older target (compute capability 8.9, the RTX 40 and the L4, takes sm_86), and a
+tensor on the CPU (the interpreter, or a tool that executes compiled code) takes sm_80.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _target_of_cuda(index: int) -> str:
     if not known:
         raise RuntimeError(
             f"the Triton kernels need compute capability 8.0, cuda:{index} has {major}.{minor}: "
-            "expected CONVNEXT_FAST_BACKEND=reference for compiled models on such a device"
+            "set CONVNEXT_FAST_BACKEND=reference for compiled models on such a device"
         )
     return known[-1]
 

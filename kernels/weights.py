@@ -1,4 +1,4 @@
-"""The parameters of a block, the stem and a downsampling layer, as they travel from the modules to the launchers.
+"""The parameters of a block, the stem and a downsampling layer, as the modules pass them to the launchers.
 
 C channels, K hidden units, k the side of the depthwise convolution. Any floating dtype and strides.
 """
@@ -93,7 +93,7 @@ class Saved(NamedTuple):
     """What a block keeps for its backward pass.
 
     u: the convolution's output, statistics: LayerNorm's of it, a: the hidden units before the activation. Absent ones
-    are computed again. Shapes and dtypes are the backend's own.
+    are recomputed. Shapes and dtypes are the backend's own.
     """
 
     u: Tensor | None

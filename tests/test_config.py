@@ -148,7 +148,7 @@ def test_every_variant_builds():
         ({"out_features": ["stage2", "stage1"]}, ValueError, "expected the order"),
         ({"out_features": "stage1"}, TypeError, "out_features"),
         ({"out_indices": [7]}, ValueError, "out_indices"),
-        ({"out_indices": [2, 1]}, ValueError, "rising"),
+        ({"out_indices": [2, 1]}, ValueError, "increasing"),
         ({"out_indices": [1], "out_features": ["stage2"]}, ValueError, "differ"),
         ({"num_labels": -1}, ValueError, "num_labels"),
         ({"num_labels": 3, "id2label": {0: "a"}}, ValueError, "num_labels is 3 but id2label names 1"),
@@ -164,7 +164,7 @@ def test_invalid_values_are_named(fields, error, message):
         ConvNextConfig(**fields)
 
 
-def test_files_that_hold_no_configuration(tmp_path):
+def test_files_without_a_configuration(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no config"):
         ConvNextConfig.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="neither a folder nor a Hugging Face hub id"):
@@ -188,11 +188,11 @@ def test_files_that_hold_no_configuration(tmp_path):
 def test_hub_id_not_in_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="someone/never-published is no local folder"):
+    with pytest.raises(FileNotFoundError, match="someone/never-published is not a "):
         ConvNextConfig.from_pretrained("someone/never-published")
 
 
-def test_classes_are_in_the_order_of_their_indices_whatever_that_of_the_file():
+def test_classes_are_ordered_by_index_not_by_file_order():
     """JSON sorts "10" before "2"."""
     names = {i: f"name {i}" for i in range(12)}
     text = json.dumps(ConvNextConfig(id2label=names).to_dict(), sort_keys=True)

@@ -28,7 +28,7 @@ def python(code, **environment):
     )
 
 
-def test_wheel_holds_our_packages_alone(tmp_path):
+def test_wheel_holds_only_our_packages(tmp_path):
     # A copy, for a build in the repository takes what an earlier one left in build/.
     ignored = shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", "tests", "bench")
     source = shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
@@ -49,7 +49,7 @@ def test_wheel_holds_our_packages_alone(tmp_path):
     assert {name for name in names if name.endswith(".py")} == sources
 
 
-def test_import_is_light():
+def test_import_loads_no_heavy_modules():
     code = (
         "import sys, convnext_fast\n"
         "heavy = ['triton', 'llvmlite', 'transformers', 'huggingface_hub', 'rich', 'sklearn', 'torchvision']\n"
@@ -80,7 +80,7 @@ def test_environment_chooses_the_path(request_, path):
     assert result.stdout.strip() == f"{path} (1, 2)", result.stderr
 
 
-def test_environment_rejects_other_words():
+def test_environment_rejects_unknown_values():
     code = (
         "import torch, convnext_fast as c\n"
         "c.ConvNext(c.ConvNextConfig(num_stages=1, hidden_sizes=[8], depths=[1]))(torch.randn(1, 3, 32, 32))"

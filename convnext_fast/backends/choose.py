@@ -1,6 +1,6 @@
 """Where a call of a fused op runs: Triton kernels, x86 kernels, ATen calls, or the plain reference.
 
-How it runs there is for `ops.call` to say.
+`ops.call` decides how it runs there.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def select(device: torch.device, dtype: torch.dtype) -> Name:
     """The backend of the fused ops for activations on ``device`` computed in ``dtype``.
 
     - "triton": the Triton kernels, on CUDA, ROCm and XPU devices; on a CPU too under ``TRITON_INTERPRET=1``.
-    - "cpu": kernels compiled by LLVM, on an x86 CPU in float32 (`cpu.llvm`). What they do not serve takes ATen calls.
+    - "cpu": kernels compiled by LLVM, on an x86 CPU in float32 (`cpu.llvm`). Unsupported calls take ATen calls.
     - "aten": the same ops by calls of ATen and oneDNN, on every other CPU and device. Both are `cpu.ops`.
     - "reference": plain eager PyTorch, for what the kernels cannot do on a GPU (float64, and NVIDIA's GPUs before
       compute capability 8.0), for the meta device, and for what must see into the ops: export to ONNX,
       `torch.jit.trace`, on a CPU `torch.export`, forward-mode derivatives, and the transforms of `torch.func`.
 
-    ``CONVNEXT_FAST_BACKEND`` asks for one of "triton", "aten" and "reference". A compiler on a CPU is told "aten": it
-    calls the ops there as operators, which choose anew when they run.
+    ``CONVNEXT_FAST_BACKEND`` asks for one of "triton", "aten" and "reference". On a CPU a compiler gets "aten": it
+    calls the ops as operators, which choose again when they run.
 
     Raises:
         ValueError: ``CONVNEXT_FAST_BACKEND`` is not one of its values, or "triton", and the kernels cannot run this

@@ -1,8 +1,8 @@
 """The depthwise convolution as the GPU's ops call it: a launch, or in a compiler's graph an operator.
 
-Inductor writes the Triton kernels that it finds in a graph anew, as ``triton.jit`` functions, which a Gluon kernel is
-not. So the form with explicit layouts enters a traced graph as the operator ``convnext_fast::dwconv``, which Inductor
-calls as it is: compiled models run the kernel that eager ones run.
+Inductor rewrites the Triton kernels in a graph as ``triton.jit`` functions, which a Gluon kernel is not. So the form
+with explicit layouts enters a traced graph as the operator ``convnext_fast::dwconv``, which Inductor calls as it is:
+compiled models run the kernel that eager ones run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _is_opaque(x: Tensor, dtype: torch.dtype) -> bool:
     return dtype != torch.float32 and traced(x) and kernels.gluon_serves(x)
 
 
-_launch = replayed(kernels.dwconv)  # in a compiled model the only call of ours that the host makes anew
+_launch = replayed(kernels.dwconv)  # in a compiled model, our only call that still runs Python on the host
 
 
 @torch.library.custom_op("convnext_fast::dwconv", mutates_args=())
@@ -51,7 +51,7 @@ def dwconv(
     flip: bool,
     statistics: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.dwconv.dwconv`; no statistics: an empty tensor. Whether a tensor is aligned shows only now."""
+    """`kernels.dwconv.dwconv`; without statistics, an empty tensor. Alignment is known only now."""
     u, stats = _launch(x, weight, bias, residual, dtype, out_dtype, flip, statistics)
     return u, x.new_empty(0) if stats is None else stats
 

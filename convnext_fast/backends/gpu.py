@@ -47,7 +47,7 @@ def _without_norm(weights: MlpWeights) -> BlockWeights:
 
 
 def _above_zero(eps: float) -> float:
-    """``eps``, or next to nothing: rows beyond the pixels, which a tile holds too, are divided by its root."""
+    """``eps``, at least 1e-37: a tile's rows beyond the last pixel are divided by its root."""
     return max(eps, 1e-37)
 
 

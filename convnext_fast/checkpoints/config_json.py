@@ -17,8 +17,8 @@ class SavedConfig(NamedTuple):
     """What a ``config.json`` says.
 
     Attributes:
-        config: the configuration, where it is all there; otherwise it is to be inferred from the tensors.
-        amendments: fields that the tensors cannot say, to replace the inferred ones.
+        config: the configuration, if it is complete; otherwise it is inferred from the tensors.
+        amendments: fields that do not follow from the tensors, to replace the inferred ones.
         global_pool: pooling of a timm model.
     """
 
@@ -32,7 +32,7 @@ def read_config(source: str | Path) -> SavedConfig:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no JSON, invalid, or describes another architecture.
+        ValueError: it is not JSON, is invalid, or describes another architecture.
     """
     try:
         path = find_file(source, "config.json")
@@ -40,7 +40,7 @@ def read_config(source: str | Path) -> SavedConfig:
         if not local_path(source).is_dir():
             raise
         if (local_path(source) / "model" / "config.json").is_file():
-            raise FileNotFoundError(f"{error}: it is a training run's, whose model is in {source}/model") from None
+            raise FileNotFoundError(f"{error}: it is a training run, whose model is in {source}/model") from None
         raise FileNotFoundError(
             f"{error}: give the weights file itself to infer the configuration from its tensors, or pass config="
         ) from None

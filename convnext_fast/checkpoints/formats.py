@@ -1,6 +1,6 @@
-"""The four ways in which ConvNeXt's tensors are named: recognised from the keys, and turned into one another.
+"""The four naming schemes of ConvNeXt's tensors: recognising them from the keys, and converting between them.
 
-timm's names are the ones that the other three are translated to and from. Sources: the state dicts of
+The other three are translated to and from timm's names. Sources: the state dicts of
 facebookresearch/ConvNeXt, transformers, timm and torchvision, loaded with one set of weights.
 """
 
@@ -183,12 +183,12 @@ def infer_config(state_dict: Mapping[str, Tensor], format: str = "timm") -> Conv
     """The configuration that fits the shapes of a state dict under timm's names.
 
     Args:
-        state_dict: tensors under timm's names. A classifier that is not there means ``num_labels=0``.
+        state_dict: tensors under timm's names. Without a classifier, ``num_labels`` is 0.
         format: where they come from, which decides the epsilons: 1e-12 in transformers' last norm, 1e-5 in timm's
             xxlarge, otherwise 1e-6. The activation is taken to be GELU.
 
     Raises:
-        ValueError: the stem is missing or misshapen, or the stages have gaps beyond what a damaged file can explain.
+        ValueError: the stem is missing or has a wrong shape, or stages are missing.
     """
     stem = state_dict.get("stem.0.weight")
     if stem is None or stem.dim() != 4:

@@ -1,4 +1,4 @@
-"""Loading and saving models: any of the four formats in, any of them out, all tensors or none."""
+"""Loading and saving models in any of the four formats, completely or not at all."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ def load_model(
 
     Every parameter comes from the checkpoint and every tensor of the checkpoint has its place, except: a model without
     a classifier or final norm leaves the checkpoint's out; and a classifier, a backbone's ``hidden_states_norms``, or
-    (with no classifier either) a final norm that the checkpoint lacks starts anew, with a warning.
+    (with no classifier either) a final norm that the checkpoint lacks is newly initialised, with a warning.
 
     Args:
         cls: ``ConvNext`` or one of the transformers-named models.
         source: folder, file or hub id, as for `load_checkpoint`.
         config: instead of the checkpoint's configuration.
         num_labels: another number of classes than the configuration's.
-        ignore_mismatched_sizes: start the classifier anew, with a warning, if the checkpoint's has another size.
+        ignore_mismatched_sizes: initialise a new classifier, with a warning, if the checkpoint's has another size.
         use_ema: take the averaged weights out of a training checkpoint.
         device: of the parameters; None is the CPU.
         dtype: of the parameters, or its name; None and "auto" keep the checkpoint's (the widest, where it mixes them).
@@ -123,7 +123,7 @@ def load_model(
     model = cls(config, device="meta", dtype=dtype, **model_options)
     state, new = fit(model, checkpoint, str(source), ignore_mismatched_sizes=ignore_mismatched_sizes)
     dtype = dtype or _common_dtype(state.values())
-    # Tensors of a mapped file are copied: they would follow what becomes of it, and lie unaligned, which changes sums.
+    # Tensors of a mapped file are copied: they would change with the file, and are not aligned, which changes sums.
     filled = {
         name: torch.empty(skeleton.shape, dtype=dtype, device=device)
         if state[name] is None
@@ -143,7 +143,7 @@ def save_model(
     format: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write ``config.json`` and ``model.safetensors`` into a folder, each file whole or not at all.
+    """Write ``config.json`` and ``model.safetensors`` into a folder, each file atomically.
 
     Args:
         model: any model of this package.
@@ -205,7 +205,7 @@ def _device(device_map: Any, device: torch.device | str | None) -> torch.device 
 
 
 def _common_dtype(tensors: Any) -> torch.dtype:
-    """The narrowest dtype that holds all of them."""
+    """The narrowest dtype that can represent all of them."""
     dtypes = list(dict.fromkeys(tensor.dtype for tensor in tensors if tensor is not None))
     try:
         found = functools.reduce(torch.promote_types, dtypes)
@@ -221,7 +221,7 @@ def in_format(
 ) -> dict[str, Tensor]:
     """`from_timm`, for weights of which also the pooling is known."""
     if global_pool == "max" and format != "timm":
-        raise ValueError(f"the model pools by maximum, which no model of the {format} format does: expected timm")
+        raise ValueError(f"the model uses max pooling, which the {format} format cannot express: expected timm")
     return from_timm(named, format, extra=extra)
 
 
@@ -257,7 +257,7 @@ def write_folder(
 
 
 def _stale(directory: Path, written: Mapping[str, Any]) -> list[str]:
-    """Weights of an earlier save in the folder, which a reader could take for the new ones."""
+    """Weights of an earlier save in the folder, which a reader could mistake for the new ones."""
     pattern = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
     if not directory.is_dir():
         return []

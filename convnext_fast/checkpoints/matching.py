@@ -1,4 +1,4 @@
-"""Finding a place in a model for every tensor of a checkpoint, or saying why there is none."""
+"""Matching every tensor of a checkpoint to one of a model, or saying why it does not fit."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ class Loadable(Protocol):
 def fit(
     model: Loadable, checkpoint: Checkpoint, source: str, *, ignore_mismatched_sizes: bool = False
 ) -> tuple[dict[str, Tensor | None], list[str]]:
-    """The checkpoint's tensors under the model's names, None for those that start anew, and the names of the latter.
+    """The checkpoint's tensors under the model's names, None for newly initialised ones, and the names of those.
 
     Args:
         model: what is to be filled; only its names and shapes matter, so it may be on the meta device.
         checkpoint: what to fill it with.
         source: where that comes from, for messages.
-        ignore_mismatched_sizes: let the classifier start anew where its size differs.
+        ignore_mismatched_sizes: initialise a new classifier if its size differs.
 
     Raises:
         ValueError: the two do not fit, with all keys that are missing, unexpected or of a wrong shape.
@@ -101,16 +101,16 @@ def fit(
             lines.append("for another number of classes pass num_labels= and ignore_mismatched_sizes=True")
         raise ValueError("\n".join(lines))
     if resized:
-        warnings.warn(f"{cls} starts with a new classifier, of another size than in {source}: {changes}", stacklevel=4)
+        warnings.warn(f"{cls} gets a new classifier: the one in {source} has another size: {changes}", stacklevel=4)
     elif new:
-        text = f"{cls} starts with new values for {_listed([names[n] for n in new])}, which {source} does not hold"
-        left = f"; of the checkpoint, {_listed(dropped)} are left out" if dropped else ""
+        text = f"{cls} newly initialises {_listed([names[n] for n in new])}, which {source} does not hold"
+        left = f"; {_listed(dropped)} of the checkpoint are not used" if dropped else ""
         warnings.warn(text + left, stacklevel=4)
     return {own: None if name in new else state[name] for name, own in names.items()}, [names[name] for name in new]
 
 
 def _optional(wanted: set[str], held: set[str]) -> tuple[set[str], set[str]]:
-    """Of the layers wanted and held: those that may start anew, and those that may be left out."""
+    """Of the layers expected and held: those that may be newly initialised, and those that may be dropped."""
     may_start = {layer for layer in wanted if layer.startswith(_BACKBONE_NORMS)} | {_CLASSIFIER}
     may_go = {layer for layer in held if layer.startswith(_BACKBONE_NORMS)} | {_CLASSIFIER}
     if not held & (_FINAL_NORMS | {_CLASSIFIER}):
@@ -121,11 +121,11 @@ def _optional(wanted: set[str], held: set[str]) -> tuple[set[str], set[str]]:
 
 
 def _check_head(cls: str, checkpoint: Checkpoint, wanted_norms: set[str], format: str) -> None:
-    """Refuse a model whose head computes something else than the checkpoint's did."""
+    """Refuse a model whose head computes something other than the checkpoint's."""
     if checkpoint.head_norm_first and "head.norm" in wanted_norms:
         raise ValueError(f"the checkpoint normalises before pooling (norm_pre), {cls} as it is built after pooling")
     if checkpoint.global_pool == "max" and wanted_norms and format != "timm":
-        raise ValueError(f"the checkpoint pools by maximum, {cls} by average")
+        raise ValueError(f"the checkpoint uses max pooling, {cls} average pooling")
 
 
 def _layer(name: str) -> str:

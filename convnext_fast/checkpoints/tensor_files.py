@@ -112,7 +112,7 @@ def size_in_bytes(size: int | str) -> int:
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, each alone in its storage: the file formats refuse shared ones or write them whole."""
+    """Contiguous tensors, each with its own storage: the formats refuse shared storage or write all of it."""
     packed, storages = {}, set()
     for key, tensor in tensors.items():
         if tensor.device.type == "meta":
@@ -130,7 +130,7 @@ def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read_shards(source: str | Path, index: Path) -> dict[str, Tensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} is no index of a sharded checkpoint: expected a 'weight_map' of keys to files")
+        raise ValueError(f"{index} is not an index of a sharded checkpoint: expected a 'weight_map' from keys to files")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:
             raise ValueError(f"{index} names the file {name!r}: expected the name of a file beside it")
@@ -155,11 +155,11 @@ def _read_file(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not a mapping)
         except (MemoryError, FileNotFoundError):
             raise
         except Exception as error:  # dtypes that PyTorch lacks raise as they please
-            raise ValueError(f"{path} is no safetensors file, or is cut short or damaged: {error}") from error
+            raise ValueError(f"{path} is not a safetensors file, or is truncated or damaged: {error}") from error
     if path.suffix == ".json":
         raise ValueError(f"{path} holds no weights: give the folder, or a file of {', '.join(WEIGHT_SUFFIXES)}")
     content = read_pickle(path)
@@ -180,7 +180,7 @@ def read_pickle(path: Path) -> Any:
     """
     _check_archive(path)
     try:
-        # Training scripts keep their command-line arguments in the file; a Namespace is a bag of attributes, no code.
+        # Training scripts keep their command-line arguments in the file; a Namespace holds attributes, not code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except MemoryError:
@@ -189,12 +189,12 @@ def read_pickle(path: Path) -> Any:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise ValueError(
-                f"{path} is a pickle that wants {refused[1]} run or built, which loading refuses: "
-                "expected a file of tensors alone (save model.state_dict())"
+                f"{path} is a pickle that would run or build {refused[1]}, which is refused: "
+                "expected a file of tensors only (save model.state_dict())"
             ) from error
-        raise ValueError(f"{path} is no PyTorch checkpoint, or is damaged") from error
+        raise ValueError(f"{path} is not a PyTorch checkpoint, or is damaged") from error
     except Exception as error:  # a damaged file can raise anything, OSError included
-        raise ValueError(f"{path} is no PyTorch checkpoint, or is cut short or damaged: {error!r:.200}") from error
+        raise ValueError(f"{path} is not a PyTorch checkpoint, or is truncated or damaged: {error!r:.200}") from error
     _check_tensors(path, content)
     return content
 
@@ -203,14 +203,14 @@ def _check_archive(path: Path) -> None:
     """Refuse a zip archive whose directory promises more than the file holds; `torch.save` compresses nothing."""
     size = path.stat().st_size
     if not size:
-        raise ValueError(f"{path} is no PyTorch checkpoint, or is cut short or damaged: it is empty")
+        raise ValueError(f"{path} is not a PyTorch checkpoint, or is truncated or damaged: it is empty")
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except Exception as error:
-        raise ValueError(f"{path} is no PyTorch checkpoint, or is cut short or damaged: {error!r:.200}") from error
+        raise ValueError(f"{path} is not a PyTorch checkpoint, or is truncated or damaged: {error!r:.200}") from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError(f"{path} is a compressed archive: expected one as torch.save writes it")
     promised = sum(entry.file_size for entry in entries)
@@ -260,7 +260,7 @@ def _state_dict(content: dict[str, Any], path: Path, use_ema: bool) -> dict[str,
     elif use_ema:
         raise ValueError(f"{path} holds no averaged weights for use_ema=True: expected {' or '.join(averaged)}")
     elif any(key in nested for key in averaged):
-        raise ValueError(f"{path} holds averaged weights alone: pass use_ema=True to load those")
+        raise ValueError(f"{path} holds only averaged weights: pass use_ema=True to load them")
     strange = [key for key, value in content.items() if not isinstance(value, Tensor) or not isinstance(key, str)]
     if strange:
         held = f"{strange[0]!r}, a {type(content[strange[0]]).__name__}"

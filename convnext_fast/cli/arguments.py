@@ -42,7 +42,7 @@ def find_device(name: str | None) -> torch.device:
     """The device of that name, or the accelerator if there is one.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: it is not available.
     """
     import torch
 
@@ -59,7 +59,7 @@ def find_device(name: str | None) -> torch.device:
         return device
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"device {name!r} is not there: {reason}") from None
+        raise ValueError(f"device {name!r} is not available: {reason}") from None
 
 
 def at_least(least: int, most: int = MOST) -> Callable[[str], int]:
@@ -108,6 +108,6 @@ def say(text: str) -> None:
 
 
 def complain(message: str, kind: str = "error") -> None:
-    """Say on standard error what is wrong."""
+    """Print an error on standard error."""
     if sys.stderr is not None:  # closed: `print` would take standard output instead
         print(plain(f"{PROGRAM}: {kind}: {message}"), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What `fuse` does for a model that someone already has: speed, memory and agreement, before and after."""
+"""What `fuse` does for an existing model: speed, memory and agreement, before and after."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Cost(NamedTuple):
 
     Attributes:
         seconds: median over the rounds.
-        peak: bytes allocated at most beside what lay there before, on an accelerator; on a CPU, bytes that autograd
+        peak: peak bytes allocated beyond what was allocated before, on an accelerator; on a CPU, bytes that autograd
             kept for the backward pass (0 for a call).
     """
 
@@ -96,7 +96,7 @@ def _load_transformers_model(transformers: ModuleType, name: str) -> nn.Module:
 def compare(model: nn.Module, images: Tensor, autocast: torch.dtype | None = None, rounds: int = 5) -> Comparison:
     """Measure ``model`` on ``images`` (N, C, H, W), then the fused copy; neither changes.
 
-    Before and after take turns, so that both see the same machine. ``autocast`` is the dtype to compute in, or None.
+    Before and after are interleaved, so that both see the same machine. ``autocast`` is the compute dtype, or None.
     """
     device = images.device
     models = [copy.deepcopy(model).to(device) for _ in range(2)]

@@ -28,7 +28,7 @@ class Prediction(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of one source: predictions, best first, or an error."""
+    """The result of one source: predictions, best first, or an error."""
 
     name: str
     predictions: list[Prediction]
@@ -137,7 +137,7 @@ def _standard_input(data: bytes) -> Iterator[tuple[str, Path | bytes | str]]:
     except PIL.UnidentifiedImageError:
         pass
     except Exception:
-        # An image, but not a sound one: decoding it will say what is wrong.
+        # A damaged image: decoding it will say what is wrong.
         yield "standard input", data
         return
     try:
@@ -147,7 +147,7 @@ def _standard_input(data: bytes) -> Iterator[tuple[str, Path | bytes | str]]:
         return
     paths = [line for line in lines if line]
     if not paths:
-        yield "standard input", "no image and no path in it"
+        yield "standard input", "contains neither an image nor a path"
     for path in paths:
         yield from _path(path)
 
@@ -157,7 +157,7 @@ def classify(
 ) -> Iterator[Result]:
     """A `Result` for each of ``pictures`` (see `sources`), in order; an error in one does not stop the others.
 
-    Pictures are read, and results come, a batch at a time.
+    Pictures are read and results are yielded one batch at a time.
     """
     waiting: list[tuple[str, np.ndarray | str]] = []
     shape = None

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment.check()
         return arguments.run(arguments)
     except BrokenPipeError:
-        # The reader of our output has gone, as `head` does. Nothing is left to flush at exit.
+        # The reader of our output has exited, as `head` does. There is nothing to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError) as error:
@@ -89,7 +89,7 @@ def _add_demo(commands: Any) -> None:
         commands,
         "demo",
         run_demo,
-        "read handwritten digits that the shipped model never saw",
+        "read handwritten digits that the included model has never seen",
         "Reads scikit-learn's held-out handwritten digits with the model in this package through fused=True; prints "
         "accuracy, agreement with fused=False, speed of both and memory; draws a sheet of digits, mistakes first.",
     )
@@ -113,14 +113,14 @@ def _add_classify(commands: Any) -> None:
         "classify",
         run_classify,
         "label images with a checkpoint",
-        "Labels images. One that cannot be read is reported on standard error and the rest go on; the exit status is 1 "
-        "if there was any.",
+        "Labels images. An image that cannot be read is reported on standard error, and the others continue; the exit "
+        "status is then 1.",
     )
-    what = "file, folder (every image in it and below), or - for standard input: one image, or paths, one a line"
+    what = "file, folder (every image in it and below), or - for standard input: one image, or paths, one per line"
     command.add_argument("images", nargs="+", metavar="IMAGE", help=what)
     command.add_argument("--checkpoint", required=True, help="folder, file or Hugging Face hub id")
-    command.add_argument("--top-k", type=at_least(1), default=5, help="labels an image, at most (%(default)s)")
-    command.add_argument("--json", action="store_true", help="one JSON object a line, with image and predictions")
+    command.add_argument("--top-k", type=at_least(1), default=5, help="most labels per image (%(default)s)")
+    command.add_argument("--json", action="store_true", help="one JSON object per line, with image and predictions")
     command.add_argument(
         "--batch-size", type=at_least(1, MOST_IMAGES), default=16, help="images at a time (%(default)s)"
     )
@@ -140,7 +140,7 @@ def run_classify(arguments: argparse.Namespace) -> int:
     processor, own = load_processor(arguments.checkpoint, model.config)
     if not own:
         taken = f"size {processor.size['shortest_edge']}, mean {processor.image_mean}, std {processor.image_std}"
-        complain(f"{arguments.checkpoint} has no preprocessor_config.json; taking {taken}", "note")
+        complain(f"{arguments.checkpoint} has no preprocessor_config.json; using {taken}", "note")
     classifier = classify.Classifier(model, processor)
     pictures = classify.sources(arguments.images, None if sys.stdin is None else sys.stdin.buffer)
     failed = False
@@ -172,7 +172,7 @@ def _add_convert(commands: Any) -> None:
     )
     command.add_argument("source", metavar="IN", help="folder, file or Hugging Face hub id")
     command.add_argument("destination", metavar="OUT", help="folder, or file ending in .safetensors, .pth, .pt or .bin")
-    command.add_argument("--to", required=True, choices=FORMATS, help="whose names to write")
+    command.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
     command.add_argument("--ema", action="store_true", help="take the averaged weights of a training checkpoint")
 
 
@@ -190,7 +190,7 @@ def _add_info(commands: Any) -> None:
         commands,
         "info",
         run_info,
-        "what a model costs, and what runs on this machine",
+        "the size of a model, and what runs on this machine",
         "Without an argument: versions, the path that fused=True takes on each device, and the variants. With one: "
         "parameters and multiply-adds of each stage, counted from the configuration.",
     )
@@ -223,8 +223,8 @@ def _add_export(commands: Any) -> None:
         "export",
         run_export,
         "write a checkpoint as an ONNX file",
-        "Writes a checkpoint as ONNX, of standard operators alone, for any number of images of one size; runs the file "
-        "with onnxruntime, and says how closely it agrees with the model.",
+        "Writes a checkpoint as ONNX with standard operators only, for any number of images of one size; runs the file "
+        "with onnxruntime, and prints how closely it agrees with the model.",
     )
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, file or Hugging Face hub id")
     command.add_argument("destination", metavar="OUT.onnx", type=file_path, help="the file to write")
@@ -252,7 +252,7 @@ def _add_bench(commands: Any) -> None:
         commands,
         "bench",
         run_bench,
-        "what fuse() does for a model that you have",
+        "what fuse() does for your model",
         "Measures a model of timm, transformers or torchvision before and after convnext_fast.fuse: speed and memory "
         "of a call and of a training step, and how closely outputs and gradients agree. The exit status is 1 if it has "
         "no block that can be fused.",

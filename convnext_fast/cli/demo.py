@@ -1,14 +1,14 @@
-"""The demo: real handwritten digits that the shipped model never saw, read through the fused path.
+"""The demo: real handwritten digits that the included model has never seen, read through the fused path.
 
 The model was trained by this package on two thirds of scikit-learn's digits; the demo reads the held-out third. This
-command trains it again, in a minute or two on one core, and writes what lies in ``assets/digits`` to
+command trains it again, in a few minutes on one core, and writes the contents of ``assets/digits`` to
 ``digits_run/model``:
 
     convnext-fast train digits --output digits_run --epochs 50 --batch-size 64 --lr 2e-3 --warmup-epochs 5 \\
         --drop-path 0.1 --mixup 0 --cutmix 0 --ema 0.99 --holdout 0
 
 Widths and learning rate were chosen by the accuracy on a quarter of the training pictures, with ``--holdout 0.25``. The
-held-out third took no part in that; it shares its writers with the training pictures.
+held-out third was not used for that; it has the same writers as the training pictures.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def read_held_out(pictures: Sequence[PIL.Image.Image], labels: Sequence[int], de
 
 
 def _interleaved(functions: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Median seconds of each function, run in turns so that all see the same machine. Results come to the CPU."""
+    """Median seconds of each function, interleaved so that all see the same machine. Results are copied to the CPU."""
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
         for function, taken in zip(functions, times, strict=True):
@@ -109,7 +109,7 @@ def _interleaved(functions: Sequence[Callable[[], object]], rounds: int) -> list
 
 
 def draw_sheet(pictures: Sequence[PIL.Image.Image], outcome: Outcome) -> PIL.Image.Image:
-    """Digits with what was read under them: every mistake first, framed in red, then the first ones that are right."""
+    """Digits with the prediction below each: mistakes first, framed in red, then the first correct ones."""
     wrong = np.flatnonzero(outcome.labels != outcome.predictions)
     right = np.flatnonzero(outcome.labels == outcome.predictions)
     rows = max(ROWS, -(-len(wrong) // COLUMNS))
@@ -124,7 +124,7 @@ def draw_sheet(pictures: Sequence[PIL.Image.Image], outcome: Outcome) -> PIL.Ima
     )
     legend = "no mistake"
     if len(wrong):
-        legend = f"{len(wrong)} mistakes first, in red: what was read for what was meant"
+        legend = f"{len(wrong)} mistakes first, in red: predicted for actual"
     draw.text((14, 38), legend, WRONG if len(wrong) else RIGHT, text)
     for place, index in enumerate(shown):
         x, y = 8 + place % COLUMNS * cell_w, top + place // COLUMNS * cell_h
@@ -143,8 +143,8 @@ def draw_sheet(pictures: Sequence[PIL.Image.Image], outcome: Outcome) -> PIL.Ima
 
 
 def peak_memory() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None where the system does not tell."""
-    # On Linux getrusage would count what the parent process held when it started this one.
+    """Peak resident memory of this process, in bytes; None if the system does not report it."""
+    # On Linux getrusage would include the memory of the parent process at the fork.
     status = Path("/proc/self/status")
     if status.exists():
         found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.M)
@@ -169,7 +169,7 @@ def run(console: Console, output: Path, device: torch.device) -> int:
 
     format = PIL.Image.registered_extensions().get(output.suffix.lower())
     if format not in FORMATS or format not in PIL.Image.SAVE:
-        raise ValueError(f"output {output} does not end as an image does: expected such as .png")
+        raise ValueError(f"output {output} has no suffix of an image format: expected one such as .png")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output {output}: there is no folder {output.parent}")
     held_out = load_digits()[1]
@@ -189,7 +189,7 @@ def run(console: Console, output: Path, device: torch.device) -> int:
         ("against fused=False", f"{same}, logits within {outcome.max_difference:.1e}"),
         ("fused=True", f"{outcome.fused_speed:,.0f} images/s"),
         ("fused=False", f"{outcome.reference_speed:,.0f} images/s, so fused is {ratio:.2f} times as fast"),
-        ("peak resident memory", "not told by this system" if memory is None else f"{memory / 2**20:,.0f} MiB"),
+        ("peak resident memory", "not reported by this system" if memory is None else f"{memory / 2**20:,.0f} MiB"),
     ]
     if device.type == "cuda":
         rows.append(("peak GPU memory", f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB"))

@@ -18,7 +18,7 @@ def export_onnx(model: ConvNext, path: Path, height: int, width: int) -> float:
     """Write ``model`` as ONNX and return how far onnxruntime's logits are from its own, relative to the largest.
 
     The file takes ``pixel_values`` (N, num_channels, height, width) float32, N any number, and gives ``logits``
-    (N, num_classes). It is whole in itself and of standard operators alone.
+    (N, num_classes). It is self-contained and has standard operators only.
 
     Args:
         model: with a classifier; it is put into evaluation mode.
@@ -28,8 +28,8 @@ def export_onnx(model: ConvNext, path: Path, height: int, width: int) -> float:
     Raises:
         ImportError: the extra ``export`` is not installed.
         OSError: the file cannot be written.
-        ValueError: ``path`` ends otherwise, the model has no classifier, or the file does not compute what the model
-            does.
+        ValueError: ``path`` has another suffix, the model has no classifier, or the file computes other logits than
+            the model.
     """
     if path.suffix != ".onnx":
         raise ValueError(f"the file is {path}: expected a name that ends in .onnx")
@@ -37,7 +37,7 @@ def export_onnx(model: ConvNext, path: Path, height: int, width: int) -> float:
         raise ValueError("the model has no classifier (num_classes is 0): expected one with classes")
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401 (torch.onnx needs it and says so less clearly)
+        import onnxscript  # noqa: F401 (torch.onnx needs it, with a less clear error)
     except ImportError as error:
         raise ImportError(f"ONNX needs more packages ({error}): {how_to_install('export')}") from error
     images = torch.randn(2, model.config.num_channels, height, width)

@@ -82,7 +82,7 @@ def devices() -> list[torch.device]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of what it stands on; "not installed" where something is missing."""
+    """Versions of this package and of its dependencies; "not installed" where one is missing."""
     found = {"convnext-fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "llvmlite", "numpy", "pillow", "safetensors", "huggingface_hub", "rich", "scikit-learn"):
         try:
@@ -159,7 +159,7 @@ def print_checkpoint(console: Console, source: str) -> None:
 
 
 def _short(value: int) -> str:
-    """Three significant digits or more, with a prefix of ten's powers."""
+    """At least three significant digits, with an SI prefix."""
     for factor, prefix in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if value >= factor:
             return f"{value / factor:.{1 if value >= 100 * factor else 2}f} {prefix}"

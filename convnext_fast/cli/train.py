@@ -35,8 +35,8 @@ def add_train(commands: Any) -> None:
         "train",
         run_train,
         "train or fine-tune on a folder of images, or on the digits",
-        "Trains with AdamW, warm-up and cosine; evaluates after each epoch; writes a checkpoint, history.json and in "
-        "the end model/, which classify takes, to the output folder. The defaults are the paper's recipe for ImageNet. "
+        "Trains with AdamW, warm-up and cosine; evaluates after each epoch; writes a checkpoint, history.json and at "
+        "the end model/, which classify reads, to the output folder. The defaults are the paper's recipe for ImageNet. "
         "Several processes: torchrun --nproc-per-node N -m convnext_fast train …, on the same batches.",
     )
     command.add_argument(
@@ -51,28 +51,33 @@ def add_train(commands: Any) -> None:
     command.add_argument(
         "--output", type=file_path, default="convnext_fast_run", help="folder of the run (%(default)s)"
     )
-    command.add_argument(
-        "--resume", action="store_true", help="go on from the run in the output folder, if there is one"
-    )
+    command.add_argument("--resume", action="store_true", help="continue the run in the output folder, if there is one")
     part = between(0, 1)
-    command.add_argument("--holdout", type=part, default=0.1, help="part to evaluate on, without val/ (%(default)s)")
+    command.add_argument(
+        "--holdout", type=part, default=0.1, help="fraction to evaluate on, without val/ (%(default)s)"
+    )
     command.add_argument("--image-size", type=at_least(1, MOST_SIDE), help="side in pixels (default: the model's)")
     _add_options(command)
-    command.add_argument("--save-every", type=at_least(1), default=0, help="steps between checkpoints (one an epoch)")
+    command.add_argument("--save-every", type=at_least(1), default=0, help="steps between checkpoints (one per epoch)")
     command.add_argument(
-        "--workers", type=at_least(0, MOST_PROCESSES), default=0, help="loader processes for each process (%(default)s)"
+        "--workers",
+        type=at_least(0, MOST_PROCESSES),
+        default=0,
+        help="loader processes per training process (%(default)s)",
     )
     command.add_argument(
         "--strategy",
         choices=STRATEGIES,
         default=STRATEGIES[0],
-        help="of several processes: each holds the model (ddp), or a part of it (fsdp) (%(default)s)",
+        help="with several processes: each holds the model (ddp) or a part of it (fsdp) (%(default)s)",
     )
     command.add_argument(
-        "--skip-unreadable", action="store_true", help="take another image for one that cannot be read; do not stop"
+        "--skip-unreadable", action="store_true", help="replace an unreadable image by another instead of stopping"
     )
     command.add_argument(
-        "--skip-nonfinite", action="store_true", help="leave out a step whose loss or gradient is NaN; do not stop"
+        "--skip-nonfinite",
+        action="store_true",
+        help="skip a step with a NaN or infinite loss or gradient instead of stopping",
     )
     add_device(command)
 
@@ -88,24 +93,24 @@ def _add_options(command: argparse.ArgumentParser) -> None:
 
     positive, share = between(0, math.inf), between(0, 1)
     add("epochs", at_least(1), "passes over the images")
-    add("batch_size", at_least(1, MOST_IMAGES), "images a step, of all processes together")
+    add("batch_size", at_least(1, MOST_IMAGES), "global batch size: images per step, of all processes together")
     add("lr", positive, "learning rate after the warm-up")
     add("min_lr", positive, "learning rate at the end")
-    warmup = "length of the linear warm-up (5, or a fifth of the epochs if that is less)"
+    warmup = "epochs of linear warm-up (default: 5, or a fifth of all epochs if that is less)"
     command.add_argument("--warmup-epochs", type=positive, help=warmup)
-    add("weight_decay", positive, "of AdamW, on matrices and convolutions")
+    add("weight_decay", positive, "weight decay of AdamW, on matrices and convolutions")
     add("layer_decay", positive, "learning rate of each layer relative to the next; 1 for none, 0.8 for fine-tuning")
     add("clip_grad", positive, "largest norm of the gradient; 0 for no clipping")
-    command.add_argument("--drop-path", type=share, help="stochastic depth of the last block (the model's)")
-    add("label_smoothing", share, "part of the target spread over all classes")
+    command.add_argument("--drop-path", type=share, help="stochastic depth of the last block (default: the model's)")
+    add("label_smoothing", share, "fraction of the target spread over all classes")
     add("mixup", positive, "α of mixup; 0 for none")
     add("cutmix", positive, "α of cutmix; 0 for none")
     add("ema", share, "decay of the average of the weights that is evaluated and exported; 0 for none")
-    words = "crop and mirror, or turn and shift a little (crop; affine for the digits)"
+    words = "crop and mirror, or rotate and shift slightly (default: crop; affine for the digits)"
     command.add_argument("--augmentation", choices=AUGMENTATIONS, help=words)
     default = TrainingOptions.dtype
     command.add_argument("--dtype", choices=DTYPES, default=default, help="16 bits by autocast (%(default)s)")
-    add("seed", at_least(0, MOST_SEED), "of everything random")
+    add("seed", at_least(0, MOST_SEED), "seed of all random numbers")
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -139,7 +144,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         checkpoint = find_checkpoint(arguments.output)
         if checkpoint is None:
             raise
-        complain(f"interrupted; the same command with --resume goes on from {checkpoint}")
+        complain(f"interrupted; the same command with --resume continues from {checkpoint}")
         return 130
     return 0
 
@@ -151,8 +156,8 @@ def add_evaluate(commands: Any) -> None:
         "evaluate",
         run_evaluate,
         "score a checkpoint on labelled images",
-        "Prints the mean cross-entropy and the part of the images that were recognised. Of a folder with val/ it takes "
-        "that, otherwise all images. Classes are matched by name.",
+        "Prints the mean cross-entropy and the accuracy. It scores val/ of a folder that has one, otherwise "
+        "all images. Classes are matched by name.",
     )
     what = "folder with a folder of images for each class, or with such folders in val/; or the held-out digits"
     command.add_argument("data", metavar="DATA_DIR|digits", help=what)

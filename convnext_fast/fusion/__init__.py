@@ -1,1 +1,1 @@
-"""`fuse`: live models of other libraries run on the fused ops."""
+"""`fuse`: models of other libraries run on the fused ops."""

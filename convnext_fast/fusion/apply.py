@@ -1,9 +1,9 @@
-"""The fused ops in the models that people already have: ConvNeXts of transformers, timm, torchvision and others.
+"""`fuse` and `unfuse`: ConvNeXts of transformers, timm, torchvision and others on the fused ops.
 
 `fuse` gives each block, the stem and each downsampling layer a class of its own, a subclass of the host's with another
 ``forward`` (as FSDP2 does). Nothing else about the model changes: parameters, buffers, keys, hooks on blocks,
-`isinstance`, class names. Each call reads the host's live parameters and first looks whether the module is still what
-it was when it was fused; if not, it runs the host's own forward and warns.
+`isinstance`, class names. Each call reads the host's live parameters and first checks whether the module has changed
+since it was fused; if so, it runs the host's own forward and warns.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ def fuse(model: nn.Module, *, recompute: int | None = None, strict: bool = False
 
     Parameters, ``state_dict`` keys, optimisers, tied and frozen weights stay as they are, and so do copies, pickles
     (which need this package to load), autocast, checkpointing, and wrapping in DistributedDataParallel or with
-    ``fully_shard`` afterwards. Blocks are recognised by what they hold and confirmed by running a copy, so that other
-    implementations of the block are found too; so are the patch layers of a model that holds such blocks. Calling it
-    again reports anew and changes ``recompute`` alone: a block to which something happened since (hooks inside, a layer
-    replaced) runs its host's forward meanwhile and is reported as left alone. The model cannot be given to
-    ``torch.jit.script`` before `unfuse`.
+    ``fully_shard`` afterwards. Blocks are recognised by their layers and confirmed by running a copy, so other
+    implementations of the block are found too, and so are the patch layers of a model with such blocks. Calling it
+    again returns a new report and changes only ``recompute``: a block that has changed since (hooks inside, a layer
+    replaced) runs its host's forward and is reported as left alone. The model cannot be given to ``torch.jit.script``
+    before `unfuse`.
 
     Args:
         model: any module; blocks of ``transformers``, ``timm`` and ``torchvision`` ConvNeXts are known to be found.
-        recompute: what the backward pass of the blocks computes anew instead of saving it, 0, 1 or 2 (see
-            `ops.convnext_block`); None leaves it as it is, 1 at first. Without effect on blocks that are fused in part.
-        strict: raise, before anything is changed, where a block or a patch layer is left alone or there is no block.
+        recompute: what the backward pass of the blocks recomputes instead of saving, 0, 1 or 2 (see
+            `ops.convnext_block`); None keeps it, 1 by default. No effect on blocks that are fused in part.
+        strict: raise, before anything is changed, if a block or a patch layer is left alone or there is no block.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: ``recompute`` is not as above; with ``strict``, what the report would have said.
     """
     if not isinstance(model, nn.Module):
@@ -54,7 +54,7 @@ def fuse(model: nn.Module, *, recompute: int | None = None, strict: bool = False
     if recompute not in (None, 0, 1, 2):
         raise ValueError(f"recompute is {recompute!r}: expected 0, 1 or 2, or None to leave it as it is")
     for module in model.modules():
-        # A slice of a fused `torch.nn.Sequential` has its class, but is none.
+        # A slice of a fused `torch.nn.Sequential` has its class but is not fused.
         if isinstance(module, FusedHost) and state_of(module) is None:
             module.__class__ = module._convnext_fast_host
     plans: list[tuple[nn.Module, Plan]] = []
@@ -79,7 +79,7 @@ def fuse(model: nn.Module, *, recompute: int | None = None, strict: bool = False
         (patches if layer is not None else partly if plan.tail else whole).append(name)
     report = FuseReport(model, tuple(whole), tuple(partly), tuple(patches), left_alone)
     if strict and (left_alone or not blocks):
-        raise ValueError(f"fuse with strict=True left the model as it was:\n{report}")
+        raise ValueError(f"fuse with strict=True changed nothing:\n{report}")
     for module, plan in plans:
         if recompute is not None and isinstance(plan, BlockPlan):
             plan = plan._replace(recompute=recompute)
@@ -101,7 +101,7 @@ def unfuse(model: nn.Module) -> None:
     """Give every module that `fuse` changed its own class back.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: another library gave a fused block a class on top of ours.
     """
     if not isinstance(model, nn.Module):
@@ -111,8 +111,8 @@ def unfuse(model: nn.Module) -> None:
         if type(module) is not fused_class(module._convnext_fast_host):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             raise ValueError(
-                f"{name or 'the model'} was given the class {kind} after fuse(), which hides the one to put back: "
-                "expected unfuse() before the model is wrapped"
+                f"{name or 'the model'} was given the class {kind} after fuse(), which hides the host's: "
+                "call unfuse() before wrapping the model"
             )
     for module in fused.values():
         unfreeze(module)
@@ -131,7 +131,7 @@ class FusedHost(FusedModule):
         return ", ".join(filter(None, words))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """By the host's class, for ours has no name to import it by."""
+        """Pickle by the host's class: ours cannot be imported by name."""
         reduced = super().__reduce_ex__(max(int(protocol), 2))
         if type(self) is not fused_class(self._convnext_fast_host):
             return reduced
@@ -150,7 +150,7 @@ class FusedHostWithKeywords(FusedHost):
 
 @functools.cache
 def fused_class(host: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a host's class that runs the fused ops; it goes by the host's name."""
+    """The subclass of a host's class that runs the fused ops; it has the host's name."""
     base = FusedHostWithKeywords if takes_keywords(host.forward) else FusedHost
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {name: getattr(host, name) for name in names}
@@ -194,7 +194,7 @@ def _plan_of(module: nn.Module, layer: PatchLayer | None, known: dict[Any, str |
         if not plan.fused:
             raise Unfusable("it is this package's own, with fused=False")
         if layer is not None and holder_of(plan) != layer.path:
-            raise Unfusable(f"the {type(module).__name__} that runs it runs another patch layer already")
+            raise Unfusable(f"the {type(module).__name__} that runs it already runs another patch layer")
         reason = changed(module, plan)
         if reason is not None:
             raise Unfusable(reason)

@@ -1,8 +1,8 @@
-"""Confirm by running it that a module computes what its plan says: a formula of `reference` on its own parameters.
+"""Confirm, by running it, that a module computes what its plan says: a formula of `reference` on its own parameters.
 
 It runs as a copy on the CPU in float32 (PyTorch's depthwise convolution in float64 takes seconds), with every
-tensor drawn from N(0, 1), so that nothing small (a layer scale of 1e-6) hides a difference; outside and in training,
-where its stochastic depth must drop the same samples for one seed. A stage or a container runs with stand-ins for what
+tensor drawn from N(0, 1), so that no small value (a layer scale of 1e-6) hides a difference; in evaluation and in
+training, where the same seed must drop the same samples. A stage or a container runs with stand-ins for what
 it calls. Neither the module nor the caller's random streams change.
 """
 
@@ -19,11 +19,11 @@ from .probe_copy import probe_copy
 SAMPLES, HEIGHT, WIDTH = 8, 2, 3
 RATE = 0.4
 BOUND = 1e-4
-"""Of the relative error, far above rounding. The activation was told apart from its like before, in float64."""
+"""Bound of the relative error, far above rounding. Similar activations were already distinguished in float64."""
 
 
 class _StandIn(nn.Module):
-    """In the place of a block: (2·x − 1)·step, which does not commute with itself for another step."""
+    """A stand-in for a block: (2·x − 1)·step, which does not commute for different steps."""
 
     def __init__(self, step: int):
         super().__init__()
@@ -50,7 +50,7 @@ def confirm(module: nn.Module, plan: BlockPlan | PatchPlan) -> None:
         else:
             conv = follow(module, plan.conv)
             what = "a stem" if plan.stem else "a downsampling layer"
-            # An odd height shows whether the last row is left out.
+            # An odd height shows whether the last row is dropped.
             height, width = 2 * conv.kernel_size[0] + 1, 2 * conv.kernel_size[1]
             channels, drop_path = conv.in_channels, None
             if plan.following is not None:
@@ -68,10 +68,10 @@ def confirm(module: nn.Module, plan: BlockPlan | PatchPlan) -> None:
             torch.default_generator.manual_seed(1)
             actual = run(copy, plan, read(copy, plan), x, fused=False)
             if not isinstance(expected, Tensor) or expected.shape != actual.shape:
-                raise Unfusable("its forward returns something else than the activations")
+                raise Unfusable("its forward returns something other than the activations")
             if not (actual - expected).norm() <= BOUND * expected.norm():
                 mode = "in training" if training else "in evaluation"
-                raise Unfusable(f"its forward computes something else than {what} {mode}")
+                raise Unfusable(f"its forward computes something other than {what} {mode}")
         if isinstance(plan, PatchPlan) and plan.stem:
             with torch.autocast("cpu", torch.bfloat16):
                 ours = run(copy, plan, read(copy, plan), x, fused=False)

@@ -1,4 +1,4 @@
-"""Recognise the ConvNeXt blocks of other libraries by what they hold, not by what they are called.
+"""Recognise the ConvNeXt blocks of other libraries by their layers, not by their names.
 
 A block is the smallest module (no `torch.nn.Sequential`) whose layers are, in the order in which they were registered:
 a depthwise 2-d convolution, a norm, a pointwise layer (linear or 1×1), …, a second pointwise layer. `make_plan` says
@@ -51,7 +51,7 @@ def make_plan(block: nn.Module) -> BlockPlan:
     """Where the parts of ``block`` are.
 
     Raises:
-        Unfusable: with the reason, where the fused ops cannot stand in for it.
+        Unfusable: with the reason, if the fused ops cannot replace it.
     """
     check_forward(block)
     if parametrize.is_parametrized(block):
@@ -70,7 +70,7 @@ def make_plan(block: nn.Module) -> BlockPlan:
     known = {id(layer) for _, layer in (dwconv, norm)}
     for path, layer in outside:
         if id(layer) not in known and _holds_tensors(layer):
-            raise Unfusable(f"it holds {dotted(path)} ({kind_of(layer)}) besides the layers of a ConvNeXt block")
+            raise Unfusable(f"it also holds {dotted(path)} ({kind_of(layer)}), no layer of a ConvNeXt block")
     act, tail = _find_activation(between, hidden)
     tail_paths = tuple(path for path, _ in layers[places[0] : places[1] + 1]) if tail else ()
     watched = [path for path, _ in everything if path not in tail_paths]
@@ -147,7 +147,7 @@ def _check_dwconv(path: Path, conv: nn.Module) -> int:
     if type(conv).forward is not nn.Conv2d.forward:
         raise Unfusable(f"{where} is {kind_of(conv)}, not a torch.nn.Conv2d")
     if conv.out_channels != conv.in_channels:
-        raise Unfusable(f"{where} makes {conv.out_channels} channels of {conv.in_channels}")
+        raise Unfusable(f"{where} maps {conv.in_channels} channels to {conv.out_channels}")
     if tuple(conv.stride) != (1, 1):
         raise Unfusable(f"{where} has stride {conv.stride}")
     if tuple(conv.dilation) != (1, 1):
@@ -193,7 +193,7 @@ def _find_gamma(block: nn.Module, channels: int) -> str | None:
     (name, gamma), *more = own.items()
     if more or gamma.numel() != channels or name not in block._parameters or gamma.dtype not in DTYPES:
         words = ", ".join(f"{name} {tuple(value.shape)}" for name, value in own.items())
-        raise Unfusable(f"its own tensors are {words}: expected a layer scale of {channels} elements at most")
+        raise Unfusable(f"its own tensors are {words}: expected none, or a layer scale of {channels} elements")
     return name
 
 
@@ -230,7 +230,7 @@ def _find_activation(between: list[tuple[Path, nn.Module]], hidden: int) -> tupl
 
 @torch.no_grad()
 def _recognise_activation(path: Path, layer: nn.Module, optional: bool = False) -> str:
-    """The activation that computes what ``layer`` does, whatever it is called."""
+    """The activation that ``layer`` computes, whatever its name."""
     x = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
     if not _holds_tensors(layer):
         copy = probe_copy(layer)

@@ -52,7 +52,7 @@ def make_patch_plan(layer: PatchLayer) -> PatchPlan:
     """Where the parts of ``layer`` are.
 
     Raises:
-        Unfusable: with the reason, where the fused ops cannot stand in for it.
+        Unfusable: with the reason, if the fused ops cannot replace it.
     """
     runner, holder = layer.runner, follow(layer.runner, layer.path)
     pair = [((*layer.path, name), child) for name, child in holder.named_children()]
@@ -107,7 +107,7 @@ def _following(layer: PatchLayer) -> Path:
     others = [(name, child) for name, child in layer.runner.named_children() if name != layer.path[0]]
     if len(others) != 1 or not isinstance(others[0][1], nn.ModuleList):
         names = ", ".join(f"{name} ({kind_of(child)})" for name, child in others) or "nothing"
-        raise Unfusable(f"the {kind_of(layer.runner)} that runs it holds {names} besides: expected a list of blocks")
+        raise Unfusable(f"the {kind_of(layer.runner)} that runs it also holds {names}: expected only a list of blocks")
     return (others[0][0],)
 
 

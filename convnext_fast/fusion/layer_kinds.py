@@ -41,7 +41,7 @@ def others_of(module: nn.Module, paths: Iterable[Path]) -> tuple[Any, ...]:
 
 
 def check_forward(block: nn.Module) -> None:
-    """One forward, which takes the activations; keywords besides where it never looks at them."""
+    """Check that there is one forward, which takes the activations, and keywords only if it ignores them."""
     if "forward" in vars(block):
         raise Unfusable("its forward was replaced")
     owners = [kind for kind in type(block).__mro__ if kind is not nn.Module and "forward" in vars(kind)]
@@ -68,7 +68,7 @@ def _is_ignored(parameter: inspect.Parameter, function: Any) -> bool:
 
 
 def check_untouched(layers: Iterable[tuple[str, nn.Module]]) -> None:
-    """No hooks, parametrisations or replaced forwards on ``layers``, which the fused forward would pass by."""
+    """Check that ``layers`` have no hooks, parametrisations or replaced forwards, which would be bypassed."""
     for name, module in layers:
         if parametrize.is_parametrized(module):
             raise Unfusable(f"{name} is parametrised")

@@ -12,7 +12,7 @@ FRAMEWORKS = ("np", "pt", "jax", "tf")
 
 
 class BatchFeature(dict[str, Any]):
-    """What the processor returns: a dictionary whose entries are attributes too, to be passed on as ``model(**it)``."""
+    """What the processor returns: a dictionary whose entries are also attributes, for ``model(**batch)``."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -49,7 +49,7 @@ class BatchFeature(dict[str, Any]):
             if not isinstance(value, torch.Tensor):
                 return value
             moved += 1
-            # Labels and masks change place, not type.
+            # Labels and masks are moved, not cast.
             kept = dtype if value.is_floating_point() else None
             return value.to(device=device, dtype=kept, non_blocking=non_blocking)
 

@@ -1,4 +1,4 @@
-"""Image files: which there are in a folder, and how one becomes a picture that a model can take."""
+"""Image files: finding them in a folder, and decoding one for a model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def is_image_file(path: Path) -> bool:
 
 
 def find_images(folder: Path, on_error: Callable[[OSError], None] | None = None) -> list[Path]:
-    """Every image file in ``folder`` and below, sorted by path; what lies in a hidden folder there is left out.
+    """Every image file in ``folder`` and below, sorted by path, without those in hidden folders.
 
     Args:
         folder: where to look; links to folders below it are not followed.
@@ -72,7 +72,7 @@ def open_image(source: Path | bytes, channels: int) -> PIL.Image.Image:
         raise ValueError("the file is empty")
     try:
         with warnings.catch_warnings():
-            # Past pillow's limit a picture is refused outright, not warned about.
+            # Beyond pillow's limit an image is refused, not only warned about.
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
@@ -83,7 +83,7 @@ def open_image(source: Path | bytes, channels: int) -> PIL.Image.Image:
         raise ValueError(f"refused: {error}") from None
     except MemoryError:
         raise
-    except Exception as error:  # decoders of damaged files raise whatever their arithmetic meets
+    except Exception as error:  # decoders of damaged files can raise anything
         raise ValueError(f"broken image: {error}") from error
 
 
@@ -96,7 +96,7 @@ def _read(path: Path) -> bytes:
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """``image`` by its EXIF orientation; as it lies where that cannot be read."""
+    """``image`` turned by its EXIF orientation; unchanged if that cannot be read."""
     try:
         return PIL.ImageOps.exif_transpose(image)
     except MemoryError:

@@ -64,7 +64,8 @@ class ImageOptions(TypedDict, total=False):
 
 
 def check_option(name: str, value: Any) -> Any:
-    """``value`` of the option ``name`` in its one form: sizes as dictionaries, numbers as floats; None stays None.
+    """``value`` of the option ``name`` in its canonical form: sizes as dictionaries, numbers as floats; None stays
+    None.
 
     Raises:
         TypeError, ValueError: the wrong type or value; the message names the option and what is allowed.
@@ -73,7 +74,7 @@ def check_option(name: str, value: Any) -> Any:
 
 
 def check_names(names: Any) -> None:
-    """Raise a TypeError that names the first of ``names`` that is no option."""
+    """Raise a TypeError that names the first of ``names`` that is not an option."""
     for name in names:
         if name not in _CHECKS:
             raise TypeError(f"unknown option {name!r}: expected one of {', '.join(_CHECKS)}")

@@ -100,12 +100,12 @@ class ConvNextImageProcessor:
         return self.preprocess(images, **options)
 
     def preprocess(self, images: Any, **options: Unpack[ImageOptions]) -> BatchFeature:
-        """``pixel_values`` of one image or many, floating point unless neither rescaled nor normalised.
+        """``pixel_values`` of one image or many, floating point if rescaled or normalised.
 
         Args:
             images: a PIL image; a numpy array or torch tensor, (height, width), (channels, height, width) or
                 (height, width, channels), or a batch of the latter two in 4 dimensions; or a list of any of those, or
-                of lists of them. Values are 0 to 255. Files are for the caller to open.
+                of lists of them. Values are 0 to 255. The caller opens files.
             **options: see `ImageOptions`; for this call, in place of the processor's own.
 
         Returns:
@@ -113,7 +113,7 @@ class ConvNextImageProcessor:
             without ``return_tensors`` a list with one array for each image.
 
         Raises:
-            TypeError: an unknown option, or something that is no image.
+            TypeError: an unknown option, or something that is not an image.
             ValueError: an option's value, an image that cannot be processed (the message names which one and why), or
                 images of different sizes for one batch.
             ImportError: ``return_tensors`` asks for a framework that is not installed.
@@ -199,7 +199,7 @@ class ConvNextImageProcessor:
         """The inverse of `to_dict`; ``overrides`` replace fields.
 
         Raises:
-            TypeError, ValueError: ``fields`` is no mapping, is of another processor, or holds an invalid value.
+            TypeError, ValueError: ``fields`` is not a mapping, is of another processor, or holds an invalid value.
         """
         if not isinstance(fields, Mapping):
             raise TypeError(f"fields is a {type(fields).__name__}: expected a mapping of option names to values")
@@ -225,8 +225,8 @@ class ConvNextImageProcessor:
         Raises:
             FileNotFoundError: neither a folder nor a reachable hub repository with that file.
             ImportError: ``source`` is a hub id and the extra ``convnext-fast[hub]`` is not installed.
-            TypeError: ``source`` is no path, or an override is no option.
-            ValueError: the file is no JSON object, is of another processor, or holds an invalid value.
+            TypeError: ``source`` is not a path, or an override is not an option.
+            ValueError: the file is not a JSON object, is of another processor, or holds an invalid value.
         """
         check_names(overrides)
         path = find_file(source, FILE_NAME)

@@ -35,7 +35,7 @@ def flatten_images(images: Any) -> list[Any]:
     A list may hold lists, one level deep, as for pictures grouped by sample; they are joined in order.
 
     Raises:
-        TypeError: something in ``images`` is no PIL image, numpy array or torch tensor.
+        TypeError: something in ``images`` is not a PIL image, numpy array or torch tensor.
         ValueError: no image at all, a deeper nesting, or an array of 0, 1 or more than 4 dimensions.
     """
     if not isinstance(images, (list, tuple)):
@@ -161,8 +161,8 @@ def infer_data_format(shape: Sequence[int], where: str) -> str:
     first, last = shape[0] in _CHANNEL_COUNTS, shape[2] in _CHANNEL_COUNTS
     if first and last:
         warnings.warn(
-            f"{where} has shape {tuple(shape)}, so its channels could be either end: taking the first axis; "
-            "input_data_format says which it is",
+            f"{where} has shape {tuple(shape)}, so its channels could be on either end: the first axis is used; "
+            "pass input_data_format to choose",
             stacklevel=2,
         )
     if not first and not last:
@@ -187,7 +187,7 @@ def shortest_edge_size(height: int, width: int, shortest_edge: int) -> tuple[int
 
 
 def resize(picture: Picture, size: tuple[int, int], resample: int, where: str) -> tuple[PIL.Image.Image, bool]:
-    """``picture`` resampled to ``size`` (height, width), in 8 bits, and whether it came as fractions in [0, 1].
+    """``picture`` resampled to ``size`` (height, width), in 8 bits, and whether its values were in [0, 1].
 
     Pillow resamples 8-bit samples. An array of fractions is multiplied by 255 and truncated first; the caller has to
     divide by 255 afterwards.

@@ -77,7 +77,7 @@ class ConvNext(ConvNextSwitches):
         in_chans, drop_path_rate: default to the configuration's.
         drop_rate: dropout before the classifier.
         global_pool: "avg", "max", or "" to return the normalised feature map (with ``num_classes=0``).
-        head_norm_first: normalise the feature map before pooling instead of the pooled features after.
+        head_norm_first: normalise the feature map before pooling instead of the pooled features.
         features_only: return the list of the feature maps ``out_indices`` (of stages, 0 to 3) instead of logits, in
             the order of the stages; later stages are left out.
         device, dtype: of the parameters.
@@ -149,7 +149,7 @@ class ConvNext(ConvNextSwitches):
         init_weights(self, config.initializer_range)
 
     def _cut(self, count: int) -> None:
-        """Leave the stages from ``count`` on out, in the configuration too."""
+        """Remove the stages from ``count`` on, in the configuration too."""
         del self.stages[count:]
         self.config = self.config.amended(
             num_stages=count,

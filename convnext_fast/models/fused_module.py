@@ -117,14 +117,14 @@ def layer_norm_2d(x: Tensor, norm: nn.Module) -> Tensor:
 
 
 def in_turn(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """x (N, C, H, W) through ``layers``, each of which takes and returns such, but a LayerNorm over the channels."""
+    """x (N, C, H, W) through ``layers`` one after another; a LayerNorm normalises the channels."""
     for layer in layers:
         x = layer_norm_2d(x, layer) if _is_over_channels_last(layer) else layer(x)
     return x
 
 
 def outputs_in_turn(modules: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
-    """What comes out of each of ``modules``, the first of which takes x and each other what came out before."""
+    """The outputs of ``modules``, called one after another from x."""
     outputs = []
     for module in modules:
         x = module(x)

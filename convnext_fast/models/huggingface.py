@@ -1,4 +1,4 @@
-"""ConvNeXt as transformers has it: `ConvNextModel`, `ConvNextForImageClassification`, `ConvNextBackbone`."""
+"""ConvNeXt with transformers' classes: `ConvNextModel`, `ConvNextForImageClassification`, `ConvNextBackbone`."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class ConvNextPreTrainedModel(ConvNextSwitches):
         return next(self.parameters()).dtype
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of parameters; ``exclude_embeddings`` is of transformers and finds no table of embeddings here."""
+        """Number of parameters; ``exclude_embeddings``, from transformers, has no effect here."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:

@@ -77,7 +77,7 @@ def own_tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook waits for a call of ``module`` or for its gradients."""
+    """Whether ``module`` has forward or backward hooks."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -90,7 +90,7 @@ def is_plain(weight: Any) -> bool:
 
 
 def dotted(path: Path) -> str:
-    """A path as people write it."""
+    """A path, joined by dots."""
     return ".".join(path)
 
 

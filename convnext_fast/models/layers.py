@@ -56,7 +56,7 @@ class ConvNextBlockBase(OwnModule):
 
     Attributes:
         fused: run `ops.convnext_block`; otherwise call the layers.
-        recompute: what the fused backward computes anew (see `ops.convnext_block`).
+        recompute: what the fused backward recomputes (see `ops.convnext_block`).
         act_name: activation, one of ``config.ACTIVATIONS``.
     """
 

@@ -9,7 +9,7 @@ from ..config import PROBLEM_TYPES
 
 
 def problem_type_of(labels: Tensor, num_labels: int) -> str:
-    """The loss that labels call for: one label is a regression, integers name classes, floats are multi-hot."""
+    """The loss that follows from the labels: one label means regression, integers are classes, floats are multi-hot."""
     if num_labels == 1:
         return "regression"
     return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"

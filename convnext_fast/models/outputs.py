@@ -13,9 +13,10 @@ from torch import Tensor
 class ModelOutput(Mapping):
     """Base of the outputs: a mapping of the fields that are not None, also reachable by index and attribute.
 
-    ``output.logits``, ``output["logits"]`` and ``output[0]`` are the same tensor where ``logits`` is the first field
-    present; ``to_tuple()`` gives all fields present. In the place of the first field a mapping, or an iterator of pairs
-    (name, value), stands for all, which is how accelerate and `torch.nn.DataParallel` put outputs together.
+    ``output.logits``, ``output["logits"]`` and ``output[0]`` are the same tensor if ``logits`` is the first field
+    present; ``to_tuple()`` gives all fields present. Instead of the first field, the constructor also takes a mapping
+    or an iterator of (name, value) pairs of all fields, which is how accelerate and `torch.nn.DataParallel` build
+    outputs.
     """
 
     def __post_init__(self) -> None:

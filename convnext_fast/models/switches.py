@@ -46,7 +46,7 @@ class ConvNextSwitches(nn.Module):
 
     @property
     def recompute(self) -> int:
-        """What the backward pass computes anew, 0, 1 or 2 (see `ops.convnext_block`); assign to change it."""
+        """What the backward pass recomputes, 0, 1 or 2 (see `ops.convnext_block`); assign to change it."""
         return max((block.recompute for block in self.blocks()), default=1)
 
     @recompute.setter
@@ -77,7 +77,7 @@ class ConvNextSwitches(nn.Module):
         return outputs_of(self._whole_runs, None, parts, x)
 
     def freeze(self) -> Any:
-        """Make the model ready for inference alone and return it.
+        """Prepare the model for inference only, and return it.
 
         Sets evaluation mode, turns gradients of the parameters off, and has the fused path compute with folded copies
         of the weights: each block's LayerNorm affine and layer scale are folded into its linear layers, and the affine
@@ -102,7 +102,7 @@ class ConvNextSwitches(nn.Module):
         return self
 
     def unfreeze(self) -> Any:
-        """Undo `freeze`, but for the mode, which stays evaluation; return the model."""
+        """Undo `freeze`, but stay in evaluation mode; return the model."""
         for module in self.modules():
             unfreeze(module)
         trainable = vars(self).pop("_trainable_before_freeze", set())

@@ -1,4 +1,4 @@
-"""What the fused ops ask of their arguments: each check raises what `functions` says, or returns the compute dtype.
+"""Checks of the fused ops' arguments: each raises what `functions` says, or returns the compute dtype.
 
 A check of plain tensors is made once for each set of shapes, dtypes and devices: for a small image on a CPU it takes as
 long as a convolution.
@@ -20,7 +20,7 @@ from .signatures import flatten
 
 
 def check_activation(x: Tensor, name: str) -> None:
-    """Activations of 4 dimensions, of which the first alone may be 0."""
+    """Activations of 4 dimensions, of which only the first may be 0."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}: expected a tensor")
     if not x.is_floating_point():
@@ -30,7 +30,7 @@ def check_activation(x: Tensor, name: str) -> None:
 
 
 def check_tensor(x: Tensor, name: str, value: Tensor | None, shape: tuple[int, ...], optional: bool = False) -> None:
-    """A floating tensor of this shape, where x is; None only if ``optional``."""
+    """A floating tensor of this shape, on the device of x; None only if ``optional``."""
     if value is None and optional:
         return
     if not isinstance(value, Tensor):
@@ -89,7 +89,7 @@ def check_pointwise(x: Tensor, weights: MlpWeights, drop_scale: Tensor | None) -
 
 
 def check_options(act: str, recompute: int) -> None:
-    """An activation and a level that exist."""
+    """A known activation and level of ``recompute``."""
     if act not in ACTIVATIONS:
         raise ValueError(f"act is {act!r}: expected one of {', '.join(ACTIVATIONS)}")
     if recompute not in (0, 1, 2):

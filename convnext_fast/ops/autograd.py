@@ -31,7 +31,7 @@ class Formulas(NamedTuple):
 
 
 def _none(tensor: Tensor | None) -> Tensor | None:
-    """None for an absent tensor: an operator's is empty and one-dimensional, as no present one is."""
+    """None for an absent tensor, which an operator returns as an empty one-dimensional one."""
     return None if tensor is None or (tensor.dim() == 1 and tensor.shape[0] == 0) else tensor
 
 
@@ -96,7 +96,7 @@ def save(name: str, ctx: Any, arguments: list[Any], output: Tensor | tuple[Tenso
     """Keep on the context what the backward of the op needs; ``arguments`` in groups."""
     kept = () if isinstance(output, Tensor) else output[1:]
     FORMULAS[name].save(ctx, arguments, kept)
-    # The results besides the first are read by the backward alone, and a gradient of the first may be absent.
+    # Only the backward reads the results besides the first, and the gradient of the first may be absent.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(tensor for tensor in kept if tensor is not None))
 

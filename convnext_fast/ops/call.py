@@ -3,7 +3,7 @@
 PyTorch's dispatcher costs an operator about 0.1 ms a call, more than most kernels take, and registering operators
 imports its compiler, which takes a second. So a call on plain tensors that no compiler, mode or tracer observes runs
 the backend's function itself, under autograd as a plain `torch.autograd.Function`. Every other call runs the operator
-``convnext_fast::<name>``. Where a call runs is for `backends.choose` to say.
+``convnext_fast::<name>``. `backends.choose` decides where a call runs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _PLAIN = _TENSORS | {type(None), torch.dtype, bool, int, float, str}
 def run(name: str, backend: choose.Name, *arguments: Any) -> Any:
     """The results of the op ``name`` on ``backend``, as `interface.Backend` says; absent ones are None or empty.
 
-    Autograd records the forward of an op on plain weights; one on frozen weights has no gradient, and is not to be
-    called where one is wanted. The first argument is a tensor.
+    Autograd records the forward of an op on plain weights; one on frozen weights has no gradient and must not be
+    called if one is needed. The first argument is a tensor.
     """
     flat = flatten(arguments)
     if not is_plain(*flat):
@@ -94,7 +94,7 @@ def autocasts(x: torch.Tensor) -> bool:
 
 
 def wants_values(x: Tensor) -> bool:
-    """Whether a call on x is asked for its value alone."""
+    """Whether a call on x only needs its value."""
     return not torch.is_grad_enabled() and is_unseen(x)
 
 

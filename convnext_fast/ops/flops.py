@@ -31,7 +31,7 @@ def _convolution(pixels: int, weight: Shape) -> int:
 
 
 def _mlp(pixels: int, w1: Shape, products: int = 2) -> int:
-    """Of so many products of (pixels, C) or (pixels, K) with a matrix of K·C."""
+    """Of ``products`` products of (pixels, C) or (pixels, K) with a matrix of K·C."""
     return 2 * pixels * prod(w1) * products
 
 
@@ -99,7 +99,7 @@ def downsample_bwd(dy: Shape, x: Shape, weights: Any, *_: Any, **__: Any) -> int
 def register_formulas() -> None:
     """Make the formulas known to the FLOP counters that observe this call.
 
-    Importing PyTorch's counter to register them beforehand would take half a second, for Triton comes with it.
+    Importing PyTorch's counter to register them beforehand would take half a second, because it imports Triton.
     """
     module = sys.modules.get(_COUNTER)
     if module is None:

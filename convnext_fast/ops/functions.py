@@ -1,4 +1,4 @@
-"""The fused ops as PyTorch operators: the only door between the models and the device code.
+"""The fused ops: the only interface between the models and the backends.
 
 All validate their arguments and choose the backend (`backends.choose`); those on plain weights are differentiable, and
 all are traceable (`torch.compile`, `torch.export`) and aware of autocast. The backward raises NotImplementedError for
@@ -56,8 +56,9 @@ def convnext_block(
         drop_scale: (N,), the drop-path factor of each sample (0 or 1/keep), or None. Gets no gradient.
         eps: epsilon of the LayerNorm.
         act: one of ``config.ACTIVATIONS``.
-        recompute: what is computed anew in the backward pass instead of saved. 0 saves x, the convolution's output and
-            the hidden activations; 1 does without the hidden ones; 2 saves x alone.
+        recompute: what the backward pass recomputes instead of saving. 0 saves x, the convolution's output and the
+        hidden
+            activations; 1 does not save the hidden activations; 2 saves only x.
 
     Returns:
         (N, H, W, C), contiguous.
@@ -94,8 +95,8 @@ def frozen_block(
 ) -> Tensor:
     """`convnext_block` on what `folding.freeze_block` made of its parameters, without drop path.
 
-    x: (N, H, W, C); w1, b1, w2, b2: see `weights.FrozenBlock`. Where a gradient is wanted, or autocast asks for another
-    dtype than that of ``w1``, this is `convnext_block` with these weights.
+    x: (N, H, W, C); w1, b1, w2, b2: see `weights.FrozenBlock`. If a gradient is needed, or autocast has another
+    dtype than ``w1``, this is `convnext_block` with these weights.
 
     Raises:
         TypeError, ValueError: as `convnext_block`.
@@ -168,7 +169,8 @@ def patchify_stem(
     """The stem: convolution of non-overlapping patches, then LayerNorm.
 
     image: (N, C, H, W), any strides; weight: (C', C, kh, kw). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C').
-    Off a GPU this is the reference where a gradient is wanted, otherwise one matrix product on copied patches.
+    On a CPU this is the reference if a gradient is needed, otherwise one kernel or one matrix product on copied
+    patches.
 
     Raises:
         TypeError, ValueError: as `convnext_block`.
@@ -226,7 +228,7 @@ def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1
 
 
 def _affine(x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """LayerNorm's affine where it is folded away: the identity."""
+    """LayerNorm's affine, the identity if it is folded away."""
     channels = x.shape[3]
     ones = x.new_ones(channels) if ln_weight is None else ln_weight
     return ones, x.new_zeros(channels) if ln_bias is None else ln_bias

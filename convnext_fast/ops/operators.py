@@ -2,7 +2,7 @@
 
 Each operator branches on the device inside its body, so that a compiler traces the path that will run: it sees the
 kernels that a GPU runs. On a CPU it calls the ops that `result_shapes` knows as one operator each, ``<name>_cpu``:
-loops over rows and samples, and kernels and calls of oneDNN that it cannot better. The others it traces or replaces.
+loops over rows and samples, kernels, and calls of oneDNN that it cannot improve. The others it traces or replaces.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _register(signature: Signature) -> Any:
     """The operator of one op."""
     name = signature.name
     shapes = getattr(result_shapes, name, None)
-    # Where a compiled model runs eagerly, under a mode that dispatches, say, it is not to be compiled by pieces.
+    # A compiled model that runs eagerly, such as under a dispatch mode, must not be compiled piece by piece.
     compute_whole = torch.compiler.disable(compute)
     kind = list if name.endswith("_bwd") else tuple
 
@@ -71,7 +71,7 @@ def _no_second_derivative(ctx: Any, *_: object) -> Gradients:
 
 
 def _present(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Operators return tensors only: an absent one is empty and one-dimensional, as no present one is."""
+    """Operators return tensors only: an absent one is empty and one-dimensional, which no real one is."""
     return tuple(x.new_empty(0) if t is None else t for t in tensors)
 
 

@@ -1,4 +1,4 @@
-"""What the fused ops return on a CPU, as shapes alone: for compilers, which treat each op there as a whole.
+"""The shapes of the fused ops' results on a CPU, for compilers, which treat each op as one operator.
 
 One function for each op that has an operator ``<name>_cpu``, with the arguments of `interface.Backend`. An absent
 result is empty.

@@ -36,7 +36,7 @@ def _steps(
     act: str,
     ends: list[int],
 ) -> list[Tensor]:
-    """What comes out of steps of the numbers ``ends``, among them the last, one after another (`steps.Step`).
+    """The outputs of the steps numbered ``ends``, which include the last (`steps.Step`).
 
     x: (N, H, W, C), or a stem's (N, C, H, W); weights: of all steps; tokens, kinds: of each.
     """

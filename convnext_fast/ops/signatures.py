@@ -12,7 +12,7 @@ from ..backends.interface import Backend
 
 
 class Signature:
-    """Of one function of `interface.Backend`.
+    """The signature of one function of `interface.Backend`.
 
     Attributes:
         name: of the op.
@@ -41,7 +41,7 @@ class Signature:
         return [flat[a] if kind is None else kind(*flat[a:b]) for _, kind, a, b in self._parts]
 
     def gradients(self, **grads: Any) -> tuple[Tensor | None, ...]:
-        """What autograd takes: a gradient for each flat argument, from those of some, groups given as sequences."""
+        """A gradient for each flat argument, as autograd takes them, from those given by name; groups as sequences."""
         found: list[Tensor | None] = []
         for name, kind, a, b in self._parts:
             grad = grads.pop(name, None)

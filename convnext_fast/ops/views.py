@@ -1,7 +1,7 @@
 """Results that may be changed in place, as those of PyTorch's own layers may.
 
 Autograd forbids that for a view made inside a `torch.autograd.Function`, and, once gradients are wanted, for one made
-under ``no_grad``. What looks like one layer's result from outside is handed out as a tensor of its own.
+under ``no_grad``. So the result of what users see as one layer is returned as a tensor of its own.
 """
 
 from __future__ import annotations

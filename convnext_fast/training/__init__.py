@@ -1,4 +1,4 @@
-"""Training: from labelled pictures to an exported model, resumable to the same numbers and under ``torchrun``."""
+"""Training: from labelled images to an exported model, resumable to the same numbers, and under ``torchrun``."""
 
 from .data import load_data
 from .evaluation import Reporter, Score, evaluate

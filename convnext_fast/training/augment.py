@@ -1,4 +1,4 @@
-"""Random changes of training pictures, each a pure function of a generator that the caller keys.
+"""Random changes of training images, each a pure function of a generator that the caller seeds.
 
 `augment` works on one picture, `mix_pairs` on a batch: mixup ("mixup: Beyond Empirical Risk Minimization") and cutmix
 ("CutMix: Regularization Strategy to Train Strong Classifiers").
@@ -42,7 +42,7 @@ def augment(
 
 
 def _crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """A rectangle of random area and aspect inside the picture; its middle square where ten draws do not fit."""
+    """A rectangle of random area and aspect inside the picture; its central square if ten draws do not fit."""
     for _ in range(10):
         area = rng.uniform(*CROP_AREA) * width * height
         aspect = math.exp(rng.uniform(math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])))
@@ -78,7 +78,7 @@ def mix_pairs(
 ) -> None:
     """Mix the images 2i and 2i + 1 with each other, in place.
 
-    Neighbours are mixed, so that a batch cut into even parts for several processes is mixed as the whole would be.
+    Neighbours are mixed, so that a batch split evenly between processes is mixed as the whole batch would be.
 
     Args:
         pixels: (N, C, H, W), N even.

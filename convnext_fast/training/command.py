@@ -1,4 +1,4 @@
-"""What ``convnext-fast train`` does: pictures, model and processor out of the arguments, then the run."""
+"""What ``convnext-fast train`` does: load images, model and processor, then run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .pictures import load_evaluation_folder
 
 
 class Start(NamedTuple):
-    """Where a run starts: one of a variant's name, a configuration, a checkpoint; none is the digits' model."""
+    """Where a run starts: a variant's name, a configuration or a checkpoint; without one, the digits' model."""
 
     variant: str | None = None
     config: str | None = None
@@ -41,7 +41,7 @@ def run(
     device: torch.device,
     **how: Any,
 ) -> None:
-    """Train, and say where the model is; ``how`` are further arguments of `Trainer`.
+    """Train, and print where the model is; ``how``: further arguments of `Trainer`.
 
     Raises:
         FileNotFoundError, ImportError, OSError, TypeError, ValueError: see `load_data`, `Trainer`, `load_model`.
@@ -83,8 +83,8 @@ def build(
 ) -> tuple[ConvNext, ConvNextImageProcessor]:
     """The model to train, on the CPU, and its image processor.
 
-    A checkpoint's classifier is kept where its classes have the same names, in the same order; otherwise it starts
-    anew.
+    A checkpoint's classifier is kept if its classes have the same names, in the same order; otherwise it is newly
+    initialised.
 
     Raises:
         ValueError: pictures other than the digits need a variant, a configuration or a checkpoint.
@@ -109,7 +109,7 @@ def build(
     elif digits:
         model = ConvNext(digits_config().amended(**named))
     else:
-        raise ValueError("pictures of a folder need --variant, --config or --checkpoint: expected one of them")
+        raise ValueError("images of a folder need one of --variant, --config and --checkpoint")
     if source:
         processor, own = load_processor(source, model.config)
         if own and image_size is not None:
@@ -150,7 +150,7 @@ def read_config(source: str) -> ConvNextConfig:
     """The configuration in a JSON file, a folder or a hub repository.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: it is not there, or not a ConvNeXt's.
+        FileNotFoundError, TypeError, ValueError: it is missing, or not a ConvNeXt's.
     """
     path = local_path(source)
     if not path.is_file():

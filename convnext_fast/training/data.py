@@ -40,7 +40,7 @@ def load_data(source: str | Path, holdout: float, seed: int) -> tuple[ImageSet, 
         return split(load_digits()[0], holdout, seed)
     folder = local_path(source)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{source} is no folder: expected one with a folder for each class, or 'digits'")
+        raise FileNotFoundError(f"{source} is not a folder: expected one with a folder for each class, or 'digits'")
     if not (folder / "train").is_dir():
         aside = validation_folder(folder)
         if aside:
@@ -54,7 +54,7 @@ def load_data(source: str | Path, holdout: float, seed: int) -> tuple[ImageSet, 
 class Batch(NamedTuple):
     """pixels: (N, C, H, W) float32; targets: (N, classes) float32, the probability of each class.
 
-    unreadable: what was wrong with each picture that another stands in for (training), or that is left out.
+    unreadable: the error of each image that was replaced by another (training) or left out (evaluation).
     """
 
     pixels: Tensor
@@ -82,7 +82,7 @@ class Key(NamedTuple):
 class EpochSampler:
     """The keys of one process's batches in one epoch: its contiguous part of each batch of all processes.
 
-    Set ``epoch``, and ``first`` (the batch to begin with), before iterating. What does not fill a batch is left out.
+    Set ``epoch``, and ``first`` (the batch to begin with), before iterating. The last incomplete batch is dropped.
 
     Args:
         length: number of pictures.
@@ -116,10 +116,10 @@ class EpochSampler:
 
 
 class _Pictures(Dataset):
-    """Pictures ready for the model; an unreadable one is an error as a value, for the main process to raise.
+    """Images ready for the model; an unreadable one gives its error as a value, which the main process raises.
 
-    With ``skip`` the next picture that can be read stands in for it, so that a batch stays as large as it was and does
-    not depend on the number of processes; without augmentation, that is for evaluation, it is left out instead.
+    With ``skip``, the next readable image replaces it, so that a batch keeps its size and does not depend on the number
+    of processes. In evaluation it is left out instead.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class _Pictures(Dataset):
                     return error
                 unreadable.append(str(error))
         if training:
-            return ValueError(f"no picture can be read; the first: {unreadable[0]}")
+            return ValueError(f"no image can be read; the first: {unreadable[0]}")
         return Sample(None, 0, key, tuple(unreadable))
 
     def _pixels(self, index: int, epoch: int) -> np.ndarray:
@@ -184,7 +184,7 @@ class _Collate:
 
 
 def batches(loader: DataLoader) -> Iterator[Batch | Exception]:
-    """What ``loader`` gives; a worker that died comes as a ChildProcessError in the place of its batch, the last."""
+    """The batches of ``loader``; if a worker dies, the last item is a ChildProcessError."""
     iterator = iter(loader)
     while True:
         try:
@@ -201,21 +201,21 @@ def batches(loader: DataLoader) -> Iterator[Batch | Exception]:
 
 
 def dead_worker(error: Exception) -> ChildProcessError | None:
-    """What an error of PyTorch's loader means where one of its processes died, or None for another error.
+    """The ChildProcessError for an error of PyTorch's loader whose worker died; None for another error.
 
-    PyTorch raises a RuntimeError from a signal handler, wherever the program happens to be; where a batch was about to
-    be handed over, the connection breaks first. Errors about files never mean a picture here: those are ValueErrors.
+    PyTorch raises a RuntimeError from a signal handler, wherever the program is at the time. If a batch was being
+    handed over, the connection breaks first. File errors never mean an image here: those are ValueErrors.
     """
     if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
         return None
-    return ChildProcessError(f"a process that loads pictures has died; killed for lack of memory perhaps ({error})")
+    return ChildProcessError(f"a process that loads images died; it may have run out of memory ({error})")
 
 
 def edge(processor: ConvNextImageProcessor) -> int:
     """The side of the squares that ``processor`` makes.
 
     Raises:
-        ValueError: its ``size`` is no ``shortest_edge``.
+        ValueError: its ``size`` has no ``shortest_edge``.
     """
     side = processor.size.get("shortest_edge")
     if side is None:
@@ -236,16 +236,16 @@ def training_loader(
     pin_memory: bool,
     skip_unreadable: bool = False,
 ) -> DataLoader:
-    """Batches for training, in the sampler's order; an unreadable picture comes as a ValueError in a batch's place.
+    """Batches for training, in the sampler's order; an unreadable image gives a ValueError in place of its batch.
 
-    With ``skip_unreadable`` the next picture stands in for it, and the batch says so.
+    With ``skip_unreadable``, the next image replaces it, and the batch reports it.
 
     Raises:
         ValueError: a process's part of the batch is odd, so that it cannot be mixed in pairs.
     """
     local, side = sampler.batch_size // sampler.world, edge(processor)
     if (mixup or cutmix) and local % 2:
-        raise ValueError(f"a process's batch is {local}: expected an even number, for mixup and cutmix mix pairs")
+        raise ValueError(f"a process's batch is {local}: expected an even number, because mixup and cutmix mix pairs")
     return DataLoader(
         _Pictures(images, processor, channels, augmentation, sampler.seed, skip_unreadable),
         batch_sampler=sampler,
@@ -270,7 +270,7 @@ def evaluation_loader(
 ) -> DataLoader:
     """Batches for evaluation: every ``world``-th picture from ``rank`` on, through the processor alone.
 
-    An unreadable picture comes as a ValueError in a batch's place; with ``skip_unreadable`` it is left out.
+    An unreadable image gives a ValueError in place of its batch; with ``skip_unreadable`` it is left out.
     """
     side = edge(processor)
     return DataLoader(

@@ -15,7 +15,7 @@ from .pictures import ImageSet
 
 CLASSES = tuple(str(digit) for digit in range(10))
 EVERY = 3
-"""One picture in so many, of each digit, is held out."""
+"""Of each digit, every third image is held out."""
 
 
 def load_digits() -> tuple[ImageSet, ImageSet]:

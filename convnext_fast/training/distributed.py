@@ -1,4 +1,4 @@
-"""The process group that ``torchrun`` sets up, or a single process without one, and what processes tell each other."""
+"""The process group that ``torchrun`` sets up, or a single process, and what processes exchange."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Process]:
-    """Join the processes that ``torchrun`` started (by its environment), gloo on CPU and nccl on CUDA; else be alone.
+    """Join the processes that ``torchrun`` started, with gloo on a CPU and NCCL on CUDA; otherwise run alone.
 
     Args:
         device: of the first process; a GPU without an index becomes the one of each process's local rank.
 
     Raises:
-        ConnectionError: in place of the error that a call meets when another process has ended.
-        TimeoutError: the first process has not come within PyTorch's time limit for joining, half an hour.
+        ConnectionError: instead of the error of a call that failed because another process ended.
+        TimeoutError: the first process did not join within PyTorch's limit of half an hour.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Process(0, 1, device)
@@ -57,21 +57,21 @@ def process_group(device: torch.device) -> Iterator[Process]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise ConnectionError(
-            f"process {dist.get_rank()} of {dist.get_world_size()} has lost another, which has ended or cannot be "
-            f"reached; start again with --resume ({str(error).splitlines()[0]})"
+            f"process {dist.get_rank()} of {dist.get_world_size()} lost another process, which ended or cannot be "
+            f"reached; restart with --resume ({str(error).splitlines()[0]})"
         ) from error
     finally:
         dist.destroy_process_group()
 
 
 def _part_of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
-    """A part of ``store`` that only the processes started together read and write.
+    """A part of ``store`` that only processes started together use.
 
     torchrun keeps one store through all restarts of a run: a process started again would find the addresses, or the
     NCCL id, of processes that have ended (https://github.com/pytorch/pytorch/issues/135712). The restart count that
     workers are told is kept by each machine for itself and stays when machines come or go, so it cannot name the part.
-    Instead the first process draws a name, and the others answer to the name they find, until the first has seen their
-    answer: one that an earlier first process left behind is never confirmed.
+    Instead the first process draws a name, and the others reply to the name they find until the first has seen their
+    reply: a name left by an earlier first process is never confirmed.
     """
     own = uuid.uuid4().hex
     if rank == 0:
@@ -82,7 +82,7 @@ def _part_of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
     deadline = time.monotonic() + store.timeout.total_seconds()
     while not store.check([own]):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"process {rank} of {world}: the first has not come within {store.timeout}")
+            raise TimeoutError(f"process {rank} of {world}: the first process did not join within {store.timeout}")
         store.set(f"{store.get('convnext_fast').decode()}/{rank}", own)
         time.sleep(0.1)
     return dist.PrefixStore(store.get(own).decode(), store)
@@ -96,7 +96,7 @@ def shard(model: ConvNext, process: Process, dtype: torch.dtype) -> None:
         process: this process.
         dtype: parameters are gathered in it and computed with; each process keeps its part in float32.
     """
-    # Importing FSDP takes a second that no run without it should wait.
+    # Imported here because it takes a second.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -128,7 +128,7 @@ def largest_over_processes(value: int, device: torch.device) -> int:
 
 
 def from_all_processes(value: object) -> list:
-    """What each process has passed, in the order of their ranks."""
+    """The value of each process, in the order of ranks."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -137,12 +137,12 @@ def from_all_processes(value: object) -> list:
 
 
 def raise_together(fault: Exception | None, device: torch.device) -> None:
-    """Raise the fault of the first process that has one, on all of them, so that none waits for another in vain."""
+    """Raise the error of the first process that has one on all of them, so that none waits forever."""
     if largest_over_processes(int(fault is not None), device):
         raise next(fault for fault in from_all_processes(fault) if fault is not None)
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here."""
+    """A barrier: return when every process has called this."""
     if dist.is_initialized():
         dist.barrier()

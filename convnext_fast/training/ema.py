@@ -14,8 +14,8 @@ Model = TypeVar("Model", bound=nn.Module)
 class Ema(Generic[Model]):
     """Holds ``module``, a copy of ``model`` in evaluation mode whose parameters follow it: w ← d·w + (1 − d)·w_model.
 
-    The decay d grows as (1 + t) / (10 + t) over the updates t up to ``decay``, so that a short run does not end as an
-    average with its random start.
+    The decay d grows as (1 + t) / (10 + t) over the updates t up to ``decay``, so that the average of a short run is
+    not dominated by its random start.
     """
 
     def __init__(self, model: Model, decay: float):
@@ -24,7 +24,7 @@ class Ema(Generic[Model]):
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in ``model`` after optimiser step number ``step``, counted from 0."""
+        """Update the average with ``model`` after optimiser step ``step``, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         mean, new = ([_local(p.detach()) for p in m.parameters()] for m in (self.module, model))
         torch._foreach_lerp_(mean, new, 1 - decay)
@@ -33,5 +33,5 @@ class Ema(Generic[Model]):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that is split over processes: the average needs no word of the others."""
+    """This process's part of a tensor that is split over processes: averaging needs no communication."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,4 +1,4 @@
-"""What a model scores on labelled pictures, and what is told of a run."""
+"""Scoring a model on labelled images, and reporting the progress of a run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .distributed import largest_over_processes, raise_together, sum_over_proces
 
 
 class Score(NamedTuple):
-    """Of an evaluation: mean cross-entropy, and the part of the pictures that were recognised."""
+    """The result of an evaluation: mean cross-entropy and accuracy."""
 
     loss: float
     accuracy: float
 
 
 class Reporter(Protocol):
-    """What a run tells about its progress."""
+    """Receives the progress of a run."""
 
     def start(self, step: int, steps: int) -> None:
         """Training begins at ``step`` of ``steps``."""
@@ -65,7 +65,8 @@ def evaluate(
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     feed = batches(loader)
-    # Where the model is split over processes, all have to call it equally often: one without pictures calls it on none.
+    # If the model is split over processes, all must call it equally often: one without images calls it with an empty
+    # batch.
     for _ in range(largest_over_processes(len(loader), device)):
         batch = next(feed, loader.collate_fn.nothing)
         raise_together(batch if isinstance(batch, Exception) else None, device)
@@ -80,5 +81,5 @@ def evaluate(
         totals += torch.stack([loss.double(), right.double(), totals.new_tensor(len(labels))])
     loss, right, count = sum_over_processes(totals).tolist()
     if not count:
-        raise ValueError("none of the pictures to evaluate on can be read")
+        raise ValueError("none of the images to evaluate on can be read")
     return Score(loss / count, right / count)

@@ -1,4 +1,4 @@
-"""What is wrong with a batch whose loss or gradient is no number: the first layer to blame, by name."""
+"""The cause of a NaN or infinite loss or gradient: the name of the first bad layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..models.convnext import ConvNext
 def first_bad_layer(model: ConvNext, call: nn.Module, pixels: Tensor) -> tuple[int, str] | None:
     """(place in the order of execution, name and reason) of the first layer whose output is not finite, or None.
 
-    Runs the batch again. Layers are those that a block is one of: what is inside a block is one fused operator.
+    Runs the batch again. A block counts as one layer, because it is one fused operator.
 
     Args:
         model: whose layers are watched.
@@ -47,7 +47,7 @@ def bad_gradients(model: nn.Module) -> list[str]:
 
 
 def _layers(model: ConvNext) -> list[tuple[str, nn.Module]]:
-    """The layers whose own ``forward`` runs on the fused path too."""
+    """The layers whose own ``forward`` also runs on the fused path."""
     blocks = set(model.blocks())
     stages = [(f"stages.{i}.downsample", stage.downsample) for i, stage in enumerate(model.stages) if i]
     inner = [(name, module) for name, module in model.named_modules() if module in blocks]

@@ -1,8 +1,8 @@
 """The training loop: steps, evaluation, checkpoints that resume to the same numbers, and the exported model.
 
-A run is a function of its options, pictures and first weights. Step s draws its random numbers from (seed, s, rank)
-and its batch from (seed, epoch, place in it), so a checkpoint holds weights, moments, average, loss scale and the step
-alone. Only drop path depends on the number of processes, for each draws its own samples.
+A run is a function of its options, images and initial weights. Step s draws its random numbers from (seed, s, rank)
+and its batch from (seed, epoch, place in it), so a checkpoint holds only weights, moments, average, loss scale and the
+step. Only drop path depends on the number of processes, because each draws its own samples.
 """
 
 from __future__ import annotations
@@ -69,16 +69,16 @@ class Trainer:
         process: this process.
         strategy: what several processes do: "ddp", each holds the whole model (DistributedDataParallel), or "fsdp",
             parameters, gradients, moments and average are split over them (FSDP2).
-        resume: go on from the folder's checkpoint where it has one.
+        resume: continue from the folder's checkpoint, if there is one.
         save_every: steps between checkpoints; 0 for one at the end of each epoch.
         workers: processes that load pictures, for each training process.
-        skip_unreadable: put the next picture in the place of one that cannot be read, and leave those to evaluate on
-            out, instead of stopping.
-        skip_nonfinite: leave the weights as they are where the loss or its gradient is no number, instead of stopping.
+        skip_unreadable: replace an unreadable training image by the next one and leave out an unreadable evaluation
+            image, instead of stopping.
+        skip_nonfinite: skip a step whose loss or gradient is NaN or infinite, instead of stopping.
 
     Raises:
-        ValueError: the pictures, model and options do not fit together; the folder holds a run and ``resume`` is
-            false; or its run had other options.
+        ValueError: images, model and options do not match; the folder holds a run and ``resume`` is false; or that
+            run had other options.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Trainer:
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy is {strategy!r}: expected one of {', '.join(STRATEGIES)}")
         if model.num_classes != len(training.classes):
-            raise ValueError(f"the model has {model.num_classes} classes, the pictures {len(training.classes)}")
+            raise ValueError(f"the model has {model.num_classes} classes, the images {len(training.classes)}")
         self.model, self.processor, self.options, self.process = model, processor, options, process
         self.output, self.save_every, self.skip_nonfinite = Path(output), save_every, skip_nonfinite
         self.dtype = getattr(torch, options.dtype)
@@ -148,7 +148,7 @@ class Trainer:
         checkpoint = find_checkpoint(self.output)
         if checkpoint is not None:
             if not resume:
-                raise ValueError(f"{self.output} holds a run already: resume it, or write to another folder")
+                raise ValueError(f"{self.output} already holds a run: resume it, or choose another folder")
             self._restore(checkpoint)
         self.saved = self.step
         wait_for_all()
@@ -158,7 +158,7 @@ class Trainer:
         wait_for_all()
 
     def _hold(self) -> IO[str] | None:
-        """The first process holds the folder; every one learns if it cannot."""
+        """Lock the folder in the first process; all raise if it cannot."""
         lock = fault = None
         if self.process.rank == 0:
             try:
@@ -182,8 +182,8 @@ class Trainer:
         """Train to the end, export to ``output/model``, and return the history, a record for each epoch.
 
         Raises:
-            ChildProcessError: a process that loads pictures died; see ValueError.
-            ValueError: a picture cannot be read, or the loss or its gradient is no number; everything up to that step
+            ChildProcessError: a process that loads images died; see ValueError.
+            ValueError: an image cannot be read, or the loss or gradient is NaN or infinite; everything up to that step
                 has been saved.
         """
         model: nn.Module = self.model
@@ -201,7 +201,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _saving_faults(self) -> Iterator[None]:
-        """Save the steps that are done before a fault, which all processes see alike, ends the run."""
+        """Save the finished steps before an error, which all processes raise together, ends the run."""
         try:
             yield
         except (ValueError, ChildProcessError):
@@ -209,11 +209,11 @@ class Trainer:
                 self._save()
             raise
         except RuntimeError as error:
-            # A loader process may die in the middle of a step, whose half is not worth keeping.
+            # A loader process may die in the middle of a step; the half step is not saved.
             raise dead_worker(error) or error from error
 
     def _train_epoch(self, model: nn.Module, reporter: Reporter) -> None:
-        """The steps of the epoch that are not done yet, none where only its record is missing; then its record."""
+        """Run the remaining steps of the epoch (there may be none), then add its record."""
         epoch, per_epoch = len(self.history), len(self.sampler)
         self.sampler.epoch, self.sampler.first = epoch, self.step - epoch * per_epoch
         self.model.train()
@@ -228,10 +228,10 @@ class Trainer:
         self._finish_epoch((self.step - first) * self.options.batch_size / seconds, reporter)
 
     def _checked(self, batch: Batch | Exception, reporter: Reporter) -> tuple[Tensor, Tensor]:
-        """The batch, where no process has a fault in its place.
+        """The batch, if no process has an error instead.
 
         Raises:
-            ChildProcessError, ValueError: the fault of the first process that has one, on all of them.
+            ChildProcessError, ValueError: the error of the first process that has one, on all of them.
         """
         raise_together(batch if isinstance(batch, Exception) else None, self.process.device)
         for text in batch.unreadable:
@@ -261,8 +261,8 @@ class Trainer:
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         norm = norm.full_tensor() if self.sharded else norm
-        # In float16 the scaler answers a gradient that overflows: it leaves the step out and lowers the scale. What is
-        # no number at a scale below 1 does not overflow.
+        # In float16 the scaler handles a gradient that overflows: it skips the step and lowers the scale. A gradient
+        # that is not finite at a scale below 1 is no overflow.
         scaling = self.scaler.is_enabled()
         if not math.isfinite(norm) and not (scaling and self.scaler.get_scale() >= 1.0):
             names = dict.fromkeys(name for names in from_all_processes(bad_gradients(self.model)) for name in names)
@@ -288,7 +288,7 @@ class Trainer:
         return autocast(self.process.device, self.dtype)
 
     def _blame(self, model: nn.Module, pixels: Tensor) -> str:
-        """The first layer of any process whose output is no number, for this step's batch."""
+        """The first layer of any process with a NaN or infinite output for this step's batch."""
         self._seed()
         with self._autocast():
             mine = first_bad_layer(self.model, model, pixels)
@@ -298,14 +298,14 @@ class Trainer:
     def _skip_or_raise(self, what: str, where: str, lr: float, reporter: Reporter) -> None:
         text = f"{what} at step {self.step} of {self.steps}, learning rate {lr:.2e}, first in {where}"
         if not self.skip_nonfinite:
-            raise ValueError(f"{text}: lower the learning rate, or clip the gradient, or skip such steps")
+            raise ValueError(f"{text}: lower the learning rate, clip the gradient, or skip such steps")
         self.epoch["skipped"] += 1
         reporter.warn(f"skipped a step: {text}")
 
     def _finish_epoch(self, speed: float, reporter: Reporter) -> None:
         epoch, done = len(self.history), len(self.sampler) - self.epoch["skipped"]
         if not done:
-            raise ValueError(f"every step of epoch {epoch + 1} was skipped: the weights do not change any more")
+            raise ValueError(f"every step of epoch {epoch + 1} was skipped: the weights no longer change")
         lr = learning_rate(self.step - 1, len(self.sampler), self.options)
         record = {"epoch": epoch + 1, "step": self.step, "lr": lr, "images_per_second": round(speed, 1)}
         record["loss"] = self.epoch["loss"] / done
@@ -320,14 +320,14 @@ class Trainer:
         reporter.epoch(record)
 
     def export(self, directory: Path) -> None:
-        """Write the model in transformers' layout, with ``preprocessor_config.json``; the first process does it."""
+        """Write the model in transformers' format, with ``preprocessor_config.json``, from the first process."""
         result = self.result
         if self.sharded:
             tensors = {name: tensor.full_tensor().cpu() for name, tensor in result.state_dict().items()}
             result = self._skeleton
             result.load_state_dict(tensors, assign=True)
         if self.process.rank == 0:
-            # A run that was killed after its last checkpoint has none of that checkpoint's history.
+            # A run killed right after its last checkpoint lacks that checkpoint's history.
             write_files(self.output, {HISTORY: json_writer({"epochs": self.history})})
             result.save_pretrained(directory, format="transformers")
             self.processor.save_pretrained(directory)

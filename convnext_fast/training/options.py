@@ -26,10 +26,10 @@ class TrainingOptions:
         drop_path: stochastic depth of the last block; None keeps the configuration's.
         label_smoothing: part of the target spread over all classes.
         mixup, cutmix: α of the Beta distribution of the share; 0 for off.
-        ema: decay of the exponential moving average of the weights, which is what is evaluated and exported; 0 for off.
+        ema: decay of the exponential moving average of the weights, which is evaluated and exported; 0 for off.
         augmentation: one of ``augment.AUGMENTATIONS``.
-        dtype: one of ``DTYPES``; those of 16 bits by autocast, with float32 parameters, and for float16 a loss scale
-            that grows and shrinks by itself.
+        dtype: one of ``DTYPES``; those of 16 bits by autocast, with float32 parameters, and for float16 a loss
+            scale that adapts itself.
         seed: of initial weights, order, augmentation, mixing and drop path.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A run's checkpoint: whole or not there, and what resumes from it may have another number of processes.
+"""A run's checkpoint: written atomically, and readable by any number of processes.
 
 One process writes ``checkpoint.pt``, which can be read without running code; it keeps the weights under ``model`` and
 their average under ``model_ema``, as the official repository does, so that `checkpoint.load_checkpoint` reads it too.
@@ -33,7 +33,7 @@ _REMAINS = re.compile(
     r"\.tmp"
 )
 TENSORS = ("model", "model_ema", "optimizer")
-"""What a checkpoint holds by name, in tensors."""
+"""Names of the groups of tensors in a checkpoint."""
 ENTRIES = {"step": int, "epoch": dict, "history": list, "scaler": dict, "identity": dict}
 """What it holds in plain values, which JSON can keep, with their types."""
 
@@ -41,11 +41,11 @@ Tree = Mapping[str, Union[Tensor, "Tree"]]
 
 
 def find_checkpoint(directory: Path) -> Path | None:
-    """The latest whole checkpoint of a run, or None."""
+    """The latest complete checkpoint of a run, or None."""
     file, folder = directory / CHECKPOINT, max(_folders(directory), default=None)
     if folder is None or not file.exists():
         return folder or (file if file.exists() else None)
-    # Both kinds are there only where a run was killed between writing one and removing the other.
+    # Both kinds exist only if a run was killed between writing one and removing the other.
     return folder if load_facts(folder)["step"] > load_facts(file)["step"] else file
 
 
@@ -108,12 +108,12 @@ def load_facts(path: Path) -> dict[str, Any]:
     """The plain values of the checkpoint that `find_checkpoint` found, `ENTRIES`.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: it is missing.
         ValueError: it is truncated, or something else.
     """
     content = read_json(path / FACTS) if path.is_dir() else _read_file(path)
     if set(ENTRIES) - set(content):
-        raise ValueError(f"{path} is no checkpoint of a training run")
+        raise ValueError(f"{path} is not a checkpoint of a training run")
     for name, kind in ENTRIES.items():
         if type(content[name]) is not kind:
             found = type(content[name]).__name__
@@ -129,7 +129,7 @@ def load_tensors(path: Path, tensors: Tree) -> None:
         tensors: `TENSORS`, as the run that loads has them.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: it is missing.
         ValueError: it is truncated, something else, or of another model.
     """
     if not path.is_dir():
@@ -149,21 +149,21 @@ def load_tensors(path: Path, tensors: Tree) -> None:
     except MemoryError:
         raise
     except (Exception, dcp.api.CheckpointException) as error:  # a damaged index can make it raise anything
-        raise ValueError(f"{path} is no whole checkpoint: {_reason(error)}") from error
+        raise ValueError(f"{path} is not a complete checkpoint: {_reason(error)}") from error
 
 
 def hold(directory: Path) -> IO[str]:
-    """Keep other processes' runs out of a run's folder until this process ends or closes a handle of the lock's file.
+    """Lock a run's folder against other runs until this process ends or closes a handle of the lock file.
 
-    File systems without locks keep nobody out.
+    Has no effect on file systems without locks.
 
     Raises:
         OSError: the folder cannot be written.
-        ValueError: another process holds it.
+        ValueError: another process has locked it.
     """
     file = (directory / LOCK).open("a", encoding="utf-8")
     try:
-        # Of all locks this one ends with the process, and is not left to the loader processes that it forked.
+        # Unlike other locks, this one ends with the process and is not inherited by forked loader processes.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -173,7 +173,7 @@ def hold(directory: Path) -> IO[str]:
 
 
 def remove_remains(directory: Path) -> None:
-    """Delete what processes that were killed while writing have left in a run's folder."""
+    """Delete temporary files that killed processes left in a run's folder."""
     for path in directory.glob(".*.tmp"):
         if not _REMAINS.fullmatch(path.name):
             continue
@@ -189,7 +189,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent} holds no {path.name}") from None
     if not isinstance(content, dict) or {*TENSORS, *ENTRIES} - set(content):
-        raise ValueError(f"{path} is no checkpoint of a training run")
+        raise ValueError(f"{path} is not a checkpoint of a training run")
     return content
 
 
@@ -219,7 +219,7 @@ def _fill(target: Tree, source: Tree, name: str) -> None:
 
 
 def _folders(directory: Path) -> list[Path]:
-    """The whole checkpoints that are folders, under names that sort by their steps."""
+    """The complete checkpoints that are folders; their names sort by step."""
     return [path for path in directory.glob("checkpoint-*") if FOLDER.fullmatch(path.name)]
 
 
@@ -230,7 +230,7 @@ def _remove_folders(directory: Path, but: Path | None = None) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, out of what `torch.distributed.checkpoint` wraps around it."""
+    """The error inside the one that `torch.distributed.checkpoint` raises."""
     failures = getattr(error, "failures", {})
     first = next(iter(failures.values()), None)
     return str(first[0] if first else error)

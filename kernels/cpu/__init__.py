@@ -1,1 +1,1 @@
-"""Kernels for x86 CPUs, emitted as LLVM IR by llvmlite (extra ``cpu``) and compiled for the machine they run on."""
+"""Kernels for x86 CPUs, emitted as LLVM IR by llvmlite and compiled for the machine they run on."""

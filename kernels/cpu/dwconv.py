@@ -1,11 +1,11 @@
-"""Depthwise convolution of pixels side by side.
+"""Depthwise convolution of neighbouring pixels of a row.
 
     u[p, c] = Σ_{ky, kx} w[ky, kx, c]·x[h + ky − k//2, w + p + kx − k//2, c] + bias[c]
 
 One vector of channels at a time: for each row of the filter, its k vectors of weights stay in registers, each of the
 ``GROUP`` + k − 1 pixels is loaded once and multiplied into the up to k sums it belongs to. ``GROUP`` is seven, which
-divides the widths that an image of 224² has. What lies outside the image is not in the code: there is one function for
-each number of columns missing on the left and on the right.
+divides the widths that an image of 224² has. No code tests for the image's border: there is one function
+for each number of columns missing on the left and on the right.
 
 x: (N, H, W, C); weights: (k·k, C); u: rows of C.
 """
@@ -58,7 +58,7 @@ def group(
 
 
 class Convolving(Team):
-    """A team with a depthwise convolution, by the fields x, dwconv_weight and dwconv_bias.
+    """A kernel with a depthwise convolution, of the arguments x, dwconv_weight and dwconv_bias.
 
     channels: C; side: k; pixels: of a group, at most W.
     """
@@ -127,7 +127,7 @@ class DwconvSizes(NamedTuple):
 
 
 class Dwconv(Convolving):
-    """Emits ``dwconv``: u in the place of y. With the filter turned around it is the gradient of x."""
+    """Emits ``dwconv``: u in the place of y. With the filter flipped it computes the gradient of x."""
 
     NAME = "dwconv"
 

@@ -1,8 +1,8 @@
-"""A whole frozen block in one parallel region: nothing but x, y and the weights leaves the caches of a core.
+"""A whole frozen block in one parallel region: only x, y and the weights leave the caches of a core.
 
     y = x + w2·GELU(w1·n + b1) + b2,   n = LayerNorm(dwconv(x)) without its affine, which w1 and b1 hold (`folding`)
 
-A chunk goes from convolution to result while its n and its hidden activations h lie in the second level of cache.
+A chunk goes from convolution to result while its n and its hidden activations h stay in the L2 cache.
 """
 
 from __future__ import annotations

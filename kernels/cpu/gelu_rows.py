@@ -2,7 +2,7 @@
 
     forward:   h = GELU(a)                 backward:  h = GELU(a),  da = dh·GELU'(a)
 
-Arrays of a multiple of the lanes; each thread has a part of them.
+Array sizes are multiples of the vector's lanes; each thread takes a part.
 """
 
 from __future__ import annotations

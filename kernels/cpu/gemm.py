@@ -2,15 +2,15 @@
 
     z[r, j] = Σ_k a[r, k]·w[j, k] + bias[j]
 
-for ``rows`` rows r and ``vectors``·lanes columns j; what becomes of z is the product's `End`. Each step k loads the
-panel's vectors, spreads one a[r, k] over the lanes for each r, and multiplies each by each: with AVX-512, 28 FMA for 2
-vectors and 14 numbers read.
+for ``rows`` rows r and ``vectors``·lanes columns j; the product's epilogue (`End`) consumes z. Each step k loads the
+panel's vectors, broadcasts a[r, k] for each r, and multiplies each by each: with AVX-512, 28 FMA for 2 vectors and 14
+numbers read.
 
 One chain of thousands of additions would err several times as much as BLAS does. So sums of ``CHUNK`` products each are
 added up on the stack, for 1 to 3 % of the time.
 
-The weights of a large model come from memory. So while a panel is used the next one is brought into the second level of
-cache (2 % faster at one image).
+The weights of a large model come from memory. So while a panel is used, the next one is prefetched into the L2 cache (2
+% faster at one image).
 
 Packed weights (`pack`): (⌈N/panel⌉, K, panel), the last panel as narrow as its columns.
 """
@@ -32,7 +32,7 @@ UNROLL = 4
 LINE = 16  # numbers of a cache line
 
 End = Callable[[Emitter, ir.Value, Sequence[ir.Value]], None]
-"""Emits what is done with a vector of z, for its places in the arrays that the product reads and writes."""
+"""The epilogue of a product: emits what is done with a vector of z, given its addresses in the epilogue's arrays."""
 
 
 def store(e: Emitter, z: ir.Value, places: Sequence[ir.Value]) -> None:
@@ -63,7 +63,8 @@ def tile(
     """``f(a, lda, panel, bias, valid, *places)`` for one tile of the product ``name``.
 
     places: for each of the ``arrays`` of ``end`` the address of its first number and the numbers from row to row. All
-    rows of a are read, lda apart, but only the first ``valid`` have an end. depth: K, a multiple of ``UNROLL``.
+    rows of a are read, lda apart, but the epilogue runs only for the first ``valid``. depth: K, a multiple of
+    ``UNROLL``.
     """
     kinds = POINTER, I64, POINTER, POINTER, I64, *[POINTER, I64] * arrays
     function = define(module, f"{name}_{rows}_{vectors}", *kinds)
@@ -82,7 +83,7 @@ def tile(
             for u in range(UNROLL):
                 weights = [e.load(here, u * width + j * lanes) for j in range(vectors)]
                 following = []
-                for row in starts:  # in this order, which LLVM keeps, one number at a time takes a register
+                for row in starts:  # LLVM keeps this order, in which one number at a time takes a register
                     number = e.spread(e.scalar(e.at(row, k), u))
                     following += [e.fma(number, weight, sums[len(following) + j]) for j, weight in enumerate(weights)]
                 sums = following

@@ -1,7 +1,7 @@
 """Compiles kernels and runs them on PyTorch's own threads.
 
-PyTorch's Linux builds bring libgomp, whose threads go on spinning for a while after each piece of work. A second pool
-of threads would fight with them for the cores, so kernels are started with ``GOMP_parallel`` of the very library that
+PyTorch's Linux builds bring libgomp, whose threads keep spinning for a while after each parallel region. A second
+thread pool would compete with them for the cores, so kernels are started with ``GOMP_parallel`` of the library that
 PyTorch has loaded.
 """
 
@@ -46,7 +46,7 @@ MOST = 256
 
 @functools.cache
 def _threads() -> ctypes.CDLL | None:
-    """The libgomp in this process that is PyTorch's; None where it has another library for its threads."""
+    """PyTorch's libgomp in this process; None if PyTorch uses another threading library."""
     if not sys.platform.startswith("linux"):
         return None
     lines = Path("/proc/self/maps").read_text().splitlines()
@@ -58,7 +58,7 @@ def _threads() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(found[0])
-    except OSError:  # an upgrade under a process that runs
+    except OSError:  # the file was replaced while the process runs
         return None
     library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     library.GOMP_parallel.restype = None
@@ -76,7 +76,7 @@ def has(machine: Machine) -> bool:
 
 @functools.cache
 def machine_for(*sizes: int) -> Machine | None:
-    """The widest vectors that this processor has and all sizes are multiples of; None if there are none."""
+    """The widest supported vectors whose lanes divide every size; None if there are none."""
     fitting = (machine for machine in (AVX512, AVX2) if not any(size % machine.lanes for size in sizes))
     return next((machine for machine in fitting if has(machine)), None)
 
@@ -114,7 +114,7 @@ class Kernel(NamedTuple):
     engine: binding.ExecutionEngine
 
 
-@functools.lru_cache(MOST, typed=True)  # by the kind of sizes, too
+@functools.lru_cache(MOST, typed=True)  # sizes of different kernels may compare equal
 def _kernel(machine: Machine, sizes: Sizes) -> Kernel:
     kind = _KINDS[type(sizes)]
     code = code_for(
@@ -137,12 +137,12 @@ def run(machine: Machine, sizes: Sizes, *fields: int) -> None:
 
 
 def memory(count: int) -> Tensor:
-    """So many numbers, of any value."""
+    """A new uninitialised float32 tensor of ``count`` elements."""
     return torch.empty(count, dtype=torch.float32, device="cpu")
 
 
 def run_rows(machine: Machine, sizes: MlpSizes | MlpBwdSizes, rows: int, eps: float, *addresses: int) -> None:
-    """A kernel on rows without neighbours; ``addresses``: all but that of scratch memory, which is the last."""
+    """Run a kernel on independent rows; ``addresses``: all except that of the scratch buffer, which comes last."""
     team, chunk = torch.get_num_threads(), rows_of_chunk(machine, sizes.channels * sizes.hidden, rows)
     given = numbers_of_rows(rows, chunk, eps, team)
     scratch = memory(team * scratch_rows(machine, chunk, 1) * sizes.row)
@@ -169,12 +169,12 @@ class Launch:
         self.kernel, self.team, self.run = _kernel(machine, sizes), team, _threads().GOMP_parallel
         self.numbers = tuple(given[name] for name in NUMBERS)
         self.scratch_size = team * scratch_rows(machine, given["unit"], given["units"]) * sizes.row
-        # A tile's rows beyond the last pixel are computed too: on zeros, for what was in memory before can be slow.
+        # A tile's rows beyond the last pixel are computed too: on zeros, because leftover values can be slow.
         self.wants_zeros = bool(result[1] % (machine.rows // 2))
         self.argument = ctypes.c_int64 * (len(sizes.addresses) + len(NUMBERS))
 
     def start(self, x: int, y: int, weights: Sequence[int], scratch: Tensor) -> Callable[[], None]:
-        """A function that runs the kernel; ``weights``: the addresses between those of y and of scratch memory."""
+        """A function that runs the kernel; ``weights``: the addresses between those of y and of the scratch buffer."""
         argument = self.argument(x, y, *weights, scratch.data_ptr(), *self.numbers)
         return functools.partial(self.run, self.kernel.address, argument, self.team, 0)
 
@@ -185,7 +185,7 @@ class Launch:
 
 
 def run_in_turn(launches: Sequence[tuple[Launch, Sequence[int]]], places: Sequence[int]) -> None:
-    """Kernels with the addresses of their weights, from the first of ``places`` in memory to the second, and so on."""
+    """Run kernels, given the addresses of their weights: each reads one of ``places`` and writes the next."""
     new = torch.zeros if any(launch.wants_zeros for launch, _ in launches) else torch.empty
     scratch = new(max(launch.scratch_size for launch, _ in launches), dtype=torch.float32, device="cpu")
     calls = [

@@ -1,4 +1,4 @@
-"""What layer scale leaves of E = Σ_p dz ⊗ h, in one pass over it and the weight.
+"""The gradients of w2 and of the layer scale from E = Σ_p dz ⊗ h, in one pass over E and the weight.
 
 dot[c] = Σ_k w2[c, k]·E[c, k], dγ without b2's part     dw2[c, k] = γ[c]·E[c, k], in the place of E
 """

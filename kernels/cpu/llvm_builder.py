@@ -1,4 +1,4 @@
-"""A little language over llvmlite's IR builder: loops, choices, vectors of float32 and pointers to them."""
+"""Helpers on top of llvmlite's IR builder: loops, branches, float32 vectors and pointers to them."""
 
 from __future__ import annotations
 
@@ -115,10 +115,10 @@ class Emitter:
         return self.builder.gep(pointer, [self.index(index)], inbounds=True, source_etype=F32)
 
     def stack(self, vectors: int) -> ir.Value:
-        """Room for vectors, until the function returns."""
+        """Stack memory for vectors, until the function returns."""
         room = self.builder.alloca(ir.ArrayType(self.vector, vectors))
         room.align = 64
-        # llvmlite gives it a type with what it points to, and casts such a pointer to no plain one.
+        # llvmlite types it by what it points to, and does not cast that to an opaque pointer.
         return self.builder.inttoptr(self.builder.ptrtoint(room, I64), POINTER)
 
     def load(self, pointer: ir.Value, index: int | ir.Value = 0) -> ir.Value:
@@ -126,11 +126,11 @@ class Emitter:
         return self.builder.load(self.at(pointer, index), align=4, typ=self.vector)
 
     def store(self, value: ir.Value, pointer: ir.Value, index: int | ir.Value = 0) -> None:
-        """To pointer[index] and after."""
+        """Store a vector at pointer[index]."""
         self.builder.store(value, self.at(pointer, index), align=4)
 
     def prefetch(self, pointer: ir.Value, index: int | ir.Value) -> None:
-        """Have the line of &pointer[index] brought into the second level of cache."""
+        """Prefetch the cache line of &pointer[index] into L2."""
         module = self.builder.module
         name = "llvm.prefetch.p0"
         function = module.globals.get(name) or ir.Function(
@@ -167,7 +167,7 @@ class Emitter:
         return self.builder.call(function, arguments)
 
     def clamp(self, x: ir.Value, bound: float) -> ir.Value:
-        """x held to ±bound; +bound for NaN, as a processor's own minimum has it."""
+        """x clamped to ±bound; +bound for NaN, as the processor's minimum instruction gives."""
         b, high, low = self.builder, self.spread(bound), self.spread(-bound)
         x = b.select(b.fcmp_ordered("<", x, high), x, high)
         return b.select(b.fcmp_ordered(">", x, low), x, low)
@@ -197,5 +197,5 @@ class Emitter:
 
 
 def to_float32(value: float) -> float:
-    """The nearest float32, for LLVM takes no other constant."""
+    """The nearest float32: LLVM takes no other constant."""
     return struct.unpack("f", struct.pack("f", value))[0]

@@ -50,7 +50,7 @@ def _flags(machine: Machine) -> str:
 
 
 def _target(machine: Machine) -> binding.TargetMachine:
-    """LLVM's compiler; an engine takes it, so there is one for each."""
+    """LLVM's target machine; an engine takes ownership, so each needs its own."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     return binding.Target.from_default_triple().create_target_machine(
@@ -77,7 +77,7 @@ def compile_for(machine: Machine, module: ir.Module) -> bytes:
 
 
 def load(machine: Machine, code: bytes, symbols: Mapping[str, int]) -> binding.ExecutionEngine:
-    """Code made ready to run, as long as the engine lives. ``symbols``: addresses of functions that it calls."""
+    """Load code, to run while the returned engine lives. ``symbols``: addresses of functions that it calls."""
     for name, address in symbols.items():
         binding.add_symbol(name, address)
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _target(machine))

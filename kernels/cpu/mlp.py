@@ -3,7 +3,7 @@
     n = LayerNorm(u)·g + β     a = n·w1ᵀ + b1     h = GELU(a)     y = x + s·(h·w2ᵀ + b2)
 
 w2 and b2 hold γ already (`packing`). s: the factor of drop path for each pixel. n and h of a chunk never leave the
-second level of cache; a is written where it is saved.
+L2 cache; a is written if it is saved.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     dz = s·dy     dh = dz·(γ∘w2)     da = dh·GELU'(a)     h = GELU(a)     dn = da·w1
     du = rstd·(dn∘g − mean(dn∘g) − x̂·mean(dn∘g∘x̂))
 
-n, dz, h and da go to memory for them, with ``PADDING`` numbers after each row. Each chunk leaves the sums over its rows
-of da, dz, dn∘x̂ and dn, so what is summed in which order does not depend on the number of threads.
+n, dz, h and da are written to memory for `weight_grad`, with ``PADDING`` numbers after each row. Each chunk writes the
+sums over its rows of da, dz, dn∘x̂ and dn, so the order of summation does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ADDRESSES = (
     *("dy", "u", "a", "scale", "du", "n", "dz", "h", "da", "sums"),
     *("ln_weight", "ln_bias", "w1", "b1", "w2", "w1_back", "zeros", "scratch"),
 )
-"""dy, u, du: (P, C); a: (P, K), given unless it is computed anew; n, dz: (P, C), h, da: (P, K), padded; sums:
+"""dy, u, du: (P, C); a: (P, K), given unless it is recomputed; n, dz: (P, C), h, da: (P, K), padded; sums:
 (chunks, K + 3·C); w1: packed for a; w2, w1_back: for dh and dn; zeros: max(C, K)."""
 
 _SUMMED = 8

@@ -5,8 +5,8 @@
 
 x̂ = LayerNorm(x) without its affine, which w and bias hold (`folding`).
 
-A chunk's patches lie in the second level of cache, one a row, as the packed weights want them: (kh, kw, C) for
-downsampling, (C, kh, kw) for the stem. What the patches do not cover at the right and at the bottom is left out.
+A chunk's patches stay in the L2 cache, one per row, in the order of the packed weights: (kh, kw, C) for downsampling,
+(C, kh, kw) for the stem. Pixels at the right and the bottom that fill no patch are dropped.
 """
 
 from __future__ import annotations

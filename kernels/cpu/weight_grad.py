@@ -1,10 +1,10 @@
-"""The gradient of a linear layer's weight: a product over all pixels of two matrices that lie row by row.
+"""The gradient of a linear layer's weight: a product over all pixels of two row-major matrices.
 
     out[i, j] (+)= Σ_p left[p, i]·right[p, j]
 
 A tile of out stays in registers for ``CHUNK`` pixels: for each one the vectors of right are loaded and each number of
-left is spread over the lanes, as in `gemm`, but nothing has to be packed. Pixels are taken in blocks, so many that the
-narrower matrix stays in the second level of cache; of the wider one a strip of a tile's width is used for all tiles
+left is spread over the lanes, as in `gemm`, but nothing has to be packed. Pixels are taken in blocks small enough
+for the narrower matrix to stay in the L2 cache; a strip of the wider one, as wide as a tile, is used for all tiles
 along the other. The sums of a block's chunks are added up on the stack, those of blocks in out, so that no chain of
 additions is long. Threads share the tiles, so nothing depends on their number.
 """
@@ -23,7 +23,8 @@ from .work_sharing import PADDING, entry, share
 FIELDS = ("left", "right", "out", "pixels", "adds")
 
 _BLOCK_BYTES, _LEAST_BLOCK = 512 << 10, 512
-"""Of the narrower matrix, and pixels; with fewer, a wide layer's out, which lies in no cache, is read too often."""
+"""Bytes of the narrower matrix, and the least pixels: with fewer, a wide layer's out, which fits no cache, is read too
+often."""
 
 
 class WeightGradSizes(NamedTuple):
@@ -131,7 +132,7 @@ class WeightGrad:
                 e.store(b.fadd(e.load(total, number), part), total, number)
 
         e.loop(0, count, CHUNK, chunk)
-        # Not read where it is fresh: a new page that is read first is made twice.
+        # Not read if it is fresh: reading a new page before writing it costs a second page fault.
         with b.if_else(b.icmp_signed("!=", fresh, e.index(0))) as (first, later):
             for branch, adds in ((first, False), (later, True)):
                 with branch:

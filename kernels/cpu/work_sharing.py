@@ -1,7 +1,7 @@
 """How the threads of a team share the rows of an image, and a matrix product over what one of them holds.
 
 An image row is cut into units, so that a chunk of a wide image is a part of a row, and of a narrow one several rows; a
-chunk has some 56 pixels. Threads share the units where there are enough of them, and none waits for another; else all
+chunk has about 56 pixels. Threads share the units where there are enough of them, and none waits for another; else all
 work on each chunk together: they share its units, then the columns of each product, with a barrier between the steps.
 Either way an element of the result is computed by the same instructions in the same order, whatever the batch and the
 number of threads.
@@ -20,7 +20,7 @@ from .llvm_builder import I32, I64, POINTER, VOID, Emitter, define
 from .machine import Machine
 
 PADDING = 16
-"""Numbers between rows in scratch memory, lest all of them fall into the same sets of the first level of cache."""
+"""Numbers between rows in the scratch buffer, so that the rows do not all map to the same sets of the L1 cache."""
 
 THREAD_FUNCTIONS = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 NUMBERS = ("in_height", "in_width", "rows", "height", "width", "pieces", "unit", "units", "split_columns", "eps")
@@ -29,10 +29,10 @@ N·height; pieces: units of a row, of ``unit`` pixels, the last may be shorter; 
 eps: a float32's bits."""
 
 GROUP = 7
-"""Pixels that a convolution does at a time. No unit of a wider image is narrower, for its last group starts earlier."""
+"""Pixels that a convolution computes at a time. Wider images have no narrower unit: the last group overlaps."""
 
 WIDE_WEIGHT = 1 << 20
-"""Numbers of a weight that fills much of the last level of cache."""
+"""Elements of a weight that fills much of the last-level cache."""
 
 _CHUNK_PIXELS = 56
 _WIDEST_UNIT = 64
@@ -61,7 +61,7 @@ def numbers(samples: int, image: tuple[int, int], result: tuple[int, int], eps: 
 
 
 def rows_of_chunk(machine: Machine, weight: int, rows: int) -> int:
-    """Of a kernel on rows without neighbours, whose weights have ``weight`` numbers each: whole tiles.
+    """Rows of a chunk of a kernel on independent rows, whose weights have ``weight`` elements each: whole tiles.
 
     Small chunks where there are few rows to share. Large ones where the weights fill the last level of cache: each
     chunk reads them once.
@@ -72,7 +72,7 @@ def rows_of_chunk(machine: Machine, weight: int, rows: int) -> int:
 
 
 def numbers_of_rows(rows: int, chunk: int, eps: float, threads: int) -> dict[str, int]:
-    """``NUMBERS`` for rows without neighbours, ``chunk`` at a time."""
+    """``NUMBERS`` for independent rows, ``chunk`` at a time."""
     chunks = -(-rows // chunk)
     uneven = chunks < 4 * threads and chunks % threads > 0
     shares = {"unit": chunk, "units": 1, "pieces": chunks, "split_columns": int(uneven)}
@@ -104,13 +104,13 @@ def entry(
 
 
 def share(e: Emitter, work: int | ir.Value) -> list[ir.Value]:
-    """Of so many pieces of work this thread's first, and the one after its last."""
+    """This thread's range of the pieces of work: the first, and one past the last."""
     thread, threads = thread_and_threads(e)
     return [e.over(e.times(work, t), threads) for t in (thread, e.plus(thread, 1))]
 
 
 class Product(NamedTuple):
-    """A matrix product over the rows of a chunk: the fields of its weights, its sizes, its end and its tiles."""
+    """A matrix product over the rows of a chunk: the fields of its weights, its sizes, its epilogue and its tiles."""
 
     weight: str
     bias: str
@@ -176,7 +176,7 @@ class Team:
         return self.e.plus(self.e.times(row, self.given["width"]), left)
 
     def product(self, weight: str, bias: str, depth: int, columns: int, end: End = store, arrays: int = 1) -> Product:
-        """A product of ``depth`` by ``columns`` whose ``end`` has places in ``arrays``."""
+        """A product of ``depth`` by ``columns`` whose epilogue ``end`` accesses ``arrays``."""
         machine = self.machine
         widths = {machine.vectors if columns >= machine.panel else 0, columns % machine.panel // machine.lanes} - {0}
         tiles = {
@@ -191,8 +191,8 @@ class Team:
     ) -> None:
         """This member's panels of a product, for ``count`` rows of a, which are ``depth`` + PADDING apart.
 
-        arrays: those of the product's end, each with the numbers from row to row. ``whole``: the rows of the last tile
-        that are beyond ``count`` have an end, too, for another product reads them.
+        arrays: those of the product's epilogue, each with its row stride. ``whole``: the epilogue also runs for the
+        rows of the last tile beyond ``count``, because another product reads them.
         """
         e, machine = self.e, self.machine
         lda, half = product.depth + PADDING, machine.rows // 2

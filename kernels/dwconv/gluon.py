@@ -30,7 +30,7 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-    # Triton before 3.7 calls it by another name.
+    # It has another name before Triton 3.7.
     async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
     AVAILABLE = os.environ.get("TRITON_INTERPRET") != "1"
 except ImportError:
@@ -101,9 +101,9 @@ if AVAILABLE:
         """(mean, M2) of each pixel of u (16, 2, 2, 2, 4·WARPS) to the pair ``at + held``; ``share`` is 1/channels.
 
         Σu and Σu² are products of the matrix unit with ones and with uᵀ (the diagonal), for a thread holds u as an
-        operand already, up to the order of the channels, which no sum minds. M2 = Σu² − (Σu)²/n then errs by about
-        2^-23 of the squared mean. Rounding u has moved M2 by more wherever |mean| is below some hundreds of standard
-        deviations (float16; thousands in bfloat16), and beyond that it has left u next to no digits.
+        operand already, up to the order of the channels, which does not matter for a sum. M2 = Σu² − (Σu)²/n then errs
+        by about 2^-23 of the squared mean. Rounding u has moved M2 by more wherever |mean| is below some hundreds of
+        standard deviations (float16; thousands in bfloat16), and beyond that it has left u next to no digits.
         """
         CB: gl.constexpr = WARPS * 4
         MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
@@ -337,7 +337,7 @@ if AVAILABLE:
                         done, ends.index((GROUPS * TAPS + TAIL + s) % STAGES), u_ptr, r_ptr, u_off, u_ok, stats_ptr,
                         s_off, s_ok, held, share, o, W, pitch, C, WARPS, STORE, RESIDUAL, EARLY, STATS, dtype,
                     )  # fmt: skip
-        # The rows' memory is theirs to the end: a last store's scratch in it would meet copies that are under way.
+        # The rows' memory is not reused here: the last store's scratch buffer would collide with pending copies.
         rows._keep_alive()
         if EARLY:
             ends._keep_alive()
@@ -375,13 +375,13 @@ def _layouts(warps: int, itemsize: int, statistics: bool) -> dict[str, object]:
 
 
 def serves(x: torch.Tensor) -> bool:
-    """Whether this form can take ``x`` (N, H, W, C); a tensor without an address is taken to be aligned."""
+    """Whether this form supports ``x`` (N, H, W, C); a tensor without an address is assumed to be aligned."""
     nvidia = x.device.type != "xpu" and target_of(x).startswith("sm_")
     return AVAILABLE and nvidia and x.shape[3] % 8 == 0 and _aligned(x)
 
 
 def _aligned(x: torch.Tensor | None) -> bool:
-    """Whether there is ``x``, and copies of 16 bytes may start where it does."""
+    """Whether ``x`` is given and is aligned for copies of 16 bytes."""
     return x is not None and (traced(x) or x.is_meta or x.data_ptr() % 16 == 0)
 
 

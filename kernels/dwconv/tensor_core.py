@@ -16,8 +16,8 @@ the same one, o mod k, so with the rows unrolled k times no register ever moves.
 belong to a neighbour in the tile: a NaN or inf in x therefore reaches every output of the tiles whose inputs hold it
 (rows are exact), and nothing else.
 
-The height may be cut into segments, each a pair of its own, when the batch alone does not fill the machine; a segment
-reads k − 1 rows that its neighbours read too.
+The height may be cut into segments, each its own pair, when the batch alone does not fill the device; a segment reads
+k − 1 rows that its neighbours read too.
 
 The statistics of LayerNorm (see statistics.py) are those of the rounded u. A program owns one block of CB channels and
 takes it DB channels at a time, for that is what fits in registers; it merges the statistics of the sweeps.
@@ -162,7 +162,7 @@ def dwconv_tensor_core_kernel(
         pitch = (tl.zeros((), tl.int64) + W) * C
     i = tl.arange(0, 2 * TW)
     iw = tile[:, None] * TW + i[None, :] - HALF
-    # Pixels that only zeros of T meet are not read: else their NaNs would spread further than they must.
+    # Pixels that only zeros of T multiply are not read, so that their NaNs do not spread further than necessary.
     in_ok = (n[:, None] < N) & (iw >= 0) & (iw < W) & (i[None, :] < TW + TAPS - 1)
     ow = tile[:, None] * TW + tl.arange(0, TW)[None, :]
     s_ok = (n[:, None] < N) & (ow < W)

@@ -1,4 +1,4 @@
-"""Launch configurations of the depthwise convolution: pure functions of shape, dtype and target, no device asked.
+"""Launch configurations of the depthwise convolution: pure functions of shape, dtype and target.
 
 Numbers come from compiled code (registers, spills) and from executed instruction counts on sm_80; those of sm_90 were
 timed (see tuning.py).
@@ -30,7 +30,7 @@ class TensorCoreConfig:
 
 
 def segment_rows(height: int, taps: int, pairs: int, blocks: int, slots: int) -> int:
-    """Output rows a program takes, so that the launch ends soonest; ``height`` when cutting it gains nothing.
+    """Output rows of a program that give the shortest launch; ``height`` if cutting it gains nothing.
 
     ``pairs`` (image, width-tile) of a whole height, 16 a program, times ``blocks`` of channels; ``slots`` programs run
     at a time. A program of s rows takes s + taps − 1 input rows (height when whole), plus about 4 rows' time to set up.

@@ -9,10 +9,10 @@ Backward (``fused_bwd.py``, ``gemm_bwd.py``):
     dz' = s·dy    dh = q·(dz'·w2g), q·w2g = γ_c·w2    da = dh·act′(a)    dx̂ = da·w1g
     D = daᵀ·x̂ (K, C)    db1 = Σ_p da    E = dz'ᵀ·h (C, K)    dz_sum = Σ_p dz'
 
-w1g and b1g carry LayerNorm's affine, w2g the layer scale (``folding.py``); q is 1 but in float16, where γ·w2 could
-vanish. ``fold_bwd`` turns D, db1, E and dz_sum into the gradients of w1, b1, w2, b2, γ and LayerNorm's affine; no other
-pass over the pixels is made. Narrow blocks in 16 bits keep the hidden activations on the chip and recompute them in the
-backward pass; wide blocks and float32 run as GEMMs with the hidden activations in memory.
+w1g and b1g carry LayerNorm's affine, w2g the layer scale (``folding.py``); q is 1 except in float16, where γ·w2 could
+underflow. ``fold_bwd`` turns D, db1, E and dz_sum into the gradients of w1, b1, w2, b2, γ and LayerNorm's affine; no
+other pass over the pixels is made. Narrow blocks in 16 bits keep the hidden activations on the chip and recompute them
+in the backward pass; wide blocks and float32 run as GEMMs with the hidden activations in memory.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def mlp_bwd(
 ) -> tuple[Tensor, Sums]:
     """(du (P, C) in u's dtype, the sums for ``fold_bwd``).
 
-    dy (P, C) in the residual's dtype; a (P, K) in u's dtype as ``mlp_fwd`` saved it, or None to compute it anew; w1g,
+    dy (P, C) in the residual's dtype; a (P, K) in u's dtype as ``mlp_fwd`` saved it, or None to recompute it; w1g,
     b1g and w2g from ``fold_fwd`` with γ; the rest as in ``mlp_fwd``. du is the gradient at LayerNorm's input, the
     convolution's output; without ``stats`` at u.
     """

@@ -3,13 +3,14 @@
     a = x̂·w1gᵀ + b1g    h = act(a)    dz' = s·dy    dh = q·(dz'·w2g), q·w2g = γ_c·w2    da = dh·act′(a)
 
 ``_input_kernel`` owns BLOCK_M pixels and walks K: dx̂ = da·w1g, and LayerNorm's backward in its epilogue,
-du = rstd·(dx̂ − mean(dx̂) − x̂·mean(dx̂·x̂)). ``_weight_kernel`` owns BLOCK_K hidden units and walks a share of the pixels:
+du = rstd·(dx̂ − mean(dx̂) − x̂·mean(dx̂·x̂)). ``_weight_kernel`` owns BLOCK_K hidden units and walks a share of the
+pixels:
 
     D = daᵀ·x̂ (K, C)    Eᵀ = hᵀ·dz' (K, C)    db1 = Σ_p da
 
 It computes aᵀ and dhᵀ, so that daᵀ and hᵀ are already the left operands of the second products. The shares' sums are
-added in a second pass, in a fixed order. C is cut into parts as in the forward; beyond 128 channels, which only warp
-groups take, into narrower ones, and D and E are sums of two programs.
+added in a second pass, in a fixed order. C is cut into parts as in the forward; beyond 128 channels, which only
+targets with warp groups support, the parts are narrower, and D and E are sums of two programs.
 """
 
 from __future__ import annotations

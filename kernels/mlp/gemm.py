@@ -62,7 +62,7 @@ def dot_rows(
 ):  # fmt: skip
     """acc + (A − mean)·Bᵀ of a tile, A (·, DEPTH) from ``a_ptr`` at ``rows``, B (N, DEPTH) at ``n``; mean may be None.
 
-    ``depth`` is DEPTH as a value unknown to the compiler, lest it unroll the whole loop and run out of registers.
+    ``depth`` is DEPTH as a runtime value, so that the compiler does not unroll the whole loop and spill.
     """
     for k0 in range(0, depth, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -127,7 +127,7 @@ def _fc1_kernel(
     h_ptr += first * K
     if a_ptr is not None:
         a_ptr += first * K
-    if BLOCK_N >= 128:  # by halves, which takes fewer registers
+    if BLOCK_N >= 128:  # in halves, to save registers
         left, right = halves(a, BLOCK_M, BLOCK_N)
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         _store_hidden(left, b1_ptr, mean, rstd, a_ptr, h_ptr, rows, rows_ok, n, K, ACT, FORM)
@@ -172,7 +172,7 @@ def _fc2_kernel(
     y_ptr += first * C
     if residual_ptr is not None:
         residual_ptr += first * C
-    if BLOCK_N >= 128:  # by halves, lest sums and residual of a whole tile be in registers at a time
+    if BLOCK_N >= 128:  # in halves, so that sums and residual of a whole tile are not in registers together
         left, right = halves(z, BLOCK_M, BLOCK_N)
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         _store_result(left, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n, C)

@@ -4,9 +4,9 @@
     du = da'·w1g − m1 − x̂·m2                                                                       _input_grad_kernel
     D = da'ᵀ·u − Σ_p da'·μ    Eᵀ = h'ᵀ·dy    dz_sum = Σ_p s·dy                                     _weight_grad_kernel
 
-r_k = Σ_c w1g[k, c]. LayerNorm costs no pass of its own: u and dy go to the matrix units as they are, rstd and s ride on
-the hidden activations, and LayerNorm's backward, du = rstd·(dx̂ − mean(dx̂) − x̂·mean(dx̂·x̂)) for dx̂ = da·w1g, is
-the epilogue of its GEMM, because both means follow from what the first kernel holds:
+r_k = Σ_c w1g[k, c]. LayerNorm costs no pass of its own: u and dy go to the matrix units as they are, rstd and s are
+applied to the hidden activations, and LayerNorm's backward, du = rstd·(dx̂ − mean(dx̂) − x̂·mean(dx̂·x̂)) for dx̂ =
+da·w1g, is the epilogue of its GEMM, because both means follow from what the first kernel holds:
 
     m1 = Σ_k da'_k·r_k / C = rstd·mean(dx̂)        m2 = Σ_k da'_k·(a_k − b1g_k) / C = rstd·mean(dx̂·x̂)
 

@@ -97,7 +97,7 @@ def downsample_weight_config(
         config = GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3)
     else:
         columns = 128 if channels % 128 == 0 else 64
-        # With two float16 spills on sm_100 at C = 40, though 72 registers are all that it takes.
+        # With two stages float16 spills on sm_100 at C = 40, although it takes only 72 registers.
         stages = 3 if target == "sm_100" and dtype == torch.float16 and columns == 64 else 2
         config = GemmConfig(BLOCK_M=64, BLOCK_N=columns, BLOCK_K=32, num_warps=4, num_stages=stages)
     tiles = cdiv(columns, config.BLOCK_M) * taps * cdiv(channels, config.BLOCK_N)

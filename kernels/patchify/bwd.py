@@ -1,7 +1,7 @@
 """Backward of the convolutions of non-overlapping patches: the stem and the downsampling layers.
 
-Stem (patch convolution, then LayerNorm). One kernel computes u anew, as that reads less than a saved u, and makes of
-dout (P, C) and the image, a share of the patches a program,
+Stem (patch convolution, then LayerNorm). One kernel recomputes u, which reads less than a saved u, and computes from
+dout (P, C) and the image, with a share of the patches a program,
 
     dx̂ = dout·g    du = rstd·(dx̂ − mean(dx̂) − x̂·mean(dx̂·x̂))    dw = duᵀ·patches    db = Σ du    dg = Σ dout·x̂
     dβ = Σ dout

@@ -45,7 +45,7 @@ study.follow(steps, results, Lines(), lambda: None)
 """
 
 
-def test_goes_on_after_a_kill(tmp_path):
+def test_continues_after_a_kill(tmp_path):
     """Rows of finished steps stay as they are; a step that was cut short is done anew; nothing is doubled."""
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     process = subprocess.Popen([*command, "0.5"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -110,7 +110,7 @@ def test_parts_of_the_plan():
     assert {step.section for step in chosen("models/base/8x224", "modelled")} == {"models", "modelled"}
 
 
-def test_what_takes_too_long_is_not_run_and_says_so():
+def test_a_job_that_would_take_too_long_is_skipped_with_the_reason():
     slow = Study(CPU, lambda: environment.Roofline({"float32": 1.0}, 1.0, "made up"), quick=True, budget=1.0)
     rows = list(slow.model_rows(tiny_cell("inference"), NAMES, lambda: pytest.fail("prepared")))
     assert [row["contender"] for row in rows] == list(NAMES)
@@ -218,7 +218,7 @@ def test_pages_agree_with_the_committed_results(page):
     assert path.read_text(encoding="utf-8") == readme.rewritten(path, folders, readme.PAGES[page])
 
 
-def test_exit_status_tells_of_our_failures(tmp_path):
+def test_exit_status_reports_our_failures(tmp_path):
     def failing(**row):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         stored(folder, [{"key": "k", "section": "models", "failure": None, **row}])

@@ -208,14 +208,14 @@ def test_a_single_different_run_in_ten_is_found(monkeypatch):
     assert correctness.row_of(correctness.OFTEN, case, CPU)["passed"] is False
 
 
-def test_checks_that_cannot_run_say_why():
+def test_checks_that_cannot_run_give_the_reason():
     assert {case.dtype for case in correctness.cases(CPU)} == set(environment.DTYPES)
     assert {case.op for case in correctness.cases(CPU)} == set(cases.OPS)
     for row in correctness.huge_rows(CPU):
         assert (row["passed"], row["failure"]) == (None, "needs a CUDA device")
 
 
-def test_rates_are_the_machines():
+def test_rates_are_those_of_the_machine():
     rates = environment.measured_rates(CPU, ("float32",))
     assert 1e9 < rates.flops["float32"] < 1e14
     assert 1e8 < rates.bandwidth < 1e13

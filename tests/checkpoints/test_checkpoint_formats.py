@@ -113,7 +113,7 @@ def same(a, b):
 
 @settings(max_examples=25, deadline=None)
 @given(config=configs(), seed=st.integers(0, 2**31))
-def test_every_pair_of_formats_round_trips_to_the_bit(config, seed):
+def test_every_pair_of_formats_round_trips_exactly(config, seed):
     state = dict(randomise(ConvNext(config), seed).state_dict())
     written = {format: from_timm(state, format) for format in FORMATS}
     for first, second in itertools.product(FORMATS, FORMATS):
@@ -178,7 +178,7 @@ def test_backbone_norms_are_extra():
 
 
 @pytest.mark.parametrize("format", ["torchvision", "transformers", "official"])
-def test_norm_before_pooling_exists_in_timm_alone(format):
+def test_norm_before_pooling_exists_only_in_timm(format):
     state = dict(ConvNext(ConvNextConfig(hidden_sizes=(4, 4, 4, 4)), head_norm_first=True).state_dict())
     assert recognise(state) == "timm"
     assert same(from_timm(state, "timm"), state)
@@ -229,7 +229,7 @@ def test_unknown_format(function):
         ({"stages.3.downsample.1.weight": torch.ones(())}, "hidden_sizes"),
     ],
 )
-def test_shapes_that_are_no_convnext(change, message):
+def test_shapes_that_are_not_a_convnext(change, message):
     state = {k: v for k, v in (tiny_state() | change).items() if v is not None}
     with pytest.raises(ValueError, match=message):
         infer_config(state)

@@ -30,7 +30,7 @@ def test_bare_model_from_a_classifier(tmp_path):
 def test_classifier_from_a_bare_model(cls, classifier, tmp_path):
     source = model_of(ConvNextModel)
     save_model(source, tmp_path)
-    with pytest.warns(UserWarning, match=rf"new values for {classifier}\.weight, {classifier}\.bias"):
+    with pytest.warns(UserWarning, match=rf"newly initialises {classifier}\.weight, {classifier}\.bias"):
         model = load_model(cls, tmp_path, num_labels=400)
     layer = model.get_submodule(classifier)
     assert layer.weight.shape == (400, 15)
@@ -43,7 +43,7 @@ def test_classifier_from_a_bare_model(cls, classifier, tmp_path):
 def test_backbone_from_a_classifier(tmp_path):
     source = model_of(ConvNextForImageClassification, fields={"out_features": ["stage2", "stage4"]})
     save_model(source, tmp_path)
-    with pytest.warns(UserWarning, match=r"hidden_states_norms\.stage2\.weight.*head\.fc\.weight.*left out"):
+    with pytest.warns(UserWarning, match=r"hidden_states_norms\.stage2\.weight.*head\.fc\.weight.*not used"):
         model = load_model(ConvNextBackbone, tmp_path)
     norm = model.hidden_states_norms["stage4"]
     assert torch.equal(norm.weight, torch.ones(15))
@@ -62,7 +62,7 @@ def test_from_a_backbone(tmp_path):
     assert same(load_model(ConvNextBackbone, tmp_path).state_dict(), source.state_dict())
     features = load_model(ConvNext, tmp_path, features_only=True)
     assert torch.equal(features.stem[0].weight, source.embeddings.patch_embeddings.weight)
-    with pytest.warns(UserWarning, match=r"new values for layernorm\.weight, layernorm\.bias, .*left out"):
+    with pytest.warns(UserWarning, match=r"newly initialises layernorm\.weight, layernorm\.bias, .*not used"):
         model = load_model(ConvNextModel, tmp_path)
     assert torch.equal(model.layernorm.weight, torch.ones(15))
     with pytest.raises(ValueError, match=r"no name for hidden_states_norms\.stage4"):
@@ -70,7 +70,7 @@ def test_from_a_backbone(tmp_path):
     convert_checkpoint(tmp_path, tmp_path / "again", "transformers")
     assert same(load_model(ConvNextBackbone, tmp_path / "again").state_dict(), source.state_dict())
     config = ConvNextConfig.from_pretrained(tmp_path, out_features=["stem", "stage1"])
-    with pytest.warns(UserWarning, match=r"new values for hidden_states_norms\.stage1\.weight"):
+    with pytest.warns(UserWarning, match=r"newly initialises hidden_states_norms\.stage1\.weight"):
         other = load_model(ConvNextBackbone, tmp_path, config=config)
     assert torch.equal(other.hidden_states_norms["stem"].weight, source.hidden_states_norms["stem"].weight)
 

@@ -33,7 +33,7 @@ def test_a_failed_write_changes_nothing(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_saving_over_another_layout_leaves_no_old_weights(tmp_path):
+def test_saving_over_another_layout_removes_old_weights(tmp_path):
     for limit in ("5KB", "20KB", "5GB", "20KB"):
         model = model_of(ConvNextForImageClassification, seed=len(limit))
         save_model(model, tmp_path, max_shard_size=limit)
@@ -47,7 +47,7 @@ def test_saving_over_another_layout_leaves_no_old_weights(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
-def test_files_have_the_permissions_of_any_new_file(tmp_path):
+def test_files_have_the_usual_permissions(tmp_path):
     save_model(model_of(), tmp_path)
     (tmp_path / "plain").touch()
     modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}

@@ -81,7 +81,7 @@ def records(text):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_a_folder_is_labelled_as_the_plain_model_does(run, checkpoint, images, batch_size):
+def test_a_folder_gets_the_labels_of_the_plain_model(run, checkpoint, images, batch_size):
     status, out, err = run("classify", images, "--checkpoint", checkpoint, "--json", "--batch-size", batch_size)
     assert (status, err) == (0, "")
     found = records(out)
@@ -93,7 +93,7 @@ def test_a_folder_is_labelled_as_the_plain_model_does(run, checkpoint, images, b
             assert score == pytest.approx(probability, abs=1e-5)
 
 
-def test_a_broken_image_is_reported_and_the_rest_go_on(run, checkpoint, images):
+def test_a_damaged_image_is_reported_and_the_others_continue(run, checkpoint, images):
     whole = (images / "a.png").read_bytes()
     (images / "a.png").write_bytes(whole[: len(whole) // 2])
     (images / "empty.png").write_bytes(b"")
@@ -126,7 +126,7 @@ def test_standard_input_is_paths_or_an_image(run, checkpoint, images):
     for found, same in zip(record["predictions"], by_path[0]["predictions"], strict=True):
         assert found == same | {"score": pytest.approx(same["score"], abs=1e-5)}
     for stdin, reason in (
-        (b"", "no image and no path"),
+        (b"", "neither an image nor a path"),
         (b"\xff\x00\xfe", "neither an image of a format that is read nor a list of paths"),
         (data[: len(data) // 2], "broken image"),
     ):
@@ -144,11 +144,11 @@ def test_labels_for_people(run, checkpoint, images, monkeypatch):
     assert out.splitlines() == lines
 
 
-def test_a_file_of_weights_says_what_preprocessing_it_takes(run, checkpoint, images, tmp_path):
+def test_a_file_of_weights_reports_the_preprocessing_used(run, checkpoint, images, tmp_path):
     assert run("convert", checkpoint, tmp_path / "w.pth", "--to", "timm")[0] == 0
     status, out, err = run("classify", images, "--checkpoint", tmp_path / "w.pth", "--json")
     assert status == 0
-    assert "has no preprocessor_config.json; taking size 224, mean [0.485, 0.456, 0.406]" in err
+    assert "has no preprocessor_config.json; using size 224, mean [0.485, 0.456, 0.406]" in err
     assert records(out)[0]["predictions"][0]["label"].startswith("LABEL_")
 
 
@@ -200,14 +200,14 @@ def test_a_model_without_classes_cannot_classify():
         ("1", 1, 3, [255, 255, 255]),
     ],
 )
-def test_an_image_comes_with_the_channels_asked_for(tmp_path, mode, value, channels, expected):
+def test_an_image_has_the_requested_channels(tmp_path, mode, value, channels, expected):
     PIL.Image.new(mode, (4, 2), value).save(tmp_path / "x.png")
     image = open_image(tmp_path / "x.png", channels)
     assert image.size == (4, 2)
     assert np.asarray(image).reshape(8, channels).tolist() == [expected] * 8
 
 
-def test_a_photograph_comes_upright(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     PIL.Image.new("RGB", (40, 20)).save(tmp_path / "x.jpg", exif=exif)
@@ -246,7 +246,7 @@ def test_the_counts_are_those_of_the_model(config, size):
     assert maps.shape[1:] == (counts[-2].channels, counts[-2].height, counts[-2].width)
 
 
-def test_the_papers_sizes():
+def test_sizes_of_the_paper():
     # Table 1 and table 12 of "A ConvNet for the 2020s": parameters in millions and "FLOPs" in G at 224².
     paper = {"tiny": (28.6, 4.5), "small": (50.2, 8.7), "base": (88.6, 15.4), "large": (197.8, 34.4)}
     for name, (millions, giga) in {**paper, "xlarge": (350.2, 60.9)}.items():
@@ -256,7 +256,7 @@ def test_the_papers_sizes():
 
 
 @pytest.mark.parametrize("columns", ["24", "100"])
-def test_info_fits_every_width_and_cuts_nothing_off(run, checkpoint, monkeypatch, columns):
+def test_info_fits_every_terminal_width(run, checkpoint, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     status, out, _ = run("info")
     assert status == 0
@@ -332,8 +332,8 @@ def test_help(command, capsys):
         (["classify", "x.png", "--checkpoint", "/no/such/folder"], "/no/such/folder"),
         (["convert", "/no/such/folder", "out", "--to", "timm"], "/no/such/folder"),
         (["info", "/no/such/folder"], "/no/such/folder"),
-        (["demo", "--device", "abacus"], "device 'abacus' is not there"),
-        (["train", "/no/such/folder", "--variant", "atto"], "/no/such/folder is no folder"),
+        (["demo", "--device", "abacus"], "device 'abacus' is not available"),
+        (["train", "/no/such/folder", "--variant", "atto"], "/no/such/folder is not a folder"),
         (["evaluate", "digits", "--checkpoint", "/no/such/folder"], "/no/such/folder"),
         (["export", "/no/such/folder", "x.onnx"], "/no/such/folder"),
     ],
@@ -350,7 +350,7 @@ def test_a_failure_is_one_line_and_status_1(run, tmp_path, monkeypatch, argv, wo
 @pytest.mark.parametrize(
     ("module", "argv"), [("rich.console", ["info"]), ("rich.console", ["demo"]), ("sklearn.datasets", ["demo"])]
 )
-def test_what_the_extra_installs_is_asked_for_by_name(run, monkeypatch, module, argv):
+def test_a_missing_extra_is_named(run, monkeypatch, module, argv):
     monkeypatch.setitem(sys.modules, module, None)
     status, out, err = run(*argv)
     assert (status, out) == (1, "")
@@ -368,7 +368,7 @@ def test_the_installed_command_runs_without_rich_for_scripts(checkpoint, images)
     assert b"gone.png: No such file" in done.stderr
 
 
-def test_a_reader_that_leaves_is_no_crash():
+def test_a_broken_pipe_is_not_a_crash():
     command = subprocess.Popen(
         [sys.executable, "-m", "convnext_fast", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -378,7 +378,7 @@ def test_a_reader_that_leaves_is_no_crash():
     assert error == ""
 
 
-def test_pictures_with_damaged_exif_lie_as_they_are_and_other_damage_is_a_broken_image(tmp_path):
+def test_damaged_exif_is_ignored_and_other_damage_is_an_error(tmp_path):
     entries = struct.pack("<HHHI4s", 2, 256, 2, 3, b"32") + struct.pack("<HHIHH", 274, 3, 1, 6, 0)
     PIL.Image.new("RGB", (20, 40)).save(tmp_path / "x.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0" + entries + b"\0" * 4)
     with pytest.raises(struct.error):
@@ -390,6 +390,6 @@ def test_pictures_with_damaged_exif_lie_as_they_are_and_other_damage_is_a_broken
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("I;16", "<u2"), ("I;16B", ">u2")])
-def test_sixteen_bits_in_either_order_of_bytes(mode, kind):
+def test_sixteen_bits_in_both_byte_orders(mode, kind):
     picture = PIL.Image.frombytes(mode, (3, 1), np.array([0, 256 * 7, 65535]).astype(kind).tobytes())
     assert np.asarray(to_channels(picture, 1)).tolist() == [[0, 7, 255]]

@@ -38,7 +38,7 @@ def test_the_split_is_fixed_stratified_and_complete():
     assert counts.max() < 0.34
 
 
-def test_the_shipped_model_is_small_and_what_the_training_command_makes():
+def test_the_included_model_is_small_and_made_by_the_training_command():
     size = sum(path.stat().st_size for path in demo.ASSETS.iterdir())
     assert size < 2_000_000
     model = ConvNextForImageClassification.from_pretrained(demo.ASSETS)
@@ -48,7 +48,7 @@ def test_the_shipped_model_is_small_and_what_the_training_command_makes():
     assert ConvNextImageProcessor.from_pretrained(demo.ASSETS) == digits_processor()
 
 
-def test_the_held_out_digits_are_read_by_transformers_too(held_out):
+def test_transformers_reads_the_held_out_digits_too(held_out):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.ConvNextForImageClassification.from_pretrained(demo.ASSETS).eval()
     processor = ConvNextImageProcessor.from_pretrained(demo.ASSETS)
@@ -113,4 +113,4 @@ def test_an_output_that_cannot_be_written_is_an_error(tmp_path, capsys):
     assert main(["demo", "--output", str(tmp_path / "sheet.text"), "--device", "cpu"]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert "no/such.png: there is no folder" in errors[0]
-    assert "sheet.text does not end as an image does" in errors[1]
+    assert "sheet.text has no suffix of an image format" in errors[1]

@@ -213,7 +213,7 @@ def test_state_dict_goes_both_ways(image, tmp_path):
     assert fuse(loaded).fused
 
 
-def test_outputs_are_the_hosts(image):
+def test_outputs_are_those_of_the_host(image):
     """Hidden states, tuples, losses, feature maps: as before, name by name."""
     for model, options in [
         (tiny(), {"output_hidden_states": True, "labels": torch.tensor([0, 1, 2])}),
@@ -359,7 +359,7 @@ def test_report_reads_well():
 def test_strict():
     model = tiny()
     blocks(model)[1].act = torch.nn.Hardswish()
-    with pytest.raises(ValueError, match=r"left the model as it was(.|\n)*Hardswish"):
+    with pytest.raises(ValueError, match=r"changed nothing(.|\n)*Hardswish"):
         fuse(model, strict=True)
     assert "fused by" not in repr(model)
     with pytest.raises(ValueError, match="no ConvNeXt block found"):
@@ -392,7 +392,7 @@ def test_checkpointing(image):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_compiles_whole(training, image):
+def test_compiles_as_one_graph(training, image):
     torch.compiler.reset()
     model = Logits(tiny(drop_path_rate=0.0)).train(training)
     expected = everything(model, image)

@@ -78,7 +78,7 @@ def worker(rank, port):
     try:
         unfuse(twin)
     except ValueError as error:
-        assert "expected unfuse() before the model is wrapped" in str(error)  # noqa: PT017
+        assert "call unfuse() before wrapping the model" in str(error)  # noqa: PT017
     else:
         raise AssertionError("unfuse did not see the class that fully_shard put on top")
     dist.destroy_process_group()

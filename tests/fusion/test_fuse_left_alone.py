@@ -144,7 +144,7 @@ REASONS = {
     "oblong kernel": (lambda: with_part("dwconv", convolution(kernel_size=(7, 3), padding=(3, 1))), r"kernel \(7, 3\)"),
     "padding": (lambda: with_part("dwconv", convolution(padding=2)), r"has padding \(2, 2\)"),
     "padding mode": (lambda: with_part("dwconv", convolution(padding_mode="reflect")), "of mode 'reflect'"),
-    "widening": (lambda: with_part("dwconv", nn.Conv2d(WIDTH, 2 * WIDTH, 7, groups=WIDTH)), "makes 16 channels of 8"),
+    "widening": (lambda: with_part("dwconv", nn.Conv2d(WIDTH, 2 * WIDTH, 7, groups=WIDTH)), "maps 8 channels to 16"),
     "own convolution": (
         lambda: with_part("dwconv", type("Same", (nn.Conv2d,), {"forward": lambda s, x: x})(8, 8, 7, groups=8)),
         "dwconv is Same, not a torch.nn.Conv2d",
@@ -163,9 +163,9 @@ REASONS = {
         lambda: with_part("layernorm", nn.LayerNorm([4, WIDTH])),
         "is LayerNorm, not a LayerNorm over",
     ),
-    "shortcut": (lambda: Written(shortcut=nn.Conv2d(WIDTH, WIDTH, 1)), r"it holds shortcut \(Conv2d\) besides"),
+    "shortcut": (lambda: Written(shortcut=nn.Conv2d(WIDTH, WIDTH, 1)), r"it also holds shortcut \(Conv2d\)"),
     "dropout": (lambda: with_part("drop_path", nn.Dropout(0.1)), "drop_path drops activations at rate 0.1"),
-    "drop path by pixel": (lambda: Dropping(drop=BatchDropPath()), "something else than a ConvNeXt block in training"),
+    "drop path by pixel": (lambda: Dropping(drop=BatchDropPath()), "something other than a ConvNeXt block in training"),
     "two drop paths": (lambda: Written(a=BatchDropPath(), b=BatchDropPath()), "two stochastic depths, a and b"),
     "hooks inside": (
         lambda: changed(lambda block: block.dwconv.register_forward_hook(lambda *_: None)),
@@ -199,9 +199,9 @@ REASONS = {
     "replaced forward": (lambda: changed(own_forward), "its forward was replaced"),
     "replaced inside": (lambda: changed(replaced_inside), "the forward of pwconv1 was replaced"),
     "more inputs": (Conditioned, "its forward takes more than the activations"),
-    "no residual": (NoResidual, "something else than a ConvNeXt block in evaluation"),
-    "something else": (Doubled, "something else than a ConvNeXt block in training"),
-    "another output": (Pair, "returns something else than the activations"),
+    "no residual": (NoResidual, "something other than a ConvNeXt block in evaluation"),
+    "something else": (Doubled, "something other than a ConvNeXt block in training"),
+    "another output": (Pair, "returns something other than the activations"),
     "failing": (Failing, r"its forward fails on \(8, 8, 2, 3\) float32: only on Sundays"),
 }
 
@@ -225,7 +225,7 @@ def test_v2_without_affine_is_left_alone():
     assert "its LayerNorm has no affine" in next(iter(fuse(model).left_alone.values()))
 
 
-def test_one_block_left_alone_does_not_keep_the_others():
+def test_one_block_left_alone_does_not_affect_the_others():
     model = ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 2], num_stages=2))
     model.encoder.stages[1].layers[0].dwconv.register_forward_hook(lambda *_: None)
     report = fuse(model)
@@ -247,11 +247,11 @@ class Applying(Plain):
 def test_blocks_that_differ_by_a_function_are_each_run():
     report = fuse(nn.Sequential(Applying(torch.clone), Applying(torch.neg), Applying(torch.clone)))
     assert report.fused == ("0", "2")
-    assert report.left_alone == {"1": "its forward computes something else than a ConvNeXt block in evaluation"}
+    assert report.left_alone == {"1": "its forward computes something other than a ConvNeXt block in evaluation"}
 
 
 @pytest.mark.parametrize("affine", [{}, {"bias": False}, {"elementwise_affine": False}])
-def test_blocks_of_nobodys_library_are_found(affine):
+def test_blocks_of_unknown_libraries_are_found(affine):
     """By what they hold: the names, the hidden width and the parts of LayerNorm's affine are free."""
     block = randomise(Written(norm=nn.LayerNorm(WIDTH, **affine)))
     twin = copy.deepcopy(block)
@@ -304,7 +304,7 @@ def append(block):
     ("change", "reason"),
     [(append, "linear now holds 0, 1, 2, 3, not"), (drop_bias, "linear.0 now has no bias")],
 )
-def test_what_was_done_to_a_container_or_a_bias_after_fusing_is_seen(change, reason):
+def test_changes_of_a_container_or_a_bias_after_fusing_are_noticed(change, reason):
     block = randomise(Boxed())
     twin = copy.deepcopy(block)
     assert fuse(twin, strict=True).fused == ("",)

@@ -326,18 +326,18 @@ REASONS = {
         ),
         r"weight of 1 \(Conv2d\) is quantised or not floating",
     ),
-    "something else": (ActivatedAlone, "computes something else than a downsampling layer in evaluation"),
+    "something else": (ActivatedAlone, "computes something other than a downsampling layer in evaluation"),
     "overridden": (Activated, "Activated overrides the forward of Pair"),
-    "blocks first": (Reversed, "computes something else than a downsampling layer"),
+    "blocks first": (Reversed, "computes something other than a downsampling layer"),
     "tensor of its own": (
         lambda: changed(lambda pair: pair.register_parameter("scale", nn.Parameter(torch.ones(1)))),
         "the Sequential that runs it has tensors of its own: scale",
     ),
     "more children": (
         lambda: Stage(last=nn.Identity()),
-        r"the Stage that runs it holds blocks \(ModuleList\), last \(Identity\)",
+        r"the Stage that runs it also holds blocks \(ModuleList\), last \(Identity\)",
     ),
-    "no blocks": (lambda: Stage(blocks=nn.Identity()), r"holds blocks \(Identity\) besides: expected a list of blocks"),
+    "no blocks": (lambda: Stage(blocks=nn.Identity()), r"holds blocks \(Identity\): expected only a list of blocks"),
 }
 
 

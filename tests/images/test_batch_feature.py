@@ -34,7 +34,7 @@ def test_batch_feature():
     assert batch.to("meta").pixel_values.device.type == "meta"
 
 
-def test_batch_feature_casts_floats_alone():
+def test_batch_feature_casts_only_floats():
     labels = torch.tensor([2049])
     batch = BatchFeature(pixel_values=[torch.ones(2), torch.ones(3)], labels=labels, names=["a"])
     batch.to(torch.device("cpu"), torch.float16)

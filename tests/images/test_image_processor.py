@@ -19,7 +19,7 @@ from transformers.models.convnext.image_processing_pil_convnext import (  # noqa
     ConvNextImageProcessorPil as Theirs,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*channels could be either end:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*channels could be on either end:UserWarning")
 GRID = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -312,7 +312,7 @@ def test_dtypes_of_a_mixed_batch_are_promoted_as_in_transformers():
     np.testing.assert_array_equal(ours.pixel_values, theirs["pixel_values"])
 
 
-def test_tensors_that_numpy_does_not_hold():
+def test_tensors_of_dtypes_that_numpy_lacks():
     image = torch.from_numpy(pixels((3, 20, 20)))
     processor = ConvNextImageProcessor(size=16)
     expected = processor(image)
@@ -320,7 +320,7 @@ def test_tensors_that_numpy_does_not_hold():
     assert_same(processor(image.float().requires_grad_()), expected)
 
 
-def test_input_is_left_alone():
+def test_input_is_not_modified():
     array = pixels((3, 12, 12)).astype(np.float32)
     before = array.copy()
     out = ConvNextImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)(array)["pixel_values"][0]
@@ -352,7 +352,7 @@ def test_none_means_the_processors_own_value():
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(option_sets())
-def test_both_read_what_the_other_wrote(tmp_path, options):
+def test_each_reads_the_files_of_the_other(tmp_path, options):
     ours, theirs = ConvNextImageProcessor(**options), Theirs(**options)
     image = photo(25, 31)
     expected = ours(image)
@@ -416,7 +416,7 @@ def test_hub_id_without_the_extra(monkeypatch):
         ConvNextImageProcessor.from_pretrained("facebook/convnext-tiny-224")
 
 
-def test_hub_id_out_of_the_cache(tmp_path, monkeypatch):
+def test_hub_id_from_the_cache(tmp_path, monkeypatch):
     constants = pytest.importorskip("huggingface_hub").constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -100,7 +100,7 @@ def test_bad_images(images, error, words):
         ConvNextImageProcessor(size=16)(images)
 
 
-def test_a_thin_picture_is_refused_before_it_takes_gigabytes():
+def test_a_very_thin_image_is_refused_before_it_takes_gigabytes():
     with pytest.raises(
         ValueError, match=r"image 0 would be resized to (18285714×256|256×18285714|15360000×256|256×15360000)"
     ):

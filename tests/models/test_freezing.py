@@ -39,7 +39,7 @@ def folded(model):
 
 @pytest.mark.parametrize("made", [ConvNext, ConvNextForImageClassification])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_nothing_but_the_speed_changes(made, dtype):
+def test_only_the_speed_changes(made, dtype):
     model = model_of(dtype, made)
     expected, keys = logits(model, image(dtype)), list(model.state_dict())
     model.freeze()
@@ -69,7 +69,7 @@ def test_folded_weights_are_copies():
     ("before", "after"),
     [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float64)],
 )
-def test_a_change_of_dtype_folds_anew(before, after):
+def test_a_change_of_dtype_folds_again(before, after):
     """Also one that finds the parameters in that dtype already: the biases stay wide, the row sums the weights' own."""
     model = model_of(before).freeze().to(after)
     wide = torch.promote_types(after, torch.float32)
@@ -214,7 +214,7 @@ class Detector(torch.nn.Module):
         return self.backbone(x)
 
 
-def test_a_state_dict_that_is_loaded_around_or_inside_is_seen():
+def test_loading_a_state_dict_around_or_inside_unfreezes():
     x = image(torch.float64)
     other = Detector()
     with torch.no_grad():
@@ -265,7 +265,7 @@ def test_training_mode_of_a_part_unfreezes_it():
     }
 
 
-def test_weights_folded_in_inference_mode_serve_autograd():
+def test_weights_folded_in_inference_mode_work_with_autograd():
     model = model_of(torch.float64)
     x = image(torch.float64).requires_grad_()
     want = torch.autograd.grad(model(x).square().sum(), x)[0]

@@ -189,7 +189,7 @@ def test_freezing_before_or_after_a_change_computes_it(made, change, reason):
 
 
 @both
-def test_adapters_learn(made):
+def test_adapters_are_trained(made):
     model = model_of(made).train()
     adapt_fc1(model)
     with pytest.warns(RuntimeWarning, match="Adapted"):
@@ -226,7 +226,7 @@ def test_other_layers_of_the_model_are_called():
     assert torch.equal(model(image()), want)
 
 
-def test_settings_read_anew_are_no_change(recwarn):
+def test_settings_read_on_every_call_are_not_a_change(recwarn):
     model, plain = model_of(), model_of(fused=False)
     for each in (model, plain):
         for block in each.blocks():
@@ -255,7 +255,7 @@ def test_parametrised_weights():
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_parameters_that_lie_elsewhere_are_no_change():
+def test_moved_parameters_are_not_a_change():
     """FullyShardedDataParallel takes them out of the layers and leaves views in their place."""
     model = model_of()
     want = model(image())

@@ -204,7 +204,7 @@ def test_outputs_are_put_together_as_libraries_do():
     assert convnext_fast.models.outputs.BackboneOutput(feature_maps=[logits, logits])[0] == [logits, logits]
 
 
-def test_what_a_trainer_of_transformers_asks_for():
+def test_the_attributes_that_transformers_trainer_needs():
     model = convnext_fast.ConvNextForImageClassification(convnext_fast.ConvNextConfig(**CONFIGS[1])).train()
     assert model.num_parameters(exclude_embeddings=True) == sum(p.numel() for p in model.parameters())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
@@ -243,7 +243,7 @@ def test_options_of_from_pretrained(tmp_path):
     assert model.config.problem_type == "multi_label_classification"
     assert model.classifier.out_features == 3
     backbone = convnext_fast.ConvNextBackbone
-    with pytest.warns(UserWarning, match="starts with new values"):
+    with pytest.warns(UserWarning, match="newly initialises"):
         model = backbone.from_pretrained(tmp_path, out_features=["stage1", "stage2"], torch_dtype="float16")
     assert model.channels == [11, 24]
     assert model.dtype == torch.float16

@@ -241,7 +241,7 @@ def test_construction_options():
     assert "fused=True" in repr(model)
 
 
-def test_features_only_holds_the_stages_that_it_runs(tmp_path):
+def test_features_only_has_only_the_stages_that_it_runs(tmp_path):
     sizes = {"num_stages": 4, "hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 2, 1]}
     config = ConvNextConfig(**sizes, num_labels=5, drop_path_rate=0.3)
     whole = randomise(ConvNext(config, dtype=torch.float64)).eval()

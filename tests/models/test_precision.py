@@ -232,7 +232,7 @@ def test_one_seed_gives_the_same_bits(fused):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_is_computed_anew_changes_gradients_by_rounding_alone(mode):
+def test_recomputation_changes_gradients_only_by_rounding(mode):
     model = build().train()
     x, labels = torch.randn(3, 3, 32, 40), torch.tensor([0, 1, 2])
     results = []

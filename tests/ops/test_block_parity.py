@@ -105,7 +105,7 @@ def test_pointwise_mlp(shape, dtype, residual, recompute, act, seed):
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("recompute", [0, 1, 2])
-def test_more_rows_than_one_block_of_them_holds(recompute, act):
+def test_several_row_blocks(recompute, act):
     """Nothing that is kept for the backward pass is written over: a second one gives the same bits."""
     parameters = block_parameters(5, 20, 7, torch.float64)
     x = activations((1, 47, 50, 5), torch.float64, "contiguous")

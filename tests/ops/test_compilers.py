@@ -136,7 +136,7 @@ def test_runs_ahead_of_time_without_python(surface, tmp_path):
     assert relative_error(actual, expected) <= BOUNDS[torch.float32]
 
 
-def test_onnx_is_of_standard_operators_and_agrees(tmp_path):
+def test_onnx_has_only_standard_operators_and_agrees(tmp_path):
     onnx = pytest.importorskip("onnx", reason="needs the extra export")
     pytest.importorskip("onnxruntime", reason="needs the extra export")
     model = build("timm")
@@ -171,6 +171,6 @@ def test_onnx_of_the_other_surface_with_any_size(tmp_path):
         (lambda model, path: (ConvNext(ConvNextConfig(**{**FIELDS, "num_labels": 0})), path), "no classifier"),
     ],
 )
-def test_what_cannot_be_written_as_onnx_is_said(change, message, tmp_path):
+def test_an_error_for_what_onnx_cannot_express(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         export_onnx(*change(build("timm"), tmp_path / "model.onnx"), 32, 32)

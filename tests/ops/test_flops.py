@@ -31,7 +31,7 @@ def test_forward_counts_what_the_reference_does(frozen):
 
 
 @pytest.mark.parametrize("recompute", [0, 1, 2])
-def test_backward_counts_two_products_for_each_and_those_made_anew(recompute):
+def test_backward_counts_two_products_for_each_and_the_recomputed_ones(recompute):
     c, k, pixels = 16, 64, 2 * 14 * 10
     model = ConvNext(CONFIG)
     block = model.stages[0].blocks[0]
@@ -46,7 +46,7 @@ def test_backward_counts_two_products_for_each_and_those_made_anew(recompute):
     assert counted(lambda: y.backward(torch.randn_like(y))) == 4 * product + anew
 
 
-def test_a_compiled_model_counts_and_runs_on():
+def test_a_compiled_model_counts_and_still_runs():
     torch.compiler.reset()
     model, x = ConvNext(CONFIG), torch.randn(SIZE)
     compiled = torch.compile(model)

@@ -134,7 +134,7 @@ def test_torch_func_takes_every_public_op(name):
     ],
     ids=["convnext_block", "dwconv_layernorm", "pointwise_mlp"],
 )
-def test_a_second_derivative_is_refused_in_our_words(op):
+def test_a_second_derivative_is_refused_with_a_clear_error(op):
     x = activations((2, 5, 4, 6), torch.float32, "contiguous")
     parameters = block_parameters(6, 24, 7, torch.float32)
     (gradient,) = torch.autograd.grad(op(x, parameters).square().sum(), x, create_graph=True)

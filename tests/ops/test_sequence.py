@@ -106,7 +106,7 @@ def test_equal_bits(model, chains, mode, layout, one_by_one):
 
 
 @pytest.mark.parametrize("compile_", [False, True])
-def test_no_gradient_is_wanted_though_autograd_records(model, chains, compile_):
+def test_grad_mode_without_a_gradient_to_record(model, chains, compile_):
     """As in a script without ``no_grad``."""
     called = torch.compile(model, backend="aot_eager", fullgraph=True) if compile_ else model
     x = torch.randn(2, 3, 40, 36)
@@ -122,7 +122,7 @@ def test_no_gradient_is_wanted_though_autograd_records(model, chains, compile_):
 
 @pytest.mark.parametrize("depths", [[1, 1], [3, 2], [2, 1]])
 @torch.no_grad()
-def test_maps_on_the_way(depths, chains, one_by_one):
+def test_intermediate_feature_maps(depths, chains, one_by_one):
     """All that models give out besides the last map, for numbers of blocks that leave a stage in either memory."""
     config = ConvNextConfig(num_stages=2, hidden_sizes=[16, 24], depths=depths, out_features=["stem", "stage1"])
     timms = randomise(ConvNext(config)).eval().freeze()
@@ -147,7 +147,7 @@ def test_maps_on_the_way(depths, chains, one_by_one):
     assert not any(a.data_ptr() == b.data_ptr() for a, b in itertools.combinations(got[3:], 2))
 
 
-def test_the_input_is_not_overwritten_and_the_result_is_anyones(model):
+def test_the_input_is_not_overwritten_and_the_result_may_be(model):
     blocks = blocks_of(model, 0)
     x = torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last)
     given = x.clone()
@@ -161,7 +161,7 @@ def test_the_input_is_not_overwritten_and_the_result_is_anyones(model):
     y.requires_grad_().sum().backward()
 
 
-def test_weights_whose_memory_moves(model):
+def test_weights_that_move_in_memory(model):
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         expected = output(model, x)
@@ -171,7 +171,7 @@ def test_weights_whose_memory_moves(model):
     assert filler
 
 
-def test_what_a_block_refuses_a_chain_refuses(model):
+def test_a_sequence_refuses_what_a_block_refuses(model):
     x = torch.randn(1, 3, 32, 32)
     block = blocks_of(model, 0)[1]
     conv = block.parts().dwconv
@@ -188,7 +188,7 @@ def test_what_a_block_refuses_a_chain_refuses(model):
                 output(model, x)
 
 
-def test_what_other_modules_refuse_a_chain_refuses(model):
+def test_a_sequence_refuses_what_other_modules_refuse(model):
     stem = stem_of(model)
     conv, norm = stem.children()
     down_norm, down_conv = downsampling(model)
@@ -214,7 +214,7 @@ def test_an_image_that_a_downsampling_layer_cannot_divide():
         model.stages[1](torch.randn(1, 16, 1, 9))
 
 
-def test_the_stem_is_read_as_it_is(model):
+def test_the_stems_live_weights_are_used(model):
     """It is not frozen: its weights may change, in place too."""
     x = torch.randn(1, 3, 32, 32)
     conv, norm = stem_of(model).children()
@@ -227,7 +227,7 @@ def test_the_stem_is_read_as_it_is(model):
         check(changed, model, x)
 
 
-def test_an_activation_that_there_is_not(model):
+def test_an_unknown_activation(model):
     block = blocks_of(model, 0)[1]
     block.act_name = "glue"
     with torch.no_grad(), pytest.raises(ValueError, match="act is 'glue': expected one of gelu"):
@@ -236,7 +236,7 @@ def test_an_activation_that_there_is_not(model):
 
 @pytest.mark.parametrize("compile_", [False, True])
 @pytest.mark.parametrize("part", ["stem", "block", "downsample"])
-def test_a_parameter_that_wants_a_gradient_though_the_model_is_frozen(model, chains, part, compile_):
+def test_a_frozen_model_with_a_parameter_that_needs_a_gradient(model, chains, part, compile_):
     module = {"stem": stem_of(model), "block": blocks_of(model, 1)[0], "downsample": downsampling(model)}[part]
     parameter = list(module.parameters())[-1].requires_grad_()
     called = torch.compile(model, backend="aot_eager") if compile_ else model
@@ -304,7 +304,7 @@ def test_hooks_fire(model, chains, where):
     assert chains == expected
 
 
-def test_an_encoder_that_is_called(chains):
+def test_calling_the_encoder_alone(chains):
     model = randomise(ConvNextModel(CONFIG)).eval().freeze()
     x, seen = torch.randn(1, 3, 32, 32), []
     handle = model.encoder.register_forward_hook(lambda module, x, y: seen.append(len(y)))
@@ -317,7 +317,7 @@ def test_an_encoder_that_is_called(chains):
     assert seen == [3]
 
 
-def test_what_was_done_to_a_block_counts(model, chains):
+def test_changes_of_a_block_are_noticed(model, chains):
     x = torch.randn(1, 3, 32, 32)
     block = blocks_of(model, 0)[1]
     with torch.no_grad():
@@ -339,7 +339,7 @@ def test_what_was_done_to_a_block_counts(model, chains):
     assert chains == [WHOLE, 3, 3, WHOLE, 3]
 
 
-def test_a_mode_that_looks_on_sees_the_blocks(model, chains):
+def test_a_dispatch_mode_sees_the_blocks(model, chains):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     names = []
@@ -392,7 +392,7 @@ def unfreeze_a_block(model):
 
 
 @pytest.mark.parametrize("do", [dilate, replace, stop_fusing, stride_of_the_stem, unfreeze_a_block])
-def test_a_compiled_model_sees_what_is_done_to_it(model, chains, do):
+def test_a_compiled_model_notices_changes(model, chains, do):
     torch.compiler.reset()
     x = torch.randn(2, 3, 40, 40)
     compiled_model = torch.compile(model, backend="aot_eager")
@@ -442,7 +442,7 @@ def test_opcheck(bias, channels):
     torch.library.opcheck(frozen_steps, one, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_no_kernel_serves(chains):
+def test_shapes_that_no_kernel_supports(chains):
     model = randomise(ConvNext(ConvNextConfig(num_stages=1, hidden_sizes=[12], depths=[2]))).eval().freeze()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

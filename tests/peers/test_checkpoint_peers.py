@@ -137,7 +137,7 @@ def save_shapes(model, path):
 
 
 @pytest.mark.parametrize("name", ["convnext_atto_ols", "convnext_atto_rms", "convnext_large_mlp", "convnextv2_atto"])
-def test_timm_models_that_are_something_else(name, tmp_path):
+def test_timm_models_of_other_architectures(name, tmp_path):
     save_shapes(timm.create_model(name, device="meta"), tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"stem\.1|missing: .*norm\.bias|head\.pre_logits|ConvNeXt V2"):
         load_model(ConvNext, tmp_path / "x.pth")
@@ -173,7 +173,7 @@ def test_torchvision_weights_load_strictly_both_ways(tmp_path):
     assert all(torch.equal(t, theirs.state_dict()[k]) for k, t in again.state_dict().items())
 
 
-def test_one_set_of_weights_around_all_libraries(tmp_path):
+def test_one_set_of_weights_through_all_libraries(tmp_path):
     theirs = torchvision_model()
     torch.save(theirs.state_dict(), tmp_path / "0.pth")
     source = tmp_path / "0.pth"

@@ -66,7 +66,7 @@ def peak(name, layout):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from /proc")
-def test_a_training_step_needs_a_part_of_the_memory():
+def test_a_training_step_needs_less_memory_than_eager():
     """ConvNeXt-atto, 8 images of 224², float32: at each level of recompute against the better of timm's layouts."""
     theirs = min(peak("timm", layout) for layout in ("contiguous_format", "channels_last"))
     ratios = {level: peak(level, "channels_last") / theirs for level in ("0", "1", "2")}

@@ -38,7 +38,7 @@ def run_to_the_end(output, **options):
 
 
 @pytest.mark.parametrize(("stop", "save_every"), [(4, 0), (2, 1), (5, 2)])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, stop, save_every):
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stop, save_every):
     history, losses, weights = run_to_the_end(tmp_path / "whole")
     trainer = new_trainer(tmp_path / "cut", validation=pictures(10), save_every=save_every)
     first = Quiet(until=stop)
@@ -59,7 +59,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, stop, save_ev
     assert json.loads((tmp_path / "cut" / "history.json").read_text())["epochs"] == resumed
 
 
-def test_training_learns_and_the_average_is_what_is_scored_and_exported(tmp_path):
+def test_training_learns_and_the_average_is_scored_and_exported(tmp_path):
     history, _, weights = run_to_the_end(tmp_path, epochs=6, drop_path=0.0, mixup=0.0, cutmix=0.0)
     assert history[-1]["accuracy"] == 1.0
     assert history[-1]["loss"] < history[0]["loss"]
@@ -121,7 +121,7 @@ def test_bf16_trains_float32_weights(tmp_path):
     assert narrow.losses[0] == pytest.approx(exact.losses[0], rel=0.02)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path):
+def test_a_nan_loss_stops_the_run_before_it_is_saved(tmp_path):
     model = ConvNext(tiny_config())
     with torch.no_grad():
         model.head.fc.bias[0] = math.inf
@@ -140,8 +140,8 @@ def test_an_image_that_cannot_be_read_is_named(image_folder, tmp_path):
         evaluate(ConvNext(tiny_config()), evaluation_loader(images, processor(), channels=1, batch_size=4), CPU)
 
 
-def test_the_classes_of_model_and_pictures_have_to_agree(tmp_path):
-    with pytest.raises(ValueError, match="the model has 2 classes, the pictures 3"):
+def test_model_and_images_must_have_the_same_classes(tmp_path):
+    with pytest.raises(ValueError, match="the model has 2 classes, the images 3"):
         new_trainer(tmp_path, images=pictures(classes=("a", "b", "c")))
 
 
@@ -156,7 +156,7 @@ def train(data, output, *arguments):
     return cli.main(["train", str(data), "--output", str(output), *fixed, *map(str, arguments)])
 
 
-def test_an_interrupted_run_says_how_to_go_on(image_folder, config_file, tmp_path, capsys):
+def test_an_interrupted_run_says_how_to_resume(image_folder, config_file, tmp_path, capsys):
     checkpoint = tmp_path / "run" / "checkpoint.pt"
 
     def interrupt():
@@ -171,13 +171,11 @@ def test_an_interrupted_run_says_how_to_go_on(image_folder, config_file, tmp_pat
         assert train(image_folder, tmp_path / "run", "--config", config_file, "--epochs", "300") == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    assert f"--resume goes on from {checkpoint}" in capsys.readouterr().err
+    assert f"--resume continues from {checkpoint}" in capsys.readouterr().err
     assert stored(tmp_path / "run")["step"] % 2 == 0
 
 
-def test_fine_tuning_keeps_the_classifier_of_the_same_classes_and_starts_others_anew(
-    image_folder, config_file, tmp_path
-):
+def test_fine_tuning_keeps_the_classifier_only_for_the_same_classes(image_folder, config_file, tmp_path):
     assert train(image_folder, tmp_path / "first", "--config", config_file, "--epochs", "1") == 0
     weights = load_file(tmp_path / "first" / "model" / "model.safetensors")
     tuned = ["--checkpoint", tmp_path / "first" / "model", "--lr", "0", "--min-lr", "0", "--ema", "0", "--epochs", "1"]
@@ -194,9 +192,7 @@ def test_fine_tuning_keeps_the_classifier_of_the_same_classes_and_starts_others_
     assert ConvNextImageProcessor.from_pretrained(tmp_path / "other" / "model").size == {"shortest_edge": 8}
 
 
-def test_a_new_users_way_from_a_folder_of_images_to_an_exported_model(
-    image_folder, config_file, tmp_path, capsys, monkeypatch
-):
+def test_from_a_folder_of_images_to_an_exported_model(image_folder, config_file, tmp_path, capsys, monkeypatch):
     """Train, be interrupted, resume, evaluate, classify, export; each command reads what the one before has written."""
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra export")
     monkeypatch.setenv("COLUMNS", "200")
@@ -208,7 +204,7 @@ def test_a_new_users_way_from_a_folder_of_images_to_an_exported_model(
     assert train(data, run, *options) == 0
     capsys.readouterr()
     assert train(data, run, *options) == 1
-    assert "holds a run already: resume it, or write to another folder" in capsys.readouterr().err
+    assert "already holds a run: resume it, or choose another folder" in capsys.readouterr().err
     assert train(data, run, *options, "--resume") == 0
     last = json.loads((run / "history.json").read_text())["epochs"][-1]
     capsys.readouterr()
@@ -260,7 +256,7 @@ def test_classes_are_matched_by_name(image_folder, config_file, tmp_path, capsys
     assert "has 2 classes, 'light' first: expected the ten digits" in capsys.readouterr().err
 
 
-def test_the_shipped_models_score(capsys):
+def test_score_of_the_included_model(capsys):
     digits = Path(convnext_fast.__file__).parent / "assets" / "digits"
     assert cli.main(["evaluate", "digits", "--checkpoint", str(digits)]) == 0
     assert "596 images: accuracy 98.83%" in capsys.readouterr().out
@@ -269,14 +265,14 @@ def test_the_shipped_models_score(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "need --variant, --config or --checkpoint"),
+        ([], "need one of --variant, --config and --checkpoint"),
         (["--variant", "atto", "--batch-size", "64"], "batch_size is 64: expected at most 18"),
         (["--variant", "atto", "--layer-decay", "2"], "layer_decay is 2.0: expected a number in (0, 1]"),
         (["--config", "nowhere.json"], "nowhere.json"),
         (["--checkpoint", "/nowhere"], "/nowhere"),
     ],
 )
-def test_what_cannot_be_trained_is_said(image_folder, tmp_path, capsys, arguments, message):
+def test_an_error_for_what_cannot_be_trained(image_folder, tmp_path, capsys, arguments, message):
     assert train(image_folder, tmp_path / "run", *arguments) == 1
     assert message in capsys.readouterr().err
 

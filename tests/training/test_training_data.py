@@ -39,7 +39,7 @@ def image_folder(tmp_path):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_processes_together_see_every_picture_once_in_the_order_of_one(world):
+def test_processes_together_see_the_images_of_one_in_the_same_order(world):
     one = EpochSampler(22, 4, seed=5)
     parts = [EpochSampler(22, 4, seed=5, rank=rank, world=world) for rank in range(world)]
     for sampler in (one, *parts):
@@ -71,7 +71,7 @@ def test_batches_depend_neither_on_loader_workers_nor_on_processes(world):
     assert any(0 < target < 1 for batch in expected for target in batch.targets[:, 0])
 
 
-def test_an_odd_batch_cannot_be_mixed_and_a_large_or_uneven_one_not_be_filled():
+def test_odd_too_large_and_indivisible_batches_are_refused():
     with pytest.raises(ValueError, match="batch is 3: expected an even number"):
         loader(pictures(), EpochSampler(24, 6, 0, world=2))
     with pytest.raises(ValueError, match="batch_size is 25: expected at most 24"):
@@ -81,7 +81,7 @@ def test_an_odd_batch_cannot_be_mixed_and_a_large_or_uneven_one_not_be_filled():
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_the_target_says_how_much_of_each_picture_is_there(mixup, cutmix):
+def test_the_target_is_the_share_of_each_image(mixup, cutmix):
     pixels = np.zeros((16, 3, 12, 10), np.float32)
     pixels[::2] = 1.0
     targets = np.eye(2, dtype=np.float32)[[1, 0] * 8]
@@ -101,7 +101,7 @@ def test_without_mixing_nothing_changes():
     assert (targets == np.eye(4)).all()
 
 
-def test_a_random_crop_stays_inside_and_is_mirrored_half_of_the_time():
+def test_a_random_crop_stays_inside_and_is_mirrored_half_the_time():
     columns = np.tile(np.arange(40, 80, dtype=np.uint8), (30, 1))
     crops = []
     for i in range(60):
@@ -115,7 +115,7 @@ def test_a_random_crop_stays_inside_and_is_mirrored_half_of_the_time():
     assert len({crop.tobytes() for crop in crops}) > 50
 
 
-def test_an_affine_change_is_small_and_keeps_the_middle_close():
+def test_an_affine_change_is_small():
     dot = np.zeros((32, 32), np.uint8)
     dot[15:17, 15:17] = 255
     for i in range(30):
@@ -152,8 +152,8 @@ def test_train_and_val_folders(image_folder, tmp_path):
         load_data(tmp_path / "set", 0.5, seed=0)
 
 
-def test_folders_that_are_no_data_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+def test_folders_without_data_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         load_data(tmp_path / "nowhere", 0.1, 0)
     with pytest.raises(ValueError, match="has 0 folders: expected one for each class"):
         load_data(tmp_path, 0.1, 0)
@@ -261,7 +261,7 @@ def test_a_bad_option_is_named(field, value, error):
         TrainingOptions(**{field: value})
 
 
-def test_half_of_a_layout_is_named(image_folder, tmp_path):
+def test_an_incomplete_layout_is_named(image_folder, tmp_path):
     (tmp_path / "one").mkdir()
     shutil.copytree(image_folder, tmp_path / "one" / "val")
     with pytest.raises(ValueError, match="holds val/ but no train/"):

@@ -119,7 +119,7 @@ thorough = pytest.mark.thorough
     ("strategy", "world"),
     [("ddp", 2), ("ddp", 3), pytest.param("fsdp", 2, marks=thorough), pytest.param("fsdp", 3, marks=thorough)],
 )
-def test_processes_together_do_what_one_does(tmp_path, check, strategy, world):
+def test_several_processes_equal_one(tmp_path, check, strategy, world):
     assert finish(start_ranks(world, train, tmp_path, OPTIONS | {"strategy": strategy})) == [0] * world
     check(tmp_path)
 
@@ -132,7 +132,7 @@ def test_processes_together_do_what_one_does(tmp_path, check, strategy, world):
     ],
     ids=["3-2-1", "2-3-2-2-1"],
 )
-def test_a_run_goes_on_in_another_number_of_processes_and_by_another_strategy(tmp_path, check, parts):
+def test_a_run_resumes_on_another_number_of_processes_and_with_another_strategy(tmp_path, check, parts):
     """Each part ends in step ``until``, some in the middle of an epoch; one process does the rest."""
     for world, strategy, until in parts:
         options = OPTIONS | {"strategy": strategy, "resume": True, "save_every": 1}
@@ -159,7 +159,7 @@ def watch_drop_path(output, options, until=None):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=thorough)])
-def test_each_process_drops_samples_of_its_own_and_a_resumed_run_the_same(tmp_path, strategy):
+def test_each_process_drops_its_own_samples_and_a_resumed_run_the_same_ones(tmp_path, strategy):
     options = OPTIONS | {"drop_path": 0.6, "strategy": strategy, "save_every": 1}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for output, until, resume in ((whole, None, False), (cut, 4, False), (cut, None, True)):
@@ -184,14 +184,14 @@ def lose_a_process(output, options):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=thorough)])
-def test_a_process_that_dies_ends_the_others_and_one_goes_on(tmp_path, strategy):
+def test_a_process_that_dies_ends_the_others_and_one_resumes(tmp_path, strategy):
     options = OPTIONS | {"strategy": strategy, "save_every": 1}
     survivor, victim = start_ranks(2, lose_a_process, tmp_path, options | {"epochs": 3000})
     while not list(tmp_path.glob("checkpoint*")):
         time.sleep(0.01)
     victim.kill()
     assert finish([survivor]) == [0]
-    assert "process 0 of 2 has lost another" in (tmp_path / "end-0").read_text()
+    assert "process 0 of 2 lost another process" in (tmp_path / "end-0").read_text()
     trainer = new_trainer(tmp_path, resume=True, validation=pictures(13), **OPTIONS | {"epochs": 3000})
     assert trainer.step > 0
     with pytest.raises(KeyboardInterrupt):
@@ -229,7 +229,7 @@ def meet_a_fault(output, kind, strategy):
         ("weight", "the loss is nan at step 3 of 6, learning rate 8.54e-03, first in head.fc, "),
     ],
 )
-def test_a_fault_in_one_process_ends_all_with_the_same_words_and_nothing_lost(tmp_path, kind, words, strategy):
+def test_an_error_in_one_process_ends_all_with_the_same_message_and_loses_nothing(tmp_path, kind, words, strategy):
     assert finish(start_ranks(2, meet_a_fault, tmp_path, kind, strategy)) == [0, 0]
     said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
     assert said[0] == said[1]
@@ -252,7 +252,7 @@ def fill_the_disk(output):
             (output / f"said-{os.environ['RANK']}").write_text(str(error))
 
 
-def test_a_full_disk_or_a_part_that_is_cut_short_is_said_and_leaves_the_checkpoint_before(tmp_path):
+def test_a_full_disk_or_a_truncated_part_is_an_error_and_keeps_the_last_checkpoint(tmp_path):
     assert finish(start_ranks(2, fill_the_disk, tmp_path)) == [0, 0]
     said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
     assert all("cannot write" in text and "is the disk full?" in text for text in said)
@@ -265,7 +265,7 @@ def test_a_full_disk_or_a_part_that_is_cut_short_is_said_and_leaves_the_checkpoi
     assert tensors["model"]["weight"].std() > 0.9
     for part in checkpoint.glob("*.distcp"):
         part.write_bytes(part.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="is no whole checkpoint"):
+    with pytest.raises(ValueError, match="is not a complete checkpoint"):
         load_tensors(checkpoint, tensors)
     (checkpoint / "run.json").unlink()
     with pytest.raises(FileNotFoundError):
@@ -273,7 +273,7 @@ def test_a_full_disk_or_a_part_that_is_cut_short_is_said_and_leaves_the_checkpoi
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=thorough), "float16"])
-def test_parameters_gathered_in_16_bits_train_as_well_as_autocast_does(tmp_path, alone, dtype):
+def test_parameters_gathered_in_16_bits_train_as_well_as_autocast(tmp_path, alone, dtype):
     options = OPTIONS | {"dtype": dtype}
     train(tmp_path / "one", options)
     assert finish(start_ranks(2, train, tmp_path / "two", options | {"strategy": "fsdp"})) == [0, 0]

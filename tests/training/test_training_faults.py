@@ -49,7 +49,7 @@ def outcome(output):
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.thorough)])
-def test_a_run_that_is_killed_again_and_again_goes_on_to_the_same_bits(tmp_path, kills):
+def test_a_run_killed_repeatedly_resumes_to_the_same_bits(tmp_path, kills):
     epochs = 12 if kills < 10 else 60
     process = start(train, tmp_path / "whole", tmp_path / "whole.log", epochs)
     while process.is_alive() and not count(tmp_path / "whole.log"):
@@ -122,10 +122,10 @@ def lose_a_loader(output):
     (output / "losses.json").write_text(json.dumps([said, rest.first, reporter.losses, rest.losses]))
 
 
-def test_a_loader_process_that_dies_is_said_and_nothing_is_lost(tmp_path):
+def test_a_dead_loader_process_is_reported_and_nothing_is_lost(tmp_path):
     assert finish([start(lose_a_loader, tmp_path)]) == [0]
     said, first, before, after = json.loads((tmp_path / "losses.json").read_text())
-    assert said.startswith("a process that loads pictures has died; killed for lack of memory perhaps")
+    assert said.startswith("a process that loads images died; it may have run out of memory")
     assert first == max(map(int, before)) + 1 or first == max(map(int, before))
     whole = Quiet()
     new_trainer(tmp_path / "whole", epochs=4, batch_size=4).run(whole)
@@ -163,7 +163,7 @@ LAYERS = [
 
 
 @pytest.mark.parametrize(("name", "where"), LAYERS)
-def test_a_loss_that_is_no_number_names_the_step_and_the_first_bad_layer(tmp_path, name, where):
+def test_a_nan_loss_names_the_step_and_the_first_bad_layer(tmp_path, name, where):
     trainer = new_trainer(tmp_path)
     reporter = Spoil(3, trainer.model.get_parameter(name))
     with pytest.raises(ValueError, match=f"the loss is nan at step 4 of 6, learning rate .*, first in {where}"):
@@ -172,7 +172,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_first_bad_layer(tmp_pat
     assert stored(tmp_path)["step"] == 4
 
 
-def test_a_layer_that_overflows_is_told_from_one_with_bad_weights(tmp_path):
+def test_a_layer_that_overflows_is_distinguished_from_one_with_bad_weights(tmp_path):
     trainer = new_trainer(tmp_path)
     mlp = trainer.model.stages[1].blocks[0].mlp
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_a_layer_that_overflows_is_told_from_one_with_bad_weights(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_a_step_without_a_number_is_skipped_by_choice(tmp_path):
+def test_a_nonfinite_step_can_be_skipped(tmp_path):
     """What the step leaves behind is what was there before; its loss is in no mean."""
     trainer = new_trainer(tmp_path, skip_nonfinite=True, validation=pictures(10))
     reporter = Spoil(1, trainer.model.get_parameter("head.fc.bias"))
@@ -199,7 +199,7 @@ def test_a_step_without_a_number_is_skipped_by_choice(tmp_path):
     assert all(torch.isfinite(value).all() for value in trainer.result.state_dict().values())
 
 
-def test_weights_that_stay_bad_end_the_run_although_steps_may_be_skipped(tmp_path):
+def test_bad_weights_end_the_run_even_if_steps_are_skipped(tmp_path):
     model = ConvNext(tiny_config())
     with torch.no_grad():
         model.head.fc.bias[0] = math.nan
@@ -208,7 +208,7 @@ def test_weights_that_stay_bad_end_the_run_although_steps_may_be_skipped(tmp_pat
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_a_gradient_that_is_no_number_reaches_no_weight(tmp_path, skip):
+def test_a_nan_gradient_reaches_no_weight(tmp_path, skip):
     """Here it overflows on its way to the last layer."""
     trainer = new_trainer(tmp_path, skip_nonfinite=skip)
     weight = trainer.model.head.fc.weight
@@ -260,7 +260,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_steps_before_it_are_saved
     assert len(reporter.losses) == 20 - trainer.step
 
 
-def test_by_choice_another_image_stands_in_for_one_that_cannot_be_read(images, tmp_path):
+def test_an_unreadable_image_can_be_replaced(images, tmp_path):
     reporter = Quiet()
     trainer = new_trainer(tmp_path / "run", images=images, skip_unreadable=True, epochs=4, validation=images)
     history = trainer.run(reporter)
@@ -276,18 +276,18 @@ def test_by_choice_another_image_stands_in_for_one_that_cannot_be_read(images, t
         assert any("dark/0.png" in text for text in batch.unreadable) == (bad in [key.index for key in keys])
 
 
-def test_pictures_of_which_none_can_be_read_end_the_run(images, tmp_path):
+def test_a_run_ends_if_no_image_can_be_read(images, tmp_path):
     for path in images.pictures:
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no picture can be read; the first: .*the file is empty"):
+    with pytest.raises(ValueError, match=r"no image can be read; the first: .*the file is empty"):
         new_trainer(tmp_path / "run", images=images, skip_unreadable=True).run(Quiet())
     loader = evaluation_loader(images, processor(), channels=1, batch_size=4, skip_unreadable=True)
-    with pytest.raises(ValueError, match="none of the pictures to evaluate on can be read"):
+    with pytest.raises(ValueError, match="none of the images to evaluate on can be read"):
         evaluate(ConvNext(tiny_config()), loader, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_a_gradient_that_no_loss_scale_makes_a_number_ends_a_float16_run(tmp_path, skip):
+def test_a_gradient_that_no_loss_scale_makes_finite_ends_a_float16_run(tmp_path, skip):
     trainer = new_trainer(tmp_path, dtype="float16", epochs=20, skip_nonfinite=skip)
     trainer.model.head.fc.bias.register_hook(lambda gradient: gradient * math.nan)
     reporter = Quiet()

@@ -21,9 +21,9 @@ from convnext_fast.training.state import (
 )
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten_nor_continued_with_other_options(tmp_path):
+def test_a_folder_with_a_run_is_neither_overwritten_nor_resumed_with_other_options(tmp_path):
     new_trainer(tmp_path).run(Quiet())
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already holds a run"):
         new_trainer(tmp_path)
     with pytest.raises(ValueError, match=r"its options had other values: lr was 0.01 and is 0.02"):
         new_trainer(tmp_path, resume=True, lr=2e-2)
@@ -42,7 +42,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         with pytest.raises(ValueError, match="damaged"):
             new_trainer(tmp_path, resume=True)
     torch.save({"step": 1}, path)
-    with pytest.raises(ValueError, match="no checkpoint of a training run"):
+    with pytest.raises(ValueError, match="not a checkpoint of a training run"):
         new_trainer(tmp_path, resume=True)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
@@ -59,7 +59,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         load_tensors(tmp_path / "checkpoint.pt", {"model": {"stem": torch.empty(1)}})
 
 
-def test_of_two_checkpoints_that_a_kill_has_left_the_later_one_counts(tmp_path):
+def test_the_later_of_two_checkpoints_left_by_a_kill_is_used(tmp_path):
     new_trainer(tmp_path).run(Quiet())
     facts = load_facts(tmp_path / "checkpoint.pt")
     for step, latest in ((4, "checkpoint.pt"), (8, "checkpoint-00000008")):
@@ -71,7 +71,7 @@ def test_of_two_checkpoints_that_a_kill_has_left_the_later_one_counts(tmp_path):
     assert find_checkpoint(tmp_path).name == "checkpoint-00000008"
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     trainer = new_trainer(tmp_path)
     trainer.run(Quiet())
     state = stored(tmp_path)
@@ -88,7 +88,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "checkpoint.pt", "history.json", "model"}
 
 
-def test_what_a_fault_saved_at_the_end_of_an_epoch_does_not_keep_its_record_from_being_saved(tmp_path):
+def test_a_checkpoint_saved_by_an_error_does_not_block_the_record_of_its_epoch(tmp_path):
     """By the sharded kind, a folder for a step: the second is of the same step."""
     tensors = {name: {"w": torch.ones(3)} for name in TENSORS}
     facts = {"step": 5, "epoch": {}, "history": [], "scaler": {}, "identity": {}}
@@ -104,7 +104,7 @@ def test_what_a_fault_saved_at_the_end_of_an_epoch_does_not_keep_its_record_from
         dist.destroy_process_group()
 
 
-def test_only_what_a_run_writes_is_taken_for_its_remains(tmp_path):
+def test_only_temporary_files_of_a_run_are_removed(tmp_path):
     ours = (
         ".checkpoint.pt.0a1b2c3d.tmp",
         ".history.json.00000000.tmp",
@@ -119,7 +119,7 @@ def test_only_what_a_run_writes_is_taken_for_its_remains(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*theirs, ".mine.tmp"}
 
 
-def test_a_folder_is_written_by_one_run_at_a_time(tmp_path):
+def test_only_one_run_at_a_time_writes_to_a_folder(tmp_path):
     process = start(_hold_for_a_while, tmp_path)
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
@@ -137,7 +137,7 @@ def _hold_for_a_while(directory):
     lock.close()
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(tmp_path):
+def test_an_unwritable_folder_is_an_error_before_the_first_step(tmp_path):
     (tmp_path / "run" / ".lock").mkdir(parents=True)  # which stops root too, whom no permission does
     with pytest.raises(OSError, match="lock"):
         new_trainer(tmp_path / "run")

@@ -32,7 +32,7 @@ def join_late(output, port):
         (output / f"sum-{process.rank}").write_text(str(value.item()))
 
 
-def test_processes_started_again_do_not_look_for_those_that_have_ended(tmp_path):
+def test_restarted_processes_do_not_wait_for_ended_ones(tmp_path):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True)
     for world in (3, 3, 2):
         assert finish(start_ranks(world, join_late, tmp_path, store.port)) == [0] * world
@@ -98,7 +98,7 @@ def test_the_command_under_torchrun_gives_the_model_of_one_process(command, tmp_
 
 
 @pytest.mark.thorough
-def test_torchrun_starts_a_run_again_that_lost_a_process(command, tmp_path):
+def test_torchrun_restarts_a_run_that_lost_a_process(command, tmp_path):
     run = torchrun(command, tmp_path, "--epochs", "60", "--strategy", "fsdp", "--save-every", "1", "--resume")
     try:
         deadline = time.monotonic() + 120

@@ -36,13 +36,13 @@ def launchers() -> ModuleType | None:
     try:
         from ...kernels.cpu import launching
     except (ImportError, OSError) as error:
-        warnings.warn(f"the kernels for CPUs do not run, for llvmlite cannot be imported: {error}", stacklevel=2)
+        warnings.warn(f"the kernels for CPUs do not run, because llvmlite cannot be imported: {error}", stacklevel=2)
         return None
     return launching
 
 
 def describe() -> str:
-    """What the kernels are compiled for here, in words, or why there are none."""
+    """What the kernels are compiled for here, or why there are none, for people."""
     kernels = launchers()
     if kernels is None:
         return "none, they need llvmlite and CONVNEXT_FAST_BACKEND other than aten"
@@ -52,7 +52,7 @@ def describe() -> str:
 
 
 def machine_for(*channels: int) -> Any:
-    """What kernels for these numbers of channels are compiled for; None where they do not serve."""
+    """The machine that kernels for these numbers of channels are compiled for; None if they are not supported."""
     kernels = launchers()
     return None if kernels is None else kernels.machine_for(*channels)
 
@@ -70,8 +70,8 @@ def _launch(*arguments: Any) -> Any:
 class Kernel:
     """A step as one kernel.
 
-    machine: what its weights are packed for; weights: copies that its addresses are of, for PyTorch may move a tensor's
-    memory (`Module.share_memory`).
+    machine: what its weights are packed for; weights: the copies that its addresses point to, because PyTorch may move
+    a tensor's memory (`Module.share_memory`).
     """
 
     def __init__(self, machine: Any, weights: Sequence[Tensor]):
@@ -83,7 +83,7 @@ class Kernel:
         raise NotImplementedError
 
     def result(self, shape: Sequence[int]) -> Sequence[int]:
-        """The shape of what comes of them."""
+        """The shape of the result."""
         raise NotImplementedError
 
     def __call__(self, x: Tensor, eps: float) -> Tensor:
@@ -104,14 +104,14 @@ class CompiledBlock(Kernel):
         super().__init__(machine, (taps, _copy(bias), pack(w1, machine), _copy(b1[0]), pack(w2, machine), _copy(b2)))
 
     def launch(self, shape: Sequence[int], eps: float) -> Any:
-        """As of `Kernel`."""
+        """See `Kernel`."""
         samples, height, width, _ = shape
         image = height, width
         sizes = launchers().BlockSizes.of(*self.options, width)
         return _launch(self.machine, sizes, samples, image, image, eps, torch.get_num_threads())
 
     def result(self, shape: Sequence[int]) -> Sequence[int]:
-        """As of `Kernel`."""
+        """See `Kernel`."""
         return shape
 
 
@@ -126,14 +126,14 @@ class CompiledPatches(Kernel):
             self.addresses += 0, 0
 
     def launch(self, shape: Sequence[int], eps: float) -> Any:
-        """As of `Kernel`."""
+        """See `Kernel`."""
         image = tuple(shape[2:] if self.stem else shape[1:3])
         out_channels, channels, *patch = self.size
         sizes = launchers().PatchSizes(channels, out_channels, *patch, self.stem)
         return _launch(self.machine, sizes, shape[0], image, self.result(shape)[1:3], eps, torch.get_num_threads())
 
     def result(self, shape: Sequence[int]) -> Sequence[int]:
-        """As of `Kernel`."""
+        """See `Kernel`."""
         return patched(shape, self.size, self.stem)
 
 
@@ -150,10 +150,10 @@ def _copy(vector: Tensor) -> Tensor:
 def run(
     kernels: Sequence[Kernel], eps: Sequence[float], shapes: Sequence[Sequence[int]], x: Tensor, ends: Sequence[int]
 ) -> list[Tensor]:
-    """x, contiguous, through kernels with their epsilons: what comes out of those of numbers ``ends``.
+    """Run x, contiguous, through kernels with their epsilons; returns the outputs of the kernels numbered ``ends``.
 
-    ends: in ascending order, the last kernel's too. shapes: of all results. What nobody asked for goes into two
-    tensors by turns.
+    ends: in ascending order, including the last kernel. shapes: of all results. Intermediate results alternate between
+    two scratch buffers.
     """
     results = {end: x.new_empty(shapes[end]) for end in ends}
     befores = itertools.chain([x.shape], shapes)
@@ -169,7 +169,7 @@ def run(
 
 
 def prepare_block(weights: tuple[Tensor | None, ...], act: str) -> CompiledBlock | None:
-    """The block of these weights made ready; None where the kernel does not serve."""
+    """The kernel of a block with packed weights; None if it is not supported."""
     w1 = weights[2]
     machine = machine_for(*w1.shape) if act == "gelu" else None
     return None if machine is None else CompiledBlock(weights, machine)
@@ -182,7 +182,7 @@ def prepare_downsample(weight: Tensor, bias: Tensor) -> CompiledPatches | None:
 
 
 def prepare_stem(weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor) -> CompiledPatches | None:
-    """A stem made ready, as its weights are now; None where the kernel does not serve."""
+    """The kernel of a stem, with its weights packed as they are now; None if it is not supported."""
     machine = machine_for(weight.shape[0])
     if machine is None or weight[0].numel() % launchers().UNROLL:
         return None
@@ -191,7 +191,7 @@ def prepare_stem(weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias
 
 
 def dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Depthwise convolution of x (N, H, W, C) that `onednn.serves`, the same shape; None where no kernel serves."""
+    """Depthwise convolution of x (N, H, W, C) that `onednn.serves`, the same shape; None if not supported."""
     samples, height, width, channels = x.shape
     machine = machine_for(channels)
     if machine is None:
@@ -205,7 +205,7 @@ def dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 
 
 def dwconv_weight_grad(x: Tensor, du: Tensor, side: int) -> Tensor | None:
-    """(C, 1, side, side) for x and du (N, H, W, C) that `onednn.serves`; None where no kernel serves."""
+    """(C, 1, side, side) for x and du (N, H, W, C) that `onednn.serves`; None if not supported."""
     samples, height, width, channels = x.shape
     machine = machine_for(channels)
     if machine is None:
@@ -218,7 +218,7 @@ def dwconv_weight_grad(x: Tensor, du: Tensor, side: int) -> Tensor | None:
 
 
 def serves_gelu(a: Tensor) -> bool:
-    """Whether `gelu` and `gelu_bwd_` serve for a that `onednn.serves`."""
+    """Whether `gelu` and `gelu_bwd_` support a tensor a that `onednn.serves`."""
     return a.is_contiguous() and machine_for(a.shape[-1]) is not None
 
 

@@ -1,7 +1,7 @@
 """`mlp.mlp_fwd` and `mlp_bwd`, LayerNorm and the pointwise MLP in training, as kernels of our own for an x86 CPU.
 
-Each step packs the weights anew, with γ in them. The backward is one kernel for the pixels of a block of rows, which
-leaves what the weights' gradients are products of, and one for each of the two products.
+Each step packs the weights again, with γ in them. The backward is one kernel for the pixels of a block of rows, which
+writes the operands of the weight gradients, and one for each of the two weight gradients.
 
 P pixels, C channels, K hidden units; everything is float32.
 """
@@ -19,14 +19,14 @@ from .llvm import dense
 from .row_blocks import row_blocks
 
 _MOST_ROWS, _BLOCK_BYTES = 4096, 32 << 20
-"""Of a block in the backward: its n, dz, h and da lie near the last level of cache."""
+"""Limits of a block in the backward: its n, dz, h and da stay near the last-level cache."""
 
 _LEAST_ROWS_OF_WIDE = 384
-"""From which on the forward of a wide layer wins back what packing its weights from memory into memory costs."""
+"""The least rows with which the forward of a wide layer is worth packing its weights, which are not in the cache."""
 
 
 def machine_for(rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None) -> Any:
-    """What the kernels are compiled for; None where they do not serve. rows: x, and the residual or dy and a."""
+    """The machine of the kernels; None if not supported. rows: x, and the residual or dy and a."""
     if (
         norm is None
         or mlp.act != "gelu"
@@ -40,7 +40,7 @@ def machine_for(rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None) ->
 
 
 def forward_pays(rows: int, mlp: Mlp) -> bool:
-    """Whether the forward wins back the packing, which ATen's calls do without."""
+    """Whether the forward is worth packing the weights, which ATen's calls do not need."""
     return mlp.w1.numel() < llvm.launchers().WIDE_WEIGHT or rows >= _LEAST_ROWS_OF_WIDE
 
 

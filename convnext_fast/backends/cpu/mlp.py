@@ -55,7 +55,7 @@ def mlp_fwd(
 def mlp_bwd(
     dy: Tensor, x: Tensor, a: Tensor | None, norm: Norm | None, mlp: Mlp, drop_scale: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """(dx, dg, dβ, dw1, db1, dw2, db2, dγ) for dy (P, C) in R, x (P, C) in T and a (P, K) or None to compute it anew.
+    """(dx, dg, dβ, dw1, db1, dw2, db2, dγ) for dy (P, C) in R, x (P, C) in T and a (P, K) or None to recompute it.
 
     dx: (P, C) in T, the others in at least float32. γ's gradient needs no z: for E = Σ_p dz' ⊗ h and t = Σ_p dz', with
     dz' = drop_scale·dy, it is dγ = Σ_k w2∘E + b2·t; dw2 = γ∘E and db2 = γ·t.
@@ -105,7 +105,7 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """total + left·right in at least float32.
 
     Products of bfloat16 sum in float32 and round once, as PyTorch's own weight gradients do; those of float16 stay
-    float32, lest the sum, which γ has not made small yet, overflow.
+    float32, so that the sum, which is not yet scaled by γ, does not overflow.
     """
     if left.dtype == torch.float16:
         left, right = left.float(), right.float()

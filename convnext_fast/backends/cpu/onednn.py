@@ -1,4 +1,4 @@
-"""What oneDNN, PyTorch's CPU library, does faster than PyTorch's usual calls ask it to.
+"""Calls of oneDNN, PyTorch's CPU library, that are faster than PyTorch's usual calls.
 
 `linear`: PyTorch gives float32 matrix products to its BLAS; oneDNN's own apply the activation and add the residual to a
 tile of the product while it is in registers. `dwconv_weight_grad`: oneDNN has no fast kernel for the weight gradient of
@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ReLU is left out, for oneDNN's maps NaN to 0, and SELU, which it has not.
+# Without ReLU, because oneDNN's maps NaN to 0, and SELU, which oneDNN lacks.
 _FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "silu": ("swish", "")}
 
-# Filters are at most so high and wide: larger ones gain nothing and sum all products in one chain.
+# The largest filter: larger ones gain nothing and sum all products in one chain.
 _LARGEST_FILTER = 56
 
 _X86 = platform.machine() in ("x86_64", "AMD64")
@@ -29,8 +29,8 @@ _X86 = platform.machine() in ("x86_64", "AMD64")
 def serves(x: Tensor) -> bool:
     """Whether oneDNN computes for tensors like x: float32 on an x86 CPU, unless ``torch.backends.mkldnn`` is off.
 
-    It takes no empty ones, and none that are the negative of what is in memory. A compiler sees into these calls only
-    where it has given up on the model around them, and cannot lower them then.
+    It takes no empty tensors and none with the negative bit. A compiler traces these calls only if it has given up on
+    the model around them, and then cannot lower them.
     """
     return (
         type(x) in (Tensor, torch.nn.Parameter)  # no tracer's tensor without memory
@@ -62,7 +62,7 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
 
 
 def _dense(bias: Tensor | None) -> Tensor | None:
-    """As these calls read it, whatever its strides are."""
+    """The tensor in the layout that these calls read."""
     return None if bias is None else bias.contiguous()
 
 

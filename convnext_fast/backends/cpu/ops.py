@@ -1,6 +1,6 @@
-"""The fused ops on a CPU (see `interface.Backend`): x86 kernels where they serve, otherwise ATen calls.
+"""The fused ops on a CPU (see `interface.Backend`): x86 kernels where supported, otherwise ATen calls.
 
-Activations stay (N, H, W, C); what is done to each pixel alone is in ``mlp``. Weights are used as they are: folding
+Activations stay (N, H, W, C); pixelwise work is in ``mlp``. Weights are used as they are: folding
 them on every call costs as much as the products of a few hundred pixels.
 
 P = N·H·W pixels, C channels, K hidden units, T the compute dtype, R the dtype of the residual stream.
@@ -111,7 +111,7 @@ def frozen_block_fwd(x: Tensor, weights: FrozenBlock, eps: float, act: str, dtyp
 
 
 def dwconv_layernorm_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm(u), u, and the statistics (2, P, 1): mean and reciprocal deviation."""
+    """LayerNorm(u), u, and the statistics (2, P, 1): mean and reciprocal standard deviation."""
     u = _dwconv(x, weights.weight, weights.bias, dtype)
     n, mean, rstd = Norm(weights.ln_weight, weights.ln_bias, eps).forward(u)
     return n.view(x.shape), u.view(x.shape), torch.stack((mean, rstd))
@@ -163,7 +163,7 @@ def pointwise_mlp_bwd(
 def patchify_stem_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype) -> Tensor:
     """LayerNorm of the patch convolution as one matrix product on copied patches.
 
-    oneDNN's convolution of an image of three channels is slower, and its result not NHWC.
+    oneDNN's convolution of an image with three channels is slower, and its result is not NHWC.
     """
     weight, bias, ln_weight, ln_bias = weights
     if dtype == torch.float32 and onednn.serves(x):

@@ -1,6 +1,7 @@
-"""Frozen modules on a CPU in float32: their weights are packed for the kernels once, and kept as long as they live.
+"""Frozen modules on a CPU in float32: their weights are packed once for the kernels, and the packed weights live as
+long as they do.
 
-One image takes a processor so little time that packing weights on every call would show.
+One image takes so little time that packing weights on every call would be noticeable.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Weights = tuple[Tensor | None, ...]
 
 
 class Prepared(Protocol):
-    """A step made ready, for x (N, H, W, C), a stem's (N, C, H, W), that `onednn.serves`, contiguous, of any size."""
+    """A step with packed weights, for contiguous x (N, H, W, C), a stem's (N, C, H, W), that `onednn.serves`."""
 
     def __call__(self, x: Tensor, eps: float) -> Tensor:
         """A new tensor (N, H, W, C)."""
@@ -28,17 +29,17 @@ class Prepared(Protocol):
 
 
 class _Kept(NamedTuple):
-    made_of: Weights  # without the one that it is kept with
+    made_of: Weights  # except the one that is the key
     act: str
     step: Prepared
 
 
 _KEPT: dict[int, _Kept] = {}
-"""By the ``id`` of a weight, until that dies."""
+"""By the ``id`` of a weight, until it is freed."""
 
 
 def _kept(weight: Tensor, others: Weights, act: str, make: Callable[[], Prepared | None]) -> Prepared | None:
-    """What ``make`` makes of these very weights, which must never change."""
+    """The result of ``make`` for exactly these weights, which must never change."""
     kept = _KEPT.get(id(weight))
     if kept is not None and kept.act == act and all(map(operator.is_, kept.made_of, others)):
         return kept.step
@@ -51,14 +52,14 @@ def _kept(weight: Tensor, others: Weights, act: str, make: Callable[[], Prepared
 
 
 def prepared_block(weights: Weights, act: str) -> Prepared | None:
-    """`ops.frozen_block_fwd` for these weights; None where no kernel serves."""
+    """`ops.frozen_block_fwd` for these weights; None if not supported."""
     dwconv_weight, dwconv_bias, w1, b1, w2, b2 = weights
     others = dwconv_weight, dwconv_bias, b1, w2, b2
     return _kept(w1, others, act, lambda: llvm.prepare_block(weights, act))
 
 
 def prepared_downsample(weight: Tensor, bias: Tensor) -> Prepared | None:
-    """`ops.frozen_downsample_fwd` for these weights; None where no kernel serves."""
+    """`ops.frozen_downsample_fwd` for these weights; None if not supported."""
     return _kept(weight, (bias,), "", lambda: llvm.prepare_downsample(weight, bias))
 
 
@@ -67,7 +68,7 @@ def kernels_for(
 ) -> list[llvm.Kernel] | None:
     """A stem's weights and those of frozen parts as kernels; None where one has none. ``acts``: of blocks."""
     kernels = []
-    for weights, act in reversed(list(zip(steps, acts, strict=True))):  # a stem, never kept, last
+    for weights, act in reversed(list(zip(steps, acts, strict=True))):  # a stem, whose kernel is not kept, last
         kernel = _kernel_for(weights, act)
         if kernel is None:
             return None

@@ -1,4 +1,4 @@
-"""Rows of pixels in blocks, so that what is made of one is still in the cache when it is used."""
+"""Rows of pixels in blocks whose intermediate results are still in the cache when they are used."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _CACHE_BYTES = 96 << 20
 
 
 def row_blocks(rows: int, row_bytes: int, most: int = _MOST_ROWS, cache_bytes: int = _CACHE_BYTES) -> list[slice]:
-    """Slices of rows for cache-sized work, ``row_bytes`` a row, alike in size; one empty slice of no rows.
+    """Slices of about equal size for cache-sized work, ``row_bytes`` a row; one empty slice if there are no rows.
 
-    Of at most ``most`` rows, and of some ``cache_bytes``.
+    A slice has at most ``most`` rows and about ``cache_bytes``.
     """
     most = min(most, max(_LEAST_ROWS, cache_bytes // row_bytes))
     count = max(1, -(-rows // most))

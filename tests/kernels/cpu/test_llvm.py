@@ -90,7 +90,7 @@ def test_no_bias_of_the_convolution(machine):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_default_dtype_and_vectors_of_another_one(dtype):
+def test_default_dtype_and_vectors_of_another_dtype(dtype):
     """Kernels read float32 whatever else PyTorch would allocate, and whatever the biases are stored in and how."""
     weights = frozen_weights(32, 64, 7)
 
@@ -137,7 +137,7 @@ def test_equal_bits_for_every_number_of_threads_and_batch(machine, image, thread
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_bad_pixel_stays_visible_and_alone(machine, bad):
+def test_a_nan_pixel_propagates_only_to_its_neighbourhood(machine, bad):
     x = torch.randn(1, 12, 30, 32)
     x[0, 4, 15, 3] = bad
     finite = llvm.CompiledBlock(frozen_weights(32, 64, 7), machine)(x, 1e-6).isfinite().all(-1)[0]
@@ -221,7 +221,7 @@ def test_stem(image, channels, out_channels, patch, bias, channels_last):
     check(got, plain(torch.float64), plain(torch.float32))
 
 
-def test_what_no_kernel_serves():
+def test_unsupported_shapes():
     for channels, hidden, act in ((12, 48, "gelu"), (16, 20, "gelu"), (16, 64, "silu")):
         assert packed_weights.prepared_block(frozen_weights(channels, hidden, 3), act) is None
     assert packed_weights.prepared_downsample(torch.randn(16, 12, 2, 2), torch.randn(16)) is None
@@ -230,7 +230,7 @@ def test_what_no_kernel_serves():
     assert cpu.patchify_stem_fwd(torch.randn(1, 3, 9, 9), ConvNorm(*odd), 1e-6, torch.float32).shape == (1, 3, 3, 16)
 
 
-def test_a_block_is_prepared_once_for_its_weights_and_dies_with_them():
+def test_a_block_is_prepared_once_and_freed_with_its_weights():
     x, weights = torch.randn(1, 4, 4, 16), frozen_weights(16, 32, 3)
 
     def prepared_for(*weights, act="gelu"):
@@ -254,7 +254,7 @@ def test_a_block_is_prepared_once_for_its_weights_and_dies_with_them():
     assert key not in packed_weights._KEPT
 
 
-def test_a_downsampling_layer_is_prepared_once_for_its_weights_and_dies_with_them():
+def test_a_downsampling_layer_is_prepared_once_and_freed_with_its_weights():
     weight, bias = torch.randn(16, 8, 2, 2), torch.randn(16)
     first = packed_weights.prepared_downsample(weight, bias)
     assert packed_weights.prepared_downsample(weight, bias) is first
@@ -305,7 +305,7 @@ def test_gelu_and_its_derivative(machine, monkeypatch):
     assert ((value.double() - expected) / expected)[near].abs().max() < 1e-6
 
 
-def test_memory_is_left_alone_outside_of_the_tensors():
+def test_memory_outside_the_tensors_is_not_touched():
     """A process that reads or writes a byte before or behind its tensors dies of it."""
     script = Path(__file__).with_name("guarded_memory.py")
     support = {**os.environ, "PYTHONPATH": str(script.parents[2])}
@@ -356,7 +356,7 @@ def test_no_unit_is_narrower_than_a_group():
         assert min(width, work_sharing.GROUP) <= last <= cut["unit"]
 
 
-def test_the_negative_of_what_is_in_memory():
+def test_tensors_with_the_negative_bit():
     weights, x = frozen_weights(16, 32, 3), torch.randn(1, 5, 5, 16)
     with torch.no_grad():
         expected = ops.frozen_block(-x, *weights)

@@ -121,7 +121,7 @@ class Memory(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("channels", "rows"), [(1024, 4096), (48, 60_000)])
-def test_memory_of_the_backward_depends_on_no_batch(channels, rows):
+def test_memory_of_the_backward_does_not_depend_on_the_batch(channels, rows):
     norm, mlp = parameters(channels, 2 * channels)
     dy, u = torch.randn(2, rows, channels)
     with Memory({u.shape, mlp.w1.shape, mlp.w2.shape}) as memory:
@@ -152,7 +152,7 @@ def test_equal_bits_for_every_number_of_threads_and_level(machine, channels, row
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_row_stays_visible_and_alone(machine, bad):
+def test_a_nan_row_affects_only_itself(machine, bad):
     dy, u, residual = torch.randn(3, 40, 32)
     u[20, 3] = bad
     y, du, *sums = ours(machine, dy, u, residual, *parameters(32, 64), None, False)
@@ -212,7 +212,7 @@ def test_parameters_of_any_strides(serving, layer_scale, dimensions, monkeypatch
         assert got is None or relative_error(got, expected) < 1e-6
 
 
-def test_what_the_kernels_serve():
+def test_supported_arguments():
     norm, mlp = parameters(32, 64)
     x = torch.randn(5, 32)
     assert llvm_mlp.machine_for((x, None, x), mlp, norm) in (AVX2, AVX512)
@@ -249,7 +249,7 @@ def test_both_ways_with_factors_of_samples(serving, saves, samples, monkeypatch)
 
 
 @pytest.mark.parametrize(("channels", "rows", "pays"), [(512, 383, False), (512, 384, True), (504, 1, True)])
-def test_a_wide_layer_is_packed_for_many_rows_alone(channels, rows, pays, monkeypatch):
+def test_a_wide_layer_is_packed_only_for_many_rows(channels, rows, pays, monkeypatch):
     called = []
     monkeypatch.setattr(llvm_mlp, "mlp_fwd", lambda *_: called.append(1) or (None, None))
     x, (norm, mlp) = torch.randn(rows, channels), parameters(channels, 4 * channels)

@@ -38,7 +38,7 @@ def test_the_fastest_is_chosen_stored_and_read_back(monkeypatch):
         choose(key_of("another kernel"), CANDIDATES, never)
 
 
-def test_where_nothing_may_be_measured_the_default_is_taken_and_not_kept():
+def test_without_timing_the_default_is_used_and_not_stored():
     assert choose(KEY, CANDIDATES, None) == CANDIDATES[0]
     assert load(KEY, CANDIDATES) is None
     times = dict(zip(CANDIDATES, (3.0, 2.0, 1.0), strict=True))
@@ -55,7 +55,7 @@ def test_a_candidate_that_does_not_fit_loses():
 
 
 @pytest.mark.parametrize("content", ["", "{", "null", "[1, 2]", "{}", '{"BLOCK_M": 1}', "\x00\xff"])
-def test_a_broken_file_is_measured_anew(content):
+def test_a_damaged_file_is_measured_again(content):
     get_cache_manager(KEY).put(content, autotuning._FILE, binary=False)
     assert load(KEY, CANDIDATES) is None
     times = dict(zip(CANDIDATES, (2.0, 1.0, 3.0), strict=True))
@@ -107,7 +107,7 @@ def test_candidates_are_few_and_differ(channels, lean, target):
 
 @pytest.mark.parametrize("height", [1, 3, 7, 14, 56])
 @pytest.mark.parametrize("segment", [2, 8, 56])
-def test_candidates_of_the_convolution_begin_with_the_default_and_fit_the_height(height, segment):
+def test_candidates_of_the_convolution_start_with_the_default_and_fit_the_height(height, segment):
     default = GluonConfig(min(segment, height), 4)
     candidates = segment_candidates(default, height)
     assert candidates[0] == default

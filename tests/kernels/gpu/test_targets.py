@@ -32,7 +32,7 @@ SERVED = {
 
 @pytest.mark.usefixtures("_gpu")
 @pytest.mark.parametrize(("_gpu", "target"), SERVED.items(), indirect=["_gpu"])
-def test_served_by_the_nearest_older_relative(target):
+def test_unknown_devices_take_the_nearest_older_target(target):
     assert targets._target_of_cuda(0) == target
     assert choose.select(torch.device("cuda", 0), torch.bfloat16) == "triton"
 

@@ -82,7 +82,7 @@ def test_backward_of_float32_far_from_zero(case):
 
 
 @pytest.mark.parametrize("case", EMPTY, ids=str)
-def test_backward_of_nothing(case):
+def test_backward_of_an_empty_batch(case):
     check_backward(case, mlp_bwd)
 
 

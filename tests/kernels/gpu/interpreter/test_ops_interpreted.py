@@ -75,7 +75,7 @@ def test_expanded_drop_scale():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_no_epsilon(dtype):
+def test_an_epsilon_of_zero(dtype):
     """Rows beyond the pixels, which a tile holds too, divide by nothing."""
     x, tensors = block_inputs()
 

@@ -100,7 +100,7 @@ def test_launches(variant, dtype, target):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1])
-def test_two_blocks_a_stage_launch_what_all_do(rate):
+def test_two_blocks_per_stage_have_every_launch(rate):
     def keys(**options):
         return {
             each.specialised.key for each in collect([Pass("atto", "bf16", "training", 0, "sm_90", rate)], **options)
@@ -110,7 +110,7 @@ def test_two_blocks_a_stage_launch_what_all_do(rate):
 
 
 @pytest.mark.thorough
-def test_what_is_known_without_disassembly():
+def test_resources_without_disassembly():
     chosen = passes(("tiny",), ("autocast-bf16",), ("training",), (1,), ("sm_90",))
     spills = 0
     for kernel in collect(chosen, shallow=True):

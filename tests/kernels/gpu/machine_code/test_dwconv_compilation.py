@@ -92,7 +92,7 @@ def test_offsets_of_images_are_64_bit():
 @pytest.mark.skipif(not AVAILABLE, reason="needs Gluon as Triton has it from 3.6 on")
 @pytest.mark.parametrize("segment", [56, 28], ids=["whole", "cut"])
 @pytest.mark.parametrize("residual", [False, True])
-def test_the_rows_memory_is_theirs_until_all_copies_have_come(segment, residual):
+def test_shared_memory_of_rows_is_not_reused_before_all_copies_arrive(segment, residual):
     """Else the compiler puts the last store's scratch there, which copies still write to: seen on an H100.
 
     An emulator completes copies at once and cannot show it. A buffer lives until its ``local_dealloc``.
@@ -115,7 +115,7 @@ def test_the_rows_memory_is_theirs_until_all_copies_have_come(segment, residual)
 @pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("segment", [4, 14])
 @pytest.mark.parametrize("taps", [3, 5, 7])
-def test_no_copy_is_outside_the_groups_that_are_waited_for(taps, segment, target):
+def test_every_copy_is_in_a_group_that_is_waited_for(taps, segment, target):
     """A copy that is not committed when rows are waited for is counted in a later group than its row's."""
     x, weight = (
         torch.empty(8, 14, 14, 64, dtype=torch.bfloat16, device="meta"),

@@ -42,7 +42,7 @@ def test_forward_in_float32(emulating, precision):
         check_forward(Case(1, 50, 37, 77, torch.float32))
 
 
-def test_forward_under_autocast_and_of_nothing(emulating):
+def test_forward_under_autocast_and_of_an_empty_batch(emulating):
     with emulating(arch=80, detect_races="rw"):
         check_forward(Case(2, 20, 24, 96, torch.bfloat16, residual_dtype=torch.float32))
         for case in EMPTY:
@@ -95,7 +95,7 @@ def test_backward_from_saved_activations_under_autocast(emulating, backward):
         check_backward(case, backward, save_hidden=True)
 
 
-def test_backward_of_nothing(emulating):
+def test_backward_of_an_empty_batch(emulating):
     with emulating(arch=80):
         for case in EMPTY:
             check_backward(case, mlp_bwd)

@@ -21,7 +21,7 @@ def test_float32(emulating, precision):
         check_downsample(DOWNSAMPLES[0], torch.float32)
 
 
-def test_nothing(emulating):
+def test_an_empty_batch(emulating):
     with emulating(arch=80):
         check_stem(STEMS[-1], torch.bfloat16)
         check_downsample(DOWNSAMPLES[-1], torch.bfloat16)

@@ -231,7 +231,7 @@ def stem(alignment=0, side=8, dtype=torch.float32):
     return image, weight, *torch.randn(3, 8).to(dtype), 1e-6, dtype
 
 
-def test_patches_that_cover_all_are_recorded(repeating):
+def test_patches_that_cover_the_image_are_recorded(repeating):
     torch.manual_seed(0)
     *stem_arguments, eps, dtype = stem()
     x, affine, bias = torch.randn(1, 4, 4, 8), torch.randn(2, 8), torch.randn(12)
@@ -281,7 +281,7 @@ def test_what_a_compiled_model_calls(repeating):
     [{"alignment": 4}, {"side": 12}, {"dtype": torch.float16}],
     ids=["alignment", "size", "dtype"],
 )
-def test_what_differs_has_its_own_record(repeating, other):
+def test_different_calls_have_their_own_records(repeating, other):
     for _ in range(3):
         repeating("patchify_stem_fwd", stem())
     assert repeating.repeats == 1
@@ -313,7 +313,7 @@ def test_a_call_that_does_more_is_not_recorded(repeating):
     assert repeating.repeats == 0
 
 
-def test_what_is_written_into_an_allocation_is_not_lost(repeating):
+def test_writes_into_an_allocation_are_not_lost(repeating):
     """No launch does it, so a record would return the allocation as it came."""
     copied = replaying.replayed(lambda x: torch.empty_like(x).copy_(x))
     for _ in range(4):
