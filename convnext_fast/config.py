@@ -167,7 +167,7 @@ class ConvNextConfig:
             self._set_labels(count, None, None)
 
     def __getattr__(self, name: str) -> Any:
-        extra = vars(self).get("extra", {})
+        extra = self.__dict__.get("extra", {})
         if name in extra:
             return extra[name]
         raise AttributeError(f"this ConvNextConfig has no field {name!r}")

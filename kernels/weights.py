@@ -57,10 +57,9 @@ class BlockWeights(NamedTuple):
     b2: Tensor
     gamma: Tensor | None
 
-    @property
     def mlp(self) -> MlpWeights:
-        """The part after LayerNorm."""
-        return MlpWeights(*self[4:])
+        """The part after LayerNorm; neither a property nor a slice, which PyTorch 2.9 does not compile here."""
+        return MlpWeights(self.w1, self.b1, self.w2, self.b2, self.gamma)
 
 
 class FrozenBlock(NamedTuple):

@@ -143,7 +143,7 @@ def check_block(x: Tensor, weights: BlockWeights, drop_scale: Tensor | None, act
     check_activation(x, "x")
     check_dwconv(x, weights.dwconv_weight, weights.dwconv_bias)
     check_affine(x, weights.ln_weight, weights.ln_bias, x.shape[3], optional=True)
-    check_pointwise(x, weights.mlp, drop_scale)
+    check_pointwise(x, weights.mlp(), drop_scale)
     check_options(act, recompute)
     return compute_dtype(x, dwconv_weight=weights.dwconv_weight, w1=weights.w1, w2=weights.w2)
 

@@ -95,7 +95,7 @@ def block_bwd(
 
 
 def _parts(weights: BlockWeights, eps: float, act: str) -> tuple[Norm, Mlp]:
-    return Norm(weights.ln_weight, weights.ln_bias, eps), Mlp(*weights.mlp, act)
+    return Norm(weights.ln_weight, weights.ln_bias, eps), Mlp(*weights.mlp(), act)
 
 
 def frozen_block_fwd(x: Tensor, weights: FrozenBlock, eps: float, act: str, dtype: torch.dtype) -> Tensor:
