@@ -222,7 +222,7 @@ def test_any_device(run, checkpoint, pictures, device):
     ):
         status, _, err = run(*argv, f"--device={device}")
         assert status == 1
-        assert "is not there" in err
+        assert "is not available" in err
 
 
 def test_standard_input(run, checkpoint, pictures):

@@ -46,7 +46,7 @@ def content_of(run):
 
 def test_a_pickle_that_runs_code(run, tmp_path):
     torch.save(content_of(run) | {"history": Evil(tmp_path / "made")}, run / "checkpoint.pt")
-    with pytest.raises(ValueError, match=r"wants posix\.mkdir run or built"):
+    with pytest.raises(ValueError, match=r"posix\.mkdir"):
         new_trainer(run, resume=True)
     assert not (tmp_path / "made").exists()
 
@@ -105,7 +105,7 @@ def test_an_index_that_runs_code(sharded, tmp_path):
         index.planner_data = Evil(tmp_path / "made")
 
     change_index(folder, put)
-    with pytest.raises(ValueError, match=r"wants posix\.mkdir run or built"):
+    with pytest.raises(ValueError, match=r"posix\.mkdir"):
         load_tensors(folder, tensors)
     assert not (tmp_path / "made").exists()
 
@@ -143,10 +143,10 @@ def test_an_index_of_another_kind(sharded):
     folder, tensors = sharded
     for wrong in (b"", b"x", pickle.dumps(None), pickle.dumps({"a": 1}), pickle.dumps(pickle.loads)):
         (folder / ".metadata").write_bytes(wrong)
-        with pytest.raises(ValueError, match="checkpoint-00000004 is no whole checkpoint"):
+        with pytest.raises(ValueError, match="checkpoint-00000004 is not a complete checkpoint"):
             load_tensors(folder, tensors)
     (folder / ".metadata").unlink()
-    with pytest.raises(ValueError, match="checkpoint-00000004 is no whole checkpoint"):
+    with pytest.raises(ValueError, match="checkpoint-00000004 is not a complete checkpoint"):
         load_tensors(folder, tensors)
 
 
