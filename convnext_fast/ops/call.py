@@ -22,6 +22,8 @@ from .signatures import SIGNATURES, flatten
 from .views import unlinked
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+_TRANSPARENT = ("downsample_fwd", "downsample_bwd")
+"""Ops that are ATen calls on a CPU, which modes and other kinds of tensors may observe."""
 _PLAIN = _TENSORS | {type(None), torch.dtype, bool, int, float, str}
 
 
@@ -32,7 +34,7 @@ def run(name: str, backend: choose.Name, *arguments: Any) -> Any:
     called if one is needed. The first argument is a tensor.
     """
     flat = flatten(arguments)
-    if not is_plain(*flat):
+    if not is_plain(*flat) and not (name in _TRANSPARENT and backend != "triton"):
         operator = _operator(name)
         if not torch.compiler.is_compiling():
             flops.register_formulas()

@@ -194,7 +194,7 @@ def downsample(
     """The layer between stages: LayerNorm, then a convolution of non-overlapping patches.
 
     x: (N, H, W, C); weight: (C', C, kh, kw). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C').
-    Off a GPU this is the reference, two calls without a copy, except that autograd saves x alone for plain tensors.
+    Off a GPU this is the reference, two calls without a copy, except that autograd saves x alone.
 
     Raises:
         TypeError, ValueError: as `convnext_block`.
@@ -204,7 +204,7 @@ def downsample(
     backend = choose.select(x.device, dtype)
     if backend == "triton":
         return call.run("downsample_fwd", backend, x.contiguous(), weights, eps, dtype)
-    if backend == "reference" or not torch.is_grad_enabled() or not call.is_plain(x, *weights):
+    if backend == "reference" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return reference.downsample(x, *weights, eps)
     return call.run("downsample_fwd", backend, x, weights, eps, dtype)
 
