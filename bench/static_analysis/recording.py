@@ -29,7 +29,10 @@ from torch.utils.flop_counter import flop_registry
 from bench.static_analysis.compilation import Launch, Specialised, specialise
 from convnext_fast import ConvNext, ConvNextConfig
 from convnext_fast.backends import environment
+from convnext_fast.backends.steps import Step
 from convnext_fast.config import VARIANTS
+from convnext_fast.models import whole_runs
+from convnext_fast.ops import folded_weights, sequence
 
 MODES = ("inference", "training")
 # Operators, by the beginnings of their names, that move no data; and those that do not read what they write to.
@@ -197,7 +200,21 @@ def _as_on_cuda() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(FakeTensor, "is_cuda", property(lambda _: True), create=True))
         stack.enter_context(mock.patch.object(environment, "REQUEST", "triton"))
+        # Weights without values are folded once, as real ones are.
+        stack.enter_context(mock.patch.object(whole_runs, "_are_plain", return_value=True))
+        stack.enter_context(mock.patch.object(sequence, "signature", return_value=([], [])))
         yield
+
+
+def _noting(tensors: list[torch.Tensor]) -> Callable[[Step], tuple]:
+    """`folded_weights.folded`, whose results ``tensors`` takes."""
+
+    def call(step: Step) -> tuple:
+        made = folded_weights.folded(step)
+        tensors.extend(tensor for tensor in made if tensor is not None)
+        return made
+
+    return call
 
 
 def record(
@@ -255,9 +272,12 @@ def record(
         casting = torch.autocast("cpu", autocast, enabled=autocast is not None)
         if mode == "inference":
             model.freeze()
+            with mock.patch.object(sequence, "folded", _noting(folded := [])), torch.inference_mode(), casting:
+                model(image)
+            recorder.steps.clear()
             with recorder, torch.inference_mode(), casting:
                 model(image)
-            given = (*model.parameters(), *model.buffers(), image)
+            given = (*model.parameters(), *model.buffers(), *folded, image)
             return Recording(recorder.steps, 0, batch, recorder.numbers(given))
         model.train()
         given = recorder.numbers((*model.parameters(), image))
