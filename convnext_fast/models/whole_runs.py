@@ -56,7 +56,8 @@ def outputs_of(runs: WholeRuns, root: nn.Module | None, parts: Sequence[nn.Modul
         root: the module that runs, if it is the only one of ``parts``. Its hooks are not looked at: they run anyway.
         parts: the modules, in order.
     """
-    if not sequence.serves(x):
+    first = parts[0].__dict__.get(STATE)
+    if first is None or first.trainable is None or not sequence.serves(x):
         return None
     if torch.compiler.is_compiling():
         steps = _steps_of_parts(root, parts, None)
