@@ -36,9 +36,11 @@ def select(device: torch.device, dtype: torch.dtype) -> Name:
         ValueError: ``CONVNEXT_FAST_BACKEND`` is not one of its values, or "triton", and the kernels cannot run this
             dtype.
     """
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active():
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return "reference"
     if torch.autograd.forward_ad._current_level >= 0:
+        return "reference"
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():  # the other exporter to ONNX traces by jit
         return "reference"
     if environment.REQUEST == "triton":
         if dtype not in KERNEL_DTYPES:

@@ -17,11 +17,12 @@ from ..kernels.dwconv import dwconv_wgrad, dwconv_wgrad_partials
 from ..kernels.folding import fold_bwd, fold_fwd
 from ..kernels.layernorm import layernorm_bwd, layernorm_fwd
 from ..kernels.mlp import mlp_bwd, mlp_fwd
-from ..kernels.replaying import replayed
+from ..kernels.replaying import description, replayed
 from ..kernels.weights import BlockWeights, ConvNorm, FrozenBlock, FrozenDownsample, MlpWeights, NormConv, Saved
 from .dwconv import dwconv_dgrad, dwconv_fwd
 from .interface import Gradients, like_inputs
 
+__all__ = ["description"]  # and the functions of `interface.Backend`
 Weights = TypeVar("Weights", bound=tuple)
 
 
@@ -100,6 +101,44 @@ def block_bwd(
     dx = dwconv_dgrad(du, weights.dwconv_weight, dy) if needs_x else None
     partials = dwconv_wgrad_partials(x, du, weights.dwconv_weight.shape[3]) if needs_dwconv else None
     return dx, *fold_bwd(sums, weights, partials)
+
+
+BlockCall = tuple[BlockWeights, Tensor | None, float, str, int]
+"""What `block_fwd` takes besides x and the dtype, in order."""
+
+
+@replayed
+def blocks_fwd(x: Tensor, blocks: tuple[BlockCall, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Several blocks that run one after another, all launches as one plan.
+
+    Returns what the first block keeps (the three of `Saved`), its y, what the second one keeps, its y, and so on.
+    """
+    results: list[Tensor | None] = []
+    for block in blocks:
+        x, *kept = block_fwd.__wrapped__(x, *block, dtype)
+        results += (*kept, x)
+    return tuple(results)
+
+
+@replayed
+def blocks_bwd(
+    dy: Tensor,
+    inputs: tuple[Tensor, ...],
+    blocks: tuple[BlockCall, ...],
+    saved: tuple[Saved, ...],
+    needs: tuple[tuple[bool, bool], ...],
+    dtype: torch.dtype,
+) -> Gradients:
+    """The gradient of the first of ``inputs``, then those of each block's weights, in the blocks' order.
+
+    inputs, saved: of each block its x and what it kept. needs: ``needs_x`` and ``needs_dwconv`` of `block_bwd`.
+    """
+    gradients: list[Tensor | None] = []
+    for x, block, own, wanted in zip(*map(reversed, (inputs, blocks, saved, needs)), strict=True):
+        weights, drop_scale, eps, act, _ = block
+        dy, *grads = block_bwd.__wrapped__(dy, x, own, weights, drop_scale, eps, act, dtype, *wanted)
+        gradients = grads + gradients
+    return (dy, *gradients)
 
 
 @replayed
@@ -221,26 +260,29 @@ def frozen_downsample_fwd(x: Tensor, weights: FrozenDownsample, eps: float, dtyp
     return patchify.downsample_fwd(x, weight, bias, _above_zero(eps), dtype)
 
 
-FrozenStep = tuple[ConvNorm | FrozenDownsample | FrozenBlock, float, str]
-"""The weights of a stem, a downsampling layer or a block, eps, and the activation of a block."""
+AnyWeights = ConvNorm | NormConv | BlockWeights | FrozenDownsample | FrozenBlock
 
 
 @replayed
-def frozen_steps(
-    x: Tensor, steps: tuple[FrozenStep, ...], ends: tuple[int, ...], dtype: torch.dtype
+def steps(
+    x: Tensor, steps: tuple[tuple[AnyWeights, float, str], ...], ends: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Steps of a frozen model one after another, all launches as one plan: what comes out of those of numbers ``ends``.
+    """The outputs of the steps numbered ``ends``, of several that run one after another, all launches as one plan.
 
-    x: (N, H, W, C), contiguous, or the image of a stem, which is the first step.
+    x: (N, H, W, C), contiguous, or the image of a stem, which is the first step. steps: of each its weights, eps, and
+    the activation of a block.
     """
     results = []
     for number, (weights, eps, act) in enumerate(steps):
         if isinstance(weights, FrozenBlock):
             x = frozen_block_fwd.__wrapped__(x, weights, eps, act, dtype)
-        elif isinstance(weights, FrozenDownsample):
-            x = frozen_downsample_fwd.__wrapped__(x, weights, eps, dtype)
+        elif isinstance(weights, BlockWeights):
+            x = block_fwd.__wrapped__(x, weights, None, eps, act, 2, dtype)[0]
         else:
-            x = patchify_stem_fwd.__wrapped__(x, weights, eps, dtype)
+            x = _PATCHES[type(weights)].__wrapped__(x, weights, eps, dtype)
         if number in ends:
             results.append(x)
     return tuple(results)
+
+
+_PATCHES = {ConvNorm: patchify_stem_fwd, NormConv: downsample_fwd, FrozenDownsample: frozen_downsample_fwd}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,7 +24,7 @@ WEIGHTS = {Kind.STEM: ConvNorm, Kind.DOWNSAMPLE: NormConv, Kind.BLOCK: BlockWeig
 
 
 class Step(NamedTuple):
-    """A stem, a downsampling layer or a block without drop path.
+    """A stem, a downsampling layer or a block.
 
     Attributes:
         kind: which of them.
@@ -32,7 +32,9 @@ class Step(NamedTuple):
             (K, C, 1, 1), and its γ may have any shape of C elements.
         eps: of the LayerNorm.
         act: of a block, one of ``config.ACTIVATIONS``.
-        token: a tensor with which what is folded of the weights is kept; None of a stem.
+        token: of a frozen part a tensor with which what is folded of the weights is kept; None of a stem.
+        recompute: what a block's backward pass recomputes (see `ops.convnext_block`).
+        draw: of a block with drop path, what draws the factor of each sample of its input, or returns None.
     """
 
     kind: Kind
@@ -40,6 +42,8 @@ class Step(NamedTuple):
     eps: float
     act: str = ""
     token: Tensor | None = None
+    recompute: int = 1
+    draw: Callable[[Tensor], Tensor | None] | None = None
 
 
 def shapes_after(steps: Iterable[Step], shape: Sequence[int]) -> list[tuple[int, ...]]:

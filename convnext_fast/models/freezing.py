@@ -120,7 +120,7 @@ def _step(module: nn.Module) -> Step | None:
     state = state_of(module)
     if isinstance(state.plan, ChainPlan) or changed(module, state.plan) is not None:
         return None
-    return step_of(state.plan, read(module, state.plan), state.token)
+    return step_of(module, state.plan, read(module, state.plan), state.token)
 
 
 def _parameters(module: nn.Module, plan: Plan) -> Iterator[tuple[Path, nn.Parameter]]:

@@ -20,7 +20,7 @@ from ..ops import call
 from ..ops.views import as_nchw
 from .freezing import State, fold_for_compilers, unfreeze
 from .layer_changes import changed
-from .plan import BlockPlan, ChainPlan, PatchPlan, Plan, follow, recall
+from .plan import BlockPlan, ChainPlan, PatchPlan, Plan, calls_others, follow, recall
 from .records import Record
 from .run_plan import Read, read, run, run_following
 from .whole_runs import outputs_of, runs_as_steps
@@ -68,7 +68,7 @@ def fused_forward(module: FusedModule, x: Tensor) -> Tensor | None:
     plan = recall(state.key) if torch.compiler.is_compiling() else state.plan
     if not plan.fused:
         return None
-    if state.trainable is not None:
+    if state.trainable is not None or calls_others(plan):
         outputs = outputs_of(state.whole, module, (module,), x)
         if outputs is not None:
             return outputs[0]

@@ -177,6 +177,11 @@ def weighted(plan: BlockPlan | PatchPlan) -> tuple[Path, ...]:
     return (plan.dwconv,) if plan.tail else (plan.dwconv, plan.fc1, plan.fc2)
 
 
+def calls_others(plan: Plan) -> bool:
+    """Whether the module is more than one block or patch layer."""
+    return isinstance(plan, ChainPlan) or (isinstance(plan, PatchPlan) and plan.following is not None)
+
+
 def holder_of(plan: PatchPlan) -> Path:
     """Where the module that holds the pair of layers is."""
     return plan.norm[:-1]

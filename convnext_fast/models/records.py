@@ -21,7 +21,7 @@ _READ: dict[type, list[str]] = {
 }
 """Attributes that the forward of PyTorch's own layers reads. Of other kinds all count."""
 
-_values = dict.values
+_values, _get = dict.values, dict.get
 _flat = chain.from_iterable
 
 
@@ -47,33 +47,29 @@ class Record:
         self._empty = [*hooks, *(d for d in holders if not d)]
         self._holders = list(filter(None, holders))
         self._attributes = list(map(vars, self._others))
-        self._getters, self._settings = [], []
+        self._names, self._settings = [], []
         for other in self._others:
             names = [STATE] * (STATE in vars(other)) + [name for name, _ in settings_of(other)]
             names = _READ.get(type(other), names)
-            if names:
-                self._getters.append(operator.itemgetter(*names))
-                self._settings.append(vars(other))
+            self._names += names
+            self._settings += [vars(other)] * len(names)
         self._kinds = list(map(type, self._others))
         self._sizes = list(map(len, self._attributes))
         self._counts = list(map(len, self._holders))
         self._held = list(_flat(map(_values, self._holders)))
-        self._values = list(map(_call, self._getters, self._settings))
+        self._values = list(map(_get, self._settings, self._names))
 
     def holds(self, module: nn.Module | None) -> bool:
         """Whether nothing changed; ``module``: the one that asks, which may be a replica of the one that was seen."""
-        try:
-            return (
-                (module is None or module._modules is self._root)
-                and list(map(type, self._others)) == self._kinds
-                and not any(self._empty)
-                and list(map(len, self._attributes)) == self._sizes
-                and list(map(len, self._holders)) == self._counts
-                and all(map(operator.is_, _flat(map(_values, self._holders)), self._held))
-                and list(map(_call, self._getters, self._settings)) == self._values
-            )
-        except KeyError:  # an attribute is gone
-            return False
+        return (
+            (module is None or module._modules is self._root)
+            and list(map(type, self._others)) == self._kinds
+            and not any(self._empty)
+            and list(map(len, self._attributes)) == self._sizes
+            and list(map(len, self._holders)) == self._counts
+            and all(map(operator.is_, _flat(map(_values, self._holders)), self._held))
+            and list(map(_get, self._settings, self._names)) == self._values
+        )
 
     def sees(self, weights: Iterable[Any]) -> bool:
         """Whether all of these, but None, are among what is compared."""
@@ -83,7 +79,3 @@ class Record:
 
 def _hooks_of(module: nn.Module) -> tuple[dict, ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
-def _call(getter: operator.itemgetter, attributes: dict[str, Any]) -> Any:
-    return getter(attributes)

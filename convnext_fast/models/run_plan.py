@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..backends import reference
 from ..backends.steps import WEIGHTS, Kind, Step
+from ..kernels.weights import BlockWeights
 from ..ops import call
 from ..ops.views import as_nchw
 from .drop_path import DropPath
@@ -45,15 +47,18 @@ def read(module: nn.Module, plan: BlockPlan | PatchPlan) -> Read:
     return Read((*weights, gamma), norm.eps)
 
 
-def step_of(plan: BlockPlan | PatchPlan, found: Read, token: Tensor | None) -> Step | None:
-    """The step that does the same in evaluation; None for a block that is fused in part."""
+def step_of(module: nn.Module, plan: BlockPlan | PatchPlan, found: Read, token: Tensor | None) -> Step | None:
+    """The step that does the same; None for a block that is fused in part."""
     if isinstance(plan, PatchPlan):
-        kind, act = Kind.STEM if plan.stem else Kind.DOWNSAMPLE, ""
-    elif plan.tail:
+        kind = Kind.STEM if plan.stem else Kind.DOWNSAMPLE
+        return Step(kind, WEIGHTS[kind](*found.weights), found.eps, token=None if plan.stem else token)
+    if plan.tail:
         return None
-    else:
-        kind, act = Kind.BLOCK, plan.act
-    return Step(kind, WEIGHTS[kind](*found.weights), found.eps, act, None if kind == Kind.STEM else token)
+    # The drop path alone, for a reference to the module would make a cycle: it holds the step.
+    draw = None
+    if plan.drop_path is not None:
+        draw = functools.partial(drop_scale, follow(module, plan.drop_path), plan.rate, found.weights[-1])
+    return Step(Kind.BLOCK, BlockWeights(*found.weights), found.eps, plan.act, token, plan.recompute, draw)
 
 
 def run(module: nn.Module, plan: BlockPlan | PatchPlan, found: Read, x: Tensor, fused: bool = True) -> Tensor:
@@ -65,7 +70,7 @@ def run(module: nn.Module, plan: BlockPlan | PatchPlan, found: Read, x: Tensor, 
     if plan.tail:
         n = dwconv_layernorm(x, found.weights[:-1], found.eps, fused)
         return x + _tail(module, plan, n, gamma)
-    scale = _drop_scale(module, plan, x, gamma)
+    scale = None if plan.drop_path is None else drop_scale(follow(module, plan.drop_path), plan.rate, gamma, x)
     return convnext_block(x, found.weights, scale, found.eps, plan.act, plan.recompute, fused)
 
 
@@ -88,12 +93,12 @@ def _tail(block: nn.Module, plan: BlockPlan, n: Tensor, gamma: Tensor | None) ->
     return z if plan.drop_path is None else follow(block, plan.drop_path)(z)
 
 
-def _drop_scale(block: nn.Module, plan: BlockPlan, x: Tensor, gamma: Tensor | None) -> Tensor | None:
-    """The factor of each sample, (N,), as the block's own stochastic depth draws it."""
-    if plan.drop_path is None:
-        return None
-    drop_path = follow(block, plan.drop_path)
-    if not drop_path.training or getattr(drop_path, plan.rate) == 0:
+def drop_scale(drop_path: nn.Module, rate: str, gamma: Tensor | None, x: Tensor) -> Tensor | None:
+    """The factor of each sample of x, (N,), as a block's own stochastic depth draws it.
+
+    rate: the name of the attribute that has its rate.
+    """
+    if not drop_path.training or getattr(drop_path, rate) == 0:
         return None
     if isinstance(drop_path, DropPath):
         return drop_path.draw(x)

@@ -65,8 +65,7 @@ class ConvNextSwitches(nn.Module):
             raise TypeError(f"x is a {type(x).__name__}: expected a tensor")
         if not self.fused:
             return "reference"
-        dtype = torch.get_autocast_dtype(x.device.type) if call.autocasts(x) else x.dtype
-        backend = choose.select(x.device, dtype)
+        backend = choose.select(x.device, call.compute_dtype(x))
         if backend != "cpu":
             return backend
         sizes = {(*block.parts().fc1.weight.shape[::-1], block.act_name) for block in self.blocks()}

@@ -1,4 +1,6 @@
-"""Frozen modules as steps that run one after another without a call of any module (see `ops.sequence`)."""
+"""Modules as steps that run one after another without a call of any module: frozen ones (`ops.sequence`), and on a GPU
+others too (`ops.live_sequence`).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.steps import Kind, Step
-from ..ops import sequence
+from ..ops import call, live_sequence, sequence
 from .layer_changes import changed, has_hooks
 from .plan import ChainPlan, PatchPlan, called_by, follow, recall
 from .records import STATE, Record
@@ -22,7 +24,18 @@ _CALL = nn.Module.__call__
 
 
 class WholeRuns(dict):
-    """The runs that a module found, by how many parts they have. A copy of the module finds its own."""
+    """The runs that a module found, by whether they are frozen and how many parts they have.
+
+    A copy of the module finds its own. Looking for a run takes as long as some calls: where what was found does not
+    last to the next call, or nothing was found, ever more calls go by before the next look.
+
+    Attributes:
+        pause: how many calls that is.
+        left: how many of them are still to come.
+    """
+
+    def __init__(self) -> None:
+        self.pause = self.left = 0
 
     def __deepcopy__(self, memo: Any) -> WholeRuns:
         return WholeRuns()
@@ -30,13 +43,26 @@ class WholeRuns(dict):
     def __reduce__(self) -> Any:
         return WholeRuns, ()
 
+    def may_look(self) -> bool:
+        """Whether this call looks for a run."""
+        self.left -= 1
+        if self.left >= 0:
+            return False
+        self.left, self.pause = self.pause, min(2 * self.pause + 1, _LONGEST_PAUSE)
+        return True
+
+
+_LONGEST_PAUSE = 255
+
 
 class _WholeRun:
     """Parts as one sequence of steps, and the record by which it still stands for their forwards."""
 
-    def __init__(self, root: nn.Module | None, parts: Sequence[nn.Module], steps: list[list[Step]], layers: list):
+    def __init__(
+        self, frozen: bool, root: nn.Module | None, parts: Sequence[nn.Module], steps: list[list[Step]], layers: list
+    ):
         every = list(chain.from_iterable(steps))
-        self.sequence = sequence.FrozenSequence(every)
+        self.sequence = (sequence.FrozenSequence if frozen else live_sequence.LiveSequence)(every)
         self.ends = [count - 1 for count in accumulate(map(len, steps))]
         self.weights = [w for step in every for w in step.weights if w is not None]
         self.record = Record(root, layers)
@@ -49,47 +75,56 @@ class _WholeRun:
 
 
 def outputs_of(runs: WholeRuns, root: nn.Module | None, parts: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:
-    """x (N, C, H, W) through frozen modules: what comes out of each; None where they have to be called one by one.
+    """x (N, C, H, W) through modules: what comes out of each; None where they have to be called one by one.
 
     Args:
         runs: where what was found is kept.
         root: the module that runs, if it is the only one of ``parts``. Its hooks are not looked at: they run anyway.
         parts: the modules, in order.
     """
-    first = parts[0].__dict__.get(STATE)
-    if first is None or first.trainable is None or not sequence.serves(x):
+    state = parts[0].__dict__.get(STATE)
+    backend = None if state is None or not state.plan.fused else sequence.backend_for(x)
+    if backend is None:
         return None
+    frozen = state.trainable is not None and not call.autocasts(x)
     if torch.compiler.is_compiling():
-        steps = _steps_of_parts(root, parts, None)
+        steps = _steps_of_parts(True, root, parts, None) if frozen else None
         ends = [] if steps is None else [count - 1 for count in accumulate(map(len, steps))]
         return None if steps is None else sequence.compiled(list(chain.from_iterable(steps)), x, ends)
-    run = runs.get(len(parts))
-    if run is None or not run.holds(root, parts):
-        run = _find_run(root, parts)
-        if run is None:
-            runs.pop(len(parts), None)
-            return None
-        runs[len(parts)] = run
-    if torch.is_grad_enabled() and any(map(_wants_gradient, run.weights)):
+    if not frozen and backend != "triton":
         return None
-    return run.sequence(x, run.ends)
+    run = _run_that_holds(runs, frozen, root, parts)
+    if run is None or (frozen and torch.is_grad_enabled() and any(map(_wants_gradient, run.weights))):
+        return None
+    return run.sequence(x, run.ends, backend) if frozen else run.sequence(x, run.ends)
 
 
-def _find_run(root: nn.Module | None, parts: Sequence[nn.Module]) -> _WholeRun | None:
+def _run_that_holds(
+    runs: WholeRuns, frozen: bool, root: nn.Module | None, parts: Sequence[nn.Module]
+) -> _WholeRun | None:
+    key = frozen, len(parts)
+    run = runs.get(key)
+    if run is not None and run.holds(root, parts):
+        runs.pause = runs.left = 0
+        return run
+    runs.pop(key, None)
+    if not runs.may_look():
+        return None
     layers: list[nn.Module] = []
-    steps = _steps_of_parts(root, parts, layers)
-    if steps is None:
+    steps = _steps_of_parts(frozen, root, parts, layers)
+    run = None if steps is None else _WholeRun(frozen, root, parts, steps, layers)
+    if run is None or not run.record.sees(run.weights):
         return None
-    run = _WholeRun(root, parts, steps, layers)
-    return run if run.record.sees(run.weights) else None
+    runs[key] = run
+    return run
 
 
 def _steps_of_parts(
-    root: nn.Module | None, parts: Sequence[nn.Module], layers: list[nn.Module] | None
+    frozen: bool, root: nn.Module | None, parts: Sequence[nn.Module], layers: list[nn.Module] | None
 ) -> list[list[Step]] | None:
     found = []
     for part in parts:
-        steps = _steps(part, layers) if part is root else steps_of(part, layers)
+        steps = _steps(part, frozen, layers) if part is root else steps_of(part, frozen, layers)
         if not steps:
             return None
         found.append(steps)
@@ -97,8 +132,8 @@ def _steps_of_parts(
     return None if Kind.STEM in kinds[1:] else found
 
 
-def steps_of(module: nn.Module, layers: list[nn.Module] | None = None) -> list[Step] | None:
-    """What a call of ``module`` does; None where that is more than frozen steps.
+def steps_of(module: nn.Module, frozen: bool = True, layers: list[nn.Module] | None = None) -> list[Step] | None:
+    """What a call of ``module`` does; None where that is more than steps, or than frozen ones where those are wanted.
 
     layers: takes the modules that this depends on.
     """
@@ -106,22 +141,25 @@ def steps_of(module: nn.Module, layers: list[nn.Module] | None = None) -> list[S
         return None
     if layers is not None:
         layers.append(module)
-    return _steps(module, layers)
+    return _steps(module, frozen, layers)
 
 
-def _steps(module: nn.Module, layers: list[nn.Module] | None) -> list[Step] | None:
+def _steps(module: nn.Module, frozen: bool, layers: list[nn.Module] | None) -> list[Step] | None:
     """As `steps_of`, whatever hooks are on the module."""
     state = module.__dict__.get(STATE)
     if state is None:
-        return [] if type(module).forward is nn.Identity.forward else _joined(module._modules.values(), layers)
+        return [] if type(module).forward is nn.Identity.forward else _joined(module._modules.values(), frozen, layers)
     plan = recall(state.key) if torch.compiler.is_compiling() else state.plan
     if not plan.fused or changed(module, plan) is not None:
         return None
     if layers is not None:
         layers += [follow(module, watched.path) for watched in plan.watched]
     if isinstance(plan, ChainPlan):
-        return _joined(called_by(module), layers)
-    step = None if state.trainable is None else step_of(plan, read(module, plan), state.token)
+        checkpoints = not frozen and vars(module).get("checkpointing") is not None
+        return None if checkpoints else _joined(called_by(module), frozen, layers)
+    if frozen and state.trainable is None:
+        return None
+    step = step_of(module, plan, read(module, plan), state.token)
     if step is None or not _are_plain(step.weights):
         return None
     if (
@@ -131,14 +169,14 @@ def _steps(module: nn.Module, layers: list[nn.Module] | None) -> list[Step] | No
     ):
         return None
     following = isinstance(plan, PatchPlan) and plan.following is not None
-    rest = _joined(follow(module, plan.following), layers) if following else []
+    rest = _joined(follow(module, plan.following), frozen, layers) if following else []
     return None if rest is None else [step, *rest]
 
 
-def _joined(modules: Iterable[nn.Module], layers: list[nn.Module] | None) -> list[Step] | None:
+def _joined(modules: Iterable[nn.Module], frozen: bool, layers: list[nn.Module] | None) -> list[Step] | None:
     found: list[Step] = []
     for module in modules:
-        steps = steps_of(module, layers)
+        steps = steps_of(module, frozen, layers)
         if steps is None:
             return None
         found += steps

@@ -30,8 +30,8 @@ class Formulas(NamedTuple):
     backward: Callable[[Any, Needs, Tensor], tuple[Any, ...]]
 
 
-def _none(tensor: Tensor | None) -> Tensor | None:
-    """None for an absent tensor, which an operator returns as an empty one-dimensional one."""
+def present(tensor: Tensor | None) -> Tensor | None:
+    """The tensor; None for an absent one, which an operator returns as an empty one-dimensional one."""
     return None if tensor is None or (tensor.dim() == 1 and tensor.shape[0] == 0) else tensor
 
 
@@ -42,7 +42,7 @@ def _save_block(ctx: Any, arguments: list[Any], kept: Gradients) -> None:
 
 def _block_bwd(ctx: Any, needs: Needs, dy: Tensor) -> tuple[Any, ...]:
     x, *tensors = ctx.saved_tensors
-    weights, drop_scale, saved = BlockWeights(*tensors[:9]), tensors[9], Saved(*map(_none, tensors[10:]))
+    weights, drop_scale, saved = BlockWeights(*tensors[:9]), tensors[9], Saved(*map(present, tensors[10:]))
     return dy, x, saved, weights, drop_scale, ctx.eps, ctx.act, ctx.dtype, needs[0], any(needs[1:3])
 
 
@@ -64,7 +64,7 @@ def _save_pointwise_mlp(ctx: Any, arguments: list[Any], kept: Gradients) -> None
 
 def _pointwise_mlp_bwd(ctx: Any, needs: Needs, dy: Tensor) -> tuple[Any, ...]:
     x, a, *weights, drop_scale = ctx.saved_tensors
-    return dy, x, _none(a), MlpWeights(*weights), drop_scale, ctx.act, ctx.dtype
+    return dy, x, present(a), MlpWeights(*weights), drop_scale, ctx.act, ctx.dtype
 
 
 def _save_patches(ctx: Any, arguments: list[Any], kept: Gradients) -> None:
@@ -93,7 +93,7 @@ FORMULAS = {
 
 
 def save(name: str, ctx: Any, arguments: list[Any], output: Tensor | tuple[Tensor | None, ...]) -> None:
-    """Keep on the context what the backward of the op needs; ``arguments`` in groups."""
+    """Keep on an operator's context what its backward needs; ``arguments`` in groups."""
     kept = () if isinstance(output, Tensor) else output[1:]
     FORMULAS[name].save(ctx, arguments, kept)
     # Only the backward reads the results besides the first, and the gradient of the first may be absent.
@@ -101,22 +101,27 @@ def save(name: str, ctx: Any, arguments: list[Any], output: Tensor | tuple[Tenso
     ctx.mark_non_differentiable(*(tensor for tensor in kept if tensor is not None))
 
 
-def gradients(
-    name: str, ctx: Any, needs: Needs, dy: Tensor | None, run: Callable[..., Sequence[Tensor | None]]
-) -> Gradients:
-    """The gradient of each flat argument; ``run(name, *arguments)`` calls the backward op.
-
-    Raises:
-        NotImplementedError: dy stands for a batch of gradients.
-    """
-    signature = SIGNATURES[name]
-    if dy is None:
-        return signature.gradients()
+def refuse_batches(dy: Tensor) -> None:
+    """Raise NotImplementedError for a dy that stands for a batch of gradients."""
     if torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy):
         raise NotImplementedError(
             "the fused ops cannot take a batch of output gradients (is_grads_batched, vectorize): "
             "expected one at a time, or the plain reference with fused=False"
         )
-    dx, *dweights = run(name.replace("_fwd", "_bwd"), *FORMULAS[name].backward(ctx, needs, dy.contiguous()))
+
+
+def gradients(
+    name: str, ctx: Any, needs: Needs, dy: Tensor | None, run: Callable[..., Sequence[Tensor | None]]
+) -> Gradients:
+    """The gradient of each flat argument; ``run(ctx, name, *arguments)`` calls the backward op (None for what is absent).
+
+    Raises:
+        NotImplementedError: dy stands for a batch of gradients.
+    """
+    if dy is None:
+        return SIGNATURES[name].gradients()
+    refuse_batches(dy)
+    backward, signature = FORMULAS[name].backward, SIGNATURES[name]
+    dx, *dweights = run(ctx, signature.backward, *backward(ctx, needs, dy.contiguous()))
     residual = {"residual": dy} if getattr(ctx, "has_residual", False) else {}
-    return signature.gradients(x=_none(dx), weights=tuple(map(_none, dweights)), **residual)
+    return signature.gradients(x=dx, weights=dweights, **residual)

@@ -8,7 +8,7 @@ the backend's function itself, under autograd as a plain `torch.autograd.Functio
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ _PLAIN = _TENSORS | {type(None), torch.dtype, bool, int, float, str}
 
 
 def run(name: str, backend: choose.Name, *arguments: Any) -> Any:
-    """The results of the op ``name`` on ``backend``, as `interface.Backend` says; absent ones are None or empty.
+    """What the op ``name`` returns on ``backend`` (see `interface.Backend`): of a forward the first result alone, of a
+    backward the gradients; absent ones are None or empty.
 
     Autograd records the forward of an op on plain weights; one on frozen weights has no gradient and must not be
     called if one is needed. The first argument is a tensor.
@@ -38,14 +39,29 @@ def run(name: str, backend: choose.Name, *arguments: Any) -> Any:
         operator = _operator(name)
         if not torch.compiler.is_compiling():
             flops.register_formulas()
-        return operator(*flat)
+        return _of_operator(name, operator(*flat))
     if any(t.is_neg() for t in flat if t.__class__ in _TENSORS):  # a backend reads memory as it is
         flat = [t.resolve_neg() if isinstance(t, Tensor) else t for t in flat]
         arguments = SIGNATURES[name].group(flat)
-    if not torch.is_grad_enabled() or name.startswith("frozen"):
-        return compute(name, backend, arguments)
-    function = _FUNCTIONS.get(name)
-    return _operator(name)(*flat) if function is None else function.apply(backend, *flat)
+    if name in _APPLY or not torch.is_grad_enabled() or name.startswith("frozen"):
+        return run_plain(name, backend, *arguments)
+    return _of_operator(name, _operator(name)(*flat))  # a backward that autograd is to differentiate
+
+
+def run_plain(name: str, backend: choose.Name, *arguments: Any) -> Any:
+    """As `run`, for arguments that are known to be plain (see `is_plain`), no tensor among them a negative view."""
+    apply = _APPLY.get(name) if torch.is_grad_enabled() else None
+    if apply is not None:
+        return apply(backend, arguments, *flatten(arguments))
+    return _returned(name, compute(name, backend, arguments))
+
+
+def _returned(name: str, results: Any) -> Any:
+    return results if isinstance(results, Tensor) or name.endswith("_bwd") else results[0]
+
+
+def _of_operator(name: str, results: Any) -> Any:
+    return list(map(autograd.present, results)) if name.endswith("_bwd") else _returned(name, results)
 
 
 def _operator(name: str) -> Any:
@@ -54,30 +70,34 @@ def _operator(name: str) -> Any:
     return OPERATORS[name]
 
 
-def _function(name: str) -> type[torch.autograd.Function]:
-    """The op under autograd: ``apply(backend, *flat arguments)``."""
+def _apply(name: str) -> Callable[..., Tensor]:
+    """The op under autograd: ``apply(backend, arguments, *the same flat)``, for autograd sees no tensors in groups."""
 
-    def forward(ctx: Any, backend: choose.Name, *flat: Any) -> Any:
-        arguments = SIGNATURES[name].group(flat)
-        output = compute(name, backend, arguments)
-        output = unlinked(output) if isinstance(output, Tensor) else (unlinked(output[0]), *output[1:])
-        autograd.save(name, ctx, arguments, output)
-        ctx.run = functools.partial(_run_backward, backend)
-        return output
+    def forward(ctx: Any, backend: choose.Name, arguments: tuple[Any, ...], *flat: Any) -> Any:
+        results = compute(name, backend, arguments)
+        y, *kept = (results,) if isinstance(results, Tensor) else results
+        autograd.FORMULAS[name].save(ctx, arguments, kept)
+        ctx.set_materialize_grads(False)
+        ctx.backend = backend
+        return unlinked(y)
 
-    def backward(ctx: Any, dy: Tensor | None, *_: object) -> Gradients:
-        return None, *autograd.gradients(name, ctx, ctx.needs_input_grad[1:], dy, ctx.run)
+    def backward(ctx: Any, dy: Tensor | None) -> Gradients:
+        return None, None, *autograd.gradients(name, ctx, ctx.needs_input_grad[2:], dy, _run_backward)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     # By a call, for nodes of autograd's graph are called after the class.
-    return type(torch.autograd.Function)(name, (torch.autograd.Function,), methods)
+    function = type(torch.autograd.Function)(name, (torch.autograd.Function,), methods)
+    # Without what `Function.apply` does for the transforms of `torch.func`, which get the reference.
+    return super(torch.autograd.Function, function).apply
 
 
-def _run_backward(backend: choose.Name, name: str, *arguments: Any) -> Any:
-    return run(name, backend, *arguments)
+def _run_backward(ctx: Any, name: str, dy: Tensor, *arguments: Any) -> Any:
+    # The saved tensors are those that the forward ran on.
+    plain = is_plain(dy) and not dy.is_neg() and not torch.is_grad_enabled()
+    return (run_plain if plain else run)(name, ctx.backend, dy, *arguments)
 
 
-_FUNCTIONS = {name: _function(name) for name in autograd.FORMULAS}
+_APPLY = {name: _apply(name) for name in autograd.FORMULAS}
 
 
 def is_plain(*arguments: object) -> bool:
@@ -93,6 +113,11 @@ def autocasts(x: torch.Tensor) -> bool:
     """Whether autocast is on for x; it leaves float64 alone, and the meta device has none."""
     kind = x.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on for x, otherwise x's own."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
 def wants_values(x: Tensor) -> bool:

@@ -80,7 +80,10 @@ def _fold(step: Step) -> Folded:
 
 def flat_block(weights: BlockWeights) -> BlockWeights:
     """Those of a `steps.Step` as `ops.convnext_block` takes them."""
-    w1, w2, gamma = weights.w1.flatten(1), weights.w2.flatten(1), weights.gamma
+    w1, w2, gamma = weights.w1, weights.w2, weights.gamma
+    if w1.dim() == 2 and (gamma is None or gamma.dim() == 1):
+        return weights
+    w1, w2 = w1.flatten(1), w2.flatten(1)
     return weights._replace(w1=w1, w2=w2, gamma=None if gamma is None else gamma.reshape(-1))
 
 

@@ -78,7 +78,7 @@ def convnext_block(
         return reference.convnext_block(x, *weights, drop_scale, eps, act)
     if not torch.is_grad_enabled():
         recompute = 2
-    return call.run("block_fwd", backend, x.contiguous(), weights, drop_scale, eps, act, recompute, dtype)[0]
+    return call.run("block_fwd", backend, x.contiguous(), weights, drop_scale, eps, act, recompute, dtype)
 
 
 def frozen_block(
@@ -123,7 +123,7 @@ def dwconv_layernorm(
     backend = choose.select(x.device, dtype)
     if backend == "reference":
         return reference.dwconv_layernorm(x, *weights, eps)
-    return call.run("dwconv_layernorm_fwd", backend, x.contiguous(), weights, eps, dtype)[0]
+    return call.run("dwconv_layernorm_fwd", backend, x.contiguous(), weights, eps, dtype)
 
 
 def pointwise_mlp(
@@ -159,7 +159,7 @@ def pointwise_mlp(
     if not torch.is_grad_enabled():
         recompute = 2
     given = x.contiguous(), residual, weights, drop_scale, act, recompute, dtype
-    y = call.run("pointwise_mlp_fwd", backend, *given)[0]
+    y = call.run("pointwise_mlp_fwd", backend, *given)
     return y if residual is not None or gamma is None else y.to(torch.promote_types(y.dtype, gamma.dtype))
 
 

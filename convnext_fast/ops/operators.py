@@ -60,8 +60,8 @@ def _register(signature: Signature) -> Any:
     return operator
 
 
-def _run(name: str, *arguments: Any) -> Any:
-    return OPERATORS[name](*flatten(arguments))
+def _run(ctx: Any, name: str, *arguments: Any) -> Any:
+    return map(autograd.present, OPERATORS[name](*flatten(arguments)))
 
 
 def _no_second_derivative(ctx: Any, *_: object) -> Gradients:

@@ -7,6 +7,7 @@ asked before the first kernel starts.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from itertools import chain
 
@@ -23,20 +24,25 @@ from .arguments import check_block, check_downsample, check_stem
 from .folded_weights import Folded, Signature, flat_block, folded, signature
 from .views import as_nchw
 
-_MOST_SHAPES = 256
+MOST_SHAPES = 256
+"""The most kinds of inputs that a sequence remembers."""
+
+kind_of = operator.attrgetter("shape", "dtype", "device")
+"""What a check of a tensor looks at."""
 
 
-def serves(x: Tensor) -> bool:
-    """Whether a `FrozenSequence` takes x: a tensor of 4 dimensions that a fused backend serves, without autocast.
+def backend_for(x: Tensor) -> choose.Name | None:
+    """Where steps on x (N, C, H, W) run; None where they cannot.
 
-    Where a compiler traces, only what the kernels for CPUs compute.
+    Where a compiler traces, steps are only what the kernels for CPUs compute.
     """
-    if not isinstance(x, Tensor) or x.dim() != 4 or call.autocasts(x) or _hooks_everywhere():
-        return False
-    if not torch.compiler.is_compiling():
-        return choose.select(x.device, x.dtype) != "reference"
-    plain = x.dtype == torch.float32 and x.device.type == "cpu" and not call.wants_gradient(x)
-    return plain and choose.select(x.device, x.dtype) in ("cpu", "aten")
+    if not isinstance(x, Tensor) or x.dim() != 4 or _hooks_everywhere():
+        return None
+    backend = choose.select(x.device, call.compute_dtype(x))
+    if torch.compiler.is_compiling():
+        plain = x.dtype == torch.float32 and x.device.type == "cpu" and not call.wants_gradient(x)
+        return backend if plain and not call.autocasts(x) and backend in ("cpu", "aten") else None
+    return None if backend == "reference" else backend
 
 
 class FrozenSequence:
@@ -47,32 +53,35 @@ class FrozenSequence:
 
     def __init__(self, steps: Sequence[Step]):
         self._steps = list(steps)
-        self._weights = [w for step in self._steps if step.kind != Kind.STEM for w in step.weights if w is not None]
+        self._stem = [w for w in steps[0].weights if w is not None] if steps[0].kind == Kind.STEM else []
+        self._weights = [w for step in steps if step.kind != Kind.STEM for w in step.weights if w is not None]
         self._signature: Signature = None
         self._folded: list[Folded] = []
+        self._plan: tuple = ()
         self._kernels: list[llvm.Kernel] | None = None
         self._shapes: dict[tuple, list[tuple[int, ...]]] = {}
 
-    def __call__(self, x: Tensor, ends: Sequence[int]) -> list[Tensor]:
-        """x (N, C, H, W) that the sequence `serves`: what comes out of the steps ``ends``, (N, C', H', W') each.
+    def __call__(self, x: Tensor, ends: Sequence[int], backend: choose.Name) -> list[Tensor]:
+        """x (N, C, H, W) on its `backend_for`: what comes out of the steps ``ends``, (N, C', H', W') each.
 
-        ends: in ascending order, the last step's too.
+        ends: in ascending order, the last step's too. Autocast is off.
 
         Raises:
             TypeError, ValueError: as the ops do.
         """
-        x = x if self._steps[0].kind == Kind.STEM else x.permute(0, 2, 3, 1)
+        x = x if self._stem else x.permute(0, 2, 3, 1)
         self._notice_changes(x)
         shapes = self._checked(x)
-        kernels = self._kernels_for() if _kernels_serve(x) else None
-        if kernels is not None:
-            eps = [step.eps for step in self._steps]
-            return list(map(as_nchw, run_kernels(kernels, eps, shapes, x.contiguous(), ends)))
-        if self._is_one_plan(x):
-            given = x if self._steps[0].kind == Kind.STEM else x.contiguous()
-            steps = zip(self._folded, self._steps, strict=True)
-            every = tuple([(weights, step.eps, step.act) for weights, step in steps])
-            return list(map(as_nchw, choose.module("triton").frozen_steps(given, every, tuple(ends), x.dtype)))
+        # No mode observes what is done to x.
+        plain = type(x) is Tensor and call.is_plain(x) and not call.wants_gradient(x, *self._stem)
+        if plain and backend == "cpu" and onednn.serves(x):
+            kernels = self._kernels_for()
+            if kernels is not None:
+                eps = [step.eps for step in self._steps]
+                return list(map(as_nchw, run_kernels(kernels, eps, shapes, x.contiguous(), ends)))
+        if plain and backend == "triton" and not x.is_neg():
+            given = x if self._stem else x.contiguous()
+            return list(map(as_nchw, choose.module("triton").steps(given, self._plan, tuple(ends), x.dtype)))
         results = []
         for i, (step, weights) in enumerate(zip(self._steps, self._folded, strict=True)):
             x = _run_step(step, weights, x)
@@ -80,39 +89,33 @@ class FrozenSequence:
                 results.append(as_nchw(x))
         return results
 
-    def _is_one_plan(self, x: Tensor) -> bool:
-        """Whether a GPU runs all steps as one plan: no gradient is wanted, and no mode observes what is done to x."""
-        stem = self._steps[0].weights if self._steps[0].kind == Kind.STEM else ()
-        plain = call.is_unseen(x) and not x.is_neg() and not call.wants_gradient(x, *stem)
-        return plain and choose.select(x.device, x.dtype) == "triton"
-
     def _notice_changes(self, x: Tensor) -> None:
         now = signature(self._weights)
         if now is None or now != self._signature:
             check_steps(self._steps, x)
             self._folded = list(map(folded, self._steps))
+            self._plan = tuple(
+                (weights, step.eps, step.act) for weights, step in zip(self._folded, self._steps, strict=True)
+            )
             self._signature, self._kernels, self._shapes = now, None, {}
 
     def _checked(self, x: Tensor) -> list[tuple[int, ...]]:
         """`steps.shapes_after`; raises what the ops raise. Tensors like those that passed are not checked again."""
-        if self._steps[0].kind == Kind.STEM:
-            check_stem(x, self._steps[0].weights)
-        seen = x.shape, x.dtype, x.device
+        seen = (kind_of(x), *map(kind_of, self._stem))
         shapes = self._shapes.get(seen)
         if shapes is None:
             shapes = check_steps(self._steps, x)
-            if len(self._shapes) >= _MOST_SHAPES:
+            if len(self._shapes) >= MOST_SHAPES:
                 self._shapes.clear()
             self._shapes[seen] = shapes
         return shapes
 
     def _kernels_for(self) -> list[llvm.Kernel] | None:
         """Kernels with packed weights; None where a step has none. A stem's are packed as they are now."""
-        stem = self._steps[0].kind == Kind.STEM
         if self._kernels is None:
-            rest = slice(1 if stem else 0, None)
+            rest = slice(1 if self._stem else 0, None)
             self._kernels = kernels_for(self._folded[rest], [step.act for step in self._steps[rest]])
-        if self._kernels is None or not stem:
+        if self._kernels is None or not self._stem:
             return self._kernels
         first = llvm.prepare_stem(*self._steps[0].weights)
         return None if first is None else [first, *self._kernels]
@@ -159,12 +162,6 @@ def _run_step(step: Step, weights: Folded, x: Tensor) -> Tensor:
         return functions.frozen_block(x, *weights, eps=step.eps, act=step.act)
     function = functions.patchify_stem if step.kind == Kind.STEM else functions.frozen_downsample
     return function(x, *weights, eps=step.eps)
-
-
-def _kernels_serve(x: Tensor) -> bool:
-    """Whether the kernels for CPUs take x: it wants no gradient, and no mode observes what is done to it."""
-    plain = not call.wants_gradient(x) and call.is_unseen(x) and onednn.serves(x)
-    return plain and choose.select(x.device, x.dtype) == "cpu"
 
 
 def _hooks_everywhere() -> bool:

@@ -16,12 +16,14 @@ class Signature:
 
     Attributes:
         name: of the op.
+        backward: the name of its backward.
         names: of its parameters.
         flat: its parameters and result, a group (a NamedTuple of tensors) taken apart into its fields.
     """
 
     def __init__(self, function: Callable):
         self.name = function.__name__
+        self.backward = self.name.replace("_fwd", "_bwd")
         hints = get_type_hints(function)
         result = hints.pop("return")
         self._parts: list[tuple[str, type | None, int, int]] = []  # name, group, first and last place in the flat ones
@@ -34,6 +36,8 @@ class Signature:
                 inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=h) for n, h in fields.items()
             )
         self.names = tuple(hints)
+        self._places = {name: place for name, *place in self._parts}
+        self._count = len(flat)
         self.flat = inspect.Signature(flat, return_annotation=result)
 
     def group(self, flat: Sequence[Any]) -> list[Any]:
@@ -42,10 +46,10 @@ class Signature:
 
     def gradients(self, **grads: Any) -> tuple[Tensor | None, ...]:
         """A gradient for each flat argument, as autograd takes them, from those given by name; groups as sequences."""
-        found: list[Tensor | None] = []
-        for name, kind, a, b in self._parts:
-            grad = grads.pop(name, None)
-            found += [None] * (b - a) if grad is None else [grad] if kind is None else grad
+        found: list[Tensor | None] = [None] * self._count
+        for name, grad in grads.items():
+            kind, a, b = self._places[name]
+            found[a:b] = (grad,) if kind is None else grad
         return tuple(found)
 
 

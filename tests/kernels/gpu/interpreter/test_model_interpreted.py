@@ -23,13 +23,13 @@ def test_digits():
 
 @torch.no_grad()
 def test_a_frozen_model_is_one_call_with_the_bits_of_its_steps(monkeypatch):
-    calls, frozen_steps = [], gpu.frozen_steps
+    calls, steps_as_one = [], gpu.steps
 
     def counted(x, steps, ends, dtype):
         calls.append((len(steps), ends))
-        return frozen_steps(x, steps, ends, dtype)
+        return steps_as_one(x, steps, ends, dtype)
 
-    monkeypatch.setattr(gpu, "frozen_steps", counted)
+    monkeypatch.setattr(gpu, "steps", counted)
     model = small_model(torch.float32).eval().freeze()
     x = torch.randn(2, 3, 40, 28)
     logits, (last, maps) = model(x), model.forward_intermediates(x)

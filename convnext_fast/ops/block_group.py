@@ -1,0 +1,88 @@
+"""A few blocks, one after another, as one node of autograd's graph: on a GPU, where a node costs as much as a kernel.
+
+Gradients of a group's weights come out together, so a group is small: its gradients should fit the buckets in which
+DistributedDataParallel sends them (25 MB), and what it saved is freed when all of it was used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..backends.interface import Gradients
+from ..kernels.weights import BlockWeights, Saved
+from . import autograd, call
+from .compute import compute
+from .views import unlinked
+
+if TYPE_CHECKING:
+    from ..backends.gpu import BlockCall
+
+MOST = 3
+"""Blocks in a group. The depths of the stages are multiples of it in all published models but atto to pico."""
+
+_WEIGHTS = len(BlockWeights._fields)
+
+
+def run(x: Tensor, blocks: tuple[BlockCall, ...], dtype: torch.dtype) -> Tensor:
+    """x (N, H, W, C), contiguous, through blocks, by the Triton kernels.
+
+    All tensors are plain (see `call.is_plain`), and none is a negative view.
+    """
+    if not torch.is_grad_enabled():
+        return compute("blocks_fwd", "triton", (x, blocks, dtype))[-1]
+    weights = [weight for block in blocks for weight in block[0]]
+    return _apply(blocks, dtype, x, *weights, *(block[1] for block in blocks))
+
+
+class _Blocks(torch.autograd.Function):
+    """``apply(blocks, dtype, x, *all weights, *drop scales)``."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: tuple[BlockCall, ...], dtype: torch.dtype, x: Tensor, *tensors: Any) -> Tensor:
+        *kept, y = compute("blocks_fwd", "triton", (x, blocks, dtype))
+        ctx.options, ctx.dtype = [block[2:] for block in blocks], dtype
+        ctx.save_for_backward(*tensors, x, *kept)
+        ctx.set_materialize_grads(False)
+        return unlinked(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Gradients:
+        options, needs, count = ctx.options, ctx.needs_input_grad[2:], len(ctx.options)
+        nothing = (None,) * (3 + _WEIGHTS * count + count)
+        if dy is None:
+            return nothing
+        autograd.refuse_batches(dy)
+        saved, scales = ctx.saved_tensors, _WEIGHTS * count
+        blocks, wanted, inputs, own = [], [], [], []
+        for i, option in enumerate(options):
+            at, kept = _WEIGHTS * i, scales + count + 4 * i
+            if not any(needs[: 1 + at + _WEIGHTS]):  # nothing before or in this block takes a gradient
+                continue
+            wanted.append((any(needs[: 1 + at]), needs[1 + at] or needs[2 + at]))
+            blocks.append((BlockWeights._make(saved[at : at + _WEIGHTS]), saved[scales + i], *option))
+            inputs.append(saved[kept])
+            own.append(Saved._make(saved[kept + 1 : kept + 4]))
+        arguments = tuple(inputs), tuple(blocks), tuple(own), tuple(wanted), ctx.dtype
+        dx, *gradients = _backward(dy.contiguous(), *arguments)
+        absent = _WEIGHTS * (count - len(blocks))
+        return None, None, dx, *nothing[:absent], *gradients, *nothing[:count]
+
+
+def _backward(
+    dy: Tensor, inputs: tuple, blocks: tuple, saved: tuple, needs: tuple, dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    if call.is_plain(dy) and not dy.is_neg() and not torch.is_grad_enabled():
+        return compute("blocks_bwd", "triton", (dy, inputs, blocks, saved, needs, dtype))
+    gradients: list[Tensor | None] = []
+    for x, block, own, wanted in zip(*map(reversed, (inputs, blocks, saved, needs)), strict=True):
+        weights, drop_scale, eps, act, _ = block
+        dy, *grads = call.run("block_bwd", "triton", dy, x, own, weights, drop_scale, eps, act, dtype, *wanted)
+        gradients = grads + gradients
+    return (dy, *gradients)
+
+
+# Without what `Function.apply` does for the transforms of `torch.func`, which get the reference.
+_apply = super(torch.autograd.Function, _Blocks).apply

@@ -1,0 +1,249 @@
+"""Unfrozen models without a call of their modules: the bits of calls of modules, and what has the modules called."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from convnext_fast import ConvNext, ConvNextConfig
+from convnext_fast.backends import environment
+from convnext_fast.backends.steps import WEIGHTS, Step
+from convnext_fast.models import fused_module, switches, whole_runs
+from convnext_fast.models.whole_runs import outputs_of
+from convnext_fast.ops.live_sequence import LiveSequence
+
+DEEP = ConvNextConfig(num_stages=2, hidden_sizes=[8, 8], depths=[1, 2], num_labels=3, drop_path_rate=0.3)
+
+
+@pytest.fixture(autouse=True)
+def runs(monkeypatch):
+    """Whether each look for a whole run found one."""
+    found = []
+
+    def watched(*arguments):
+        results = outputs_of(*arguments)
+        found.append(results is not None)
+        return results
+
+    monkeypatch.setattr(environment, "REQUEST", "triton")
+    for module in (switches, fused_module):
+        monkeypatch.setattr(module, "outputs_of", watched)
+    return found
+
+
+@pytest.fixture
+def by_modules(monkeypatch):
+    """``by_modules(function)``: its result with every module called."""
+
+    def call(function):
+        with monkeypatch.context() as patch:
+            for module in (switches, fused_module):
+                patch.setattr(module, "outputs_of", lambda *arguments: None)
+            return function()
+
+    return call
+
+
+@torch.no_grad()
+def deep(**options):
+    torch.manual_seed(1)
+    model = ConvNext(DEEP, **options)
+    for parameter in model.parameters():
+        values = torch.randn(parameter.shape)
+        parameter.copy_(values / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else values)
+    return model
+
+
+def step(model, x, autocast=None):
+    """The logits and every gradient, for one draw of drop path and of the output's gradient."""
+    torch.manual_seed(3)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        y = model(x)
+    return [y.detach(), *torch.autograd.grad(y, [*wanted, *([x] * x.requires_grad)], torch.randn_like(y))]
+
+
+def assert_same(results, expected):
+    assert len(results) == len(expected)
+    assert all(itertools.starmap(torch.equal, zip(results, expected, strict=True)))
+
+
+@pytest.mark.parametrize(("recompute", "training"), [(0, True), (1, False), (2, True)])
+def test_a_training_step_has_the_bits_of_one_by_modules(runs, by_modules, recompute, training):
+    model, x = deep().train(training), torch.randn(2, 3, 8, 16, requires_grad=True)
+    model.recompute = recompute
+    expected = by_modules(lambda: step(model, x))
+    assert_same(step(model, x), expected)
+    assert runs == [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast(runs, by_modules, dtype):
+    model, x = deep().train(), torch.randn(2, 3, 8, 16, dtype=dtype)
+    expected = by_modules(lambda: step(model, x, torch.float16))
+    assert_same(step(model, x, torch.float16), expected)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        model.eval()
+        assert torch.equal(model(x), by_modules(lambda: model(x)))
+        model.freeze()  # folded weights have another dtype than autocast's
+        assert torch.equal(model(x), by_modules(lambda: model.unfreeze()(x)))
+    assert runs == [True, True, True]
+
+
+def test_parts_that_take_no_gradient(runs, by_modules):
+    """Some weights of some blocks, all that comes before a block, and everything but the head."""
+    model, x = deep().train(), torch.randn(1, 3, 8, 8)
+    blocks = model.stages[1].blocks
+    for frozen in (
+        [blocks[0].conv_dw, blocks[1].mlp],
+        [model.stem, model.stages[0], model.stages[1].downsample, blocks[0]],
+        [model.stem, model.stages],
+    ):
+        model.requires_grad_(True)
+        for part in frozen:
+            part.requires_grad_(False)
+        assert_same(step(model, x), by_modules(lambda: step(model, x)))
+    assert runs == [True] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_inference_is_one_plan(runs, by_modules, monkeypatch, dtype):
+    from convnext_fast.backends import gpu
+
+    calls, steps = [], gpu.steps
+    monkeypatch.setattr(gpu, "steps", lambda x, given, *rest: calls.append(len(given)) or steps(x, given, *rest))
+    model, x = deep().to(dtype).eval(), torch.randn(2, 3, 12, 9).to(dtype)
+    logits, (last, maps) = by_modules(lambda: (model(x), model.forward_intermediates(x)))
+    assert torch.equal(model(x), logits)
+    again, others = model.forward_intermediates(x)
+    assert_same([again, *others], [last, *maps])
+    assert calls == [5, 5]
+    assert runs == [True, True]
+
+
+def test_blocks_share_nodes_of_the_graph():
+    model = deep().train()
+    y, names, nodes = model(torch.randn(1, 3, 8, 8)), [], []
+    nodes.append(y.grad_fn)
+    while nodes:
+        node = nodes.pop()
+        names.append(node.name())
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    assert sum("_Blocks" in name for name in names) == 2  # one for each stage
+
+
+def test_groups_end_where_an_output_is_wanted():
+    block, other = (Step(kind, WEIGHTS[kind](*[None] * len(WEIGHTS[kind]._fields)), 0.0) for kind in (2, 1))
+    steps = [other, *[block._replace(eps=float(i)) for i in range(5)], other, block]
+    sequence = LiveSequence(steps)
+    for ends, expected in (([7], [1, 3, 2, 1, 1]), ([1, 3, 7], [1, 1, 2, 2, 1, 1]), ([7], [1, 3, 2, 1, 1])):
+        groups = sequence._groups_to(ends)
+        assert [each for group in groups for each in group] == steps
+        assert list(map(len, groups)) == expected
+
+
+def test_feature_maps_on_the_way_take_gradients(runs, by_modules):
+    model, x = deep().train(), torch.randn(1, 3, 8, 8)
+
+    def gradients():
+        torch.manual_seed(2)
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        return torch.autograd.grad(sum(m.square().sum() for m in maps), list(model.stages.parameters()))
+
+    assert_same(gradients(), by_modules(gradients))
+    assert runs == [True]
+
+
+def test_changes_are_noticed(runs, by_modules):
+    model, x = deep().eval(), torch.randn(1, 3, 8, 8)
+    block = model.stages[1].blocks[1]
+    step(model, x)
+
+    def check(expected_runs):
+        runs.clear()
+        assert_same(step(model, x), by_modules(lambda: step(model, x)))
+        assert runs == expected_runs
+
+    with torch.no_grad():
+        block.mlp.fc1.weight.mul_(2)
+    check([True])
+    block.mlp.fc1.weight = nn.Parameter(block.mlp.fc1.weight.detach().clone())
+    check([True])
+    block.norm.eps = 0.1
+    check([True])
+    block.drop_path.rate = 0.9
+    model.train()
+    check([True])
+    block.gamma.data = block.gamma.data.clone()
+    check([True])
+    model.recompute = 0
+    check([True])
+    handle = block.register_forward_hook(lambda module, args, output: 2 * output)
+    check([False, True, False])  # the whole, the first stage, the second
+    handle.remove()
+    model.set_grad_checkpointing()
+    runs.clear()
+    assert_same(step(model, x), by_modules(lambda: step(model, x)))
+    assert True not in runs
+
+
+def test_a_layer_that_does_more_is_called(runs):
+    model, x = deep().eval(), torch.randn(1, 3, 8, 8)
+    calls = []
+    model.stages[1].blocks[1].norm.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(RuntimeWarning, match="hooks on norm"):
+        model(x)
+    assert calls == [1]
+
+
+def test_looking_for_a_run_in_vain_costs_ever_less(monkeypatch):
+    model, x = deep().eval(), torch.randn(1, 3, 8, 8)
+    model.stages[1].blocks[1].register_forward_hook(lambda *_: None)
+    looks, find = [], whole_runs._steps_of_parts
+    monkeypatch.setattr(whole_runs, "_steps_of_parts", lambda *a: looks.append(a[1]) or find(*a))
+    with torch.no_grad():
+        for _ in range(16):
+            model(x)
+    assert looks.count(None) == 5  # of the whole model: at calls 1, 2, 4, 8 and 16
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda block: block.mlp.fc1.weight.data.resize_(3, 3), ValueError),
+        (lambda block: setattr(block.conv_dw.weight, "data", block.conv_dw.weight.data.double()), TypeError),
+        (lambda block: setattr(block.norm.weight, "data", block.norm.weight.data[:7]), ValueError),
+    ],
+)
+def test_weights_that_became_wrong_are_refused(change, error):
+    model, x = deep().eval(), torch.randn(1, 3, 8, 8)
+    model(x)
+    change(model.stages[1].blocks[1])
+    with pytest.raises(error, match=r"expected|convert"):
+        model(x)
+
+
+def test_weights_that_are_negative_views(runs, by_modules):
+    model, x = deep().eval(), torch.randn(1, 3, 8, 8)
+    bias = model.stages[1].blocks[0].mlp.fc1.bias
+    bias.data = torch._neg_view(bias.data)
+    with torch.no_grad():
+        assert torch.equal(model(x), by_modules(lambda: model(x)))
+
+
+def test_a_second_derivative_is_refused():
+    model, x = deep().eval(), torch.randn(1, 3, 8, 8, requires_grad=True)
+    (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        dx.sum().backward()
+
+
+def test_saved_tensors_pass_through_hooks(by_modules):
+    model, x = deep().train(), torch.randn(1, 3, 8, 8)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(1) or t.clone(), lambda t: t):
+        results = step(model, x)
+    assert packed
+    assert_same(results, by_modules(lambda: step(model, x)))
