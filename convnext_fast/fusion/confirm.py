@@ -85,7 +85,7 @@ def confirm_chain(container: nn.Module) -> None:
     """Run a container with a stand-in for each module that it holds.
 
     Raises:
-        Unfusable: in evaluation it does not call them one after another and nothing else.
+        Unfusable: it does not call them one after another and nothing else.
     """
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         torch.default_generator.manual_seed(0)
@@ -95,9 +95,10 @@ def confirm_chain(container: nn.Module) -> None:
             stand_in = copies.setdefault(id(child), _StandIn(i + 2))
             expected = stand_in(expected)
         copy = probe_copy(container, copies)
-        try:
-            actual = type(container).forward(copy.eval(), x.clone())
-        except Exception as error:
-            raise Unfusable(f"its forward fails on {tuple(x.shape)} float32: {error}") from error
-        if not isinstance(actual, Tensor) or not torch.equal(actual, expected):
-            raise Unfusable("its forward does more than call what it holds")
+        for training in (False, True):
+            try:
+                actual = type(container).forward(copy.train(training), x.clone())
+            except Exception as error:
+                raise Unfusable(f"its forward fails on {tuple(x.shape)} float32: {error}") from error
+            if not isinstance(actual, Tensor) or not torch.equal(actual, expected):
+                raise Unfusable("its forward does more than call what it holds")

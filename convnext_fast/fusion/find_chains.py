@@ -1,8 +1,8 @@
 """Recognise the containers of a fused model that only call what they hold, one after another.
 
-Frozen, such a container runs all that is in it as one sequence of steps. A `torch.nn.Sequential` of blocks and patch
-layers is one; so may be a stage, whose forward is then confirmed by running it with stand-ins. Nothing here changes a
-module.
+Frozen, or on a GPU, such a container runs all that is in it as one sequence of steps. A `torch.nn.Sequential` of blocks
+and patch layers is one; so may be a stage, whose forward is then confirmed by running it with stand-ins. Nothing here
+changes a module.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class PatchPlan(NamedTuple):
 
 
 class ChainPlan(NamedTuple):
-    """A container that calls what it holds, one module after another, and does nothing else in evaluation.
+    """A container that calls what it holds, one module after another, and does nothing else.
 
     A list stands for the modules in it.
 

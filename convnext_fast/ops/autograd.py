@@ -113,7 +113,7 @@ def refuse_batches(dy: Tensor) -> None:
 def gradients(
     name: str, ctx: Any, needs: Needs, dy: Tensor | None, run: Callable[..., Sequence[Tensor | None]]
 ) -> Gradients:
-    """The gradient of each flat argument; ``run(ctx, name, *arguments)`` calls the backward op (None for what is absent).
+    """The gradient of each flat argument; ``run(ctx, name, *arguments)`` calls the backward op.
 
     Raises:
         NotImplementedError: dy stands for a batch of gradients.

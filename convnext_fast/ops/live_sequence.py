@@ -33,8 +33,7 @@ class LiveSequence:
         self._one_dtype: torch.dtype | None = None  # of all weights
         self._layer_scales: set[torch.dtype] = set()
         self._checked: set[tuple] = set()  # kinds of inputs that were checked with them
-        self._ends: list[int] = []
-        self._groups: list[list[Step]] = []
+        self._groups: tuple[list[int], list[list[Step]]] = ([], [])  # of the ends that were asked for last
 
     def __call__(self, x: Tensor, ends: Sequence[int]) -> list[Tensor] | None:
         """x (N, C, H, W) that the Triton kernels take: what comes out of the steps ``ends``, (N, C', H', W') each.
@@ -75,8 +74,9 @@ class LiveSequence:
 
     def _groups_to(self, ends: Sequence[int]) -> list[list[Step]]:
         """The steps, a few blocks in a group, other steps alone; each of ``ends`` ends a group."""
-        if self._ends != ends:
-            groups: list[list[Step]] = []
+        known, groups = self._groups  # read once: other threads may ask for other ends
+        if known != ends:
+            groups = []
             joins = False
             for i, step in enumerate(self._steps):
                 block = step.kind == Kind.BLOCK
@@ -85,8 +85,8 @@ class LiveSequence:
                 else:
                     groups.append([step])
                 joins = block and i not in ends
-            self._ends, self._groups = list(ends), groups
-        return self._groups
+            self._groups = list(ends), groups
+        return groups
 
     def _is_one_plan(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether no gradient is wanted, no sample dropped, and everything has one dtype."""

@@ -53,6 +53,13 @@ class Outside(Listed):
         return super().forward(x) + 1
 
 
+class NoisyInTraining(Listed):
+    """Does something of its own in training."""
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
 class Backwards(nn.Module):
     """Calls what it holds in another order."""
 
@@ -196,7 +203,7 @@ def test_a_container_that_changed_runs_its_own_forward(image, runs):
     assert torch.equal(output(model, image), want)
 
 
-@pytest.mark.parametrize("stage", [lambda: Outside(16, 2), Backwards])
+@pytest.mark.parametrize("stage", [lambda: Outside(16, 2), lambda: NoisyInTraining(16, 2), Backwards])
 def test_other_containers_run_as_they_are(stage, image, runs):
     model = randomise(nn.Sequential(nn.Sequential(nn.Conv2d(3, 16, 4, 4), norm(16)), stage())).eval()
     want = output(model, image)

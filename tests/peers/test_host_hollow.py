@@ -4,23 +4,27 @@ import json
 
 import hollow_support
 
-MOST = {
-    "inference": {"fused": 1.25, "frozen": 0.95, "fuse(timm)": 1.3},
-    "training": {"fused": 1.1, "fuse(timm)": 1.15},
+ASKED = {
+    "inference": {"fused": 0.5, "frozen": 0.2, "fuse(timm)": 0.5, "fuse(transformers)": 0.5},
+    "training": {"fused": 0.4, "fuse(timm)": 0.4, "fuse(transformers)": 0.4},
 }
-"""Of the best eager contender's time: what was measured, and about a fifth more for a busy machine."""
-LAUNCHES = {"inference": {"fused": 76, "frozen": 55, "fuse(timm)": 76}, "training": {"fused": 235, "fuse(timm)": 237}}
+"""Of the best eager contender's time."""
+ROOM = 1.15  # for a busy machine
+LAUNCHES = {
+    "inference": {"fused": 76, "frozen": 55, "fuse(timm)": 76, "fuse(transformers)": 76},
+    "training": {"fused": 235, "fuse(timm)": 237, "fuse(transformers)": 235},
+}
 
 
 def test_the_host_is_not_what_a_step_waits_for(tmp_path):
-    names = ("eager", "eager transformers", "fused", "frozen", "fuse(timm)")
+    names = ("eager", "eager transformers", "fused", "frozen", "fuse(timm)", "fuse(transformers)")
     script, output = hollow_support.ROOT / "bench" / "host.py", tmp_path / "output"
     hollow_support.run(tmp_path, script, "--contenders", *names, "--rounds", "9", "--output", str(output))
     rows = json.loads((output / "results.json").read_text())["rows"]
     assert (output / "host.png").stat().st_size > 1000
     assert [row["failure"] for row in rows if row["failure"]] == []
     found = {(row["mode"], row["contender"]): row for row in rows}
-    for mode, bounds in MOST.items():
-        ratios = {name: found[mode, name]["of_best_eager"] for name in bounds}
-        assert {name: found[mode, name]["launches"] for name in bounds} == LAUNCHES[mode]
-        assert all(ratios[name] <= bounds[name] for name in bounds), ratios
+    for mode, asked in ASKED.items():
+        ratios = {name: found[mode, name]["of_best_eager"] for name in asked}
+        assert {name: found[mode, name]["launches"] for name in asked} == LAUNCHES[mode]
+        assert all(ratios[name] <= ROOM * asked[name] for name in asked), ratios
