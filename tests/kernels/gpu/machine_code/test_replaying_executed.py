@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from convnext_fast.kernels import native_plan, recording, replaying
-from convnext_fast.kernels.weights import FrozenBlock
+from convnext_fast.kernels.weights import BlockWeights, FrozenBlock, Saved
 from native_support import StandIn, values_of
 from operator_cases import KERNELS_ALONE, ON_CPU, cases
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -135,7 +135,7 @@ def repeating(request, emulating, monkeypatch):
 
 
 def forget():
-    for name in (*ALL, "dwconv"):
+    for name in (*ALL, "dwconv", gpu.blocks_fwd, gpu.blocks_bwd, gpu.steps):
         calls_of(name).forget()
 
 
@@ -265,6 +265,27 @@ def test_blocks_one_after_another_are_one_plan(repeating):
         given = (given[0], tuple(scaled(block, 1.0) for block in given[1]))  # memory of its own for each
         assert_same_bits(repeating(chain, given), as_written(chain, given))
     assert repeating.repeats == 1
+
+
+@pytest.mark.thorough
+def test_blocks_of_a_group_are_one_plan(repeating):
+    """Forward and backward, and as steps of a model in inference."""
+    torch.manual_seed(0)
+    x, *flat = cases("block_fwd", torch.bfloat16)[0]
+    drop_scale, eps, act, _, dtype = flat[9:]
+    for factor in (1.0, 0.5, 0.75):
+        blocks = tuple(
+            (BlockWeights(*scaled(flat[:9], each * factor)), scaled(drop_scale, 1.0), eps, act, 1) for each in (1, 0.9)
+        )
+        given = scaled(x, factor), blocks, dtype
+        forward = repeating(gpu.blocks_fwd, given)
+        assert_same_bits(forward, as_written(gpu.blocks_fwd, given))
+        inputs, saved = (given[0], forward[3]), (Saved(*forward[:3]), Saved(*forward[4:7]))
+        given = torch.randn_like(x), inputs, blocks, saved, ((True, True),) * 2, dtype
+        assert_same_bits(repeating(gpu.blocks_bwd, given), as_written(gpu.blocks_bwd, given))
+        given = scaled(x, factor), tuple((block[0], eps, act) for block in blocks), (0, 1), dtype
+        assert_same_bits(repeating(gpu.steps, given), as_written(gpu.steps, given))
+    assert repeating.repeats == 3
 
 
 def test_what_a_compiled_model_calls(repeating):
