@@ -8,34 +8,41 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ..backends import environment
+from ..backends.choose import KERNEL_DEVICES
 from ..console import plain
 from ..files import local_path
 
-if TYPE_CHECKING:
-    import torch
-
-
 PROGRAM = "convnext-fast"
+SOURCE = "folder, file or Hugging Face hub id"
 MOST = 10**9
 """Of an integer argument; absurd ones would only fail later, and less clearly."""
 MOST_IMAGES, MOST_SIDE, MOST_PROCESSES = 1 << 20, 1 << 13, 1 << 10
 
 
 def new_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, description: str
+    commands: Any, run: Callable[[argparse.Namespace], int], summary: str, device: bool = True
 ) -> argparse.ArgumentParser:
-    """Add the subcommand ``name``, which calls ``run`` with its arguments and exits with what that returns."""
-    command = commands.add_parser(name, help=summary, description=description)
+    """Add the subcommand that has the name of ``run``, its docstring as description, and its result as exit status.
+
+    ``device``: it has the option ``--device``, see `find_device`.
+    """
+    command = commands.add_parser(run.__name__, help=summary, description=run.__doc__)
     command.set_defaults(run=run)
+    if device:
+        command.add_argument("--device", help="cpu, cuda, xpu, … (default: the accelerator if there is one)")
     return command
 
 
-def add_device(command: argparse.ArgumentParser) -> None:
-    """Add ``--device``; see `find_device`."""
-    command.add_argument("--device", help="cpu, cuda, xpu, … (default: the accelerator if there is one)")
+def add_option(
+    command: argparse.ArgumentParser, name: str, kind: Callable[[str], Any], default: Any, text: str
+) -> None:
+    """Add an option whose help tells its default."""
+    command.add_argument(name, type=kind, default=default, help=f"{text} (%(default)s)")
 
 
 def find_device(name: str | None) -> torch.device:
@@ -44,10 +51,6 @@ def find_device(name: str | None) -> torch.device:
     Raises:
         ValueError: it is not available.
     """
-    import torch
-
-    from ..backends.choose import KERNEL_DEVICES
-
     if name is None:
         name = next((kind for kind in KERNEL_DEVICES if getattr(torch, kind).is_available()), "cpu")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 MOST_PIXELS = 1 << 30
 """Of a batch."""
-LIBRARIES = ("timm", "hf", "torchvision")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -68,7 +67,7 @@ def load_model(spec: str) -> nn.Module:
         OSError: there is no such checkpoint.
     """
     library, _, name = spec.partition(":")
-    if library not in LIBRARIES or not name:
+    if library not in ("timm", "hf", "torchvision") or not name:
         raise ValueError(f"model is {spec!r}: expected timm:NAME, torchvision:NAME or hf:DIR")
     package = "transformers" if library == "hf" else library
     try:
@@ -188,17 +187,15 @@ def _costs(
     models: list[nn.Module], call: Callable[[nn.Module], None], device: torch.device, rounds: int
 ) -> tuple[Cost, ...]:
     calls = [functools.partial(call, model) for model in models]
-    peaks = [_peak(model, one, device) for model, one in zip(models, calls, strict=True)]
+    peaks = []
+    for model, one in zip(models, calls, strict=True):  # these calls also warm up
+        if device.type == "cpu":
+            peaks.append(saved_bytes(one, model.parameters()))
+        else:
+            one()
+            peaks.append(peak_bytes(one, device))
     times = alternate(calls, device, rounds)
     return tuple(Cost(statistics.median(taken), peak) for taken, peak in zip(times, peaks, strict=True))
-
-
-def _peak(model: nn.Module, call: Callable[[], None], device: torch.device) -> int:
-    """Bytes as in `Cost`; the call also warms up."""
-    if device.type == "cpu":
-        return saved_bytes(call, model.parameters())
-    call()
-    return peak_bytes(call, device)
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

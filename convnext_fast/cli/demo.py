@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import re
 import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,10 +25,13 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import torch
 
+from ..console import print_table
 from ..files import write_files
 from ..images.files import FORMATS
 from ..images.processor import ConvNextImageProcessor
+from ..measuring import alternate
 from ..models.huggingface import ConvNextForImageClassification
+from ..training.digits import load_digits
 from .classify import Classifier
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def read_held_out(pictures: Sequence[PIL.Image.Image], labels: Sequence[int], de
     inputs = [fused.prepare(picture) for picture in pictures]
     logits, expected = (classifier.logits(inputs, BATCH_SIZE) for classifier in classifiers)
     timed = inputs[:TIMED]
-    seconds = _interleaved([lambda model=model: model.logits(timed, BATCH_SIZE) for model in classifiers], ROUNDS)
+    passes = [lambda model=model: model.logits(timed, BATCH_SIZE) for model in classifiers]
+    speeds = [len(timed) / statistics.median(taken) for taken in alternate(passes, device, ROUNDS)]
     confidences, predictions = logits.softmax(-1).max(-1)
     like = next(fused.model.parameters())
     return Outcome(
@@ -91,21 +93,9 @@ def read_held_out(pictures: Sequence[PIL.Image.Image], labels: Sequence[int], de
         confidences.numpy(),
         float((logits - expected).abs().max()),
         bool((predictions == expected.argmax(-1)).all()),
-        len(timed) / seconds[0],
-        len(timed) / seconds[1],
+        *speeds,
         f"{fused.model.backend_for(like)} on {device.type}",
     )
-
-
-def _interleaved(functions: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Median seconds of each function, interleaved so that all see the same machine. Results are copied to the CPU."""
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(rounds):
-        for function, taken in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
 
 
 def draw_sheet(pictures: Sequence[PIL.Image.Image], outcome: Outcome) -> PIL.Image.Image:
@@ -122,9 +112,7 @@ def draw_sheet(pictures: Sequence[PIL.Image.Image], outcome: Outcome) -> PIL.Ima
     draw.text(
         (14, 10), f"{outcome.correct} of {count} held-out digits read ({outcome.correct / count:.2%})", INK, title
     )
-    legend = "no mistake"
-    if len(wrong):
-        legend = f"{len(wrong)} mistakes first, in red: predicted for actual"
+    legend = f"{len(wrong)} mistakes first, in red: predicted for actual" if len(wrong) else "no mistake"
     draw.text((14, 38), legend, WRONG if len(wrong) else RIGHT, text)
     for place, index in enumerate(shown):
         x, y = 8 + place % COLUMNS * cell_w, top + place // COLUMNS * cell_h
@@ -144,17 +132,10 @@ def draw_sheet(pictures: Sequence[PIL.Image.Image], outcome: Outcome) -> PIL.Ima
 
 def peak_memory() -> int | None:
     """Peak resident memory of this process, in bytes; None if the system does not report it."""
-    # On Linux getrusage would include the memory of the parent process at the fork.
+    # getrusage would include the memory of the parent process at the fork.
     status = Path("/proc/self/status")
-    if status.exists():
-        found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.M)
-        return int(found[1]) * 1024 if found else None
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.M) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def run(console: Console, output: Path, device: torch.device) -> int:
@@ -164,9 +145,6 @@ def run(console: Console, output: Path, device: torch.device) -> int:
         ImportError: scikit-learn is not installed.
         OSError, ValueError: the picture cannot be written there.
     """
-    from ..console import print_table
-    from ..training.digits import load_digits
-
     format = PIL.Image.registered_extensions().get(output.suffix.lower())
     if format not in FORMATS or format not in PIL.Image.SAVE:
         raise ValueError(f"output {output} has no suffix of an image format: expected one such as .png")

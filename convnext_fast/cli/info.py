@@ -11,6 +11,7 @@ import torch
 from .. import __version__
 from ..backends import choose, environment
 from ..backends.cpu import llvm
+from ..checkpoints.load_save import load_checkpoint
 from ..config import VARIANTS, ConvNextConfig
 from ..console import print_table
 from ..models.layers import KERNEL_SIZE
@@ -74,13 +75,6 @@ def count(config: ConvNextConfig, image_size: int | tuple[int, int] | None = Non
     return [*counts, head]
 
 
-def devices() -> list[torch.device]:
-    """The CPU, and each kind of accelerator that PyTorch finds here."""
-    found = [torch.device("cpu")]
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return found if accelerator is None else [*found, torch.device(accelerator.type)]
-
-
 def versions() -> dict[str, str]:
     """Versions of this package and of its dependencies; "not installed" where one is missing."""
     found = {"convnext-fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
@@ -98,8 +92,8 @@ def print_here(console: Console) -> None:
     """Print versions, and for each device the path that ``fused=True`` takes in each dtype."""
     print_table(console, "Versions", None, list(versions().items()))
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    rows = []
-    for device in devices():
+    rows, accelerator = [], torch.accelerator.current_accelerator(check_available=True)
+    for device in [torch.device("cpu"), *([torch.device(accelerator.type)] if accelerator else [])]:
         name = device.type if device.type != "cuda" else f"cuda ({torch.cuda.get_device_name()})"
         rows.append((name, *(choose.select(device, dtype) for dtype in dtypes)))
     columns = ("device", *(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -144,8 +138,6 @@ def print_checkpoint(console: Console, source: str) -> None:
     Raises:
         FileNotFoundError, ValueError: there is no checkpoint there, or not one of a ConvNeXt.
     """
-    from ..checkpoints.load_save import load_checkpoint
-
     checkpoint = load_checkpoint(source)
     print_config(console, checkpoint.config, source)
     tensors = [*checkpoint.state_dict.values(), *checkpoint.extra.values()]

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
 from ..config import VARIANTS
 from ..files import json_text
+from ..training.augment import AUGMENTATIONS
+from ..training.command import Start, evaluate_checkpoint, run
+from ..training.distributed import STRATEGIES
+from ..training.options import DTYPES, TrainingOptions
+from ..training.state import find_checkpoint
 from .arguments import (
     MOST_IMAGES,
     MOST_PROCESSES,
     MOST_SIDE,
-    add_device,
+    SOURCE,
+    add_option,
     at_least,
     between,
     complain,
@@ -28,68 +35,33 @@ MOST_SEED = (1 << 63) - 1
 
 def add_train(commands: Any) -> None:
     """The subcommand ``train``."""
-    from ..training.distributed import STRATEGIES
-
-    command = new_command(
-        commands,
-        "train",
-        run_train,
-        "train or fine-tune on a folder of images, or on the digits",
-        "Trains with AdamW, warm-up and cosine; evaluates after each epoch; writes a checkpoint, history.json and at "
-        "the end model/, which classify reads, to the output folder. The defaults are the paper's recipe for ImageNet. "
-        "Several processes: torchrun --nproc-per-node N -m convnext_fast train …, on the same batches.",
-    )
-    command.add_argument(
-        "data",
-        metavar="DATA_DIR|digits",
-        help="folder with a folder of images for each class, or with such folders train/ and val/; or the digits",
-    )
+    command = new_command(commands, train, "train or fine-tune on a folder of images, or on the digits")
+    what = "folder with a folder of images for each class, or with such folders train/ and val/; or the digits"
+    command.add_argument("data", metavar="DATA_DIR|digits", help=what)
     start = command.add_mutually_exclusive_group()
     start.add_argument("--variant", choices=VARIANTS, help="start a named architecture from random weights")
     start.add_argument("--config", help="the same for the architecture in a config.json, folder or hub id")
     start.add_argument("--checkpoint", help="fine-tune this folder, file or hub id; other classes get a new classifier")
-    command.add_argument(
-        "--output", type=file_path, default="convnext_fast_run", help="folder of the run (%(default)s)"
-    )
+    add_option(command, "--output", file_path, "convnext_fast_run", "folder of the run")
     command.add_argument("--resume", action="store_true", help="continue the run in the output folder, if there is one")
-    part = between(0, 1)
-    command.add_argument(
-        "--holdout", type=part, default=0.1, help="fraction to evaluate on, without val/ (%(default)s)"
-    )
+    add_option(command, "--holdout", between(0, 1), 0.1, "fraction to evaluate on, without val/")
     command.add_argument("--image-size", type=at_least(1, MOST_SIDE), help="side in pixels (default: the model's)")
     _add_options(command)
     command.add_argument("--save-every", type=at_least(1), default=0, help="steps between checkpoints (one per epoch)")
-    command.add_argument(
-        "--workers",
-        type=at_least(0, MOST_PROCESSES),
-        default=0,
-        help="loader processes per training process (%(default)s)",
-    )
-    command.add_argument(
-        "--strategy",
-        choices=STRATEGIES,
-        default=STRATEGIES[0],
-        help="with several processes: each holds the model (ddp) or a part of it (fsdp) (%(default)s)",
-    )
-    command.add_argument(
-        "--skip-unreadable", action="store_true", help="replace an unreadable image by another instead of stopping"
-    )
-    command.add_argument(
-        "--skip-nonfinite",
-        action="store_true",
-        help="skip a step with a NaN or infinite loss or gradient instead of stopping",
-    )
-    add_device(command)
+    add_option(command, "--workers", at_least(0, MOST_PROCESSES), 0, "loader processes per training process")
+    what = "with several processes: each holds the model (ddp) or a part of it (fsdp) (%(default)s)"
+    command.add_argument("--strategy", choices=STRATEGIES, default=STRATEGIES[0], help=what)
+    what = "replace an unreadable image by another instead of stopping"
+    command.add_argument("--skip-unreadable", action="store_true", help=what)
+    what = "skip a step with a NaN or infinite loss or gradient instead of stopping"
+    command.add_argument("--skip-nonfinite", action="store_true", help=what)
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
     """The fields of `TrainingOptions`."""
-    from ..training.augment import AUGMENTATIONS
-    from ..training.options import DTYPES, TrainingOptions
 
-    def add(name: str, type: Callable[[str], Any], text: str) -> None:
-        default = getattr(TrainingOptions, name)
-        command.add_argument(f"--{name.replace('_', '-')}", type=type, default=default, help=f"{text} (%(default)s)")
+    def add(name: str, kind: Callable[[str], Any], text: str) -> None:
+        add_option(command, f"--{name.replace('_', '-')}", kind, getattr(TrainingOptions, name), text)
 
     positive, share = between(0, math.inf), between(0, 1)
     add("epochs", at_least(1), "passes over the images")
@@ -113,32 +85,23 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     add("seed", at_least(0, MOST_SEED), "seed of all random numbers")
 
 
-def run_train(arguments: argparse.Namespace) -> int:
-    """``convnext-fast train``."""
-    import dataclasses
-
-    from ..training.command import Start, run
-    from ..training.options import TrainingOptions
-    from ..training.state import find_checkpoint
-
-    fields = {field.name for field in dataclasses.fields(TrainingOptions)} & vars(arguments).keys()
-    chosen = {name: getattr(arguments, name) for name in fields}
+def train(arguments: argparse.Namespace) -> int:
+    """Trains with AdamW, warm-up and cosine; evaluates after each epoch; writes a checkpoint, history.json and at the
+    end model/, which classify reads, to the output folder. The defaults are the paper's recipe for ImageNet. Several
+    processes: torchrun --nproc-per-node N -m convnext_fast train …, on the same batches.
+    """
+    given = vars(arguments)
+    chosen = {field.name: given[field.name] for field in dataclasses.fields(TrainingOptions) if field.name in given}
     chosen["augmentation"] = arguments.augmentation or ("affine" if arguments.data == "digits" else "crop")
+    how = ("image_size", "holdout", "resume", "save_every", "workers", "strategy", "skip_unreadable", "skip_nonfinite")
     try:
         run(
             arguments.data,
             Start(arguments.variant, arguments.config, arguments.checkpoint),
             TrainingOptions(**chosen),
             arguments.output,
-            image_size=arguments.image_size,
-            holdout=arguments.holdout,
-            resume=arguments.resume,
-            save_every=arguments.save_every,
-            workers=arguments.workers,
-            strategy=arguments.strategy,
-            skip_unreadable=arguments.skip_unreadable,
-            skip_nonfinite=arguments.skip_nonfinite,
             device=find_device(arguments.device),
+            **{name: given[name] for name in how},
         )
     except KeyboardInterrupt:
         checkpoint = find_checkpoint(arguments.output)
@@ -151,38 +114,22 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 def add_evaluate(commands: Any) -> None:
     """The subcommand ``evaluate``."""
-    command = new_command(
-        commands,
-        "evaluate",
-        run_evaluate,
-        "score a checkpoint on labelled images",
-        "Prints the mean cross-entropy and the accuracy. It scores val/ of a folder that has one, otherwise "
-        "all images. Classes are matched by name.",
-    )
+    command = new_command(commands, evaluate, "score a checkpoint on labelled images")
     what = "folder with a folder of images for each class, or with such folders in val/; or the held-out digits"
     command.add_argument("data", metavar="DATA_DIR|digits", help=what)
-    command.add_argument("--checkpoint", required=True, help="folder, file or Hugging Face hub id")
+    command.add_argument("--checkpoint", required=True, help=SOURCE)
     command.add_argument("--json", action="store_true", help="one JSON object with loss, accuracy and images")
-    command.add_argument(
-        "--batch-size", type=at_least(1, MOST_IMAGES), default=64, help="images at a time (%(default)s)"
-    )
-    command.add_argument(
-        "--workers", type=at_least(0, MOST_PROCESSES), default=0, help="processes that load images (%(default)s)"
-    )
-    add_device(command)
+    add_option(command, "--batch-size", at_least(1, MOST_IMAGES), 64, "images at a time")
+    add_option(command, "--workers", at_least(0, MOST_PROCESSES), 0, "processes that load images")
 
 
-def run_evaluate(arguments: argparse.Namespace) -> int:
-    """``convnext-fast evaluate``."""
-    from ..training.command import evaluate_checkpoint
-
-    score, count = evaluate_checkpoint(
-        arguments.data,
-        arguments.checkpoint,
-        batch_size=arguments.batch_size,
-        workers=arguments.workers,
-        device=find_device(arguments.device),
-    )
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Prints the mean cross-entropy and the accuracy. It scores val/ of a folder that has one, otherwise all images.
+    Classes are matched by name.
+    """
+    options = {"batch_size": arguments.batch_size, "workers": arguments.workers}
+    device = find_device(arguments.device)
+    score, count = evaluate_checkpoint(arguments.data, arguments.checkpoint, device=device, **options)
     if not math.isfinite(score.loss):
         complain(f"the loss is {score.loss}", "warning")
     if arguments.json:
