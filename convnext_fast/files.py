@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 MOST_JSON_BYTES = 1 << 26
 """Of a JSON file that is read; a configuration with 20,000 classes takes one megabyte."""
 MOST_JSON_LEVELS = 64
@@ -18,12 +20,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def local_path(source: str | Path) -> Path:
-    """The path that ``source`` names; ``~`` is the home folder, where there is such a user.
-
-    Raises:
-        TypeError: ``source`` is neither a string nor a path.
-        ValueError: it is empty.
-    """
+    """The path that ``source``, a string or a path, names; ``~`` is the home folder, where there is such a user."""
     if not isinstance(source, (str, Path)):
         raise TypeError(f"source is a {type(source).__name__}: expected a path or a Hugging Face hub id")
     if not str(source):
@@ -42,14 +39,12 @@ def find_file(source: str | Path, *names: str) -> Path:
     Raises:
         FileNotFoundError: neither a folder nor a reachable hub repository, or it holds none of ``names``.
         ImportError: ``source`` is a hub id and huggingface_hub is not installed.
-        TypeError: ``source`` is neither a string nor a path.
     """
-    folder = local_path(source)
-    wanted = " or ".join(names)
+    folder, wanted = local_path(source), " or ".join(names)
     if folder.is_dir():
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name
+        found = next((folder / name for name in names if (folder / name).is_file()), None)
+        if found is not None:
+            return found
         raise FileNotFoundError(f"the folder {folder} holds no {wanted}")
     if folder.exists() or not _HUB_ID.fullmatch(str(source)):
         raise FileNotFoundError(f"{source} is neither a folder nor a Hugging Face hub id (expected {wanted} in it)")
@@ -62,12 +57,7 @@ def how_to_install(extra: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the file holds something else, or is larger than ``MOST_JSON_BYTES``.
-    """
+    """A JSON object from a file; a ValueError if it holds something else, or is larger than ``MOST_JSON_BYTES``."""
     with open(path, "rb") as file:
         content = file.read(MOST_JSON_BYTES + 1)
     if len(content) > MOST_JSON_BYTES:
@@ -99,7 +89,7 @@ def write_files(directory: Path, writers: Mapping[str, Callable[[Path], None]], 
     """Write files into a folder so that each appears whole or not at all, then remove ``stale`` ones.
 
     Everything is first written and synchronised to disk under temporary names in the same folder; only then are the
-    files renamed, in the order given.
+    files renamed, in the order given. A write that fails raises an OSError.
     """
     directory.mkdir(parents=True, exist_ok=True)
     temporary = {name: directory / f".{name}.{secrets.token_hex(4)}.tmp" for name in writers}
@@ -137,18 +127,17 @@ def _finite(value: Any) -> Any:
 def json_writer(fields: Mapping[str, Any]) -> Callable[[Path], None]:
     """A writer of a JSON object, for `write_files`; see `json_text`."""
     text = json_text(fields, indent=2, sort_keys=True) + "\n"
-
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
-
-    return write
+    return lambda path: path.write_text(text, encoding="utf-8")
 
 
 def _create(path: Path, write: Callable[[Path], None]) -> None:
     """Have ``write`` fill a new file, with the permissions of any new file, and wait until it is on disk."""
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     mode = path.stat().st_mode
-    write(path)
+    try:
+        write(path)
+    except (RuntimeError, SafetensorError) as error:  # what torch.save and safetensors raise
+        raise OSError(f"cannot write to {path.parent}, is the disk full? ({error})") from error
     path.chmod(mode)  # safetensors makes its files private
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
@@ -156,13 +145,7 @@ def _create(path: Path, write: Callable[[Path], None]) -> None:
 
 def _hub_file(repository: str, names: tuple[str, ...]) -> Path:
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
+        from huggingface_hub import errors, hf_hub_download
     except ImportError:
         raise ImportError(
             f"{repository} is not a local folder; fetching it from the Hugging Face hub needs the extra: "
@@ -171,11 +154,11 @@ def _hub_file(repository: str, names: tuple[str, ...]) -> Path:
     for name in names:
         try:
             return Path(hf_hub_download(repository, name))
-        except LocalEntryNotFoundError as error:
+        except errors.LocalEntryNotFoundError as error:
             offline = error
-        except EntryNotFoundError:
+        except errors.EntryNotFoundError:
             offline = None
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
+        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
             raise FileNotFoundError(
                 f"{repository} is not a local folder, and the hub does not provide it: {error}"
             ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +28,7 @@ class SavedConfig(NamedTuple):
 
 
 def read_config(source: str | Path) -> SavedConfig:
-    """Read ``config.json`` of a folder or hub id, of transformers, of timm, or one written by `config_fields`.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not JSON, is invalid, or describes another architecture.
-    """
+    """Read ``config.json`` of a folder or hub id, of transformers, of timm, or one written by `config_fields`."""
     try:
         path = find_file(source, "config.json")
     except FileNotFoundError as error:
@@ -62,20 +57,18 @@ def read_config(source: str | Path) -> SavedConfig:
 
 
 def config_fields(
-    config: ConvNextConfig, format: str, keys: Iterable[str], dtype: str, options: Mapping[str, Any]
+    config: ConvNextConfig, format: str, keys: Collection[str], dtype: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The contents of ``config.json`` for weights in ``format``.
+    """The contents of ``config.json`` for tensors called ``keys`` in ``format``, of a ``dtype`` such as "float32".
 
-    Args:
-        config: the architecture.
-        format: one of ``FORMATS``.
-        keys: the names of the tensors, in ``format``; they say which of transformers' classes the weights are for.
-        dtype: of the tensors, as transformers names it, such as "float32".
-        options: ``head_norm_first`` and ``global_pool`` of a timm model.
+    ``options``: ``head_norm_first`` and ``global_pool`` of a timm model.
     """
     if format == "transformers":
         fields = {key: value for key, value in config.to_dict().items() if key != "torch_dtype"}
-        return fields | {"architectures": [_architecture(list(keys))], "dtype": dtype}
+        cls = "ConvNextModel" if "layernorm.weight" in keys else "ConvNextBackbone"
+        if any(key.startswith("convnext.") for key in keys):
+            cls = "ConvNextForImageClassification"
+        return fields | {"architectures": [cls], "dtype": dtype}
     fields = {SECTION: config.to_dict(), "checkpoint_format": format}
     return fields | _timm_fields(config, options) if format == "timm" else fields
 
@@ -85,27 +78,20 @@ def warn_of_losses(config: ConvNextConfig, format: str, *, with_config: bool) ->
 
     Epsilons that differ by 1e-6 or less pass: logits then agree to float32's own accuracy.
     """
-    if format == "transformers":
-        inner, last = 1e-6, config.layer_norm_eps
-    elif format == "timm":
-        inner, last = config.norm_eps, config.norm_eps
-    else:
-        inner, last = 1e-6, 1e-6
-    losses = []
-    for name, theirs in (("norm_eps", inner), ("layer_norm_eps", last)):
-        ours = getattr(config, name)
-        if abs(ours - theirs) > 1.001e-6:
-            losses.append(f"{name}={theirs:g} instead of {ours:g}")
+    inner = config.norm_eps if format == "timm" else 1e-6
+    last = config.layer_norm_eps if format == "transformers" else inner
+    losses = [
+        f"{name}={theirs:g} instead of {ours:g}"
+        for name, theirs, ours in (
+            ("norm_eps", inner, config.norm_eps),
+            ("layer_norm_eps", last, config.layer_norm_eps),
+        )
+        if abs(ours - theirs) > 1.001e-6
+    ]
     if config.activation != "gelu" and (format in ("torchvision", "official") or not with_config):
         losses.append(f"the activation gelu instead of {config.hidden_act}")
     if losses:
         warnings.warn(f"a reader of the {format} format will compute with {' and '.join(losses)}", stacklevel=3)
-
-
-def _architecture(keys: list[str]) -> str:
-    if any(key.startswith("convnext.") for key in keys):
-        return "ConvNextForImageClassification"
-    return "ConvNextModel" if "layernorm.weight" in keys else "ConvNextBackbone"
 
 
 def _timm_amendments(fields: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,17 +77,13 @@ _BACKBONE_NORMS = "hidden_states_norms."
 
 
 def recognise(keys: Iterable[str]) -> str:
-    """The format, one of ``FORMATS``, that the keys of a state dict are written in.
-
-    Raises:
-        ValueError: there are no keys, or they are those of another architecture, which the message names where known.
-    """
+    """The format, one of ``FORMATS``, of a state dict's keys; a ValueError names another architecture where known."""
     names = list(keys)
     if not names:
         raise ValueError("the checkpoint holds no tensors")
     sample = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-    if any(".grn." in name for name in names):
-        found = next(name for name in names if ".grn." in name)
+    found = next((name for name in names if ".grn." in name), None)
+    if found is not None:
         raise ValueError(f"these are the keys of a ConvNeXt V2 (such as {found}): expected a ConvNeXt V1")
     if any(re.search(r"^norms\.|\.depthwise_conv\.|\.pointwise_conv1\.", name) for name in names):
         raise ValueError(f"these are the keys of DINOv3's ConvNeXt ({sample}): expected a ConvNeXt of {FORMATS}")
@@ -131,21 +127,20 @@ def to_timm(state_dict: Mapping[str, Tensor], format: str) -> tuple[dict[str, Te
 def from_timm(
     state_dict: Mapping[str, Tensor],
     format: str,
-    *,
     extra: Mapping[str, Tensor] | None = None,
-    conv_mlp: bool = False,
+    global_pool: str = "avg",
 ) -> dict[str, Tensor]:
     """A state dict under timm's names in ``format``; the inverse of `to_timm`.
 
-    Args:
-        state_dict: tensors under timm's names.
-        format: one of ``FORMATS``. transformers' keys get the prefix ``convnext.`` where there is a classifier.
-        extra: a transformers backbone's ``hidden_states_norms``, which only that format can hold.
-        conv_mlp: write the linear layers as 1×1 convolutions, as timm's models with ``conv_mlp=True`` have them.
+    transformers' keys get the prefix ``convnext.`` where there is a classifier. ``extra``: a transformers backbone's
+    ``hidden_states_norms``, which only that format can hold; ``global_pool``: the model's pooling.
 
     Raises:
-        ValueError: a tensor has no name in ``format``, such as a norm before pooling anywhere but in timm.
+        ValueError: ``format`` has no name for a tensor, such as a norm before pooling anywhere but in timm, or no such
+            pooling.
     """
+    if global_pool == "max" and format != "timm":
+        raise ValueError(f"the model uses max pooling, which the {format} format cannot express: expected timm")
     names = {key: rename(key, format) for key in state_dict}
     lost = [key for key, name in names.items() if name is None]
     if format != "transformers" or any(not key.startswith(_BACKBONE_NORMS) for key in extra or ()):
@@ -153,15 +148,11 @@ def from_timm(
     if lost:
         reason = "; its norm comes before the pooling, which only timm has" if "norm_pre.weight" in lost else ""
         raise ValueError(f"the {format} format has no name for {', '.join(lost[:10])}{reason}")
-    if conv_mlp and format != "timm":
-        raise ValueError(f"conv_mlp=True is a form of timm's checkpoints: expected False for the format {format}")
     prefix = _PREFIX if format == "transformers" and "head.fc.weight" in state_dict else ""
     converted = {}
     for key, tensor in state_dict.items():
         if format == "torchvision" and key.endswith(".gamma") and tensor.dim() == 1:
             tensor = tensor[:, None, None]
-        elif conv_mlp and re.search(r"\.mlp\.fc[12]\.weight$", key) and tensor.dim() == 2:
-            tensor = tensor[:, :, None, None]
         name = str(names[key])
         converted[name if name.startswith("classifier.") else prefix + name] = tensor
     return converted | dict(extra or {})
@@ -182,10 +173,8 @@ def rename(key: str, format: str) -> str | None:
 def infer_config(state_dict: Mapping[str, Tensor], format: str = "timm") -> ConvNextConfig:
     """The configuration that fits the shapes of a state dict under timm's names.
 
-    Args:
-        state_dict: tensors under timm's names. Without a classifier, ``num_labels`` is 0.
-        format: where they come from, which decides the epsilons: 1e-12 in transformers' last norm, 1e-5 in timm's
-            xxlarge, otherwise 1e-6. The activation is taken to be GELU.
+    Without a classifier, ``num_labels`` is 0. ``format``, where the tensors come from, decides the epsilons: 1e-12 in
+    transformers' last norm, 1e-5 in timm's xxlarge, otherwise 1e-6. The activation is taken to be GELU.
 
     Raises:
         ValueError: the stem is missing or has a wrong shape, or stages are missing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,6 @@ from .tensor_files import (
     SAFETENSORS,
     WEIGHT_SUFFIXES,
     read_weights,
-    safetensors_writer,
     size_in_bytes,
     tensor_writers,
 )
@@ -33,13 +33,12 @@ Model = TypeVar("Model", bound=Loadable)
 def load_checkpoint(source: str | Path, *, use_ema: bool = False, config: ConvNextConfig | None = None) -> Checkpoint:
     """Read the tensors and the configuration of a folder, a file or a Hugging Face hub id.
 
-    A folder or hub id needs a ``config.json`` (of transformers, or timm, or one that `save_model` wrote) unless
-    ``config`` is given. For a file the configuration is inferred from the shapes. Tensors and configuration are not
-    yet compared: `matching.fit` does that.
+    Tensors and configuration are not yet compared: `matching.fit` does that.
 
     Args:
-        source: folder with weights and ``config.json``; file (.safetensors, .bin, .pth, .pt, or the index of shards);
-            or hub id.
+        source: folder or hub id with weights and, unless ``config`` is given, a ``config.json`` (of transformers, timm
+            or `save_model`); or file (.safetensors, .bin, .pth, .pt, or the index of shards), whose configuration is
+            inferred from the shapes.
         use_ema: take the averaged weights out of a training checkpoint.
         config: to be used instead of the checkpoint's.
 
@@ -50,8 +49,6 @@ def load_checkpoint(source: str | Path, *, use_ema: bool = False, config: ConvNe
     """
     if config is not None and not isinstance(config, ConvNextConfig):
         raise TypeError(f"config is a {type(config).__name__}: expected a convnext_fast.ConvNextConfig")
-    if not isinstance(source, (str, Path)):
-        raise TypeError(f"source is a {type(source).__name__}: expected a folder, a file or a Hugging Face hub id")
     path = local_path(source)
     bare = path.is_file() or path.suffix in WEIGHT_SUFFIXES
     saved = SavedConfig(config, {}) if bare or config is not None else read_config(source)
@@ -160,14 +157,11 @@ def save_model(
             f"model is a {type(model).__name__}: expected a model of convnext_fast (of a wrapped one, the model within)"
         )
     tensors, own = model.state_dict(), model.checkpoint_format
-    head = getattr(model, "head", None)
-    options = {
-        "head_norm_first": "norm_pre.weight" in tensors,
-        "global_pool": "avg" if head is None or own != "timm" else head.pool_type,
-    }
+    pool = getattr(getattr(model, "head", None), "pool_type", "avg")
+    options = {"head_norm_first": "norm_pre.weight" in tensors, "global_pool": pool}
     if format is not None and format != own:
         named, extra = to_timm(tensors, own)
-        tensors = in_format(named, extra, format, options["global_pool"])
+        tensors = from_timm(named, format, extra, pool)
     write_folder(Path(directory), model.config, format or own, tensors, options, max_shard_size)
 
 
@@ -181,10 +175,7 @@ def _sorted_options(cls: type, options: Mapping[str, Any]) -> tuple[dict[str, An
             f"from_pretrained got {', '.join(sorted(unknown))}: expected arguments of {cls.__name__}, "
             f"{', '.join(sorted(of_model))}, or fields of its configuration"
         )
-    return (
-        {name: value for name, value in options.items() if name in of_model},
-        {name: value for name, value in options.items() if name in fields},
-    )
+    return tuple({name: options[name] for name in options if name in kind} for kind in (of_model, fields))
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -216,15 +207,6 @@ def _common_dtype(tensors: Any) -> torch.dtype:
         raise ValueError(f"the checkpoint mixes {', '.join(map(str, dtypes))}: pass dtype= to choose") from None
 
 
-def in_format(
-    named: Mapping[str, Tensor], extra: Mapping[str, Tensor], format: str, global_pool: str
-) -> dict[str, Tensor]:
-    """`from_timm`, for weights of which also the pooling is known."""
-    if global_pool == "max" and format != "timm":
-        raise ValueError(f"the model uses max pooling, which the {format} format cannot express: expected timm")
-    return from_timm(named, format, extra=extra)
-
-
 def write_folder(
     directory: Path,
     config: ConvNextConfig,
@@ -233,24 +215,14 @@ def write_folder(
     options: Mapping[str, Any],
     max_shard_size: int | str,
 ) -> None:
-    """Write ``config.json`` and the weights into a folder, each file whole or not at all.
+    """Write ``config.json`` and the weights into a folder, which is made if it is missing, each file atomically.
 
-    Args:
-        directory: made if it is missing; weights of an earlier save in it are removed.
-        config: the architecture.
-        format: one of ``formats.FORMATS``, in which ``tensors`` are named.
-        tensors: the weights.
-        options: ``head_norm_first`` and ``global_pool`` of a timm model.
-        max_shard_size: as of `save_model`.
+    Weights of an earlier save there are removed. ``options``: ``head_norm_first`` and ``global_pool`` of a timm model.
     """
     limit = size_in_bytes(max_shard_size)
     warn_of_losses(config, format, with_config=True)
     dtype = str(_common_dtype(tensors.values())).removeprefix("torch.")
-    writers = (
-        tensor_writers(SAFETENSORS.removesuffix(".safetensors"), tensors, limit)
-        if format == "transformers"
-        else {SAFETENSORS: safetensors_writer(tensors)}
-    )
+    writers = tensor_writers("model", tensors, limit if format == "transformers" else math.inf)
     writers["config.json"] = json_writer(config_fields(config, format, tensors, dtype, options))
     directory = local_path(directory)
     write_files(directory, writers, _stale(directory, writers))
@@ -259,9 +231,6 @@ def write_folder(
 def _stale(directory: Path, written: Mapping[str, Any]) -> list[str]:
     """Weights of an earlier save in the folder, which a reader could mistake for the new ones."""
     pattern = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-    if not directory.is_dir():
-        return []
-    names = [
-        path.name for path in directory.iterdir() if path.name in (SAFETENSORS, INDEX) or pattern.fullmatch(path.name)
-    ]
-    return [name for name in names if name not in written]
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    weights = [name for name in names if name in (SAFETENSORS, INDEX) or pattern.fullmatch(name)]
+    return [name for name in weights if name not in written]

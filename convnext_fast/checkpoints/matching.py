@@ -40,9 +40,7 @@ class Checkpoint(NamedTuple):
 class Loadable(Protocol):
     """A model that checkpoints are loaded into and saved from: a `torch.nn.Module` with these.
 
-    Attributes:
-        checkpoint_format: one of ``formats.FORMATS``, whose names its parameters have.
-        config: its configuration.
+    checkpoint_format: one of ``formats.FORMATS``, whose names its parameters have.
     """
 
     checkpoint_format: str
@@ -60,14 +58,8 @@ def fit(
 ) -> tuple[dict[str, Tensor | None], list[str]]:
     """The checkpoint's tensors under the model's names, None for newly initialised ones, and the names of those.
 
-    Args:
-        model: what is to be filled; only its names and shapes matter, so it may be on the meta device.
-        checkpoint: what to fill it with.
-        source: where that comes from, for messages.
-        ignore_mismatched_sizes: initialise a new classifier if its size differs.
-
-    Raises:
-        ValueError: the two do not fit, with all keys that are missing, unexpected or of a wrong shape.
+    Only the names and shapes of ``model`` matter, so it may be on the meta device. ``source``: the checkpoint's, for
+    messages. See `load_model`.
     """
     cls, format = type(model).__name__, model.checkpoint_format
     expected = model.state_dict()

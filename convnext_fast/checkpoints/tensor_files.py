@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,15 +28,11 @@ _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParalle
 
 
 def read_weights(source: str | Path, *, use_ema: bool = False) -> dict[str, Tensor]:
-    """The tensors of a file, folder or hub id, on the CPU, under the names they have there.
+    """The tensors of a file, folder or hub id, on the CPU, under the names they have there; see `load_checkpoint`.
 
     Files are mapped into memory where their kind allows. Checkpoints of a training run are looked into (``model`` or
     ``state_dict``; ``model_ema`` or ``state_dict_ema`` with ``use_ema``), and the prefixes that DistributedDataParallel
     and torch.compile add are taken off.
-
-    Raises:
-        FileNotFoundError: no such file, folder or hub repository; no weights in it; or a shard is missing.
-        ValueError: a file is damaged, is of another kind, or would run code.
     """
     path = local_path(source)
     if path.suffix in WEIGHT_SUFFIXES and not path.exists():
@@ -49,7 +45,7 @@ def read_weights(source: str | Path, *, use_ema: bool = False) -> dict[str, Tens
     return _state_dict(content, file, use_ema)
 
 
-def tensor_writers(name: str, tensors: Mapping[str, Tensor], max_bytes: int) -> dict[str, Callable[[Path], None]]:
+def tensor_writers(name: str, tensors: Mapping[str, Tensor], max_bytes: float) -> dict[str, Callable[[Path], None]]:
     """Writers of tensors as ``name``.safetensors or, beyond ``max_bytes``, as shards of at most that and an index.
 
     A tensor larger than that gets a shard of its own.
@@ -74,35 +70,16 @@ def tensor_writers(name: str, tensors: Mapping[str, Tensor], max_bytes: int) -> 
 
 def safetensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
     """A writer of a .safetensors file, for `write_files`."""
-
-    def write(path: Path) -> None:
-        try:
-            save_file(_packed(tensors), path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"cannot write tensors to {path.parent}, is the disk full? ({error})") from error
-
-    return write
+    return lambda path: save_file(_packed(tensors), path, metadata={"format": "pt"})
 
 
 def pickle_writer(tensors: Mapping[str, Tensor], key: str | None) -> Callable[[Path], None]:
     """A writer of a .pth file, for `write_files`; the state dict nests under ``key`` where one is given."""
-
-    def write(path: Path) -> None:
-        packed = _packed(tensors)
-        try:
-            torch.save(packed if key is None else {key: packed}, path)
-        except RuntimeError as error:
-            raise OSError(f"cannot write tensors to {path.parent}, is the disk full? ({error})") from error
-
-    return write
+    return lambda path: torch.save(_packed(tensors) if key is None else {key: _packed(tensors)}, path)
 
 
 def size_in_bytes(size: int | str) -> int:
-    """A number of bytes, given as one or as "5GB", "200MB", "1.5GiB"; K, M and G are powers of 1000, or of 1024 with i.
-
-    Raises:
-        ValueError: neither, or less than 1.
-    """
+    """A number of bytes, given as one or as "5GB", "200MB", "1.5GiB"; K, M and G are powers of 1000, of 1024 with i."""
     units = {"": 1, **{f"{u}{b}": base**p for p, u in enumerate("KMGT", 1) for b, base in (("", 1000), ("I", 1024))}}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(size).upper())
     count = int(float(match[1]) * units[match[2]]) if match and match[2] in units else 0
@@ -121,8 +98,7 @@ def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         storage = tensor.untyped_storage()
         if tensor.numel() and (storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages):
             tensor = tensor.clone()
-            storage = tensor.untyped_storage()
-        storages.add(storage.data_ptr())
+        storages.add(tensor.untyped_storage().data_ptr())
         packed[key] = tensor
     return packed
 
@@ -178,6 +154,8 @@ def read_pickle(path: Path) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, something else, or would run code.
     """
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is not a PyTorch checkpoint, or is truncated or damaged: it is empty")
     _check_archive(path)
     try:
         # Training scripts keep their command-line arguments in the file; a Namespace holds attributes, not code.
@@ -185,7 +163,7 @@ def read_pickle(path: Path) -> Any:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except MemoryError:
         raise
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError as error:  # whose text advises to run what is in the file
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise ValueError(
@@ -201,14 +179,11 @@ def read_pickle(path: Path) -> Any:
 
 def _check_archive(path: Path) -> None:
     """Refuse a zip archive whose directory promises more than the file holds; `torch.save` compresses nothing."""
-    size = path.stat().st_size
-    if not size:
-        raise ValueError(f"{path} is not a PyTorch checkpoint, or is truncated or damaged: it is empty")
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+            entries, size = archive.infolist(), path.stat().st_size
     except Exception as error:
         raise ValueError(f"{path} is not a PyTorch checkpoint, or is truncated or damaged: {error!r:.200}") from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoints.config_json import warn_of_losses
-from ..checkpoints.load_save import in_format, load_checkpoint, write_folder
+from ..checkpoints.formats import from_timm
+from ..checkpoints.load_save import load_checkpoint, write_folder
 from ..checkpoints.matching import fit
 from ..checkpoints.tensor_files import WEIGHT_SUFFIXES, pickle_writer, safetensors_writer
 from ..files import local_path, write_files
@@ -36,7 +37,7 @@ def convert_checkpoint(source: str | Path, destination: str | Path, to: str, *, 
         device="meta",
     )
     fit(skeleton, checkpoint, str(source))
-    tensors = in_format(state, checkpoint.extra, to, checkpoint.global_pool)
+    tensors = from_timm(state, to, checkpoint.extra, checkpoint.global_pool)
     path = local_path(destination)
     if path.suffix in WEIGHT_SUFFIXES:
         warn_of_losses(config, to, with_config=False)

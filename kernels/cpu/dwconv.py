@@ -57,6 +57,12 @@ def group(
     return function
 
 
+def choose_group(e: Emitter, w: ir.Value, pixels: int, pad: int, width: ir.Value) -> ir.Value:
+    """The number of the group for ``pixels`` from column w on: left·(pad + 1) + right, the columns missing there."""
+    left, right = e.positive(e.minus(pad, w)), e.positive(e.minus(e.plus(w, pixels + pad), width))
+    return e.plus(e.times(left, pad + 1), right)
+
+
 class Convolving(Team):
     """A kernel with a depthwise convolution, of the arguments x, dwconv_weight and dwconv_bias.
 
@@ -68,8 +74,11 @@ class Convolving(Team):
         self.channels, self.pad, self.pixels, self.side = channels, side // 2, pixels, side
         # A group as wide as the image has all of the padding on both sides.
         ends = range(self.pad + 1) if pixels == GROUP else [self.pad]
-        lost = [(left, right) for left in ends for right in ends]
-        self.groups = {missing: group(self.module, machine, pixels, side, channels, missing) for missing in lost}
+        self.groups = {
+            left * (self.pad + 1) + right: group(self.module, machine, pixels, side, channels, (left, right))
+            for left in ends
+            for right in ends
+        }
 
     def convolve(
         self, unit: ir.Value, start: ir.Value, u: ir.Value, ldu: int, then: Callable[[ir.Value], None] | None = None
@@ -89,14 +98,7 @@ class Convolving(Team):
             out = e.at(u, e.times(e.minus(pixel, start), ldu))
             here = e.at(self.given["x"], e.times(pixel, channels))
             given = [here, e.times(width, channels), *filter_rows, *filter_, out, e.index(ldu)]
-            missing = e.positive(e.minus(pad, w)), e.positive(e.minus(e.plus(w, pixels + pad), width))
-            e.cases(
-                e.plus(e.times(missing[0], pad + 1), missing[1]),
-                {
-                    left * (pad + 1) + right: lambda function=function: e.builder.call(function, given)
-                    for (left, right), function in self.groups.items()
-                },
-            )
+            e.call_one(choose_group(e, w, pixels, pad, width), self.groups, given)
             if then is not None:
                 e.loop(0, pixels, 1, lambda p: then(e.at(out, e.times(p, ldu))))
 
@@ -104,38 +106,28 @@ class Convolving(Team):
 
 
 class DwconvSizes(NamedTuple):
-    """What a kernel for the convolution alone is compiled for."""
+    """The kernel for the convolution alone: u in the place of y. With the filter flipped it computes x's gradient."""
 
     channels: int
     side: int
     group: int
+    addresses = ("x", "y", "dwconv_weight", "dwconv_bias", "scratch")
+    row = 0
 
     @classmethod
     def of(cls, channels: int, side: int, width: int) -> DwconvSizes:
         """For images of a width."""
         return cls(channels, side, min(width, GROUP))
 
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """The kernel's arguments that are addresses."""
-        return ("x", "y", "dwconv_weight", "dwconv_bias", "scratch")
-
-    @property
-    def row(self) -> int:
-        """Numbers of a row of scratch memory."""
-        return 0
+    def emit(self, machine: Machine) -> ir.Module:
+        """The module."""
+        return Dwconv(machine, self.addresses, self.row, *self).emit()
 
 
 class Dwconv(Convolving):
-    """Emits ``dwconv``: u in the place of y. With the filter flipped it computes the gradient of x."""
-
-    NAME = "dwconv"
-
-    def __init__(self, machine: Machine, sizes: DwconvSizes):
-        super().__init__(machine, sizes.addresses, sizes.row, *sizes)
+    """Emits the kernel of `DwconvSizes`."""
 
     def chunk(self, first: ir.Value, last: ir.Value) -> None:
         """u of the units from ``first`` up to ``last``."""
-        e, nothing = self.e, self.e.index(0)
-        units = e.plus(first, self.member), last, self.members
-        e.loop(*units, lambda unit: self.convolve(unit, nothing, self.given["y"], self.channels))
+        nothing = self.e.index(0)
+        self.mine(first, last, lambda unit: self.convolve(unit, nothing, self.given["y"], self.channels))

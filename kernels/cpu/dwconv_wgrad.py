@@ -15,18 +15,78 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .llvm_builder import I64, POINTER, Emitter, define
+from .dwconv import choose_group
+from .llvm_builder import POINTER, Emitter, define
 from .machine import Machine
 from .work_sharing import GROUP, entry, share
 
-FIELDS = ("x", "du", "dw", "samples", "height", "width")
-
 
 class WgradSizes(NamedTuple):
-    """What a kernel is compiled for: C and k."""
+    """The kernel for the addresses of x, du and dw, N, H and W."""
 
     channels: int
     side: int
+
+    def emit(self, machine: Machine) -> ir.Module:
+        """The module."""
+        (channels, side), pad, lanes = self, self.side // 2, machine.lanes
+        module = ir.Module()
+        groups = {
+            pixels: {
+                left * (pad + 1) + right: group(module, machine, pixels, self, (left, right))
+                for left in range(pad + 1)
+                for right in range(pad + 1)
+            }
+            for pixels in (GROUP, 1)
+        }
+        e, (x, du, dw, samples, height, width) = entry(module, machine, 3, 3)
+        of_group, of_row, of_sample = (e.stack(side) for _ in range(3))
+        places = range(0, side * lanes, lanes)
+
+        def clear(sums: ir.Value) -> None:
+            for place in places:
+                e.store(e.spread(0.0), sums, place)
+
+        def add_up(small: ir.Value, large: ir.Value) -> None:
+            for place in places:
+                e.store(e.builder.fadd(e.load(large, place), e.load(small, place)), large, place)
+
+        def filter_row(unit: ir.Value) -> None:
+            ky, c = e.builder.urem(unit, e.index(side)), e.times(e.over(unit, side), lanes)
+            clear(of_sample)
+
+            def sample(n: ir.Value) -> None:
+                clear(of_row)
+
+                def row(h: ir.Value) -> None:
+                    clear(of_group)
+                    start = e.times(e.plus(e.times(n, height), h), width)
+                    shifted = e.plus(start, e.times(e.minus(ky, pad), width))
+                    here = [
+                        e.at(array, e.plus(e.times(pixel, channels), c)) for array, pixel in ((x, shifted), (du, start))
+                    ]
+                    whole = e.times(e.over(width, GROUP), GROUP)
+                    for pixels, begin, end in ((GROUP, 0, whole), (1, whole, width)):
+
+                        def pixels_from(w: ir.Value, pixels: int = pixels) -> None:
+                            given = [*(e.at(array, e.times(w, channels)) for array in here), of_group]
+                            e.call_one(choose_group(e, w, pixels, pad, width), groups[pixels], given)
+
+                        e.loop(begin, end, pixels, pixels_from)
+                    add_up(of_group, of_row)
+
+                last = e.smaller(height, e.minus(e.plus(height, pad), ky))
+                e.loop(e.positive(e.minus(pad, ky)), last, 1, row)
+                add_up(of_row, of_sample)
+
+            e.loop(0, samples, 1, sample)
+            for kx, place in enumerate(places):
+                tap = e.plus(e.times(ky, side), kx)
+                e.store(e.load(of_sample, place), dw, e.plus(e.times(tap, channels), c))
+
+        e.loop(*share(e, side * (channels // lanes)), 1, filter_row)
+        e.builder.ret_void()
+        return module
 
 
 def group(module: ir.Module, machine: Machine, pixels: int, sizes: WgradSizes, missing: tuple[int, int]) -> ir.Function:
@@ -49,87 +109,3 @@ def group(module: ir.Module, machine: Machine, pixels: int, sizes: WgradSizes, m
             e.store(e.builder.fadd(e.load(total, kx * machine.lanes), part), total, kx * machine.lanes)
     e.builder.ret_void()
     return function
-
-
-class DwconvWgrad:
-    """Emits ``dwconv_wgrad(argument)`` for ``FIELDS``, 64 bits each."""
-
-    NAME = "dwconv_wgrad"
-
-    def __init__(self, machine: Machine, sizes: WgradSizes):
-        self.machine, self.sizes = machine, sizes
-
-    def emit(self) -> ir.Module:
-        """The module."""
-        machine, (channels, side) = self.machine, self.sizes
-        module = ir.Module(self.NAME)
-        self.pad = side // 2
-        ends = range(self.pad + 1)
-        self.groups = {
-            pixels: {(left, right): group(module, machine, pixels, self.sizes, (left, right))
-                     for left in ends for right in ends}
-            for pixels in (GROUP, 1)
-        }  # fmt: skip
-        kinds = [POINTER] * 3 + [I64] * (len(FIELDS) - 3)
-        e, fields = entry(module, machine, self.NAME, kinds)
-        self.given = dict(zip(FIELDS, fields, strict=True))
-        self.e, b = e, e.builder
-        self.levels = [e.stack(side) for _ in range(3)]
-        work = side * (channels // machine.lanes)
-        e.loop(*share(e, work), 1, lambda unit: self._filter_row(b.urem(unit, e.index(side)), e.over(unit, side)))
-        b.ret_void()
-        return module
-
-    def _clear(self, level: int) -> None:
-        for kx in range(self.sizes.side):
-            self.e.store(self.e.spread(0.0), self.levels[level], kx * self.machine.lanes)
-
-    def _add_up(self, level: int) -> None:
-        """The sums of a level added to those of the next."""
-        e, (small, large) = self.e, self.levels[level : level + 2]
-        for place in range(0, self.sizes.side * self.machine.lanes, self.machine.lanes):
-            e.store(e.builder.fadd(e.load(large, place), e.load(small, place)), large, place)
-
-    def _filter_row(self, ky: ir.Value, vector: ir.Value) -> None:
-        e, pad, lanes, (channels, side) = self.e, self.pad, self.machine.lanes, self.sizes
-        height, width = self.given["height"], self.given["width"]
-        c = e.times(vector, lanes)
-        first = e.positive(e.minus(pad, ky))
-        last = e.smaller(height, e.minus(e.plus(height, pad), ky))
-        self._clear(2)
-
-        def sample(n: ir.Value) -> None:
-            self._clear(1)
-
-            def row(h: ir.Value) -> None:
-                self._clear(0)
-                start = e.times(e.plus(e.times(n, height), h), width)
-                shifted = e.plus(start, e.times(e.minus(ky, pad), width))
-                du, x = (
-                    e.at(self.given[name], e.plus(e.times(pixel, channels), c))
-                    for name, pixel in (("du", start), ("x", shifted))
-                )
-                whole = e.times(e.over(width, GROUP), GROUP)
-                for pixels, begin, end in ((GROUP, 0, whole), (1, whole, width)):
-                    e.loop(begin, end, pixels, lambda w, pixels=pixels: self._group(pixels, w, x, du))
-                self._add_up(0)
-
-            e.loop(first, last, 1, row)
-            self._add_up(1)
-
-        e.loop(0, self.given["samples"], 1, sample)
-        for kx in range(side):
-            place = e.plus(e.times(e.plus(e.times(ky, side), kx), channels), c)
-            e.store(e.load(self.levels[2], kx * lanes), self.given["dw"], place)
-
-    def _group(self, pixels: int, w: ir.Value, x: ir.Value, du: ir.Value) -> None:
-        e, pad, place = self.e, self.pad, self.e.times(w, self.sizes.channels)
-        given = [e.at(x, place), e.at(du, place), self.levels[0]]
-        missing = e.positive(e.minus(pad, w)), e.positive(e.minus(e.plus(w, pixels + pad), self.given["width"]))
-        e.cases(
-            e.plus(e.times(missing[0], pad + 1), missing[1]),
-            {
-                left * (pad + 1) + right: lambda function=function: e.builder.call(function, given)
-                for (left, right), function in self.groups[pixels].items()
-            },
-        )

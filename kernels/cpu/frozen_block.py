@@ -22,12 +22,13 @@ ADDRESSES = ("x", "y", "dwconv_weight", "dwconv_bias", "w1", "b1", "w2", "b2", "
 
 
 class BlockSizes(NamedTuple):
-    """What a kernel is compiled for; ``group``: pixels that the convolution does at a time, at most W."""
+    """The kernel for a block; ``group``: pixels that the convolution does at a time, at most W."""
 
     channels: int
     hidden: int
     side: int
     group: int
+    addresses = ADDRESSES
 
     @classmethod
     def of(cls, channels: int, hidden: int, side: int, width: int) -> BlockSizes:
@@ -35,20 +36,17 @@ class BlockSizes(NamedTuple):
         return cls(channels, hidden, side, min(width, GROUP))
 
     @property
-    def addresses(self) -> tuple[str, ...]:
-        """The kernel's arguments that are addresses."""
-        return ADDRESSES
-
-    @property
     def row(self) -> int:
         """Numbers of a row of scratch memory: n and h."""
         return self.channels + self.hidden + 2 * PADDING
 
+    def emit(self, machine: Machine) -> ir.Module:
+        """The module."""
+        return Block(machine, self).emit()
+
 
 class Block(Convolving):
-    """Emits ``convnext_block``."""
-
-    NAME = "convnext_block"
+    """Emits the kernel of `BlockSizes`."""
 
     def __init__(self, machine: Machine, sizes: BlockSizes):
         channels, hidden, side, pixels = sizes
@@ -70,8 +68,7 @@ class Block(Convolving):
         def normalise_in_place(u: ir.Value) -> None:
             e.builder.call(self.normalise, [u, u, self.epsilon])
 
-        units = e.plus(first, self.member), last, self.members
-        e.loop(*units, lambda unit: self.convolve(unit, start, n, ldn, normalise_in_place))
+        self.mine(first, last, lambda unit: self.convolve(unit, start, n, ldn, normalise_in_place))
         self.barrier()
         self.multiply(self.fc1, n, count, (h, self.hidden + PADDING), whole=True)
         self.barrier()

@@ -12,30 +12,20 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from .gelu import gelu, gelu_derivative
-from .llvm_builder import I64, POINTER
 from .machine import Machine
 from .work_sharing import entry, share
 
 
 class ElementwiseSizes(NamedTuple):
-    """What a kernel is compiled for."""
+    """The kernel for the fields a, h, dh and count. h may be a; da takes the place of dh."""
 
     backward: bool
 
-
-class Elementwise:
-    """Emits ``elementwise(argument)`` for the fields a, h, dh and count. h may be a; da takes the place of dh."""
-
-    NAME = "elementwise"
-
-    def __init__(self, machine: Machine, sizes: ElementwiseSizes):
-        self.machine, self.backward = machine, sizes.backward
-
-    def emit(self) -> ir.Module:
+    def emit(self, machine: Machine) -> ir.Module:
         """The module."""
-        module = ir.Module(self.NAME)
-        e, (a, h, dh, count) = entry(module, self.machine, self.NAME, (POINTER, POINTER, POINTER, I64))
-        b, lanes = e.builder, self.machine.lanes
+        module = ir.Module()
+        e, (a, h, dh, count) = entry(module, machine, 3, 1)
+        b, lanes = e.builder, machine.lanes
         numbers = [e.times(vector, lanes) for vector in share(e, e.over(count, lanes))]
 
         def vector(i: ir.Value) -> None:

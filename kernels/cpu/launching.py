@@ -22,20 +22,20 @@ from llvmlite import binding
 from torch import Tensor
 
 from .code_cache import code_for
-from .dwconv import Dwconv, DwconvSizes
-from .dwconv_wgrad import DwconvWgrad, WgradSizes
-from .frozen_block import Block, BlockSizes
-from .gelu_rows import Elementwise, ElementwiseSizes
+from .dwconv import DwconvSizes
+from .dwconv_wgrad import WgradSizes
+from .frozen_block import BlockSizes
+from .gelu_rows import ElementwiseSizes
 from .gemm import UNROLL as UNROLL
 from .gemm import pack as pack
-from .layer_scale_bwd import LayerScaleBwd, LayerScaleSizes
+from .layer_scale_bwd import LayerScaleSizes
 from .machine import AVX2, AVX512, NEEDED, Machine, compile_for, host_features, identity, load
-from .mlp import Mlp, MlpSizes
-from .mlp_bwd import MlpBwd, MlpBwdSizes
-from .packing import Pack, PackSizes
-from .patchify import Patches, PatchSizes
-from .weight_grad import WeightGrad, WeightGradSizes
-from .work_sharing import NUMBERS, THREAD_FUNCTIONS, numbers, numbers_of_rows, scratch_rows
+from .mlp import MlpSizes
+from .mlp_bwd import MlpBwdSizes
+from .packing import PackSizes
+from .patchify import PatchSizes
+from .weight_grad import WeightGradSizes
+from .work_sharing import ENTRY, NUMBERS, THREAD_FUNCTIONS, numbers, numbers_of_rows, scratch_rows
 from .work_sharing import PADDING as PADDING
 from .work_sharing import WIDE_WEIGHT as WIDE_WEIGHT
 from .work_sharing import rows_of_chunk as rows_of_chunk
@@ -81,18 +81,6 @@ def machine_for(*sizes: int) -> Machine | None:
     return next((machine for machine in fitting if has(machine)), None)
 
 
-_KINDS = {
-    BlockSizes: Block,
-    PatchSizes: Patches,
-    DwconvSizes: Dwconv,
-    WgradSizes: DwconvWgrad,
-    ElementwiseSizes: Elementwise,
-    PackSizes: Pack,
-    MlpSizes: Mlp,
-    MlpBwdSizes: MlpBwd,
-    WeightGradSizes: WeightGrad,
-    LayerScaleSizes: LayerScaleBwd,
-}
 Sizes = (
     BlockSizes
     | PatchSizes
@@ -116,17 +104,10 @@ class Kernel(NamedTuple):
 
 @functools.lru_cache(MOST, typed=True)  # sizes of different kernels may compare equal
 def _kernel(machine: Machine, sizes: Sizes) -> Kernel:
-    kind = _KINDS[type(sizes)]
-    code = code_for(
-        f"{identity(machine)} {kind.NAME} {sizes}", lambda: compile_for(machine, kind(machine, sizes).emit())
-    )
-    threads = _threads()
-    engine = load(machine, code, {name: _address(getattr(threads, name)) for name in THREAD_FUNCTIONS})
-    return Kernel(engine.get_function_address(kind.NAME), engine)
-
-
-def _address(function: Callable) -> int:
-    return ctypes.cast(function, ctypes.c_void_p).value
+    code = code_for(f"{identity(machine)} {sizes}", lambda: compile_for(machine, sizes.emit(machine)))
+    threads = {name: ctypes.cast(getattr(_threads(), name), ctypes.c_void_p).value for name in THREAD_FUNCTIONS}
+    engine = load(machine, code, threads)
+    return Kernel(engine.get_function_address(ENTRY), engine)
 
 
 def run(machine: Machine, sizes: Sizes, *fields: int) -> None:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .llvm_builder import POINTER
 from .machine import Machine
 from .work_sharing import entry, share
 
@@ -18,25 +17,16 @@ _SUMMED = 16
 
 
 class LayerScaleSizes(NamedTuple):
-    """What a kernel is compiled for: C and K."""
+    """The kernel for the addresses of E, w2 (C, K), γ and dot (C,)."""
 
     channels: int
     hidden: int
 
-
-class LayerScaleBwd:
-    """Emits ``layer_scale_bwd(argument)`` for the addresses of E, w2 (C, K), γ and dot (C,)."""
-
-    NAME = "layer_scale_bwd"
-
-    def __init__(self, machine: Machine, sizes: LayerScaleSizes):
-        self.machine, self.sizes = machine, sizes
-
-    def emit(self) -> ir.Module:
+    def emit(self, machine: Machine) -> ir.Module:
         """The module."""
-        module = ir.Module(self.NAME)
-        e, (gradient, weight, gamma, dot) = entry(module, self.machine, self.NAME, [POINTER] * 4)
-        b, (channels, hidden), lanes = e.builder, self.sizes, self.machine.lanes
+        module = ir.Module()
+        e, (gradient, weight, gamma, dot) = entry(module, machine, 4)
+        b, (channels, hidden), lanes = e.builder, self, machine.lanes
 
         def row(c: ir.Value) -> None:
             ours, weights = (e.at(array, e.times(c, hidden)) for array in (gradient, weight))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from llvmlite import ir
 
@@ -61,16 +60,16 @@ class Emitter:
         b.position_at_end(after)
         return values
 
-    def cases(self, key: ir.Value, bodies: Mapping[int, Callable[[], Any]]) -> None:
-        """The body whose number ``key`` is, if any."""
+    def call_one(self, key: ir.Value, functions: Mapping[int, ir.Function], arguments: Sequence[ir.Value]) -> None:
+        """Call the function whose number ``key`` is, if any."""
         b = self.builder
         after = b.append_basic_block("after")
         switch = b.switch(key, after)
-        for number, body in bodies.items():
+        for number, function in functions.items():
             block = b.append_basic_block("case")
             switch.add_case(integer(number), block)
             b.position_at_end(block)
-            body()
+            b.call(function, arguments)
             b.branch(after)
         b.position_at_end(after)
 

@@ -8,7 +8,7 @@ L2 cache; a is written if it is saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -24,7 +24,7 @@ ADDRESSES = ("u", "x", "y", "a", "scale", "ln_weight", "ln_bias", "w1", "b1", "w
 
 
 class MlpSizes(NamedTuple):
-    """What a kernel is compiled for; ``saves``: a is written; ``scaled``: there are factors of drop path."""
+    """The kernel for ``ADDRESSES``; ``saves``: a is written; ``scaled``: there are factors of drop path."""
 
     channels: int
     hidden: int
@@ -36,6 +36,10 @@ class MlpSizes(NamedTuple):
         """Numbers of a row of scratch memory: n and h."""
         return self.channels + self.hidden + 2 * PADDING
 
+    def emit(self, machine: Machine) -> ir.Module:
+        """The module."""
+        return Mlp(machine, self).emit()
+
 
 def store_both(e: Emitter, z: ir.Value, places: Sequence[ir.Value]) -> None:
     """h = GELU(z) and a = z, for places in h and in a."""
@@ -43,18 +47,8 @@ def store_both(e: Emitter, z: ir.Value, places: Sequence[ir.Value]) -> None:
     e.store(z, places[1])
 
 
-class Rows(Team):
-    """A team whose chunks are P rows, as one image row of P pixels; see `team.numbers_of_rows`."""
-
-    def rows(self, count: ir.Value, work: Callable[[ir.Value], None]) -> None:
-        """``work(r)`` for this member's rows of a chunk."""
-        self.e.loop(self.member, count, self.members, work)
-
-
-class Mlp(Rows):
-    """Emits ``mlp``."""
-
-    NAME = "mlp"
+class Mlp(Team):
+    """Emits the kernel of `MlpSizes`; its pixels are one image row, see `work_sharing.numbers_of_rows`."""
 
     def __init__(self, machine: Machine, sizes: MlpSizes):
         super().__init__(machine, ADDRESSES, sizes.row)
@@ -87,12 +81,12 @@ class Mlp(Rows):
 
             e.loop(0, channels, e.lanes, vector)
 
-        self.rows(count, normalise_row)
+        self.mine(0, count, normalise_row)
         self.barrier()
         self.multiply(self.fc1, n, count, *([h, a] if saves else [h]))
         self.barrier()
         self.multiply(self.fc2, h[0], count, *([(y, channels)] if scaled else [(y, channels), (x, channels)]))
         self.barrier()
         if scaled:
-            self.rows(count, scale_row)
+            self.mine(0, count, scale_row)
             self.barrier()

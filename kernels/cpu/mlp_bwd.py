@@ -18,8 +18,7 @@ from .gelu import gelu, gelu_derivative
 from .layernorm import normalise, statistics
 from .llvm_builder import F32, POINTER, Emitter, define
 from .machine import Machine
-from .mlp import Rows
-from .work_sharing import PADDING
+from .work_sharing import PADDING, Team
 
 ADDRESSES = (
     *("dy", "u", "a", "scale", "du", "n", "dz", "h", "da", "sums"),
@@ -33,7 +32,7 @@ _SUMMED = 8
 
 
 class MlpBwdSizes(NamedTuple):
-    """What a kernel is compiled for; ``saved``: a is given; ``scaled``: there are factors of drop path."""
+    """The kernel for ``ADDRESSES``; ``saved``: a is given; ``scaled``: there are factors of drop path."""
 
     channels: int
     hidden: int
@@ -45,6 +44,10 @@ class MlpBwdSizes(NamedTuple):
         """Numbers of a row of scratch memory: dn, and dn∘x̂."""
         return 2 * (self.channels + PADDING)
 
+    def emit(self, machine: Machine) -> ir.Module:
+        """The module."""
+        return MlpBwd(machine, self).emit()
+
 
 def through_gelu(e: Emitter, dh: ir.Value, places: Sequence[ir.Value]) -> None:
     """da = dh·GELU'(a) and h = GELU(a), for places in da, h and a; a may be h."""
@@ -53,10 +56,8 @@ def through_gelu(e: Emitter, dh: ir.Value, places: Sequence[ir.Value]) -> None:
     e.store(gelu(e, a), places[1])
 
 
-class MlpBwd(Rows):
-    """Emits ``mlp_bwd``."""
-
-    NAME = "mlp_bwd"
+class MlpBwd(Team):
+    """Emits the kernel of `MlpBwdSizes`; its pixels are one image row, see `work_sharing.numbers_of_rows`."""
 
     def __init__(self, machine: Machine, sizes: MlpBwdSizes):
         super().__init__(machine, ADDRESSES, sizes.row)
@@ -99,7 +100,7 @@ class MlpBwd(Rows):
             places = e.at(u, row), e.at(dn, padded), e.at(dn_x, padded), e.at(du, row)
             e.builder.call(self.normalise_bwd, [*places, self.epsilon, given["ln_weight"]])
 
-        self.rows(count, before)
+        self.mine(0, count, before)
         self.barrier()
         if self.fc1 is not None:
             self.multiply(self.fc1, n, count, (h, ldh))
@@ -107,7 +108,7 @@ class MlpBwd(Rows):
         self.barrier()
         self.multiply(self.fc1_back, da, count, (dn, ldn))
         self.barrier()
-        self.rows(count, after)
+        self.mine(0, count, after)
         self.barrier()
         self._sum(da, ldh, hidden, count, sums)
         for i, array in enumerate((dz, dn_x, dn)):
@@ -130,7 +131,7 @@ class MlpBwd(Rows):
 
             e.store(*e.loop(0, count, _SUMMED, add_few, e.spread(0.0)), out, c)
 
-        e.loop(self.member, columns // e.lanes, self.members, vector)
+        self.mine(0, e.index(columns // e.lanes), vector)
 
 
 def normalise_bwd(module: ir.Module, machine: Machine, channels: int) -> ir.Function:

@@ -12,69 +12,53 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .llvm_builder import POINTER
 from .machine import Machine
 from .work_sharing import entry, share
 
 
 class PackSizes(NamedTuple):
-    """What a kernel is compiled for: the sizes of w, and whether it has factors."""
+    """The kernel for the addresses of w (``rows``, ``columns``), s and the packed weights."""
 
     rows: int
     columns: int
     transposed: bool
     scaled: bool
 
-
-class Pack:
-    """Emits ``pack(argument)`` for the addresses of w, s and the packed weights."""
-
-    NAME = "pack"
-
-    def __init__(self, machine: Machine, sizes: PackSizes):
-        self.machine, self.sizes = machine, sizes
-
-    def emit(self) -> ir.Module:
+    def emit(self, machine: Machine) -> ir.Module:
         """The module."""
-        machine, sizes = self.machine, self.sizes
-        module = ir.Module(self.NAME)
-        e, (self.weight, self.scale, self.out) = entry(module, machine, self.NAME, [POINTER] * 3)
-        self.e = e
-        columns, self.depth = (sizes.rows, sizes.columns) if sizes.transposed else (sizes.columns, sizes.rows)
-        wide, narrow = columns // machine.panel, columns % machine.panel // machine.lanes
+        module, lanes = ir.Module(), machine.lanes
+        e, (weight, scale, out) = entry(module, machine, 3)
+        columns, depth = (self.rows, self.columns) if self.transposed else (self.columns, self.rows)
+        wide, narrow = columns // machine.panel, columns % machine.panel // lanes
+
+        def load(row: ir.Value, column: ir.Value) -> ir.Value:
+            """s[row]·w[row, column:]."""
+            values = e.load(e.at(weight, e.times(row, self.columns)), column)
+            return e.builder.fmul(values, e.spread(e.scalar(scale, row))) if self.scaled else values
+
+        def strip(first: ir.Value, place: ir.Value, width: int) -> None:
+            """As many columns of a panel as there are lanes."""
+
+            def copy(k: ir.Value) -> None:
+                e.store(load(k, first), place, e.times(k, width))
+
+            def square(k: ir.Value) -> None:
+                """As many rows of w as there are lanes, as columns."""
+                rows = [load(e.plus(first, i), k) for i in range(lanes)]
+                for i, vector in enumerate(e.transposed(rows)):
+                    e.store(vector, e.at(place, e.times(k, width)), i * width)
+
+            e.loop(0, depth, *((lanes, square) if self.transposed else (1, copy)))
 
         def panel(p: ir.Value) -> None:
+            column = e.times(p, machine.panel)
+            start = e.at(out, e.times(column, depth))
             for vectors, mine in ((machine.vectors, e.less(p, wide)), (narrow, e.less(wide - 1, p))):
                 if vectors:
                     with e.builder.if_then(mine):
-                        self._panel(e.times(p, machine.panel), vectors)
+                        for v in range(0, vectors * lanes, lanes):
+                            strip(e.plus(column, v), e.at(start, v), vectors * lanes)
 
         e.loop(*share(e, wide + bool(narrow)), 1, panel)
         e.builder.ret_void()
         return module
-
-    def _panel(self, column: ir.Value, vectors: int) -> None:
-        e, lanes, width = self.e, self.machine.lanes, vectors * self.machine.lanes
-        out = e.at(self.out, e.times(column, self.depth))
-        for v in range(vectors):
-            first = e.plus(column, v * lanes)
-            if self.sizes.transposed:
-                e.loop(0, self.depth, lanes, lambda k, f=first, v=v: self._square(f, k, e.at(out, v * lanes), width))
-            else:
-                e.loop(0, self.depth, 1, lambda k, f=first, v=v: self._copy(k, f, e.at(out, v * lanes), width))
-
-    def _copy(self, row: ir.Value, column: ir.Value, out: ir.Value, width: int) -> None:
-        self.e.store(self._row(row, column), out, self.e.times(row, width))
-
-    def _square(self, row: ir.Value, column: ir.Value, out: ir.Value, width: int) -> None:
-        """As many rows as there are lanes, from one of w on, as columns of a panel."""
-        e = self.e
-        rows = [self._row(e.plus(row, i), column) for i in range(e.lanes)]
-        for i, vector in enumerate(e.transposed(rows)):
-            e.store(vector, e.at(out, e.times(column, width)), i * width)
-
-    def _row(self, row: ir.Value, column: ir.Value) -> ir.Value:
-        """s[row]·w[row, column:]."""
-        e = self.e
-        values = e.load(e.at(self.weight, e.times(row, self.sizes.columns)), column)
-        return e.builder.fmul(values, e.spread(e.scalar(self.scale, row))) if self.sizes.scaled else values

@@ -29,13 +29,14 @@ Work = Callable[[ir.Value, ir.Value, ir.Value, ir.Value], None]
 
 
 class PatchSizes(NamedTuple):
-    """What a kernel is compiled for: C, C', kh, kw, and whether it is the stem's."""
+    """The kernel for C, C', kh and kw, of a stem or of downsampling."""
 
     channels: int
     out_channels: int
     height: int
     width: int
     stem: bool
+    addresses = ADDRESSES
 
     @property
     def depth(self) -> int:
@@ -43,20 +44,17 @@ class PatchSizes(NamedTuple):
         return self.channels * self.height * self.width
 
     @property
-    def addresses(self) -> tuple[str, ...]:
-        """The kernel's arguments that are addresses."""
-        return ADDRESSES
-
-    @property
     def row(self) -> int:
         """Numbers of a row of scratch memory: a patch."""
         return self.depth + PADDING
 
+    def emit(self, machine: Machine) -> ir.Module:
+        """The module."""
+        return Patches(machine, self).emit()
+
 
 class Patches(Team):
-    """Emits ``patches``."""
-
-    NAME = "patches"
+    """Emits the kernel of `PatchSizes`."""
 
     def __init__(self, machine: Machine, sizes: PatchSizes):
         super().__init__(machine, ADDRESSES, sizes.row)
@@ -72,7 +70,7 @@ class Patches(Team):
         y = e.at(self.given["y"], e.times(start, columns))
 
         def of_units(work: Work) -> None:
-            e.loop(e.plus(first, self.member), last, self.members, lambda unit: self._pixels(unit, start, work))
+            self.mine(first, last, lambda unit: self._pixels(unit, start, work))
 
         of_units(self._gather_numbers if self.sizes.stem else self._gather_pixels)
         self.barrier()

@@ -20,87 +20,68 @@ from .llvm_builder import I64, POINTER, Emitter, define
 from .machine import Machine
 from .work_sharing import PADDING, entry, share
 
-FIELDS = ("left", "right", "out", "pixels", "adds")
-
 _BLOCK_BYTES, _LEAST_BLOCK = 512 << 10, 512
 """Bytes of the narrower matrix, and the least pixels: with fewer, a wide layer's out, which fits no cache, is read too
 often."""
 
 
 class WeightGradSizes(NamedTuple):
-    """What a kernel is compiled for: numbers of a row of left and of right, each with ``PADDING`` after it."""
+    """The kernel for the addresses of left, right and out, the number of pixels, and whether it adds, 0 or 1.
+
+    left, right: numbers of a row of each, with ``PADDING`` after it.
+    """
 
     left: int
     right: int
 
-
-class WeightGrad:
-    """Emits ``weight_grad(argument)`` for ``FIELDS``, 64 bits each; adds: 0 or 1."""
-
-    NAME = "weight_grad"
-
-    def __init__(self, machine: Machine, sizes: WeightGradSizes):
-        self.machine, self.sizes = machine, sizes
-
-    def emit(self) -> ir.Module:
+    def emit(self, machine: Machine) -> ir.Module:
         """The module."""
-        machine, (left, right) = self.machine, self.sizes
-        self.module = module = ir.Module(self.NAME)
-        strips = -(-left // machine.rows), -(-right // machine.panel)
-        self.tiles = {
-            (rows, vectors): self._tile(rows, vectors)
-            for rows in {machine.rows, left % machine.rows} - {0}
-            for vectors in {machine.vectors, right % machine.panel // machine.lanes} - {0}
+        (left, right), module, panel = self, ir.Module(), machine.panel
+        last_rows, last_vectors = left % machine.rows, right % panel // machine.lanes
+        tiles = {
+            rows * 8 + vectors: self._tile(module, machine, rows, vectors)
+            for rows in {machine.rows, last_rows} - {0}
+            for vectors in {machine.vectors, last_vectors} - {0}
         }
-        kinds = [POINTER] * 3 + [I64] * (len(FIELDS) - 3)
-        e, fields = entry(module, machine, self.NAME, kinds)
-        self.given = dict(zip(FIELDS, fields, strict=True))
-        self.e, b = e, e.builder
+        e, (left_at, right_at, out_at, pixels, adds) = entry(module, machine, 3, 2)
+        b, zero = e.builder, e.index(0)
         # Strips of the wider matrix, one after the other, each with all strips of the narrower one.
-        by_rows = left > right
+        strips, by_rows = (-(-left // machine.rows), -(-right // panel)), left > right
         inner = strips[1] if by_rows else strips[0]
-        tiles = share(e, strips[0] * strips[1])
-        pixels, most = self.given["pixels"], max(_LEAST_BLOCK, _BLOCK_BYTES // (4 * min(left, right)))
+        units = share(e, strips[0] * strips[1])
+        most = max(_LEAST_BLOCK, _BLOCK_BYTES // (4 * min(left, right)))
         blocks = e.over(e.plus(pixels, most - 1), most)
         block = e.over(e.plus(pixels, e.minus(blocks, 1)), blocks)
 
         def pixels_from(p: ir.Value) -> None:
             count = e.smaller(e.minus(pixels, p), block)
-            fresh = b.and_(b.icmp_signed("==", p, e.index(0)), b.icmp_signed("==", self.given["adds"], e.index(0)))
+            fresh = b.zext(b.and_(b.icmp_signed("==", p, zero), b.icmp_signed("==", adds, zero)), I64)
 
             def tile(unit: ir.Value) -> None:
                 pair = e.over(unit, inner), b.urem(unit, e.index(inner))
-                self._run_tile(*(pair if by_rows else pair[::-1]), p, count, b.zext(fresh, I64))
+                i, j = pair if by_rows else pair[::-1]
+                row, column = e.times(i, machine.rows), e.times(j, panel)
+                given = [
+                    e.at(left_at, e.plus(e.times(p, left + PADDING), row)),
+                    e.at(right_at, e.plus(e.times(p, right + PADDING), column)),
+                    e.at(out_at, e.plus(e.times(row, right), column)),
+                    count,
+                    fresh,
+                ]
+                rows = e.choose(e.less(i, left // machine.rows), machine.rows, last_rows)
+                vectors = e.choose(e.less(j, right // panel), machine.vectors, last_vectors)
+                e.call_one(e.plus(e.times(rows, 8), vectors), tiles, given)
 
-            e.loop(*tiles, 1, tile)
+            e.loop(*units, 1, tile)
 
         e.loop(0, pixels, block, pixels_from)
         b.ret_void()
         return module
 
-    def _run_tile(self, i: ir.Value, j: ir.Value, p: ir.Value, count: ir.Value, fresh: ir.Value) -> None:
-        e, machine, (left, right) = self.e, self.machine, self.sizes
-        row, column = e.times(i, machine.rows), e.times(j, machine.panel)
-        given = [
-            e.at(self.given["left"], e.plus(e.times(p, left + PADDING), row)),
-            e.at(self.given["right"], e.plus(e.times(p, right + PADDING), column)),
-            e.at(self.given["out"], e.plus(e.times(row, right), column)),
-            count,
-            fresh,
-        ]
-        rows = _sizes(e, i, left // machine.rows, machine.rows, left % machine.rows)
-        vectors = _sizes(e, j, right // machine.panel, machine.vectors, right % machine.panel // machine.lanes)
-        key = e.plus(e.times(rows, 8), vectors)
-        e.cases(
-            key,
-            {r * 8 + v: lambda function=function: e.builder.call(function, given) for (r, v), function in
-             self.tiles.items()},
-        )  # fmt: skip
-
-    def _tile(self, rows: int, vectors: int) -> ir.Function:
+    def _tile(self, module: ir.Module, machine: Machine, rows: int, vectors: int) -> ir.Function:
         """``f(left, right, out, count, fresh)``: the products of ``count`` pixels added to a tile, or stored there."""
-        machine, (ldl, ldr) = self.machine, (size + PADDING for size in self.sizes)
-        function = define(self.module, f"tile_{rows}_{vectors}", POINTER, POINTER, POINTER, I64, I64)
+        ldl, ldr = (size + PADDING for size in self)
+        function = define(module, f"tile_{rows}_{vectors}", POINTER, POINTER, POINTER, I64, I64)
         left, right, out, count, fresh = function.args
         e = Emitter(function, machine.lanes)
         b, lanes = e.builder, machine.lanes
@@ -137,12 +118,7 @@ class WeightGrad:
             for branch, adds in ((first, False), (later, True)):
                 with branch:
                     for (r, column), number in zip(places, numbers, strict=True):
-                        place, value = e.at(out, r * self.sizes.right + column), e.load(total, number)
+                        place, value = e.at(out, r * self.right + column), e.load(total, number)
                         e.store(b.fadd(e.load(place), value) if adds else value, place)
         b.ret_void()
         return function
-
-
-def _sizes(e: Emitter, index: ir.Value, whole: int, size: int, rest: int) -> ir.Value:
-    """The size of a strip: ``size`` for the first ``whole``, then ``rest``."""
-    return e.choose(e.less(index, whole), size, rest)

@@ -10,7 +10,7 @@ number of threads.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -22,6 +22,8 @@ from .machine import Machine
 PADDING = 16
 """Numbers between rows in the scratch buffer, so that the rows do not all map to the same sets of the L1 cache."""
 
+ENTRY = "kernel"
+"""The function of a module that is run."""
 THREAD_FUNCTIONS = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 NUMBERS = ("in_height", "in_width", "rows", "height", "width", "pieces", "unit", "units", "split_columns", "eps")
 """Of every kernel's argument, after its addresses; 64 bits each. in_height, in_width: of x; height, width: of y; rows:
@@ -94,18 +96,20 @@ def thread_and_threads(e: Emitter) -> tuple[ir.Value, ir.Value]:
 
 
 def entry(
-    module: ir.Module, machine: Machine, name: str, kinds: Sequence[ir.Type]
+    module: ir.Module, machine: Machine, addresses: int, integers: int = 0
 ) -> tuple[Emitter, tuple[ir.Value, ...]]:
-    """Begins ``name(argument)``, which every thread of a team runs: also the argument's fields, 64 bits each."""
-    function = define(module, name, POINTER, local=False)
+    """Begins ``kernel(argument)``, which every thread of a team runs: also the argument's fields, 64 bits each."""
+    function = define(module, ENTRY, POINTER, local=False)
     e = Emitter(function, machine.lanes)
+    kinds = [POINTER] * addresses + [I64] * integers
     places = [e.builder.gep(function.args[0], [e.index(i)], source_etype=I64) for i in range(len(kinds))]
     return e, tuple(e.builder.load(place, typ=kind) for place, kind in zip(places, kinds, strict=True))
 
 
-def share(e: Emitter, work: int | ir.Value) -> list[ir.Value]:
-    """This thread's range of the pieces of work: the first, and one past the last."""
-    thread, threads = thread_and_threads(e)
+def share(e: Emitter, work: int | ir.Value, thread: ir.Value | None = None, threads: ir.Value | None = None) -> list:
+    """A thread's range, by default this one's, of the pieces of work: the first, and one past the last."""
+    if thread is None:
+        thread, threads = thread_and_threads(e)
     return [e.over(e.times(work, t), threads) for t in (thread, e.plus(thread, 1))]
 
 
@@ -120,16 +124,14 @@ class Product(NamedTuple):
 
 
 class Team:
-    """Emits ``NAME(argument)``, which every thread of a team runs; subclasses say what is done with a chunk.
+    """Emits a kernel; subclasses say what is done with a chunk.
 
     The argument's fields are ``addresses``, "scratch" among them, and ``NUMBERS``; ``row``: numbers of a row of scratch
     memory.
     """
 
-    NAME: str
-
     def __init__(self, machine: Machine, addresses: tuple[str, ...], row: int):
-        self.module, self.machine, self.addresses, self.row = ir.Module(self.NAME), machine, addresses, row
+        self.module, self.machine, self.addresses, self.row = ir.Module(), machine, addresses, row
 
     def chunk(self, first: ir.Value, last: ir.Value) -> None:
         """Emit the work on the units from ``first`` up to ``last``."""
@@ -138,8 +140,7 @@ class Team:
     def emit(self) -> ir.Module:
         """The module."""
         self._wait = ir.Function(self.module, ir.FunctionType(VOID, []), THREAD_FUNCTIONS[2])
-        kinds = [POINTER] * len(self.addresses) + [I64] * len(NUMBERS)
-        e, fields = entry(self.module, self.machine, self.NAME, kinds)
+        e, fields = entry(self.module, self.machine, len(self.addresses), len(NUMBERS))
         self.e, b = e, e.builder
         self.given = given = dict(zip((*self.addresses, *NUMBERS), fields, strict=True))
         self.epsilon = b.bitcast(b.trunc(given["eps"], I32), e.vector.element)
@@ -147,8 +148,8 @@ class Team:
         split = self.split = b.icmp_signed("!=", given["split_columns"], e.index(0))
         self.member, self.members = e.choose(split, thread, 0), e.choose(split, threads, 1)
         everything, units = e.times(given["rows"], given["pieces"]), given["units"]
-        first = e.choose(split, 0, e.over(e.times(everything, thread), threads))
-        last = e.choose(split, everything, e.over(e.times(everything, e.plus(thread, 1)), threads))
+        first, last = share(e, everything, thread, threads)
+        first, last = e.choose(split, 0, first), e.choose(split, everything, last)
         self.scratch_rows = e.plus(e.times(given["unit"], units), self.machine.rows)
         size = e.times(self.scratch_rows, self.row)
         self.scratch = e.at(given["scratch"], e.choose(split, 0, e.times(size, thread)))
@@ -160,6 +161,10 @@ class Team:
         """Wait for the others, where they work on the same chunk."""
         with self.e.builder.if_then(self.split):
             self.e.builder.call(self._wait, [])
+
+    def mine(self, first: int | ir.Value, last: ir.Value, work: Callable[[ir.Value], None]) -> None:
+        """``work(i)`` for this member's units or rows of a chunk."""
+        self.e.loop(self.e.plus(first, self.member), last, self.members, work)
 
     def row_and_left(self, unit: ir.Value) -> tuple[ir.Value, ir.Value]:
         """A unit's image row and first column."""
@@ -232,6 +237,4 @@ class Team:
                 with e.builder.if_then(e.less(wide - 1, p)):
                     all_rows(narrow)
 
-        panels = wide + bool(narrow)
-        share = [e.over(e.times(panels, m), self.members) for m in (self.member, e.plus(self.member, 1))]
-        e.loop(*share, 1, panel)
+        e.loop(*share(e, wide + bool(narrow), self.member, self.members), 1, panel)

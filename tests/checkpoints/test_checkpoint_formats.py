@@ -136,14 +136,11 @@ def test_torchvision_layer_scale_is_a_feature_map():
     assert state["features.3.0.block.3.weight"].shape == (24, 6)
 
 
-def test_conv_mlp_and_back():
+def test_linear_layers_that_are_convolutions():
     state = tiny_state()
-    four = from_timm(state, "timm", conv_mlp=True)
+    four = {k: v[:, :, None, None] if ".mlp." in k and v.dim() == 2 else v for k, v in state.items()}
     assert four["stages.1.blocks.0.mlp.fc2.weight"].shape == (6, 24, 1, 1)
-    assert four["stages.1.blocks.0.mlp.fc2.bias"].shape == (6,)
     assert same(to_timm(four, "timm")[0], state)
-    with pytest.raises(ValueError, match="conv_mlp"):
-        from_timm(state, "official", conv_mlp=True)
 
 
 def test_features_only_names():
