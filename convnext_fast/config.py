@@ -110,10 +110,8 @@ class ConvNextConfig:
                 raise ValueError(
                     f"{name} is {value}, {len(value)} values: expected one for each of num_stages={self.num_stages}"
                 )
-        if not isinstance(hidden_act, str):
-            raise TypeError(f"hidden_act is {hidden_act!r}: expected one of {ACTIVATIONS}")
         self.hidden_act = hidden_act
-        _one_of("hidden_act", self.activation, ACTIVATIONS)
+        _one_of("hidden_act", hidden_act, (*ACTIVATIONS, *_ACTIVATION_ALIASES))
         self.initializer_range = _real("initializer_range", initializer_range, 0)
         self.layer_norm_eps = _real("layer_norm_eps", layer_norm_eps, 0)
         self.layer_scale_init_value = _real("layer_scale_init_value", layer_scale_init_value)
@@ -121,8 +119,6 @@ class ConvNextConfig:
         self.image_size = _size("image_size", image_size, MOST_SIDE)
         self.norm_eps = _real("norm_eps", norm_eps, 0)
         if problem_type is not None:
-            if not isinstance(problem_type, str):
-                raise TypeError(f"problem_type is {problem_type!r}: expected one of {PROBLEM_TYPES}")
             _one_of("problem_type", problem_type, PROBLEM_TYPES)
         self.problem_type = problem_type
         self._set_labels(num_labels, id2label, label2id)
@@ -235,9 +231,8 @@ class ConvNextConfig:
             if list(out_features) != sorted(out_features, key=names.index):
                 raise ValueError(f"out_features is {list(out_features)}: expected the order of {names}")
         if out_indices is not None:
-            indices = _integers("out_indices", out_indices, -len(names), len(names) - 1)
-            positive = [i % len(names) if -len(names) <= i < len(names) else i for i in indices]
-            if not indices or max(positive) >= len(names) or positive != sorted(set(positive)):
+            positive = [i % len(names) for i in _integers("out_indices", out_indices, -len(names), len(names) - 1)]
+            if not positive or positive != sorted(set(positive)):
                 raise ValueError(f"out_indices is {list(out_indices)}: expected increasing indices into {names}")
             from_indices = [names[i] for i in positive]
             if out_features is not None and list(out_features) != from_indices:
@@ -292,12 +287,7 @@ class ConvNextConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> ConvNextConfig:
-        """Read a file laid out as ``config.json`` is.
-
-        Raises:
-            OSError: it cannot be read.
-            ValueError: it is no JSON, holds an invalid value, or describes another architecture.
-        """
+        """Read a file laid out as ``config.json`` is; see `from_pretrained`."""
         fields = read_json(path)
         # Folders of other formats than transformers' keep the configuration apart from what those libraries read.
         fields = fields[SECTION] if isinstance(fields.get(SECTION), dict) else fields
@@ -309,11 +299,7 @@ class ConvNextConfig:
             raise ValueError(f"{path}: {error}") from None
 
     def amended(self, **fields: Any) -> ConvNextConfig:
-        """This configuration with other fields; another number of classes gets new names.
-
-        Raises:
-            TypeError, ValueError: as the constructor.
-        """
+        """This configuration with other fields, checked as by the constructor; other ``num_labels`` get new names."""
         entailed = {
             "num_labels": ("id2label", "label2id"),
             "id2label": ("label2id",),
@@ -388,6 +374,7 @@ def _real(name: str, value: Any, least: float | None = None, most: float | None 
     return value
 
 
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(allowed)}")
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{name} is {value!r}: expected one of {', '.join(allowed)}")

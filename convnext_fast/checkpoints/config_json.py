@@ -14,17 +14,11 @@ _TIMM_ACTIVATIONS = {"gelu_tanh": "gelu_new", "swish": "silu"}
 
 
 class SavedConfig(NamedTuple):
-    """What a ``config.json`` says.
+    """What a ``config.json`` says."""
 
-    Attributes:
-        config: the configuration, if it is complete; otherwise it is inferred from the tensors.
-        amendments: fields that do not follow from the tensors, to replace the inferred ones.
-        global_pool: pooling of a timm model.
-    """
-
-    config: ConvNextConfig | None
-    amendments: dict[str, Any]
-    global_pool: str = "avg"
+    config: ConvNextConfig | None  # if it is complete; otherwise it is inferred from the tensors
+    amendments: dict[str, Any]  # fields that do not follow from the tensors, to replace the inferred ones
+    global_pool: str = "avg"  # of a timm model
 
 
 def read_config(source: str | Path) -> SavedConfig:

@@ -16,61 +16,35 @@ from torch import Tensor
 from ..config import VARIANTS, ConvNextConfig
 
 # i: stage; j: block. torchvision counts stages and what lies between them in one list, hence {even} = 2i, {odd} = 2i+1.
-_LAYERS: dict[str, dict[str, str]] = {
-    "timm": {
-        "stem_conv": "stem.0",
-        "stem_norm": "stem.1",
-        "down_norm": "stages.{i}.downsample.0",
-        "down_conv": "stages.{i}.downsample.1",
-        "dwconv": "stages.{i}.blocks.{j}.conv_dw",
-        "block_norm": "stages.{i}.blocks.{j}.norm",
-        "fc1": "stages.{i}.blocks.{j}.mlp.fc1",
-        "fc2": "stages.{i}.blocks.{j}.mlp.fc2",
-        "layer_scale": "stages.{i}.blocks.{j}.gamma",
-        "norm_before_pool": "norm_pre",
-        "norm": "head.norm",
-        "classifier": "head.fc",
-    },
-    "torchvision": {
-        "stem_conv": "features.0.0",
-        "stem_norm": "features.0.1",
-        "down_norm": "features.{even}.0",
-        "down_conv": "features.{even}.1",
-        "dwconv": "features.{odd}.{j}.block.0",
-        "block_norm": "features.{odd}.{j}.block.2",
-        "fc1": "features.{odd}.{j}.block.3",
-        "fc2": "features.{odd}.{j}.block.5",
-        "layer_scale": "features.{odd}.{j}.layer_scale",
-        "norm": "classifier.0",
-        "classifier": "classifier.2",
-    },
-    "transformers": {
-        "stem_conv": "embeddings.patch_embeddings",
-        "stem_norm": "embeddings.layernorm",
-        "down_norm": "encoder.stages.{i}.downsampling_layer.0",
-        "down_conv": "encoder.stages.{i}.downsampling_layer.1",
-        "dwconv": "encoder.stages.{i}.layers.{j}.dwconv",
-        "block_norm": "encoder.stages.{i}.layers.{j}.layernorm",
-        "fc1": "encoder.stages.{i}.layers.{j}.pwconv1",
-        "fc2": "encoder.stages.{i}.layers.{j}.pwconv2",
-        "layer_scale": "encoder.stages.{i}.layers.{j}.layer_scale_parameter",
-        "norm": "layernorm",
-        "classifier": "classifier",
-    },
-    "official": {
-        "stem_conv": "downsample_layers.0.0",
-        "stem_norm": "downsample_layers.0.1",
-        "down_norm": "downsample_layers.{i}.0",
-        "down_conv": "downsample_layers.{i}.1",
-        "dwconv": "stages.{i}.{j}.dwconv",
-        "block_norm": "stages.{i}.{j}.norm",
-        "fc1": "stages.{i}.{j}.pwconv1",
-        "fc2": "stages.{i}.{j}.pwconv2",
-        "layer_scale": "stages.{i}.{j}.gamma",
-        "norm": "norm",
-        "classifier": "head",
-    },
-}
+_TABLE = """
+            timm                    torchvision        transformers                            official
+stem_conv   stem.0                  features.0.0       embeddings.patch_embeddings             downsample_layers.0.0
+stem_norm   stem.1                  features.0.1       embeddings.layernorm                    downsample_layers.0.1
+down_norm   stages.{i}.downsample.0 features.{even}.0  encoder.stages.{i}.downsampling_layer.0 downsample_layers.{i}.0
+down_conv   stages.{i}.downsample.1 features.{even}.1  encoder.stages.{i}.downsampling_layer.1 downsample_layers.{i}.1
+block       stages.{i}.blocks.{j}   features.{odd}.{j} encoder.stages.{i}.layers.{j}           stages.{i}.{j}
+dwconv      +conv_dw                +block.0           +dwconv                                 +dwconv
+block_norm  +norm                   +block.2           +layernorm                              +norm
+fc1         +mlp.fc1                +block.3           +pwconv1                                +pwconv1
+fc2         +mlp.fc2                +block.5           +pwconv2                                +pwconv2
+layer_scale +gamma                  +layer_scale       +layer_scale_parameter                  +gamma
+norm        head.norm               classifier.0       layernorm                               norm
+classifier  head.fc                 classifier.2       classifier                              head
+"""
+"""The names of layers; + stands for that of the block."""
+
+
+def _read_table() -> dict[str, dict[str, str]]:
+    formats, *rows = (line.split() for line in _TABLE.strip().splitlines())
+    layers = {format: {part: names[i] for part, *names in rows} for i, format in enumerate(formats)}
+    for names in layers.values():
+        block = names.pop("block")
+        names.update({part: name.replace("+", f"{block}.") for part, name in names.items()})
+    layers["timm"]["norm_before_pool"] = "norm_pre"
+    return layers
+
+
+_LAYERS = _read_table()
 FORMATS = tuple(_LAYERS)
 _PREFIX = "convnext."
 _BACKBONE_NORMS = "hidden_states_norms."

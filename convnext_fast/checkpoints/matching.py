@@ -18,22 +18,13 @@ _LISTED = 20
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint, read and translated.
+    """A checkpoint, read and translated."""
 
-    Attributes:
-        state_dict: its tensors under timm's names, on the CPU; files stay mapped into memory where they can be.
-        config: its configuration, from ``config.json`` or from the shapes.
-        format: how it was written, one of ``formats.FORMATS``.
-        extra: tensors that timm has no name for, such as a transformers backbone's ``hidden_states_norms``.
-        head_norm_first: whether its last norm comes before the pooling (timm's ``norm_pre``).
-        global_pool: the pooling, "avg" unless a timm configuration says otherwise.
-    """
-
-    state_dict: dict[str, Tensor]
+    state_dict: dict[str, Tensor]  # under timm's names, on the CPU, mapped from files where they can be
     config: ConvNextConfig
-    format: str
-    extra: dict[str, Tensor]
-    head_norm_first: bool
+    format: str  # how it was written, one of ``formats.FORMATS``
+    extra: dict[str, Tensor]  # what timm has no name for, such as a transformers backbone's ``hidden_states_norms``
+    head_norm_first: bool  # whether its last norm comes before the pooling (timm's ``norm_pre``)
     global_pool: str = "avg"
 
 

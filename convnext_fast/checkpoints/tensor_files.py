@@ -148,11 +148,7 @@ def read_pickle(path: Path) -> Any:
     """What `torch.save` wrote: plain values and tensors, on the CPU. Nothing in the file is run.
 
     Tensors are mapped into memory where the file allows it. Each is dense and no larger than what the file holds of it,
-    so that a small file cannot stand for a large amount of memory.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, something else, or would run code.
+    so that a small file cannot stand for a large amount of memory. A ValueError tells what is wrong with the file.
     """
     if not path.stat().st_size:
         raise ValueError(f"{path} is not a PyTorch checkpoint, or is truncated or damaged: it is empty")

@@ -46,11 +46,7 @@ def add_option(
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name, or the accelerator if there is one.
-
-    Raises:
-        ValueError: it is not available.
-    """
+    """The device of that name, or the accelerator if there is one; a ValueError if it is not available."""
     if name is None:
         name = next((kind for kind in KERNEL_DEVICES if getattr(torch, kind).is_available()), "cpu")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"

@@ -27,45 +27,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Cost(NamedTuple):
-    """Of one call, or of one training step (forward, backward, optimiser).
+    """Of one call, or of one training step (forward, backward, optimiser)."""
 
-    Attributes:
-        seconds: median over the rounds.
-        peak: peak bytes allocated beyond what was allocated before, on an accelerator; on a CPU, bytes that autograd
-            kept for the backward pass (0 for a call).
-    """
-
-    seconds: float
-    peak: int
+    seconds: float  # median over the rounds
+    peak: int  # bytes allocated beyond those before; on a CPU, those that autograd kept for the backward pass
 
 
 class Comparison(NamedTuple):
-    """One model before and after `fuse`.
-
-    Attributes:
-        report: what `fuse` did.
-        forward, training: each before and after.
-        output_error, gradient_error: relative error of the outputs, and the largest of the gradient of a parameter that
-            has one, between before and after, in evaluation, with one input.
-        path: what the fused ops ran.
-    """
+    """One model before and after `fuse`."""
 
     report: FuseReport
     forward: tuple[Cost, Cost]
     training: tuple[Cost, Cost]
-    output_error: float
-    gradient_error: float
-    path: str
+    output_error: float  # relative, in evaluation, with one input
+    gradient_error: float  # the largest of a parameter that has a gradient
+    path: str  # what the fused ops ran
 
 
 def load_model(spec: str) -> nn.Module:
-    """The model that ``timm:NAME``, ``torchvision:NAME`` (random weights) or ``hf:DIR`` (its own) names.
-
-    Raises:
-        ValueError: it names none.
-        ImportError: the library is not installed.
-        OSError: there is no such checkpoint.
-    """
+    """The model that ``timm:NAME``, ``torchvision:NAME`` (random weights) or ``hf:DIR`` (its own) names."""
     library, _, name = spec.partition(":")
     if library not in ("timm", "hf", "torchvision") or not name:
         raise ValueError(f"model is {spec!r}: expected timm:NAME, torchvision:NAME or hf:DIR")
@@ -141,11 +121,7 @@ def run(
     dtype: str = "float32",
     rounds: int = 5,
 ) -> int:
-    """Compare a model before and after `fuse` and print it; 1 where no block could be fused, else 0.
-
-    Raises:
-        ValueError, ImportError, OSError: as `load_model`.
-    """
+    """Compare a model before and after `fuse` and print it; 1 where no block could be fused, else 0."""
     if batch_size * image_size**2 > MOST_PIXELS:
         raise ValueError(
             f"{batch_size} images of {image_size}×{image_size} are too large: expected at most {MOST_PIXELS:,} pixels"

@@ -36,12 +36,7 @@ class Result(NamedTuple):
 
 
 class Classifier:
-    """A classification model, ready for inference, with the preprocessing it was trained with.
-
-    Args:
-        model: with at least one class; frozen for inference where it runs the fused ops.
-        processor: makes its input.
-    """
+    """A classification model, frozen for inference where it runs the fused ops, with the preprocessing it needs."""
 
     def __init__(self, model: ConvNextForImageClassification, processor: ConvNextImageProcessor):
         if not model.config.num_labels:

@@ -14,18 +14,11 @@ from ..models.convnext import ConvNext
 
 
 def convert_checkpoint(source: str | Path, destination: str | Path, to: str, *, use_ema: bool = False) -> None:
-    """Write the checkpoint ``source`` to ``destination`` in the format ``to``.
+    """Write the checkpoint ``source``, see `load_checkpoint`, to ``destination`` in the format ``to``.
 
-    Args:
-        source: folder, file or hub id, as for `load_checkpoint`.
-        destination: a file, if it ends in .safetensors, .pth, .pt or .bin; it holds the tensors alone (under
-            ``model`` in an official .pth). Otherwise a folder for ``config.json`` and ``model.safetensors``.
-        to: one of ``formats.FORMATS``.
-        use_ema: take the averaged weights out of a training checkpoint.
-
-    Raises:
-        FileNotFoundError, ImportError: as `load_checkpoint`.
-        ValueError: as `load_checkpoint`; or the tensors do not fit the configuration; or ``to`` cannot hold them.
+    ``destination``: a file, if it ends in .safetensors, .pth, .pt or .bin; it holds the tensors alone (under ``model``
+    in an official .pth). Otherwise a folder for ``config.json`` and ``model.safetensors``. A ValueError tells of
+    tensors that do not fit the configuration, or that ``to`` cannot hold.
     """
     checkpoint = load_checkpoint(source, use_ema=use_ema)
     config, state = checkpoint.config, checkpoint.state_dict

@@ -46,25 +46,16 @@ PAPER, INK, RIGHT, WRONG = "#ffffff", "#333333", "#557755", "#cc2222"
 
 
 class Outcome(NamedTuple):
-    """What the demo found.
-
-    Attributes:
-        labels, predictions: (N,) of the held-out pictures.
-        confidences: (N,), the probability of each prediction.
-        max_difference: largest absolute difference of a logit between fused and reference.
-        same_predictions: whether both paths agree on every picture.
-        fused_speed, reference_speed: images a second.
-        path: what ``fused=True`` ran.
-    """
+    """What the demo found on N held-out pictures."""
 
     labels: np.ndarray
     predictions: np.ndarray
-    confidences: np.ndarray
-    max_difference: float
-    same_predictions: bool
-    fused_speed: float
+    confidences: np.ndarray  # the probability of each prediction
+    max_difference: float  # of a logit, absolute, between fused and reference
+    same_predictions: bool  # on every picture
+    fused_speed: float  # images a second
     reference_speed: float
-    path: str
+    path: str  # what ``fused=True`` ran
 
     @property
     def correct(self) -> int:
@@ -139,12 +130,7 @@ def peak_memory() -> int | None:
 
 
 def run(console: Console, output: Path, device: torch.device) -> int:
-    """Run the demo, print its findings, write the sheet to ``output``; 1 where the two paths disagree, else 0.
-
-    Raises:
-        ImportError: scikit-learn is not installed.
-        OSError, ValueError: the picture cannot be written there.
-    """
+    """Run the demo, print its findings, write the sheet to ``output``; 1 where the two paths disagree, else 0."""
     format = PIL.Image.registered_extensions().get(output.suffix.lower())
     if format not in FORMATS or format not in PIL.Image.SAVE:
         raise ValueError(f"output {output} has no suffix of an image format: expected one such as .png")

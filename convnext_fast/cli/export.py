@@ -18,18 +18,11 @@ def export_onnx(model: ConvNext, path: Path, height: int, width: int) -> float:
     """Write ``model`` as ONNX and return how far onnxruntime's logits are from its own, relative to the largest.
 
     The file takes ``pixel_values`` (N, num_channels, height, width) float32, N any number, and gives ``logits``
-    (N, num_classes). It is self-contained and has standard operators only.
-
-    Args:
-        model: with a classifier; it is put into evaluation mode.
-        path: ends in .onnx.
-        height, width: of the images.
+    (N, num_classes). It is self-contained and has standard operators only. The model is put into evaluation mode.
 
     Raises:
         ImportError: the extra ``export`` is not installed.
-        OSError: the file cannot be written.
-        ValueError: ``path`` has another suffix, the model has no classifier, or the file computes other logits than
-            the model.
+        ValueError: ``path`` does not end in .onnx, the model has no classifier, or the file computes other logits.
     """
     if path.suffix != ".onnx":
         raise ValueError(f"the file is {path}: expected a name that ends in .onnx")

@@ -21,34 +21,22 @@ if TYPE_CHECKING:
 
 
 class Count(NamedTuple):
-    """Part of a network, counted.
+    """Part of a network, counted for one image."""
 
-    Attributes:
-        name: "stem", "stage1", …, "head".
-        blocks: ConvNeXt blocks in it.
-        channels, height, width: of its output.
-        parameters: elements of its weights.
-        macs: multiply-accumulates of its convolutions and linear layers for one image.
-    """
-
-    name: str
+    name: str  # "stem", "stage1", …, "head"
     blocks: int
-    channels: int
+    channels: int  # of its output, as height and width
     height: int
     width: int
     parameters: int
-    macs: int
+    macs: int  # multiply-accumulates of its convolutions and linear layers
 
 
 def count(config: ConvNextConfig, image_size: int | tuple[int, int] | None = None) -> list[Count]:
-    """The stem, each stage with the downsampling before it, and the head, for one image.
+    """The stem, each stage with the downsampling before it, and the head, for one image of (height, width) or a side.
 
     Papers give multiply-accumulates as "FLOPs" (4.5 G for ConvNeXt-T at 224²); a count of additions and products is
     twice that.
-
-    Args:
-        config: the network.
-        image_size: side, or (height, width); None takes the configuration's.
     """
     size = config.image_size if image_size is None else image_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -133,11 +121,7 @@ def print_config(console: Console, config: ConvNextConfig, title: str) -> None:
 
 
 def print_checkpoint(console: Console, source: str) -> None:
-    """Print the format and the size of a checkpoint.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no checkpoint there, or not one of a ConvNeXt.
-    """
+    """Print the format and the size of a checkpoint."""
     checkpoint = load_checkpoint(source)
     print_config(console, checkpoint.config, source)
     tensors = [*checkpoint.state_dict.values(), *checkpoint.extra.values()]

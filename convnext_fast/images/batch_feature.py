@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import numpy as np
+import torch
 
 FRAMEWORKS = ("np", "pt", "jax", "tf")
 """What ``return_tensors`` may be: numpy, PyTorch, JAX or TensorFlow."""
@@ -31,8 +32,6 @@ class BatchFeature(dict[str, Any]):
         Raises:
             TypeError: an argument is neither, or no entry holds a torch tensor, so there is nothing to move.
         """
-        import torch
-
         for arg in args:
             if isinstance(arg, torch.dtype):
                 dtype = arg
@@ -40,15 +39,14 @@ class BatchFeature(dict[str, Any]):
                 device = arg
             else:
                 raise TypeError(f"cannot move a batch to {arg!r}: expected a device or a torch.dtype")
-        moved = 0
+        moved = []
 
         def move(value: Any) -> Any:
-            nonlocal moved
             if isinstance(value, (list, tuple)):
                 return type(value)(move(item) for item in value)
             if not isinstance(value, torch.Tensor):
                 return value
-            moved += 1
+            moved.append(value)
             # Labels and masks are moved, not cast.
             kept = dtype if value.is_floating_point() else None
             return value.to(device=device, dtype=kept, non_blocking=non_blocking)
@@ -61,18 +59,12 @@ class BatchFeature(dict[str, Any]):
 
 
 def to_framework(batch: np.ndarray, framework: str) -> Any:
-    """``batch`` as an array or tensor of one of ``FRAMEWORKS``; "np" and "pt" share its memory.
-
-    Raises:
-        ImportError: the framework is not installed.
-    """
-    if framework == "np":
-        return batch
-    module = {"pt": "torch", "jax": "jax.numpy", "tf": "tensorflow"}[framework]
+    """``batch`` as an array or tensor of one of ``FRAMEWORKS``; "np" and "pt" share its memory."""
+    if framework in ("np", "pt"):
+        return batch if framework == "np" else torch.from_numpy(batch)
+    module, convert = {"jax": ("jax.numpy", "asarray"), "tf": ("tensorflow", "convert_to_tensor")}[framework]
     try:
-        library = importlib.import_module(module)
+        return getattr(importlib.import_module(module), convert)(batch)
     except ImportError:
         package = module.partition(".")[0]
         raise ImportError(f"return_tensors={framework!r} needs {package}, which is not installed") from None
-    convert = {"pt": "from_numpy", "jax": "asarray", "tf": "convert_to_tensor"}[framework]
-    return getattr(library, convert)(batch)

@@ -14,9 +14,6 @@ def default_processor(config: ConvNextConfig) -> ConvNextImageProcessor:
     """The preprocessing that ImageNet models are trained with: ``image_size`` after a crop of 7/8, its mean and std.
 
     Models of another number of channels than three get a mean and std of 0.5.
-
-    Raises:
-        ValueError: ``image_size`` is not square.
     """
     if not isinstance(config.image_size, int) and len(set(config.image_size)) != 1:
         raise ValueError(f"image_size is {config.image_size}: expected a square for an image processor")

@@ -11,6 +11,8 @@ from pathlib import Path
 import PIL.Image
 import PIL.ImageOps
 
+from .transforms import over_white
+
 PIL.Image.init()
 _RASTERS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP"
 FORMATS = tuple(name for name in _RASTERS.split() if name in PIL.Image.OPEN)
@@ -22,33 +24,22 @@ _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 def is_image_file(path: Path) -> bool:
-    """Whether ``path`` is a file, not hidden, whose suffix is one of the formats that are read.
-
-    Raises:
-        OSError: it cannot be looked at.
-    """
+    """Whether ``path`` is a file, not hidden, whose suffix is one of the formats that are read."""
     read = PIL.Image.registered_extensions().get(path.suffix.lower()) in FORMATS
     return read and not path.name.startswith(".") and path.is_file()
 
 
-def find_images(folder: Path, on_error: Callable[[OSError], None] | None = None) -> list[Path]:
-    """Every image file in ``folder`` and below, sorted by path, without those in hidden folders.
+def _fail(error: OSError) -> None:
+    raise error
 
-    Args:
-        folder: where to look; links to folders below it are not followed.
-        on_error: is told of each folder that cannot be read, which is then left out; None raises the error.
 
-    Raises:
-        OSError: a folder cannot be read.
+def find_images(folder: Path, on_error: Callable[[OSError], None] = _fail) -> list[Path]:
+    """Every image file in ``folder`` and below, sorted by path, without those in hidden or linked folders.
+
+    ``on_error`` is told of each folder that cannot be read, which is then left out; by default that raises an OSError.
     """
-
-    def fail(error: OSError) -> None:
-        if on_error is None:
-            raise error
-        on_error(error)
-
     found = []
-    for place, folders, names in os.walk(folder, onerror=fail):
+    for place, folders, names in os.walk(folder, onerror=on_error):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [path for path in (Path(place, name) for name in names) if is_image_file(path)]
     return sorted(found)
@@ -67,7 +58,12 @@ def open_image(source: Path | bytes, channels: int) -> PIL.Image.Image:
         OSError: the file cannot be read.
     """
     _mode(channels)
-    data = source if isinstance(source, bytes) else _read(source)
+    data = source
+    if not isinstance(source, bytes):
+        with open(source, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"the file is too large for an image: expected at most {MOST_BYTES:,} bytes")
     if not data:
         raise ValueError("the file is empty")
     try:
@@ -85,14 +81,6 @@ def open_image(source: Path | bytes, channels: int) -> PIL.Image.Image:
         raise
     except Exception as error:  # decoders of damaged files can raise anything
         raise ValueError(f"broken image: {error}") from error
-
-
-def _read(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"the file is too large for an image: expected at most {MOST_BYTES:,} bytes")
-    return data
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -116,9 +104,7 @@ def to_channels(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
         # Pillow would cut 16-bit samples at 255; keep their upper byte.
         image = image.point(lambda value: value * (1 / 256)).convert("L")
     if mode in ("RGB", "L") and image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = PIL.Image.alpha_composite(white, image)
+        image = over_white(image)
     return image.convert(mode)
 
 

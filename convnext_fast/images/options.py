@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +11,10 @@ from typing import Any, TypedDict
 import numpy as np
 import PIL.Image
 
+from ..config import MOST_SIDE
 from .batch_feature import FRAMEWORKS
 from .transforms import CHANNELS_FIRST, CHANNELS_LAST
 
-MOST_SIDE = 1 << 16
-"""Of a size in pixels."""
 _SIZE_KEYS = (
     {"shortest_edge"},
     {"height", "width"},
@@ -64,12 +64,7 @@ class ImageOptions(TypedDict, total=False):
 
 
 def check_option(name: str, value: Any) -> Any:
-    """``value`` of the option ``name`` in its canonical form: sizes as dictionaries, numbers as floats; None stays
-    None.
-
-    Raises:
-        TypeError, ValueError: the wrong type or value; the message names the option and what is allowed.
-    """
+    """``value`` of the option ``name`` in its canonical form: sizes as dictionaries, numbers as floats; None stays."""
     return None if value is None else _CHECKS[name](name, value)
 
 
@@ -99,8 +94,7 @@ def _number(name: str, value: Any, positive: bool = False) -> float:
     return value
 
 
-def _positive(name: str, value: Any) -> float:
-    return _number(name, value, positive=True)
+_positive = functools.partial(_number, positive=True)
 
 
 def _per_channel(name: str, value: Any) -> float | list[float]:
@@ -125,10 +119,9 @@ def _size(name: str, value: Any) -> dict[str, int]:
         allowed = ", ".join("{" + ", ".join(sorted(keys)) + "}" for keys in _SIZE_KEYS)
         raise ValueError(f"{name} has the keys {sorted(map(str, value))}: expected one of {allowed}")
     for key, item in value.items():
-        if isinstance(item, bool) or not isinstance(item, numbers.Integral):
-            raise TypeError(f"{name}[{key!r}] is {item!r}: expected a positive integer")
-        if item < 1:
-            raise ValueError(f"{name}[{key!r}] is {item}: expected a positive integer")
+        integral = isinstance(item, numbers.Integral) and not isinstance(item, bool)
+        if not integral or item < 1:
+            raise (ValueError if integral else TypeError)(f"{name}[{key!r}] is {item!r}: expected a positive integer")
         if item > MOST_SIDE and key not in ("min_pixels", "max_pixels"):
             raise ValueError(f"{name}[{key!r}] is too large: expected at most {MOST_SIDE:,} pixels")
     return {key: int(item) for key, item in value.items()}
@@ -148,10 +141,9 @@ def _one_of(*allowed: str) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         # Enumerations of strings, such as transformers' ChannelDimension and TensorType, carry the string as value.
         text = getattr(value, "value", value)
-        if not isinstance(text, str):
-            raise TypeError(f"{name} is {value!r}: expected one of {', '.join(allowed)}")
-        if text not in allowed:
-            raise ValueError(f"{name} is {text!r}: expected one of {', '.join(allowed)}")
+        if not isinstance(text, str) or text not in allowed:
+            kind = ValueError if isinstance(text, str) else TypeError
+            raise kind(f"{name} is {text!r}: expected one of {', '.join(allowed)}")
         return text
 
     return check

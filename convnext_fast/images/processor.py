@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 
+from ..config import MOST_SIDE
 from ..files import find_file, json_writer, local_path, read_json, write_files
 from .batch_feature import BatchFeature, to_framework
-from .options import DEFAULTS, MOST_SIDE, ImageOptions, check_names, check_option
+from .options import DEFAULTS, ImageOptions, check_names, check_option
 from .transforms import (
     CHANNELS_LAST,
     Picture,
@@ -128,9 +129,8 @@ class ConvNextImageProcessor:
             if values["do_normalize"]:
                 _check_channels(array.shape[0], values, where)
             arrays.append(array)
-            factors.append(
-                ([1 / 255] if fractions else []) + ([values["rescale_factor"]] if values["do_rescale"] else [])
-            )
+            by = [(fractions, 1 / 255), (values["do_rescale"], values["rescale_factor"])]
+            factors.append([factor for applies, factor in by if applies])
 
         mean, std = (values["image_mean"], values["image_std"]) if values["do_normalize"] else (None, None)
         dtypes = [
@@ -207,12 +207,7 @@ class ConvNextImageProcessor:
         return cls(**{**copy.deepcopy(dict(fields)), **overrides})
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``preprocessor_config.json`` into ``directory``, which is made if it is missing.
-
-        Raises:
-            TypeError: ``directory`` is neither a string nor a path.
-            ValueError: it is a file.
-        """
+        """Write ``preprocessor_config.json`` into ``directory``, which is made if it is missing."""
         directory = local_path(directory)
         if directory.is_file():
             raise ValueError(f"directory {directory} is a file: expected a folder to write {FILE_NAME} into")
@@ -270,7 +265,7 @@ def _allocate(
     if values["data_format"] == CHANNELS_LAST:
         shapes = [(height, width, channels) for channels, height, width in shapes]
     if values["return_tensors"] is None:
-        return [np.empty(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        return list(map(np.empty, shapes, dtypes))
     for i, shape in enumerate(shapes):
         if shape != shapes[0]:
             raise ValueError(

@@ -6,13 +6,13 @@ width). Every step gives the values of transformers' PIL processor, bit for bit,
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import torch
 
 Picture = PIL.Image.Image | np.ndarray
 
@@ -23,20 +23,10 @@ _BYTE_MODES = ("L", "LA", "RGB", "RGBA")
 _WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
-def is_tensor(value: Any) -> bool:
-    """Whether ``value`` is a torch tensor; torch is not imported to find out."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
 def flatten_images(images: Any) -> list[Any]:
     """A list of single images out of one image, a batch (an array or tensor of 4 dimensions), or a list of those.
 
     A list may hold lists, one level deep, as for pictures grouped by sample; they are joined in order.
-
-    Raises:
-        TypeError: something in ``images`` is not a PIL image, numpy array or torch tensor.
-        ValueError: no image at all, a deeper nesting, or an array of 0, 1 or more than 4 dimensions.
     """
     if not isinstance(images, (list, tuple)):
         flat = _split_batch(images, "images")
@@ -57,7 +47,7 @@ def flatten_images(images: Any) -> list[Any]:
 def _split_batch(item: Any, where: str) -> list[Any]:
     if isinstance(item, PIL.Image.Image):
         return [item]
-    if not isinstance(item, np.ndarray) and not is_tensor(item):
+    if not isinstance(item, (np.ndarray, torch.Tensor)):
         raise TypeError(f"{where} is a {type(item).__name__}: expected a PIL image, a numpy array or a torch tensor")
     if item.ndim == 4:
         return list(item)
@@ -73,20 +63,17 @@ def read_picture(image: Any, where: str, input_data_format: str | None = None, t
     """``image`` as an 8-bit PIL image in mode L, LA, RGB or RGBA, or as an array (channels, height, width).
 
     Args:
-        image: a PIL image; or a numpy array or torch tensor of shape (height, width), (channels, height, width) or
-            (height, width, channels), of a boolean, integer or floating dtype.
+        image, input_data_format: as of `ConvNextImageProcessor.preprocess`; None infers the channel axis of a 3-D array
+            from its length, 1, 3 or 4. Where both ends would do, the first axis is taken, with a warning.
         where: what an error message calls the image.
-        input_data_format: where the channel axis of a 3-D array is; None infers it from its length, 1, 3 or 4. Where
-            both ends would do, the first axis is taken, with a warning.
         to_rgb: convert to three channels; transparency is laid over white.
-
-    Raises:
-        ValueError: an undecodable or empty picture, a PIL mode that holds neither grey nor RGB samples, an
-            unsupported dtype, or a channel axis that cannot be inferred.
     """
     if isinstance(image, PIL.Image.Image):
         return _read_pil(image, where, to_rgb)
-    array = _tensor_to_numpy(image) if is_tensor(image) else image
+    if isinstance(image, torch.Tensor):
+        # numpy has no bfloat16; float32 holds every bfloat16 value.
+        image = (image.float() if image.dtype == torch.bfloat16 else image).detach().cpu().numpy()
+    array = image
     if array.dtype.kind not in "buif" or array.dtype.itemsize > 8:
         raise ValueError(f"{where} has dtype {array.dtype}: expected booleans, integers, or floats of at most 64 bits")
     if array.size == 0:
@@ -110,13 +97,11 @@ def _read_pil(image: PIL.Image.Image, where: str, to_rgb: bool) -> Picture:
         try:
             if not image.has_transparency_data:
                 return image if image.mode == "RGB" else image.convert("RGB")
-            image = image.convert("RGBA")
+            return over_white(image).convert("RGB")
         except ValueError as error:
             raise ValueError(
                 f"{where} has PIL mode {image.mode!r}, which pillow cannot turn into RGB: {error}"
             ) from None
-        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return PIL.Image.alpha_composite(white, image).convert("RGB")
     if image.mode in _WIDE_MODES:
         return read_picture(np.asarray(image), where)
     if image.mode not in _BYTE_MODES:
@@ -127,12 +112,10 @@ def _read_pil(image: PIL.Image.Image, where: str, to_rgb: bool) -> Picture:
     return image
 
 
-def _tensor_to_numpy(tensor: Any) -> np.ndarray:
-    import torch
-
-    tensor = tensor.detach().cpu()
-    # numpy has no bfloat16; float32 holds every bfloat16 value.
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+def over_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A picture with transparency laid over white, in mode RGBA."""
+    image = image.convert("RGBA")
+    return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
 
 
 def _array_to_rgb(array: np.ndarray, where: str) -> np.ndarray:
@@ -153,11 +136,7 @@ def _array_to_rgb(array: np.ndarray, where: str) -> np.ndarray:
 
 
 def infer_data_format(shape: Sequence[int], where: str) -> str:
-    """``"channels_first"`` or ``"channels_last"`` for an image of three dimensions with 1, 3 or 4 channels.
-
-    Raises:
-        ValueError: neither the first nor the last axis has 1, 3 or 4 entries.
-    """
+    """Where the channels of an image of three dimensions are, by their number: 1, 3 or 4."""
     first, last = shape[0] in _CHANNEL_COUNTS, shape[2] in _CHANNEL_COUNTS
     if first and last:
         warnings.warn(
@@ -191,13 +170,8 @@ def resize(picture: Picture, size: tuple[int, int], resample: int, where: str) -
 
     Pillow resamples 8-bit samples. An array of fractions is multiplied by 255 and truncated first; the caller has to
     divide by 255 afterwards.
-
-    Raises:
-        ValueError: values that are neither whole numbers in [0, 255] nor in [0, 1], or more than four channels.
     """
-    fractions = False
-    if not isinstance(picture, PIL.Image.Image):
-        picture, fractions = _array_to_pil(picture, where)
+    picture, fractions = (picture, False) if isinstance(picture, PIL.Image.Image) else _array_to_pil(picture, where)
     return picture.resize((size[1], size[0]), resample=resample), fractions
 
 
@@ -259,11 +233,8 @@ def rescale_and_normalize(
 ) -> None:
     """``out`` = (``array`` · factors − mean) / std, channel by channel; ``mean`` None leaves the last two steps out.
 
-    Args:
-        array: (channels, height, width).
-        factors: multiplied in one after the other, each product rounded to float32.
-        mean, std: numbers, or one for each channel.
-        out: (channels, height, width) with any strides; computed in `output_dtype`, stored in the dtype of ``out``.
+    array, out: (channels, height, width) of any strides, computed in `output_dtype`. The factors are multiplied in one
+    after the other, each product rounded to float32.
     """
     dtype = output_dtype(array.dtype, bool(factors), mean is not None)
     work = out if out.dtype == dtype else np.empty(array.shape, dtype)

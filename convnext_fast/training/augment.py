@@ -81,8 +81,7 @@ def mix_pairs(
     Neighbours are mixed, so that a batch split evenly between processes is mixed as the whole batch would be.
 
     Args:
-        pixels: (N, C, H, W), N even.
-        targets: (N, classes), the probability of each class.
+        pixels, targets: (N, C, H, W), N even, and (N, classes), the probability of each class.
         mixup, cutmix: α of the Beta(α, α) that the share λ of each image in its own mixture is drawn from; 0 turns one
             off, and with both on each pair takes one at random.
         generator_of_pair: the source of randomness of pair i.

@@ -1,14 +1,15 @@
-"""What ``convnext-fast train`` does: load images, model and processor, then run."""
+"""What ``convnext-fast train`` does: load images, model and processor, then run and show the progress."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..config import ConvNextConfig
-from ..console import Silence, TrainingProgress, new_console, plain
+from ..console import new_console, plain
 from ..files import local_path
 from ..images.default_processor import default_processor, load_processor
 from ..images.processor import ConvNextImageProcessor
@@ -16,10 +17,13 @@ from ..models.convnext import ConvNext
 from .data import evaluation_loader, load_data
 from .digits import digits_config, digits_processor, load_digits
 from .distributed import process_group
-from .evaluation import Score, evaluate
+from .evaluation import Reporter, Score, evaluate
 from .loop import MODEL, Trainer
 from .options import TrainingOptions
 from .pictures import load_evaluation_folder
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Start(NamedTuple):
@@ -41,11 +45,7 @@ def run(
     device: torch.device,
     **how: Any,
 ) -> None:
-    """Train, and print where the model is; ``how``: further arguments of `Trainer`.
-
-    Raises:
-        FileNotFoundError, ImportError, OSError, TypeError, ValueError: see `load_data`, `Trainer`, `load_model`.
-    """
+    """Train, and print where the model is; ``how``: further arguments of `Trainer`."""
     console = new_console()
     with process_group(device) as process:
         training, validation = load_data(data, holdout, options.seed)
@@ -59,16 +59,8 @@ def run(
                 f"{process.world} process{'es' if process.world > 1 else ''} on {process.device.type}",
                 soft_wrap=True,
             )
-        trainer = Trainer(
-            model.to(process.device),
-            training,
-            validation,
-            processor,
-            options,
-            output,
-            process=process,
-            **how,
-        )
+        model = model.to(process.device)
+        trainer = Trainer(model, training, validation, processor, options, output, process=process, **how)
         reporter = TrainingProgress(console) if process.rank == 0 else Silence()
         try:
             trainer.run(reporter)
@@ -85,25 +77,21 @@ def build(
 
     A checkpoint's classifier is kept if its classes have the same names, in the same order; otherwise it is newly
     initialised.
-
-    Raises:
-        ValueError: pictures other than the digits need a variant, a configuration or a checkpoint.
-        FileNotFoundError, ImportError, TypeError, ValueError: see `load_checkpoint`.
     """
-    named = {"id2label": dict(enumerate(classes))}
-    if options.drop_path is not None:
-        named["drop_path_rate"] = options.drop_path
+    drop_path = {} if options.drop_path is None else {"drop_path_rate": options.drop_path}
+    named = {"id2label": dict(enumerate(classes)), **drop_path}
     if image_size is not None:
         named["image_size"] = image_size
     source = start.checkpoint or start.config
     if start.checkpoint:
-        drop_path = {} if options.drop_path is None else {"drop_path_rate": options.drop_path}
         model = ConvNext.from_pretrained(start.checkpoint, **drop_path)
         if list(model.config.id2label.values()) != list(classes):
             model.reset_classifier(len(classes))
         model.config = model.config.amended(**named)
     elif start.config:
-        model = ConvNext(read_config(start.config).amended(**named))
+        path = local_path(start.config)
+        config = ConvNextConfig.from_file(path) if path.is_file() else ConvNextConfig.from_pretrained(start.config)
+        model = ConvNext(config.amended(**named))
     elif start.variant:
         model = ConvNext(ConvNextConfig.from_variant(start.variant).amended(**named))
     elif digits:
@@ -125,12 +113,7 @@ def build(
 def evaluate_checkpoint(
     data: str, checkpoint: str, *, batch_size: int, workers: int, device: torch.device
 ) -> tuple[Score, int]:
-    """The score of a checkpoint, and on how many pictures: ``val/`` of a folder, all of it, or the held-out digits.
-
-    Raises:
-        ChildProcessError, FileNotFoundError, ImportError, TypeError, ValueError: see `load_folder`, `load_model`,
-            `evaluate`; or the pictures have other classes than the model.
-    """
+    """The score of a checkpoint, and on how many pictures: ``val/`` of a folder, all of it, or the held-out digits."""
     model = ConvNext.from_pretrained(checkpoint, device=device)
     processor, _ = load_processor(checkpoint, model.config)
     classes = tuple(model.config.id2label.values())
@@ -146,13 +129,58 @@ def evaluate_checkpoint(
     return evaluate(model, loader, device), len(images)
 
 
-def read_config(source: str) -> ConvNextConfig:
-    """The configuration in a JSON file, a folder or a hub repository.
+class TrainingProgress:
+    """Shows a training run: a bar on a terminal, and a line for each epoch anywhere."""
 
-    Raises:
-        FileNotFoundError, TypeError, ValueError: it is missing, or not a ConvNeXt's.
-    """
-    path = local_path(source)
-    if not path.is_file():
-        return ConvNextConfig.from_pretrained(source)
-    return ConvNextConfig.from_file(path)
+    def __init__(self, console: Console):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = console
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def start(self, step: int, steps: int) -> None:
+        """See `training.Reporter`."""
+        self.task = self.progress.add_task("", total=steps, completed=step, loss=float("nan"))
+        self.progress.start()
+        if step:
+            self.console.print(f"resumed at step {step} of {steps}")
+
+    def step(self, step: int, loss: float, lr: float) -> None:
+        """See `training.Reporter`."""
+        self.progress.update(self.task, completed=step + 1, loss=loss)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """See `training.Reporter`."""
+        words = [f"epoch {record['epoch']}", f"loss {record['loss']:.4f}"]
+        if "accuracy" in record:
+            words += [f"validation loss {record['validation_loss']:.4f}", f"accuracy {record['accuracy']:.2%}"]
+        words += [f"lr {record['lr']:.2e}", f"{record['images_per_second']:.0f} images/s"]
+        self.console.print("  ".join(words), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """See `training.Reporter`."""
+        self.console.print(plain(f"note: {text}"), soft_wrap=True)
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        self.progress.stop()
+
+
+class Silence(Reporter):
+    """For the processes that are not the first: it only warns, on standard error."""
+
+    def warn(self, text: str) -> None:
+        """Say what was skipped."""
+        print(plain(f"note: {text}"), file=sys.stderr)
+
+    def stop(self) -> None:
+        """There is nothing to take away."""

@@ -212,11 +212,7 @@ def dead_worker(error: Exception) -> ChildProcessError | None:
 
 
 def edge(processor: ConvNextImageProcessor) -> int:
-    """The side of the squares that ``processor`` makes.
-
-    Raises:
-        ValueError: its ``size`` has no ``shortest_edge``.
-    """
+    """The side of the squares that ``processor`` makes."""
     side = processor.size.get("shortest_edge")
     if side is None:
         raise ValueError(f"the image processor's size is {processor.size}: expected {{'shortest_edge': …}}")
@@ -239,9 +235,6 @@ def training_loader(
     """Batches for training, in the sampler's order; an unreadable image gives a ValueError in place of its batch.
 
     With ``skip_unreadable``, the next image replaces it, and the batch reports it.
-
-    Raises:
-        ValueError: a process's part of the batch is odd, so that it cannot be mixed in pairs.
     """
     local, side = sampler.batch_size // sampler.world, edge(processor)
     if (mixup or cutmix) and local % 2:

@@ -19,11 +19,7 @@ EVERY = 3
 
 
 def load_digits() -> tuple[ImageSet, ImageSet]:
-    """(training pictures, held-out pictures), 8×8 grey with white strokes.
-
-    Raises:
-        ImportError: scikit-learn, of the extra ``convnext-fast[demo]``, is not installed.
-    """
+    """(training pictures, held-out pictures), 8×8 grey with white strokes."""
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:

@@ -91,10 +91,7 @@ def _part_of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
 def shard(model: ConvNext, process: Process, dtype: torch.dtype) -> None:
     """Split the parameters over all processes, in place, by FSDP2: gathered block by block, reduced in float32.
 
-    Args:
-        model: the same on every process, on the device of ``process``.
-        process: this process.
-        dtype: parameters are gathered in it and computed with; each process keeps its part in float32.
+    ``dtype``: parameters are gathered in it and computed with; each process keeps its part in float32.
     """
     # Imported here because it takes a second.
     from torch.distributed.device_mesh import init_device_mesh

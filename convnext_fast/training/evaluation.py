@@ -52,9 +52,8 @@ def evaluate(
     """The score of ``model`` over the pictures of all processes' loaders; sets evaluation mode.
 
     Args:
-        model: on ``device``.
+        model, device: what to score, and where it is.
         loader: of `data.evaluation_loader`.
-        device: to compute on.
         dtype: to compute in, one of 16 bits by autocast.
         reporter: is told of pictures that are left out.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -11,27 +14,22 @@ from ..models.convnext import ConvNext
 def first_bad_layer(model: ConvNext, call: nn.Module, pixels: Tensor) -> tuple[int, str] | None:
     """(place in the order of execution, name and reason) of the first layer whose output is not finite, or None.
 
-    Runs the batch again. A block counts as one layer, because it is one fused operator.
-
-    Args:
-        model: whose layers are watched.
-        call: what to call, ``model`` or a wrapper of it.
-        pixels: (N, C, H, W), on the model's device.
+    Runs the batch again by ``call``, the model or a wrapper of it. A block is one layer, because it is one fused
+    operator. pixels: (N, C, H, W), on the model's device.
     """
     if not torch.isfinite(pixels).all():
         return 0, "the batch itself"
     found: list[tuple[int, str]] = []
-    place = 0
+    places = itertools.count(1)
 
-    def watch(name: str, layer: nn.Module, output: object) -> None:
-        nonlocal place
-        place += 1
+    def watch(name: str, layer: nn.Module, inputs: object, output: object) -> None:
+        place = next(places)
         if not found and isinstance(output, Tensor) and not torch.isfinite(output).all():
-            found.append((place, _describe(name, layer)))
+            wrong = [key for key, parameter in layer.named_parameters() if not _finite(parameter)]
+            reason = f"whose {', '.join(wrong)} is not finite" if wrong else "whose input was finite"
+            found.append((place, f"{name}, {reason}"))
 
-    handles = []
-    for name, layer in _layers(model):
-        handles.append(layer.register_forward_hook(lambda layer, _, output, name=name: watch(name, layer, output)))
+    handles = [layer.register_forward_hook(functools.partial(watch, name)) for name, layer in _layers(model)]
     try:
         with torch.no_grad():
             call(pixels)
@@ -52,11 +50,6 @@ def _layers(model: ConvNext) -> list[tuple[str, nn.Module]]:
     stages = [(f"stages.{i}.downsample", stage.downsample) for i, stage in enumerate(model.stages) if i]
     inner = [(name, module) for name, module in model.named_modules() if module in blocks]
     return [("stem", model.stem), *stages, *inner, ("head.norm", model.head.norm), ("head.fc", model.head.fc)]
-
-
-def _describe(name: str, layer: nn.Module) -> str:
-    wrong = [key for key, parameter in layer.named_parameters() if not _finite(parameter)]
-    return f"{name}, whose {', '.join(wrong)} is not finite" if wrong else f"{name}, whose input was finite"
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -108,25 +108,12 @@ class Trainer:
         self.sampler = EpochSampler(len(training), options.batch_size, options.seed, process.rank, process.world)
         common = {"channels": model.config.num_channels, "workers": workers, "skip_unreadable": skip_unreadable}
         common["pin_memory"] = process.device.type == "cuda"
-        self.loader = training_loader(
-            training,
-            processor,
-            self.sampler,
-            augmentation=options.augmentation,
-            mixup=options.mixup,
-            cutmix=options.cutmix,
-            **common,
-        )
+        random = {name: getattr(options, name) for name in ("augmentation", "mixup", "cutmix")}
+        self.loader = training_loader(training, processor, self.sampler, **random, **common)
         self.validation = None
         if validation is not None:
-            self.validation = evaluation_loader(
-                validation,
-                processor,
-                batch_size=options.batch_size // process.world,
-                rank=process.rank,
-                world=process.world,
-                **common,
-            )
+            part = {"batch_size": options.batch_size // process.world, "rank": process.rank, "world": process.world}
+            self.validation = evaluation_loader(validation, processor, **part, **common)
         self.ema = Ema(model, options.ema) if options.ema else None
         self.sharded = strategy == "fsdp" and process.world > 1
         if self.sharded:
@@ -160,11 +147,10 @@ class Trainer:
     def _hold(self) -> IO[str] | None:
         """Lock the folder in the first process; all raise if it cannot."""
         lock = fault = None
-        if self.process.rank == 0:
-            try:
-                lock = hold(self.output)
-            except (OSError, ValueError) as error:
-                fault = error
+        try:
+            lock = hold(self.output) if self.process.rank == 0 else None
+        except (OSError, ValueError) as error:
+            fault = error
         raise_together(fault, self.process.device)
         return lock
 
@@ -228,11 +214,7 @@ class Trainer:
         self._finish_epoch((self.step - first) * self.options.batch_size / seconds, reporter)
 
     def _checked(self, batch: Batch | Exception, reporter: Reporter) -> tuple[Tensor, Tensor]:
-        """The batch, if no process has an error instead.
-
-        Raises:
-            ChildProcessError, ValueError: the error of the first process that has one, on all of them.
-        """
+        """The batch, if no process has an error instead."""
         raise_together(batch if isinstance(batch, Exception) else None, self.process.device)
         for text in batch.unreadable:
             if text not in self._warned:
@@ -248,7 +230,7 @@ class Trainer:
         set_learning_rate(self.optimizer.param_groups, lr)
         pixels = pixels.to(device, non_blocking=True, memory_format=torch.channels_last)
         targets = targets.to(device, non_blocking=True)
-        with self._autocast():
+        with autocast(device, self.dtype):
             logits = model(pixels)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=options.label_smoothing)
         value = float(sum_over_processes(loss.detach().clone()) / self.process.world)
@@ -284,13 +266,10 @@ class Trainer:
         key = np.random.SeedSequence([self.options.seed, self.step, self.process.rank])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
-    def _autocast(self) -> torch.autocast:
-        return autocast(self.process.device, self.dtype)
-
     def _blame(self, model: nn.Module, pixels: Tensor) -> str:
         """The first layer of any process with a NaN or infinite output for this step's batch."""
         self._seed()
-        with self._autocast():
+        with autocast(self.process.device, self.dtype):
             mine = first_bad_layer(self.model, model, pixels)
         found = [bad for bad in from_all_processes(mine) if bad is not None]
         return min(found)[1] if found else "the loss itself, for every layer's output is finite"
@@ -341,13 +320,8 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        facts = {
-            "step": self.step,
-            "epoch": self.epoch,
-            "history": self.history,
-            "scaler": self.scaler.state_dict(),
-            "identity": self._identity,
-        }
+        facts = {"step": self.step, "epoch": self.epoch, "history": self.history, "identity": self._identity}
+        facts["scaler"] = self.scaler.state_dict()
         if self.sharded:
             save_sharded_state(self.output, self._tensors(), facts)
         elif self.process.rank == 0:
@@ -369,18 +343,15 @@ class Trainer:
     def _check(self, checkpoint: Path, facts: dict[str, Any]) -> None:
         """Refuse values that no run of this length writes."""
         first = len(facts["history"]) * len(self.sampler)
-        wrong = [
-            name
-            for name, right in (
-                ("step", first <= facts["step"] <= min(first + len(self.sampler), self.steps)),
-                ("history", all(isinstance(record, dict) for record in facts["history"])),
-                ("epoch", _alike(facts["epoch"], self.epoch)),
-                ("scaler", _alike(facts["scaler"], self.scaler.state_dict())),
-            )
-            if not right
-        ]
-        if wrong:
-            raise ValueError(f"{checkpoint} is damaged: its {wrong[0]} is {facts[wrong[0]]!r:.200}")
+        right = {
+            "step": first <= facts["step"] <= min(first + len(self.sampler), self.steps),
+            "history": all(isinstance(record, dict) for record in facts["history"]),
+            "epoch": _alike(facts["epoch"], self.epoch),
+            "scaler": _alike(facts["scaler"], self.scaler.state_dict()),
+        }
+        wrong = next((name for name in right if not right[name]), None)
+        if wrong is not None:
+            raise ValueError(f"{checkpoint} is damaged: its {wrong} is {facts[wrong]!r:.200}")
 
 
 def _alike(found: dict[str, Any], wanted: dict[str, Any]) -> bool:

@@ -41,16 +41,10 @@ def parameter_groups(model: ConvNext, weight_decay: float, layer_decay: float) -
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        key = (layers[name] if layer_decay != 1.0 else last, name not in exempt)
-        group = groups.setdefault(
-            key,
-            {
-                "params": [],
-                "names": [],
-                "weight_decay": weight_decay if key[1] else 0.0,
-                "lr_scale": layer_decay ** (last - key[0]),
-            },
-        )
+        layer, decays = layers[name] if layer_decay != 1.0 else last, name not in exempt
+        scale, decay = layer_decay ** (last - layer), weight_decay if decays else 0.0
+        new = {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale}
+        group = groups.setdefault((layer, decays), new)
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())

@@ -32,11 +32,7 @@ class ImageSet:
         return len(self.pictures)
 
     def open(self, index: int, channels: int) -> PIL.Image.Image:
-        """Picture ``index``, with ``channels`` channels.
-
-        Raises:
-            ValueError: it cannot be read; the message names the file.
-        """
+        """Picture ``index``, with ``channels`` channels; a ValueError names a file that cannot be read."""
         picture = self.pictures[index]
         if isinstance(picture, np.ndarray):
             return to_channels(PIL.Image.fromarray(picture), channels)
@@ -46,11 +42,7 @@ class ImageSet:
             raise ValueError(f"{picture}: {error}") from error
 
     def fingerprint(self) -> dict[str, list[int | str]]:
-        """Of each class, how many pictures it has, and a digest of their names and sizes in bytes.
-
-        Raises:
-            OSError: a picture is not there any more.
-        """
+        """Of each class, how many pictures it has, and a digest of their names and sizes in bytes."""
         digests = [hashlib.sha256() for _ in self.classes]
         counts = [0] * len(self.classes)
         for picture, label in zip(self.pictures, self.labels, strict=True):
@@ -68,14 +60,10 @@ class ImageSet:
 
 
 def load_folder(folder: Path, classes: Sequence[str] | None = None) -> ImageSet:
-    """The pictures of a folder that has a folder for each class.
+    """The pictures of a folder that holds ``class name/…/picture``.
 
-    Args:
-        folder: holds ``class name/…/picture``.
-        classes: the classes there have to be, in order; None takes the folders' names, sorted.
-
-    Raises:
-        ValueError: fewer than two classes, a class without a picture, or other classes than asked for.
+    ``classes``: those there have to be, in order; None takes the folders' names, sorted. A ValueError tells of fewer
+    than two classes, a class without a picture, or other classes than asked for.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if classes is not None and set(names) - set(classes):
@@ -97,13 +85,7 @@ def load_folder(folder: Path, classes: Sequence[str] | None = None) -> ImageSet:
 def load_evaluation_folder(source: str | Path, classes: Sequence[str]) -> ImageSet:
     """The pictures to score a model on: of ``val/`` (or ``validation/``) in a folder, or else of the folder.
 
-    Args:
-        source: laid out as for `load_data`.
-        classes: the model's; the folder may lack some.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is not laid out so, or has other classes.
+    ``source`` is laid out as for `load_data`, and may lack some of the model's ``classes``.
     """
     folder = local_path(source)
     if not folder.is_dir():
@@ -120,11 +102,7 @@ def validation_folder(folder: Path) -> Path | None:
 
 
 def split(images: ImageSet, holdout: float, seed: int) -> tuple[ImageSet, ImageSet | None]:
-    """Put the part ``holdout`` of each class aside, at least one picture unless it is 0.
-
-    Raises:
-        ValueError: a class would have no picture left to train on.
-    """
+    """Put the part ``holdout`` of each class aside, at least one picture unless it is 0."""
     if holdout == 0:
         return images, None
     labels, aside = np.array(images.labels), np.zeros(len(images), bool)

@@ -48,11 +48,7 @@ class ShardedReader(FileSystemReader):
     """Reads tensors alone, from files beside the index."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index.
-
-        Raises:
-            ValueError: it names other types, entries that are no tensors, or other files.
-        """
+        """The index; a ValueError if it names other types, entries that are no tensors, or other files."""
         with open(self.path / ".metadata", "rb") as file:
             metadata = _Unpickler(file).load()
         if not isinstance(metadata, Metadata):

@@ -52,33 +52,20 @@ def find_checkpoint(directory: Path) -> Path | None:
 def save_state(directory: Path, tensors: Tree, facts: Mapping[str, Any]) -> None:
     """Write a run's state to ``directory``/checkpoint.pt, and its history beside it; for one process.
 
-    Args:
-        directory: the run's.
-        tensors: `TENSORS`, none of them split over processes.
-        facts: `ENTRIES`.
+    ``tensors``: `TENSORS`, none of them split over processes; ``facts``: `ENTRIES`.
 
     Raises:
         OSError: it cannot be written; the checkpoint before it is untouched.
     """
-
-    def write(path: Path) -> None:
-        try:
-            torch.save({**tensors, **facts}, path)
-        except RuntimeError as error:
-            # torch's archive writer reports a failed write as a RuntimeError.
-            raise OSError(f"cannot write {directory / CHECKPOINT}, is the disk full? ({error})") from error
-
-    write_files(directory, {CHECKPOINT: write, HISTORY: json_writer({"epochs": facts["history"]})})
+    state, history = {**tensors, **facts}, json_writer({"epochs": facts["history"]})
+    write_files(directory, {CHECKPOINT: lambda path: torch.save(state, path), HISTORY: history})
     _remove_folders(directory)
 
 
 def save_sharded_state(directory: Path, tensors: Tree, facts: Mapping[str, Any]) -> None:
     """Write a run's state to ``directory``/checkpoint-<step>, each process its part; all processes call it.
 
-    Args: as `save_state`, but that the tensors may be split over processes.
-
-    Raises:
-        OSError: it cannot be written; the checkpoint before it is untouched.
+    As `save_state`, but that the tensors may be split over processes.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -105,12 +92,7 @@ def save_sharded_state(directory: Path, tensors: Tree, facts: Mapping[str, Any])
 
 
 def load_facts(path: Path) -> dict[str, Any]:
-    """The plain values of the checkpoint that `find_checkpoint` found, `ENTRIES`.
-
-    Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is truncated, or something else.
-    """
+    """The plain values of the checkpoint that `find_checkpoint` found, `ENTRIES`."""
     content = read_json(path / FACTS) if path.is_dir() else _read_file(path)
     if set(ENTRIES) - set(content):
         raise ValueError(f"{path} is not a checkpoint of a training run")
@@ -122,15 +104,9 @@ def load_facts(path: Path) -> dict[str, Any]:
 
 
 def load_tensors(path: Path, tensors: Tree) -> None:
-    """Fill ``tensors``, whole or split over processes, with those of the checkpoint `find_checkpoint` found.
+    """Fill `TENSORS`, whole or split over processes, with those of the checkpoint that `find_checkpoint` found.
 
-    Args:
-        path: a file or a folder, of which no code is run.
-        tensors: `TENSORS`, as the run that loads has them.
-
-    Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is truncated, something else, or of another model.
+    No code in it is run; a ValueError says if it is truncated, something else, or of another model.
     """
     if not path.is_dir():
         _fill(tensors, _read_file(path), str(path))
@@ -155,11 +131,7 @@ def load_tensors(path: Path, tensors: Tree) -> None:
 def hold(directory: Path) -> IO[str]:
     """Lock a run's folder against other runs until this process ends or closes a handle of the lock file.
 
-    Has no effect on file systems without locks.
-
-    Raises:
-        OSError: the folder cannot be written.
-        ValueError: another process has locked it.
+    A ValueError if another process has locked it. Has no effect on file systems without locks.
     """
     file = (directory / LOCK).open("a", encoding="utf-8")
     try:
@@ -175,12 +147,8 @@ def hold(directory: Path) -> IO[str]:
 def remove_remains(directory: Path) -> None:
     """Delete temporary files that killed processes left in a run's folder."""
     for path in directory.glob(".*.tmp"):
-        if not _REMAINS.fullmatch(path.name):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        if _REMAINS.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -199,13 +167,13 @@ def _fill(target: Tree, source: Tree, name: str) -> None:
     for key, value in target.items():
         if key not in source:
             raise ValueError(f"{name} lacks {key}")
-        if isinstance(value, Mapping) != isinstance(source[key], Mapping):
-            raise ValueError(f"{name}: {key} is a {type(source[key]).__name__}")
-        if isinstance(value, Mapping):
+        nested = isinstance(value, Mapping)
+        if not isinstance(source[key], Mapping if nested else Tensor):
+            expected = "a dict" if nested else "a tensor"
+            raise ValueError(f"{name}: {key} is a {type(source[key]).__name__}: expected {expected}")
+        if nested:
             _fill(value, source[key], f"{name}: {key}")
             continue
-        if not isinstance(source[key], Tensor):
-            raise ValueError(f"{name}: {key} is a {type(source[key]).__name__}: expected a tensor")
         if value.shape != source[key].shape:
             raise ValueError(f"{name}: {key} has shape {tuple(source[key].shape)}: expected {tuple(value.shape)}")
         if hasattr(value, "placements"):

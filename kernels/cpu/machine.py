@@ -11,17 +11,11 @@ from llvmlite import binding, ir
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What decides the shape of a kernel.
+    """What decides the shape of a kernel. rows·vectors sums, vectors weights and a number fill the registers."""
 
-    Attributes:
-        lanes: float32 in a vector.
-        rows: of a tile of a matrix product; a smaller tile has half as many.
-        vectors: in a panel of packed weights. rows·vectors sums, vectors weights and a number fill the registers.
-    """
-
-    lanes: int
-    rows: int
-    vectors: int
+    lanes: int  # float32 in a vector
+    rows: int  # of a tile of a matrix product; a smaller tile has half as many
+    vectors: int  # in a panel of packed weights
 
     @property
     def panel(self) -> int:

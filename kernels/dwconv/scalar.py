@@ -129,11 +129,8 @@ def dwconv_scalar(
     statistics: bool,
     config: ScalarConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Depthwise convolution of ``x`` (N, H, W, C), of any float dtype, in float32.
-
-    ``weight`` (C, 1, k, k) and ``bias`` (C,) are of any float dtype, ``residual`` (N, H, W, C) or None is added.
-    Returns the sum in ``out_dtype`` and, with ``statistics``, its float32 partial statistics (⌈C/CB⌉, N·H·W, 2) with
-    the blocks of ``stats_block(C, float32)``. ``config`` replaces the configuration of tuning.py.
+    """``dwconv_tensor_core`` in float32, whatever the dtypes of its arguments; the statistics' blocks are those of
+    ``stats_block(C, float32)``.
     """
     batch, height, width, channels = x.shape
     block = stats_block(channels, torch.float32)

@@ -198,7 +198,7 @@ def fused_mlp_fwd(
             P, 1 if drop_scale is None else P // drop_scale.numel(), eps,
             C=C, K=K, PARTS=split_width(C, target_of(u)), CB=CB, NB=NB,
             ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u),
-            **config.meta(),
+            **config.__dict__,
         )  # fmt: skip
 
     candidates = fused_configs(C, K, lean, target_of(u))

@@ -276,7 +276,7 @@ def fused_mlp_bwd(
     dz_sum = torch.empty((programs, C), dtype=torch.float32, device=u.device)
     launch(
         _input_kernel, (programs,),
-        dy, u, stats, a, w1g, b1g, w2g, drop_scale, du, dz_sum, P, per_sample, eps, **shape, **config.meta(),
+        dy, u, stats, a, w1g, b1g, w2g, drop_scale, du, dz_sum, P, per_sample, eps, **shape, **config.__dict__,
     )  # fmt: skip
     half = u.dtype == torch.float16
     config, share = weight_grad_config(P, C, K, target, a is not None, dy.dtype != u.dtype, half)
@@ -290,7 +290,7 @@ def fused_mlp_bwd(
         launch(
             _weight_kernel, (cdiv(K, config.BLOCK_K) * (2 if apart else 1), splits),
             dy, u, stats, a, w1g, b1g, w2g, drop_scale, *products, db1, P, per_sample, rows, eps,
-            APART=apart, **shape, **config.meta(),
+            APART=apart, **shape, **config.__dict__,
         )  # fmt: skip
         return Sums(products, db1, None, dz_sum)
 

@@ -198,7 +198,7 @@ def fc1(
             u, stats, w1g, b1g, h, a, P, C, eps,
             C=C, K=K, CB=CB, NB=NB,
             ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u), EARLY=early,
-            **config.meta(),
+            **config.__dict__,
         )  # fmt: skip
 
     run(fastest(_fc1_kernel, run, gemm_configs(K, u.dtype, target_of(u), save_hidden), u, P, (C, K, act, save_hidden)))
@@ -220,7 +220,7 @@ def fc2(
             _fc2_kernel, (cdiv(P, config.BLOCK_M) * cdiv(C, config.BLOCK_N),),
             h, w2, residual, b2, gamma, drop_scale, y, P, 1 if drop_scale is None else P // drop_scale.numel(), K,
             C=C, K=K, PRECISION=dot_precision(h),
-            **config.meta(),
+            **config.__dict__,
         )  # fmt: skip
 
     run(fastest(_fc2_kernel, run, gemm_configs(C, h.dtype, target_of(h)), h, P, (C, K, y.dtype)))

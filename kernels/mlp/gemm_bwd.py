@@ -244,13 +244,13 @@ def gemm_mlp_bwd(
     launch(
         _hidden_grad_kernel, (rows * columns,),
         u, stats, dy, drop_scale, a, w1g, b1g, w2g, h, da, db1, centre, means, mu, P, per_sample, C, eps,
-        CB=CB, NB=NB, UNIT=b1g.shape[0] == 3, ACT=act, FORM=gelu_form(u.dtype), **shape, **config.meta(),
+        CB=CB, NB=NB, UNIT=b1g.shape[0] == 3, ACT=act, FORM=gelu_form(u.dtype), **shape, **config.__dict__,
     )  # fmt: skip
     du = torch.empty_like(u)
     config = input_grad_config(C, u.dtype, target)
     launch(
         _input_grad_kernel, (cdiv(P, config.BLOCK_M) * cdiv(C, config.BLOCK_N),),
-        da, w1g, u, stats, means, du, P, K, columns, eps, CB=CB, NB=NB, **shape, **config.meta(),
+        da, w1g, u, stats, means, du, P, K, columns, eps, CB=CB, NB=NB, **shape, **config.__dict__,
     )  # fmt: skip
     config, share = weight_grad_config(P, C, K, u.dtype, target, dy.dtype != u.dtype)
 
@@ -260,7 +260,7 @@ def gemm_mlp_bwd(
         products, dz = partial(2, splits, K, C), partial(splits, C)
         launch(
             _weight_grad_kernel, (tiles * (1 + 2 * cdiv(K, config.BLOCK_M)), splits),
-            da, u, mu, h, dy, drop_scale, products, dz, P, per_sample, pixels, **shape, **config.meta(),
+            da, u, mu, h, dy, drop_scale, products, dz, P, per_sample, pixels, **shape, **config.__dict__,
         )  # fmt: skip
         return Sums(products, db1, centre, dz)
 

@@ -30,10 +30,6 @@ class FusedConfig:
     num_warps: int
     num_stages: int
 
-    def meta(self) -> dict[str, int]:
-        """The fields as keyword arguments of a launch."""
-        return self.__dict__
-
 
 @dataclasses.dataclass(frozen=True)
 class GemmConfig:
@@ -44,10 +40,6 @@ class GemmConfig:
     BLOCK_K: int
     num_warps: int
     num_stages: int
-
-    def meta(self) -> dict[str, int]:
-        """The fields as keyword arguments of a launch."""
-        return self.__dict__
 
 
 @remembered

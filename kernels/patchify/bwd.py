@@ -317,7 +317,7 @@ def stem_bwd(
             _stem_bwd_kernel, (sums.shape[0], cdiv(depth, block)),
             image, weight, bias, ln_weight, dout, dimage, sums, P, patches, HO, WO,
             *image.stride(), *(image if dimage is None else dimage).stride(), eps,
-            C=C, CIN=CIN, KH=KH, KW=KW, PRECISION=dot_precision(dout), BLOCK_D=block, **config.meta(),
+            C=C, CIN=CIN, KH=KH, KW=KW, PRECISION=dot_precision(dout), BLOCK_D=block, **config.__dict__,
         )  # fmt: skip
         return sums
 
@@ -360,7 +360,7 @@ def downsample_bwd(
     config = downsample_input_config(C, dtype, target, x.dtype != dtype)
     launch(
         _downsample_input_kernel, (cdiv(P, config.BLOCK_M), taps),
-        dout, x, wg, dx, stats, P, H, W, HO, WO, N, eps, **shape, **config.meta(),
+        dout, x, wg, dx, stats, P, H, W, HO, WO, N, eps, **shape, **config.__dict__,
     )  # fmt: skip
     config, share = downsample_weight_config(P, C, N, taps, dtype, target)
     rows = cdiv(N, config.BLOCK_M)
@@ -372,7 +372,7 @@ def downsample_bwd(
         launch(
             _downsample_weight_kernel, (rows * (1 + taps * cdiv(C, config.BLOCK_N)), shares),
             dout, x, stats, weight, D, db_sums, dg_sums, P, patches, H, W, HO, WO,
-            dtype=TL_DTYPES[dtype], **shape, **config.meta(),
+            dtype=TL_DTYPES[dtype], **shape, **config.__dict__,
         )  # fmt: skip
         return D, db_sums, dg_sums
 

@@ -203,7 +203,7 @@ def stem_fwd(
     launch(
         _stem_kernel, (cdiv(P, config.BLOCK_M),),
         image, weight, bias, ln_weight, ln_bias, out, P, HO, WO, *image.stride(), eps,
-        C=C, CIN=CIN, KH=KH, KW=KW, PRECISION=dot_precision(out), **config.meta(),
+        C=C, CIN=CIN, KH=KH, KW=KW, PRECISION=dot_precision(out), **config.__dict__,
     )  # fmt: skip
     return out
 
@@ -233,6 +233,6 @@ def downsample_fwd(x: Tensor, wg: Tensor, bg: Tensor, eps: float, out_dtype: tor
     launch(
         _downsample_kernel, (cdiv(P, config.BLOCK_M) * cdiv(N, config.BLOCK_N),),
         x, wg, bg, out, P, H, W, HO, WO, eps,
-        C=C, N=N, KH=KH, KW=KW, PRECISION=dot_precision(wg), **config.meta(),
+        C=C, N=N, KH=KH, KW=KW, PRECISION=dot_precision(wg), **config.__dict__,
     )  # fmt: skip
     return out
