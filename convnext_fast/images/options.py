@@ -65,14 +65,14 @@ class ImageOptions(TypedDict, total=False):
 
 def check_option(name: str, value: Any) -> Any:
     """``value`` of the option ``name`` in its canonical form: sizes as dictionaries, numbers as floats; None stays."""
-    return None if value is None else _CHECKS[name](name, value)
+    return None if value is None else _OPTIONS[name][0](name, value)
 
 
 def check_names(names: Any) -> None:
     """Raise a TypeError that names the first of ``names`` that is not an option."""
     for name in names:
-        if name not in _CHECKS:
-            raise TypeError(f"unknown option {name!r}: expected one of {', '.join(_CHECKS)}")
+        if name not in _OPTIONS:
+            raise TypeError(f"unknown option {name!r}: expected one of {', '.join(_OPTIONS)}")
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -150,33 +150,23 @@ def _one_of(*allowed: str) -> Callable[[str, Any], str]:
 
 
 _LAYOUT = _one_of(CHANNELS_FIRST, CHANNELS_LAST)
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "do_resize": _flag,
-    "size": _size,
-    "crop_pct": _positive,
-    "resample": _resample,
-    "do_center_crop": _flag,
-    "crop_size": _size,
-    "do_rescale": _flag,
-    "rescale_factor": _number,
-    "do_normalize": _flag,
-    "image_mean": _per_channel,
-    "image_std": _per_channel,
-    "do_convert_rgb": _flag,
-    "return_tensors": _one_of(*FRAMEWORKS),
-    "data_format": _LAYOUT,
-    "input_data_format": _LAYOUT,
+_OPTIONS: dict[str, tuple[Callable[[str, Any], Any], Any]] = {
+    "do_resize": (_flag, True),
+    "size": (_size, {"shortest_edge": 384}),
+    "crop_pct": (_positive, 224 / 256),
+    "resample": (_resample, PIL.Image.Resampling.BICUBIC),
+    "do_center_crop": (_flag, None),
+    "crop_size": (_size, None),
+    "do_rescale": (_flag, True),
+    "rescale_factor": (_number, 1 / 255),
+    "do_normalize": (_flag, True),
+    "image_mean": (_per_channel, [0.5, 0.5, 0.5]),
+    "image_std": (_per_channel, [0.5, 0.5, 0.5]),
+    "do_convert_rgb": (_flag, None),
+    "return_tensors": (_one_of(*FRAMEWORKS), None),
+    "data_format": (_LAYOUT, None),
+    "input_data_format": (_LAYOUT, None),
 }
-DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(_CHECKS),
-    "do_resize": True,
-    "size": {"shortest_edge": 384},
-    "crop_pct": 224 / 256,
-    "resample": PIL.Image.Resampling.BICUBIC,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
+"""The check of each option, and its default."""
+DEFAULTS = {name: default for name, (_, default) in _OPTIONS.items()}
 """Every option with its default; None means unset."""

@@ -127,7 +127,7 @@ class DwconvSizes(NamedTuple):
 class Dwconv(Convolving):
     """Emits the kernel of `DwconvSizes`."""
 
-    def chunk(self, first: ir.Value, last: ir.Value) -> None:
+    def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
         """u of the units from ``first`` up to ``last``."""
         nothing = self.e.index(0)
         self.mine(first, last, lambda unit: self.convolve(unit, nothing, self.given["y"], self.channels))

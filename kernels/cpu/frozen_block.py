@@ -56,11 +56,9 @@ class Block(Convolving):
         self.fc1 = self.product("w1", "b1", channels, hidden, store_gelu)
         self.fc2 = self.product("w2", "b2", hidden, channels, store_sum, arrays=2)
 
-    def chunk(self, first: ir.Value, last: ir.Value) -> None:
+    def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
         """y of the units from ``first`` up to ``last``."""
         e, channels = self.e, self.channels
-        start = self.first_pixel(first)
-        count = e.minus(self.first_pixel(last), start)
         ldn = channels + PADDING
         n, h = self.scratch, e.at(self.scratch, e.times(self.scratch_rows, ldn))
         x, y = (e.at(self.given[name], e.times(start, channels)) for name in ("x", "y"))

@@ -58,11 +58,9 @@ class Mlp(Team):
         self.fc1 = self.product("w1", "b1", channels, hidden, store_both if saves else store_gelu, 1 + saves)
         self.fc2 = self.product("w2", "b2", hidden, channels, store if scaled else store_sum, 2 - scaled)
 
-    def chunk(self, first: ir.Value, last: ir.Value) -> None:
+    def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
         """y of the units from ``first`` up to ``last``."""
         e, given, (channels, hidden, saves, scaled) = self.e, self.given, self.sizes
-        start = self.first_pixel(first)
-        count = e.minus(self.first_pixel(last), start)
         n, ldn = self.scratch, channels + PADDING
         h = e.at(n, e.times(self.scratch_rows, ldn)), hidden + PADDING
         u, x, y = (e.at(given[name], e.times(start, channels)) for name in ("u", "x", "y"))

@@ -69,11 +69,9 @@ class MlpBwd(Team):
         self.fc2_back = self.product("w2", "zeros", channels, hidden, through_gelu, 3)
         self.fc1_back = self.product("w1_back", "zeros", hidden, channels)
 
-    def chunk(self, first: ir.Value, last: ir.Value) -> None:
+    def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
         """All of the units from ``first`` up to ``last``."""
         e, given, (channels, hidden, saved, scaled) = self.e, self.given, self.sizes
-        start = self.first_pixel(first)
-        count = e.minus(self.first_pixel(last), start)
         ldn, ldh = channels + PADDING, hidden + PADDING
         dy, u, du = (e.at(given[name], e.times(start, channels)) for name in ("dy", "u", "du"))
         n, dz = (e.at(given[name], e.times(start, ldn)) for name in ("n", "dz"))

@@ -63,10 +63,9 @@ class Patches(Team):
         self.normalise = normalise(self.module, machine, normed, affine=sizes.stem)
         self.linear = self.product("weight", "bias", sizes.depth, sizes.out_channels)
 
-    def chunk(self, first: ir.Value, last: ir.Value) -> None:
+    def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
         """y of the units from ``first`` up to ``last``."""
         e, columns = self.e, self.sizes.out_channels
-        start = self.first_pixel(first)
         y = e.at(self.given["y"], e.times(start, columns))
 
         def of_units(work: Work) -> None:
@@ -74,7 +73,7 @@ class Patches(Team):
 
         of_units(self._gather_numbers if self.sizes.stem else self._gather_pixels)
         self.barrier()
-        self.multiply(self.linear, self.scratch, e.minus(self.first_pixel(last), start), (y, columns))
+        self.multiply(self.linear, self.scratch, count, (y, columns))
         self.barrier()
         if self.sizes.stem:
             of_units(lambda _, __, ___, place: self._normalise(e.at(y, e.times(place, columns))))

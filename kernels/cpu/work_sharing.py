@@ -133,8 +133,8 @@ class Team:
     def __init__(self, machine: Machine, addresses: tuple[str, ...], row: int):
         self.module, self.machine, self.addresses, self.row = ir.Module(), machine, addresses, row
 
-    def chunk(self, first: ir.Value, last: ir.Value) -> None:
-        """Emit the work on the units from ``first`` up to ``last``."""
+    def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
+        """Emit the work on the units from ``first`` up to ``last``: ``count`` pixels from ``start`` on."""
         raise NotImplementedError
 
     def emit(self) -> ir.Module:
@@ -153,7 +153,12 @@ class Team:
         self.scratch_rows = e.plus(e.times(given["unit"], units), self.machine.rows)
         size = e.times(self.scratch_rows, self.row)
         self.scratch = e.at(given["scratch"], e.choose(split, 0, e.times(size, thread)))
-        e.loop(first, last, units, lambda unit: self.chunk(unit, e.smaller(e.plus(unit, units), last)))
+
+        def chunk_from(unit: ir.Value) -> None:
+            end, start = e.smaller(e.plus(unit, units), last), self.first_pixel(unit)
+            self.chunk(unit, end, start, e.minus(self.first_pixel(end), start))
+
+        e.loop(first, last, units, chunk_from)
         b.ret_void()
         return self.module
 

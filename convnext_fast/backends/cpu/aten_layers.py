@@ -27,6 +27,12 @@ ACTIVATIONS_ = {
     "silu": _aten.silu_,
     "selu": torch.selu_,
 }
+_BACKWARDS = {
+    "gelu": (_aten.gelu_backward.grad_input,),
+    "gelu_new": (partial(_aten.gelu_backward.grad_input, approximate="tanh"),),
+    "relu": (_aten.threshold_backward.grad_input, 0),
+    "silu": (_aten.silu_backward.grad_input,),
+}
 
 
 def activation(a: Tensor, act: str) -> Tensor:
@@ -41,21 +47,12 @@ def activation_and_bwd_(dh: Tensor, a: Tensor, act: str, h: Tensor) -> tuple[Ten
     if act == "gelu" and onednn.serves(a) and llvm.serves_gelu(a):
         llvm.gelu_bwd_(dh, a, h)
         return dh, h
-    da = _activation_bwd_(dh, a, act)
-    return da, ACTIVATIONS_[act](h if h is a else h.copy_(a))
-
-
-def _activation_bwd_(dh: Tensor, a: Tensor, act: str) -> Tensor:
-    """dh · act'(a), in the place of dh."""
-    if act == "gelu":
-        return _aten.gelu_backward.grad_input(dh, a, grad_input=dh)
-    if act == "gelu_new":
-        return _aten.gelu_backward.grad_input(dh, a, approximate="tanh", grad_input=dh)
-    if act == "relu":
-        return _aten.threshold_backward.grad_input(dh, a, 0, grad_input=dh)
-    if act == "silu":
-        return _aten.silu_backward.grad_input(dh, a, grad_input=dh)
-    return _aten.elu_backward.grad_input(dh, 1.6732632423543772, 1.0507009873554805, 1.0, False, a, grad_input=dh)
+    if act == "selu":
+        _aten.elu_backward.grad_input(dh, 1.6732632423543772, 1.0507009873554805, 1.0, False, a, grad_input=dh)
+    else:
+        backward, *constants = _BACKWARDS[act]
+        backward(dh, a, *constants, grad_input=dh)
+    return dh, ACTIVATIONS_[act](h if h is a else h.copy_(a))
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,8 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -68,26 +69,29 @@ def _launch(*arguments: Any) -> Any:
 
 
 class Kernel:
-    """A step as one kernel.
+    """A step as one kernel, for contiguous x (N, H, W, C), a stem's (N, C, H, W), that `onednn.serves`.
 
     machine: what its weights are packed for; weights: the copies that its addresses point to, because PyTorch may move
-    a tensor's memory (`Module.share_memory`).
+    a tensor's memory (`Module.share_memory`); sizes: what the kernel is compiled for, given the width of x; patch: the
+    size (C', C, kh, kw) of a weight for patches, None of a block.
     """
 
-    def __init__(self, machine: Any, weights: Sequence[Tensor]):
-        self.machine, self.weights = machine, weights
+    def __init__(self, machine: Any, weights: Sequence[Tensor], sizes: Callable, patch: Any = None, stem: bool = False):
+        self.machine, self.weights, self.sizes, self.patch, self.stem = machine, weights, sizes, patch, stem
         self.addresses = tuple(weight.data_ptr() for weight in weights)
 
     def launch(self, shape: Sequence[int], eps: float) -> Any:
         """`kernels.cpu.launching.Launch` for images of this shape."""
-        raise NotImplementedError
+        image = tuple(shape[2:] if self.stem else shape[1:3])
+        sizes, result = self.sizes(image[1]), tuple(self.result(shape)[1:3])
+        return _launch(self.machine, sizes, shape[0], image, result, eps, torch.get_num_threads())
 
     def result(self, shape: Sequence[int]) -> Sequence[int]:
         """The shape of the result."""
-        raise NotImplementedError
+        return shape if self.patch is None else patched(shape, self.patch, self.stem)
 
     def __call__(self, x: Tensor, eps: float) -> Tensor:
-        """`packed_weights.Prepared`."""
+        """A new tensor (N, H, W, C)."""
         y = x.new_empty(self.result(x.shape))
         return self.launch(x.shape, eps)(x, y, self.addresses)
 
@@ -98,43 +102,23 @@ class CompiledBlock(Kernel):
     def __init__(self, weights: tuple[Tensor | None, ...], machine: Any):
         dwconv_weight, dwconv_bias, w1, b1, w2, b2 = weights
         pack, (hidden, channels) = launchers().pack, w1.shape
-        self.options = channels, hidden, dwconv_weight.shape[2]
         taps = dwconv_weight.reshape(channels, -1).t().clone(memory_format=torch.contiguous_format)
         bias = w1.new_zeros(channels) if dwconv_bias is None else dwconv_bias
-        super().__init__(machine, (taps, _copy(bias), pack(w1, machine), _copy(b1[0]), pack(w2, machine), _copy(b2)))
-
-    def launch(self, shape: Sequence[int], eps: float) -> Any:
-        """See `Kernel`."""
-        samples, height, width, _ = shape
-        image = height, width
-        sizes = launchers().BlockSizes.of(*self.options, width)
-        return _launch(self.machine, sizes, samples, image, image, eps, torch.get_num_threads())
-
-    def result(self, shape: Sequence[int]) -> Sequence[int]:
-        """See `Kernel`."""
-        return shape
+        held = taps, _copy(bias), pack(w1, machine), _copy(b1[0]), pack(w2, machine), _copy(b2)
+        super().__init__(machine, held, partial(launchers().BlockSizes.of, channels, hidden, dwconv_weight.shape[2]))
 
 
 class CompiledPatches(Kernel):
     """A stem, by ``parameters`` bias, ln_weight and ln_bias, or a frozen downsampling layer, by bias alone."""
 
     def __init__(self, machine: Any, weight: Tensor, *parameters: Tensor):
-        self.stem, self.size = len(parameters) == 3, weight.shape
-        rows = weight if self.stem else weight.permute(0, 2, 3, 1)
-        super().__init__(machine, (launchers().pack(rows.flatten(1), machine), *map(_copy, parameters)))
-        if not self.stem:
+        stem, (out_channels, channels, *patch) = len(parameters) == 3, weight.shape
+        rows = weight if stem else weight.permute(0, 2, 3, 1)
+        held = launchers().pack(rows.flatten(1), machine), *map(_copy, parameters)
+        sizes = launchers().PatchSizes(channels, out_channels, *patch, stem)
+        super().__init__(machine, held, lambda width: sizes, weight.shape, stem)
+        if not stem:
             self.addresses += 0, 0
-
-    def launch(self, shape: Sequence[int], eps: float) -> Any:
-        """See `Kernel`."""
-        image = tuple(shape[2:] if self.stem else shape[1:3])
-        out_channels, channels, *patch = self.size
-        sizes = launchers().PatchSizes(channels, out_channels, *patch, self.stem)
-        return _launch(self.machine, sizes, shape[0], image, self.result(shape)[1:3], eps, torch.get_num_threads())
-
-    def result(self, shape: Sequence[int]) -> Sequence[int]:
-        """See `Kernel`."""
-        return patched(shape, self.size, self.stem)
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
@@ -166,13 +150,6 @@ def run(
     places = [results[i].data_ptr() if i in results else next(turns) for i in range(len(kernels))]
     launchers().run_in_turn(launches, [x.data_ptr(), *places])
     return [results[end] for end in ends]
-
-
-def prepare_block(weights: tuple[Tensor | None, ...], act: str) -> CompiledBlock | None:
-    """The kernel of a block with packed weights; None if it is not supported."""
-    w1 = weights[2]
-    machine = machine_for(*w1.shape) if act == "gelu" else None
-    return None if machine is None else CompiledBlock(weights, machine)
 
 
 def prepare_downsample(weight: Tensor, bias: Tensor) -> CompiledPatches | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -19,48 +18,35 @@ from . import llvm
 Weights = tuple[Tensor | None, ...]
 """Of `weights.FrozenBlock` or `weights.FrozenDownsample`, or a stem's."""
 
-
-class Prepared(Protocol):
-    """A step with packed weights, for contiguous x (N, H, W, C), a stem's (N, C, H, W), that `onednn.serves`."""
-
-    def __call__(self, x: Tensor, eps: float) -> Tensor:
-        """A new tensor (N, H, W, C)."""
-        raise NotImplementedError
+_KEPT: dict[int, tuple[Weights, llvm.Kernel]] = {}
+"""By the ``id`` of a weight, until it is freed: the other weights, and what was made of all."""
 
 
-class _Kept(NamedTuple):
-    made_of: Weights  # except the one that is the key
-    act: str
-    step: Prepared
-
-
-_KEPT: dict[int, _Kept] = {}
-"""By the ``id`` of a weight, until it is freed."""
-
-
-def _kept(weight: Tensor, others: Weights, act: str, make: Callable[[], Prepared | None]) -> Prepared | None:
+def _kept(weight: Tensor, others: Weights, make: Callable[[], llvm.Kernel | None]) -> llvm.Kernel | None:
     """The result of ``make`` for exactly these weights, which must never change."""
     kept = _KEPT.get(id(weight))
-    if kept is not None and kept.act == act and all(map(operator.is_, kept.made_of, others)):
-        return kept.step
-    step = make()
-    if step is not None:
+    if kept is not None and all(map(operator.is_, kept[0], others)):
+        return kept[1]
+    kernel = make()
+    if kernel is not None:
         if kept is None:
             weakref.finalize(weight, _KEPT.pop, id(weight), None)
-        _KEPT[id(weight)] = _Kept(others, act, step)
-    return step
+        _KEPT[id(weight)] = others, kernel
+    return kernel
 
 
-def prepared_block(weights: Weights, act: str) -> Prepared | None:
+def prepared_block(weights: Weights, act: str) -> llvm.Kernel | None:
     """`ops.frozen_block_fwd` for these weights; None if not supported."""
     dwconv_weight, dwconv_bias, w1, b1, w2, b2 = weights
-    others = dwconv_weight, dwconv_bias, b1, w2, b2
-    return _kept(w1, others, act, lambda: llvm.prepare_block(weights, act))
+    if act != "gelu":
+        return None
+    machine, others = llvm.machine_for(*w1.shape), (dwconv_weight, dwconv_bias, b1, w2, b2)
+    return None if machine is None else _kept(w1, others, lambda: llvm.CompiledBlock(weights, machine))
 
 
-def prepared_downsample(weight: Tensor, bias: Tensor) -> Prepared | None:
+def prepared_downsample(weight: Tensor, bias: Tensor) -> llvm.Kernel | None:
     """`ops.frozen_downsample_fwd` for these weights; None if not supported."""
-    return _kept(weight, (bias,), "", lambda: llvm.prepare_downsample(weight, bias))
+    return _kept(weight, (bias,), lambda: llvm.prepare_downsample(weight, bias))
 
 
 def kernels_for(
@@ -69,14 +55,12 @@ def kernels_for(
     """A stem's weights and those of frozen parts as kernels; None where one has none. ``acts``: of blocks."""
     kernels = []
     for weights, act in reversed(list(zip(steps, acts, strict=True))):  # a stem, whose kernel is not kept, last
-        kernel = _kernel_for(weights, act)
+        if isinstance(weights, FrozenBlock):
+            kernel = prepared_block(weights, act)
+        else:
+            make = prepared_downsample if isinstance(weights, FrozenDownsample) else llvm.prepare_stem
+            kernel = make(*weights)
         if kernel is None:
             return None
         kernels.append(kernel)
     return kernels[::-1]
-
-
-def _kernel_for(weights: ConvNorm | FrozenDownsample | FrozenBlock, act: str) -> Prepared | None:
-    if isinstance(weights, FrozenBlock):
-        return prepared_block(weights, act)
-    return prepared_downsample(*weights) if isinstance(weights, FrozenDownsample) else llvm.prepare_stem(*weights)
