@@ -386,16 +386,7 @@ def _aligned(x: torch.Tensor | None) -> bool:
 
 
 def dwconv_gluon(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    *,
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    flip: bool,
-    statistics: bool,
-    config: GluonConfig | None = None,
+    x, weight, bias, residual, *, dtype, out_dtype, flip, statistics, config=None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As ``dwconv_tensor_core``, where ``serves(x)``."""
     batch, height, width, channels = x.shape

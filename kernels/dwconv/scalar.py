@@ -119,15 +119,7 @@ def dwconv_scalar_kernel(
 
 
 def dwconv_scalar(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    *,
-    out_dtype: torch.dtype,
-    flip: bool,
-    statistics: bool,
-    config: ScalarConfig | None = None,
+    x, weight, bias, residual, *, out_dtype, flip, statistics, config=None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``dwconv_tensor_core`` in float32, whatever the dtypes of its arguments; the statistics' blocks are those of
     ``stats_block(C, float32)``.

@@ -168,20 +168,9 @@ def _mlp_fwd_kernel(
 
 
 def fused_mlp_fwd(
-    u: Tensor,
-    stats: Tensor | None,
-    residual: Tensor | None,
-    w1g: Tensor,
-    b1g: Tensor,
-    w2: Tensor,
-    b2: Tensor | None,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
-    eps: float,
-    act: str,
-    save_hidden: bool,
+    u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden
 ) -> tuple[Tensor, Tensor | None]:
-    """``mlp_fwd`` in one kernel, whatever the width."""
+    """``mlp_fwd``, whose arguments it takes, in one kernel, whatever the width."""
     P, C = u.shape
     K = w1g.shape[0]
     y = torch.empty_like(u if residual is None else residual)

@@ -250,19 +250,8 @@ def _weight_kernel(
         )  # fmt: skip
 
 
-def fused_mlp_bwd(
-    dy: Tensor,
-    u: Tensor,
-    stats: Tensor | None,
-    a: Tensor | None,
-    w1g: Tensor,
-    b1g: Tensor,
-    w2g: Tensor,
-    drop_scale: Tensor | None,
-    eps: float,
-    act: str,
-) -> tuple[Tensor, Sums]:
-    """``mlp_bwd`` in two kernels, whatever the width; P > 0."""
+def fused_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act) -> tuple[Tensor, Sums]:
+    """``mlp_bwd``, whose arguments it takes, in two kernels, whatever the width; P > 0."""
     P, C = u.shape
     K = w1g.shape[0]
     target = target_of(u)

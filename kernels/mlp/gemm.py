@@ -228,19 +228,8 @@ def fc2(
 
 
 def gemm_mlp_fwd(
-    u: Tensor,
-    stats: Tensor | None,
-    residual: Tensor | None,
-    w1g: Tensor,
-    b1g: Tensor,
-    w2: Tensor,
-    b2: Tensor | None,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
-    eps: float,
-    act: str,
-    save_hidden: bool,
+    u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden
 ) -> tuple[Tensor, Tensor | None]:
-    """``mlp_fwd`` as two GEMMs, whatever the width."""
+    """``mlp_fwd``, whose arguments it takes, as two GEMMs, whatever the width."""
     h, a = fc1(u, stats, w1g, b1g, eps, act, save_hidden)
     return fc2(h, w2, residual, b2, gamma, drop_scale), a

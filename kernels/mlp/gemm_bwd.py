@@ -212,19 +212,8 @@ def _weight_grad_kernel(
         )  # fmt: skip
 
 
-def gemm_mlp_bwd(
-    dy: Tensor,
-    u: Tensor,
-    stats: Tensor | None,
-    a: Tensor | None,
-    w1g: Tensor,
-    b1g: Tensor,
-    w2g: Tensor,
-    drop_scale: Tensor | None,
-    eps: float,
-    act: str,
-) -> tuple[Tensor, Sums]:
-    """``mlp_bwd`` with h and da in memory, whatever the width; P > 0."""
+def gemm_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act) -> tuple[Tensor, Sums]:
+    """``mlp_bwd``, whose arguments it takes, with h and da in memory, whatever the width; P > 0."""
     P, C = u.shape
     K = w1g.shape[0]
     CB, NB = norm_blocks(stats, C, u.dtype)

@@ -1,7 +1,7 @@
 """The fused ops on a CPU (see `interface.Backend`): x86 kernels where supported, otherwise ATen calls.
 
-Activations stay (N, H, W, C); pixelwise work is in ``mlp``. Weights are used as they are: folding
-them on every call costs as much as the products of a few hundred pixels.
+Activations stay (N, H, W, C); pixelwise work is in ``mlp``. Weights are used as they are: folding them on every call
+costs as much as the products of a few hundred pixels. `interface.Backend` gives the types of long lists of arguments.
 
 P = N·H·W pixels, C channels, K hidden units, T the compute dtype, R the dtype of the residual stream.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.weights import BlockWeights, ConvNorm, FrozenBlock, FrozenDownsample, MlpWeights, NormConv, Saved
+from ...kernels.weights import BlockWeights, ConvNorm, FrozenBlock, FrozenDownsample, NormConv
 from .. import reference
 from ..interface import Gradients, like_inputs
 from . import llvm, onednn
@@ -50,13 +50,7 @@ def _dwconv_bwd(
 
 
 def block_fwd(
-    x: Tensor,
-    weights: BlockWeights,
-    drop_scale: Tensor | None,
-    eps: float,
-    act: str,
-    recompute: int,
-    dtype: torch.dtype,
+    x, weights, drop_scale, eps, act, recompute, dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y, and what ``recompute`` keeps of `Saved`: u and a, (P, C) and (P, K) in T.
 
@@ -69,18 +63,7 @@ def block_fwd(
     return y.view(x.shape), u if saves_u else None, None, a
 
 
-def block_bwd(
-    dy: Tensor,
-    x: Tensor,
-    saved: Saved,
-    weights: BlockWeights,
-    drop_scale: Tensor | None,
-    eps: float,
-    act: str,
-    dtype: torch.dtype,
-    needs_x: bool,
-    needs_dwconv: bool,
-) -> Gradients:
+def block_bwd(dy, x, saved, weights, drop_scale, eps, act, dtype, needs_x, needs_dwconv) -> Gradients:
     """Gradients of x and of the weights."""
     u, dwconv_weight = saved.u, weights.dwconv_weight
     if u is None:
@@ -128,15 +111,7 @@ def dwconv_layernorm_bwd(
     return like_inputs((*dwconv, dg, dbeta), x, weights)
 
 
-def pointwise_mlp_fwd(
-    x: Tensor,
-    residual: Tensor | None,
-    weights: MlpWeights,
-    drop_scale: Tensor | None,
-    act: str,
-    recompute: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
+def pointwise_mlp_fwd(x, residual, weights, drop_scale, act, recompute, dtype) -> tuple[Tensor, Tensor | None]:
     """y, and the hidden units at level 0 of ``recompute``."""
     rows = (-1, x.shape[3])
     residual = None if residual is None else residual.reshape(rows)
@@ -145,15 +120,7 @@ def pointwise_mlp_fwd(
     return y.view(x.shape), a
 
 
-def pointwise_mlp_bwd(
-    dy: Tensor,
-    x: Tensor,
-    a: Tensor | None,
-    weights: MlpWeights,
-    drop_scale: Tensor | None,
-    act: str,
-    dtype: torch.dtype,
-) -> Gradients:
+def pointwise_mlp_bwd(dy, x, a, weights, drop_scale, act, dtype) -> Gradients:
     """Gradients of x and of the weights; the residual's is dy."""
     rows = (-1, x.shape[3])
     dx, _, _, *d_mlp = mlp_bwd(dy.reshape(rows), x.to(dtype).reshape(rows), a, None, Mlp(*weights, act), drop_scale)
@@ -188,16 +155,7 @@ def downsample_fwd(x: Tensor, weights: NormConv, eps: float, dtype: torch.dtype)
     return reference.patch_conv(n, weights.weight, weights.bias, dtype=dtype)
 
 
-def downsample_bwd(
-    dy: Tensor,
-    x: Tensor,
-    weights: NormConv,
-    eps: float,
-    dtype: torch.dtype,
-    needs_norm: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> Gradients:
+def downsample_bwd(dy, x, weights, eps, dtype, needs_norm, needs_weight, needs_bias) -> Gradients:
     """Gradients of x and of the weights, from x alone: LayerNorm(x), which PyTorch would save, is computed again."""
     norm, rows = Norm(weights.ln_weight, weights.ln_bias, eps), x.reshape(-1, x.shape[3])
     n, mean, rstd = norm.forward(rows)
