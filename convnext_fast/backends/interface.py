@@ -46,7 +46,6 @@ class Backend(Protocol):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """y, then the three of `Saved`: ``a`` at level 0 of ``recompute``, u and a GPU's statistics below level 2."""
-        raise NotImplementedError
 
     def block_bwd(
         self,
@@ -62,23 +61,19 @@ class Backend(Protocol):
         needs_dwconv: bool,
     ) -> list[Tensor]:
         """Gradients of x and of the weights."""
-        raise NotImplementedError
 
     def frozen_block_fwd(self, x: Tensor, weights: FrozenBlock, eps: float, act: str, dtype: torch.dtype) -> Tensor:
         """The block on folded weights."""
-        raise NotImplementedError
 
     def dwconv_layernorm_fwd(
         self, x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
         """LayerNorm(u) in T, then what is saved: u = dwconv(x) (N, H, W, C) in T, and its LayerNorm statistics."""
-        raise NotImplementedError
 
     def dwconv_layernorm_bwd(
         self, dn: Tensor, x: Tensor, u: Tensor, statistics: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype
     ) -> list[Tensor]:
         """Gradients of x and of the weights."""
-        raise NotImplementedError
 
     def pointwise_mlp_fwd(
         self,
@@ -91,7 +86,6 @@ class Backend(Protocol):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """y, then the hidden units before the activation, (P, K), which level 0 of ``recompute`` saves."""
-        raise NotImplementedError
 
     def pointwise_mlp_bwd(
         self,
@@ -104,21 +98,17 @@ class Backend(Protocol):
         dtype: torch.dtype,
     ) -> list[Tensor]:
         """Gradients of x and of the weights; the residual's is dy."""
-        raise NotImplementedError
 
     def patchify_stem_fwd(self, x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype) -> Tensor:
         """LayerNorm of the patch convolution, (N, ⌊H/kh⌋, ⌊W/kw⌋, C') in T; x: an image (N, C, H, W) of any strides."""
-        raise NotImplementedError
 
     def patchify_stem_bwd(
         self, dy: Tensor, x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype, needs_x: bool
     ) -> list[Tensor]:
         """Gradients of the image and of the weights."""
-        raise NotImplementedError
 
     def downsample_fwd(self, x: Tensor, weights: NormConv, eps: float, dtype: torch.dtype) -> Tensor:
         """Patch convolution of LayerNorm(x), (N, ⌊H/kh⌋, ⌊W/kw⌋, C') in T."""
-        raise NotImplementedError
 
     def downsample_bwd(
         self,
@@ -132,8 +122,6 @@ class Backend(Protocol):
         needs_bias: bool,
     ) -> list[Tensor]:
         """Gradients of x and of the weights; those of x and of LayerNorm's affine are needed or not together."""
-        raise NotImplementedError
 
     def frozen_downsample_fwd(self, x: Tensor, weights: FrozenDownsample, eps: float, dtype: torch.dtype) -> Tensor:
         """`downsample_fwd` on folded weights."""
-        raise NotImplementedError

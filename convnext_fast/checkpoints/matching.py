@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -57,7 +57,11 @@ def fit(
     names = {timm_name(name, format) or name: name for name in expected}
     state = {**checkpoint.state_dict, **checkpoint.extra}
     fresh, spare = _optional(_layers(names), _layers(state))
-    _check_head(cls, checkpoint, _layers(names) & _FINAL_NORMS, format)
+    norms = _layers(names) & _FINAL_NORMS
+    if checkpoint.head_norm_first and "head.norm" in norms:
+        raise ValueError(f"the checkpoint normalises before pooling (norm_pre), {cls} as it is built after pooling")
+    if checkpoint.global_pool == "max" and norms and format != "timm":
+        raise ValueError(f"the checkpoint uses max pooling, {cls} average pooling")
     if getattr(model, "features_only", False):
         kept = tuple(f"stages.{i}." for i in range(len(model.stages)))
         spare |= {layer for layer in _layers(state) if layer.startswith("stages.") and not layer.startswith(kept)}
@@ -66,8 +70,12 @@ def fit(
     for name in dropped:
         del state[name]
 
-    wrong = {name: _mismatch(state[name], expected[own]) for name, own in names.items() if name in state}
-    wrong = {name: text for name, text in wrong.items() if text}
+    wrong = {}
+    for name, own in names.items():
+        if name in state and not state[name].is_floating_point():
+            wrong[name] = f"of {state[name].dtype}, expected a floating dtype"
+        elif name in state and state[name].shape != expected[own].shape:
+            wrong[name] = f"{tuple(state[name].shape)}, expected {tuple(expected[own].shape)}"
     resized = [name for name in wrong if _layer(name) == _CLASSIFIER]
     if resized and ignore_mismatched_sizes:
         changes = "; ".join(f"{names[name]} {wrong.pop(name)}" for name in resized)
@@ -103,29 +111,12 @@ def _optional(wanted: set[str], held: set[str]) -> tuple[set[str], set[str]]:
     return may_start & (wanted - held), may_go & (held - wanted)
 
 
-def _check_head(cls: str, checkpoint: Checkpoint, wanted_norms: set[str], format: str) -> None:
-    """Refuse a model whose head computes something other than the checkpoint's."""
-    if checkpoint.head_norm_first and "head.norm" in wanted_norms:
-        raise ValueError(f"the checkpoint normalises before pooling (norm_pre), {cls} as it is built after pooling")
-    if checkpoint.global_pool == "max" and wanted_norms and format != "timm":
-        raise ValueError(f"the checkpoint uses max pooling, {cls} average pooling")
-
-
 def _layer(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _layers(names: Sequence[str] | dict[str, object]) -> set[str]:
-    return {_layer(name) for name in names}
-
-
-def _mismatch(tensor: Tensor, expected: Tensor) -> str:
-    """What is wrong with a tensor; an empty string if nothing is."""
-    if not tensor.is_floating_point():
-        return f"of {tensor.dtype}, expected a floating dtype"
-    if tensor.shape != expected.shape:
-        return f"{tuple(tensor.shape)}, expected {tuple(expected.shape)}"
-    return ""
+def _layers(names: Iterable[str]) -> set[str]:
+    return set(map(_layer, names))
 
 
 def _listed(keys: Sequence[str]) -> str:

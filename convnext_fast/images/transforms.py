@@ -23,40 +23,30 @@ _BYTE_MODES = ("L", "LA", "RGB", "RGBA")
 _WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
-def flatten_images(images: Any) -> list[Any]:
+def flatten_images(images: Any, where: str = "images", depth: int = 0) -> list[Any]:
     """A list of single images out of one image, a batch (an array or tensor of 4 dimensions), or a list of those.
 
-    A list may hold lists, one level deep, as for pictures grouped by sample; they are joined in order.
+    A list may hold lists, one level deep, as for pictures grouped by sample; they are joined in order. ``where``: what
+    an error message calls the images; ``depth``: the lists around them.
     """
-    if not isinstance(images, (list, tuple)):
-        flat = _split_batch(images, "images")
+    if isinstance(images, (list, tuple)):
+        if depth == 2:
+            raise ValueError(f"{where} is a {type(images).__name__}: lists of images nest at most one level deep")
+        flat = [image for i, item in enumerate(images) for image in flatten_images(item, f"{where}[{i}]", depth + 1)]
+    elif isinstance(images, PIL.Image.Image):
+        return [images]
+    elif not isinstance(images, (np.ndarray, torch.Tensor)):
+        raise TypeError(f"{where} is a {type(images).__name__}: expected a PIL image, a numpy array or a torch tensor")
+    elif images.ndim in (2, 3, 4):
+        flat = list(images) if images.ndim == 4 else [images]
     else:
-        flat = []
-        for i, entry in enumerate(images):
-            nested = isinstance(entry, (list, tuple))
-            for j, item in enumerate(entry if nested else [entry]):
-                where = f"images[{i}][{j}]" if nested else f"images[{i}]"
-                if isinstance(item, (list, tuple)):
-                    raise ValueError(f"{where} is a {type(item).__name__}: lists of images nest at most one level deep")
-                flat += _split_batch(item, where)
-    if not flat:
-        raise ValueError("images is empty: expected at least one image")
-    return flat
-
-
-def _split_batch(item: Any, where: str) -> list[Any]:
-    if isinstance(item, PIL.Image.Image):
-        return [item]
-    if not isinstance(item, (np.ndarray, torch.Tensor)):
-        raise TypeError(f"{where} is a {type(item).__name__}: expected a PIL image, a numpy array or a torch tensor")
-    if item.ndim == 4:
-        return list(item)
-    if item.ndim not in (2, 3):
         raise ValueError(
-            f"{where} has shape {tuple(item.shape)}: expected (height, width), an image with a channel axis, "
+            f"{where} has shape {tuple(images.shape)}: expected (height, width), an image with a channel axis, "
             "or a batch of those"
         )
-    return [item]
+    if not flat and not depth:
+        raise ValueError("images is empty: expected at least one image")
+    return flat
 
 
 def read_picture(image: Any, where: str, input_data_format: str | None = None, to_rgb: bool = False) -> Picture:

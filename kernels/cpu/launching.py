@@ -15,26 +15,26 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from llvmlite import binding
 from torch import Tensor
 
 from .code_cache import code_for
-from .dwconv import DwconvSizes
-from .dwconv_wgrad import WgradSizes
-from .frozen_block import BlockSizes
-from .gelu_rows import ElementwiseSizes
+from .dwconv import DwconvSizes as DwconvSizes
+from .dwconv_wgrad import WgradSizes as WgradSizes
+from .frozen_block import BlockSizes as BlockSizes
+from .gelu_rows import ElementwiseSizes as ElementwiseSizes
 from .gemm import UNROLL as UNROLL
 from .gemm import pack as pack
-from .layer_scale_bwd import LayerScaleSizes
+from .layer_scale_bwd import LayerScaleSizes as LayerScaleSizes
 from .machine import AVX2, AVX512, NEEDED, Machine, compile_for, host_features, identity, load
-from .mlp import MlpSizes
-from .mlp_bwd import MlpBwdSizes
-from .packing import PackSizes
-from .patchify import PatchSizes
-from .weight_grad import WeightGradSizes
+from .mlp import MlpSizes as MlpSizes
+from .mlp_bwd import MlpBwdSizes as MlpBwdSizes
+from .packing import PackSizes as PackSizes
+from .patchify import PatchSizes as PatchSizes
+from .weight_grad import WeightGradSizes as WeightGradSizes
 from .work_sharing import ENTRY, NUMBERS, THREAD_FUNCTIONS, numbers, numbers_of_rows, scratch_rows
 from .work_sharing import PADDING as PADDING
 from .work_sharing import WIDE_WEIGHT as WIDE_WEIGHT
@@ -81,20 +81,6 @@ def machine_for(*sizes: int) -> Machine | None:
     return next((machine for machine in fitting if has(machine)), None)
 
 
-Sizes = (
-    BlockSizes
-    | PatchSizes
-    | DwconvSizes
-    | WgradSizes
-    | ElementwiseSizes
-    | PackSizes
-    | MlpSizes
-    | MlpBwdSizes
-    | WeightGradSizes
-    | LayerScaleSizes
-)
-
-
 class Kernel(NamedTuple):
     """A compiled kernel; its code is in memory as long as the engine is."""
 
@@ -103,14 +89,15 @@ class Kernel(NamedTuple):
 
 
 @functools.lru_cache(MOST, typed=True)  # sizes of different kernels may compare equal
-def _kernel(machine: Machine, sizes: Sizes) -> Kernel:
+def _kernel(machine: Machine, sizes: Any) -> Kernel:
+    """The kernel that one of the classes ``…Sizes`` emits."""
     code = code_for(f"{identity(machine)} {sizes}", lambda: compile_for(machine, sizes.emit(machine)))
     threads = {name: ctypes.cast(getattr(_threads(), name), ctypes.c_void_p).value for name in THREAD_FUNCTIONS}
     engine = load(machine, code, threads)
     return Kernel(engine.get_function_address(ENTRY), engine)
 
 
-def run(machine: Machine, sizes: Sizes, *fields: int) -> None:
+def run(machine: Machine, sizes: Any, *fields: int) -> None:
     """A kernel whose argument is these numbers and addresses."""
     argument = (ctypes.c_int64 * len(fields))(*fields)
     kernel = _kernel(machine, sizes)
@@ -122,7 +109,7 @@ def memory(count: int) -> Tensor:
     return torch.empty(count, dtype=torch.float32, device="cpu")
 
 
-def run_rows(machine: Machine, sizes: MlpSizes | MlpBwdSizes, rows: int, eps: float, *addresses: int) -> None:
+def run_rows(machine: Machine, sizes: Any, rows: int, eps: float, *addresses: int) -> None:
     """Run a kernel on independent rows; ``addresses``: all except that of the scratch buffer, which comes last."""
     team, chunk = torch.get_num_threads(), rows_of_chunk(machine, sizes.channels * sizes.hidden, rows)
     given = numbers_of_rows(rows, chunk, eps, team)
@@ -136,16 +123,7 @@ class Launch:
     sizes: what the kernel is compiled for; samples: N; image, result: heights and widths of x and y.
     """
 
-    def __init__(
-        self,
-        machine: Machine,
-        sizes: BlockSizes | PatchSizes | DwconvSizes,
-        samples: int,
-        image: tuple[int, int],
-        result: tuple[int, int],
-        eps: float,
-        team: int,
-    ):
+    def __init__(self, machine: Machine, sizes: Any, samples: int, image: tuple, result: tuple, eps: float, team: int):
         given = numbers(samples, image, result, eps, team)
         self.kernel, self.team, self.run = _kernel(machine, sizes), team, _threads().GOMP_parallel
         self.numbers = tuple(given[name] for name in NUMBERS)
