@@ -95,7 +95,10 @@ def write_files(directory: Path, writers: Mapping[str, Callable[[Path], None]], 
     temporary = {name: directory / f".{name}.{secrets.token_hex(4)}.tmp" for name in writers}
     try:
         for name, write in writers.items():
-            _create(temporary[name], write)
+            try:
+                _create(temporary[name], write)
+            except (RuntimeError, SafetensorError) as error:  # what torch.save and safetensors raise
+                raise OSError(f"cannot write {directory / name}, is the disk full? ({error})") from error
         for name, path in temporary.items():
             os.replace(path, directory / name)
     finally:
@@ -103,12 +106,11 @@ def write_files(directory: Path, writers: Mapping[str, Callable[[Path], None]], 
             path.unlink(missing_ok=True)
     for name in stale:
         (directory / name).unlink(missing_ok=True)
-    if os.name == "posix":
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def json_text(fields: Mapping[str, Any], **options: Any) -> str:
@@ -134,10 +136,7 @@ def _create(path: Path, write: Callable[[Path], None]) -> None:
     """Have ``write`` fill a new file, with the permissions of any new file, and wait until it is on disk."""
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     mode = path.stat().st_mode
-    try:
-        write(path)
-    except (RuntimeError, SafetensorError) as error:  # what torch.save and safetensors raise
-        raise OSError(f"cannot write to {path.parent}, is the disk full? ({error})") from error
+    write(path)
     path.chmod(mode)  # safetensors makes its files private
     with open(path, "r+b") as file:
         os.fsync(file.fileno())

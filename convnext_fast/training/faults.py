@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.convnext import ConvNext
+from .ema import local
 
 
 def first_bad_layer(model: ConvNext, call: nn.Module, pixels: Tensor) -> tuple[int, str] | None:
@@ -53,5 +54,4 @@ def _layers(model: ConvNext) -> list[tuple[str, nn.Module]]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return bool(torch.isfinite(local).all())
+    return bool(torch.isfinite(local(tensor)).all())

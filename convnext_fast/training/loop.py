@@ -39,7 +39,7 @@ from .distributed import (
 from .ema import Ema
 from .evaluation import Reporter, autocast, evaluate
 from .faults import bad_gradients, first_bad_layer
-from .optim import build_optimizer, learning_rate, moments, set_learning_rate
+from .optim import learning_rate, moments, parameter_groups, set_learning_rate
 from .options import TrainingOptions
 from .pictures import ImageSet
 from .state import (
@@ -120,7 +120,8 @@ class Trainer:
             self._skeleton = copy.deepcopy(model).to("meta")
             for part in (model, self.ema.module) if self.ema else (model,):
                 shard(part, process, self.dtype)
-        self.optimizer = build_optimizer(model, options)
+        groups = parameter_groups(model, options.weight_decay, options.layer_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.dtype == torch.float16)
         self.step, self.history = 0, []
         self.epoch = {"loss": 0.0, "skipped": 0}

@@ -50,12 +50,6 @@ def parameter_groups(model: ConvNext, weight_decay: float, layer_decay: float) -
     return list(groups.values())
 
 
-def build_optimizer(model: ConvNext, options: TrainingOptions) -> torch.optim.AdamW:
-    """AdamW on `parameter_groups`."""
-    groups = parameter_groups(model, options.weight_decay, options.layer_decay)
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
-
-
 def moments(optimizer: torch.optim.AdamW) -> dict[str, dict[str, Tensor]]:
     """AdamW's state by the names of `parameter_groups`: the tensors themselves, made where no step was taken yet."""
     found = {}

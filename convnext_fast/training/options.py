@@ -57,23 +57,21 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} is {value!r}: expected an integer of at least {least}")
-            if value < least:
-                raise ValueError(f"{name} is {value}: expected an integer of at least {least}")
+            integral = isinstance(value, int) and not isinstance(value, bool)
+            if not integral or value < least:
+                kind = ValueError if integral else TypeError
+                raise kind(f"{name} is {value!r}: expected an integer of at least {least}")
         for name in ("lr", "min_lr", "weight_decay", "clip_grad", "mixup", "cutmix"):
-            self._check(name, 0.0, math.inf)
-        for name in ("label_smoothing", "ema"):
-            self._check(name, 0.0, 1.0)
-        if self.drop_path is not None:
-            self._check("drop_path", 0.0, 1.0)
+            self._check(name, math.inf)
+        for name in ("label_smoothing", "ema", *(() if self.drop_path is None else ("drop_path",))):
+            self._check(name, 1.0)
         if not 0.0 < self.layer_decay <= 1.0:
             raise ValueError(f"layer_decay is {self.layer_decay}: expected a number in (0, 1]")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr is {self.min_lr}: expected at most lr, {self.lr}")
         if self.warmup_epochs is None:
             object.__setattr__(self, "warmup_epochs", min(5.0, self.epochs / 5))
-        self._check("warmup_epochs", 0.0, math.inf)
+        self._check("warmup_epochs", math.inf)
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs is {self.warmup_epochs}: expected at most epochs, {self.epochs}")
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
@@ -82,9 +80,8 @@ class TrainingOptions:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
 
-    def _check(self, name: str, least: float, end: float) -> None:
+    def _check(self, name: str, end: float) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} is {value!r}: expected a number in [{least:g}, {end:g})")
-        if not least <= value < end:
-            raise ValueError(f"{name} is {value}: expected a number in [{least:g}, {end:g})")
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not real or not 0 <= value < end:
+            raise (ValueError if real else TypeError)(f"{name} is {value!r}: expected a number in [0, {end:g})")
