@@ -27,16 +27,12 @@ _LEAST_ROWS_OF_WIDE = 384
 
 def machine_for(rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None) -> Any:
     """The machine of the kernels; None if not supported. rows: x, and the residual or dy and a."""
-    if (
-        norm is None
-        or mlp.act != "gelu"
-        or not all(t is None or (onednn.serves(t) and t.is_contiguous()) for t in rows)
-    ):
+    if norm is None or mlp.act != "gelu":
         return None
-    parameters = (t for t in (*mlp[:5], norm.weight, norm.bias) if t is not None)
-    if any(t.dtype != torch.float32 for t in parameters):
-        return None
-    return llvm.machine_for(*mlp.w1.shape)
+    served = all(t is None or (onednn.serves(t) and t.is_contiguous()) for t in rows)
+    parameters = (*mlp[:5], norm.weight, norm.bias)
+    served = served and all(t is None or t.dtype == torch.float32 for t in parameters)
+    return llvm.machine_for(*mlp.w1.shape) if served else None
 
 
 def forward_pays(rows: int, mlp: Mlp) -> bool:
@@ -44,17 +40,8 @@ def forward_pays(rows: int, mlp: Mlp) -> bool:
     return mlp.w1.numel() < llvm.launchers().WIDE_WEIGHT or rows >= _LEAST_ROWS_OF_WIDE
 
 
-def mlp_fwd(
-    machine: Any,
-    x: Tensor,
-    residual: Tensor,
-    norm: Norm,
-    mlp: Mlp,
-    scale: Tensor | None,
-    save_hidden: bool,
-    overwrite: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """As `mlp.mlp_fwd`; scale: (P, 1)."""
+def mlp_fwd(machine, x, residual, norm, mlp, scale, save_hidden, overwrite) -> tuple[Tensor, Tensor | None]:
+    """As `mlp.mlp_fwd`, whose arguments it takes; scale: (P, 1)."""
     hidden, channels = mlp.w1.shape
     y = x if overwrite else torch.empty_like(x)
     a = x.new_empty(len(x), hidden) if save_hidden else None
@@ -67,10 +54,8 @@ def mlp_fwd(
     return y, a
 
 
-def mlp_bwd(
-    machine: Any, dy: Tensor, x: Tensor, a: Tensor | None, norm: Norm, mlp: Mlp, scale: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """As `mlp.mlp_bwd`; scale: (P, 1)."""
+def mlp_bwd(machine, dy, x, a, norm, mlp, scale) -> tuple[Tensor | None, ...]:
+    """As `mlp.mlp_bwd`, whose arguments it takes; scale: (P, 1)."""
     kernels, (hidden, channels) = llvm.launchers(), mlp.w1.shape
     dx, e, dw1 = torch.empty_like(x), x.new_empty(channels, hidden), x.new_empty(hidden, channels)
     w1 = pack(machine, mlp.w1, None, True) if a is None else None
