@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -66,12 +65,7 @@ def saved_bytes(call: Call, owned: Iterable[Tensor]) -> int:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """Peak bytes that ``call`` allocates beyond what was allocated before, as PyTorch's allocator counts them.
-
-    On a CPU the count comes from PyTorch's profiler, which sees tensors, not what other libraries allocate.
-    """
-    if device.type == "cpu":
-        return _cpu_peak_bytes(call)
+    """Peak bytes that ``call`` allocates on an accelerator beyond what was allocated before, by PyTorch's allocator."""
     memory = getattr(torch, device.type)
     synchronise(device)
     memory.reset_peak_memory_stats(device)
@@ -79,20 +73,6 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     call()
     synchronise(device)
     return memory.max_memory_allocated(device) - before
-
-
-def _cpu_peak_bytes(call: Call) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise reports its start and end on stderr
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -115,7 +115,7 @@ def from_timm(
     """
     if global_pool == "max" and format != "timm":
         raise ValueError(f"the model uses max pooling, which the {format} format cannot express: expected timm")
-    names = {key: rename(key, format) for key in state_dict}
+    names = {key: rename(key, "timm", format) for key in state_dict}
     lost = [key for key, name in names.items() if name is None]
     if format != "transformers" or any(not key.startswith(_BACKBONE_NORMS) for key in extra or ()):
         lost += list(extra or ())
@@ -132,16 +132,10 @@ def from_timm(
     return converted | dict(extra or {})
 
 
-def timm_name(key: str, format: str) -> str | None:
-    """timm's name of the tensor that ``format`` calls ``key``; None where it has none."""
-    parsed = _parse(key, _checked(format))
-    return None if parsed is None else _render(*parsed, "timm")
-
-
-def rename(key: str, format: str) -> str | None:
-    """What ``format`` calls the tensor ``key`` of timm, without prefix; None where it has no name."""
-    parsed = _parse(key, "timm")
-    return None if parsed is None or parsed[0] not in _LAYERS[_checked(format)] else _render(*parsed, format)
+def rename(key: str, source: str, target: str) -> str | None:
+    """What ``target`` calls the tensor ``key`` of ``source``, without prefix; None where it has no name."""
+    parsed = _parse(key, _checked(source))
+    return None if parsed is None or parsed[0] not in _LAYERS[_checked(target)] else _render(*parsed, target)
 
 
 def infer_config(state_dict: Mapping[str, Tensor], format: str = "timm") -> ConvNextConfig:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from ..config import ConvNextConfig
-from .formats import rename, timm_name
+from .formats import rename
 
 _CLASSIFIER = "head.fc"
 _FINAL_NORMS = frozenset(("head.norm", "norm_pre"))
@@ -54,7 +54,7 @@ def fit(
     """
     cls, format = type(model).__name__, model.checkpoint_format
     expected = model.state_dict()
-    names = {timm_name(name, format) or name: name for name in expected}
+    names = {rename(name, format, "timm") or name: name for name in expected}
     state = {**checkpoint.state_dict, **checkpoint.extra}
     fresh, spare = _optional(_layers(names), _layers(state))
     norms = _layers(names) & _FINAL_NORMS
@@ -82,7 +82,7 @@ def fit(
         new = [name for name in names if _layer(name) == _CLASSIFIER]
     problems = {
         "missing": [own for name, own in names.items() if name not in state and name not in new],
-        "unexpected": [rename(name, format) or name for name in state if name not in names],
+        "unexpected": [rename(name, "timm", format) or name for name in state if name not in names],
         "of a wrong shape": [f"{names[name]} {text}" for name, text in wrong.items()],
     }
     if any(problems.values()):

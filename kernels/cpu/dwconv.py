@@ -13,7 +13,7 @@ x: (N, H, W, C); weights: (k·k, C); u: rows of C.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 
@@ -64,14 +64,12 @@ def choose_group(e: Emitter, w: ir.Value, pixels: int, pad: int, width: ir.Value
 
 
 class Convolving(Team):
-    """A kernel with a depthwise convolution, of the arguments x, dwconv_weight and dwconv_bias.
+    """A kernel with a depthwise convolution, of the arguments x, dwconv_weight and dwconv_bias."""
 
-    channels: C; side: k; pixels: of a group, at most W.
-    """
-
-    def __init__(self, machine: Machine, addresses: tuple[str, ...], row: int, channels: int, side: int, pixels: int):
-        super().__init__(machine, addresses, row)
-        self.channels, self.pad, self.pixels, self.side = channels, side // 2, pixels, side
+    def __init__(self, machine: Machine, sizes: Any):
+        super().__init__(machine, sizes)
+        self.channels, self.side, self.pixels = channels, side, pixels = sizes.channels, sizes.side, sizes.group
+        self.pad = side // 2
         # A group as wide as the image has all of the padding on both sides.
         ends = range(self.pad + 1) if pixels == GROUP else [self.pad]
         self.groups = {
@@ -106,7 +104,10 @@ class Convolving(Team):
 
 
 class DwconvSizes(NamedTuple):
-    """The kernel for the convolution alone: u in the place of y. With the filter flipped it computes x's gradient."""
+    """The kernel for the convolution alone: u in the place of y. With the filter flipped it computes x's gradient.
+
+    group: pixels that the convolution does at a time, at most W.
+    """
 
     channels: int
     side: int
@@ -121,7 +122,7 @@ class DwconvSizes(NamedTuple):
 
     def emit(self, machine: Machine) -> ir.Module:
         """The module."""
-        return Dwconv(machine, self.addresses, self.row, *self).emit()
+        return Dwconv(machine, self).emit()
 
 
 class Dwconv(Convolving):

@@ -17,18 +17,18 @@ from .layernorm import normalise
 from .machine import Machine
 from .work_sharing import GROUP, PADDING
 
-ADDRESSES = ("x", "y", "dwconv_weight", "dwconv_bias", "w1", "b1", "w2", "b2", "scratch")
-"""x, y: (N, H, W, C); dwconv_weight: (k·k, C); w1, w2: packed (`gemm.pack`)."""
-
 
 class BlockSizes(NamedTuple):
-    """The kernel for a block; ``group``: pixels that the convolution does at a time, at most W."""
+    """The kernel for a block; ``group``: pixels that the convolution does at a time, at most W.
+
+    x, y: (N, H, W, C); dwconv_weight: (k·k, C); w1, w2: packed (`gemm.pack`).
+    """
 
     channels: int
     hidden: int
     side: int
     group: int
-    addresses = ADDRESSES
+    addresses = ("x", "y", "dwconv_weight", "dwconv_bias", "w1", "b1", "w2", "b2", "scratch")
 
     @classmethod
     def of(cls, channels: int, hidden: int, side: int, width: int) -> BlockSizes:
@@ -49,12 +49,11 @@ class Block(Convolving):
     """Emits the kernel of `BlockSizes`."""
 
     def __init__(self, machine: Machine, sizes: BlockSizes):
-        channels, hidden, side, pixels = sizes
-        super().__init__(machine, ADDRESSES, sizes.row, channels, side, pixels)
-        self.hidden = hidden
+        super().__init__(machine, sizes)
+        channels, self.hidden, *_ = sizes
         self.normalise = normalise(self.module, machine, channels)
-        self.fc1 = self.product("w1", "b1", channels, hidden, store_gelu)
-        self.fc2 = self.product("w2", "b2", hidden, channels, store_sum, arrays=2)
+        self.fc1 = self.product("w1", "b1", channels, self.hidden, store_gelu)
+        self.fc2 = self.product("w2", "b2", self.hidden, channels, store_sum, arrays=2)
 
     def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
         """y of the units from ``first`` up to ``last``."""

@@ -11,11 +11,6 @@ I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 POINTER, VOID = ir.PointerType(), ir.VoidType()
 
 
-def integer(value: int) -> ir.Constant:
-    """An index."""
-    return ir.Constant(I64, value)
-
-
 def define(module: ir.Module, name: str, *arguments: ir.Type, local: bool = True) -> ir.Function:
     """A new function without a result; ``local``: called from its own module alone."""
     function = ir.Function(module, ir.FunctionType(VOID, arguments), name)
@@ -67,7 +62,7 @@ class Emitter:
         switch = b.switch(key, after)
         for number, function in functions.items():
             block = b.append_basic_block("case")
-            switch.add_case(integer(number), block)
+            switch.add_case(self.index(number), block)
             b.position_at_end(block)
             b.call(function, arguments)
             b.branch(after)
@@ -75,7 +70,7 @@ class Emitter:
 
     def index(self, value: int | ir.Value) -> ir.Value:
         """An index as a value."""
-        return integer(value) if isinstance(value, int) else value
+        return ir.Constant(I64, value) if isinstance(value, int) else value
 
     def times(self, x: int | ir.Value, y: int | ir.Value) -> ir.Value:
         """x·y of indices."""
@@ -130,13 +125,8 @@ class Emitter:
 
     def prefetch(self, pointer: ir.Value, index: int | ir.Value) -> None:
         """Prefetch the cache line of &pointer[index] into L2."""
-        module = self.builder.module
-        name = "llvm.prefetch.p0"
-        function = module.globals.get(name) or ir.Function(
-            module, ir.FunctionType(VOID, [POINTER, I32, I32, I32]), name
-        )
         hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # read; locality 2 of 3; data
-        self.builder.call(function, [self.at(pointer, index), *hints])
+        self._call("llvm.prefetch.p0", VOID, self.at(pointer, index), *hints)
 
     def scalar(self, pointer: ir.Value, index: int | ir.Value = 0) -> ir.Value:
         """pointer[index]."""
@@ -145,9 +135,10 @@ class Emitter:
     def spread(self, value: float | ir.Value) -> ir.Value:
         """A float32 in every lane."""
         if isinstance(value, float):
-            return ir.Constant(self.vector, [ir.Constant(F32, to_float32(value))] * self.lanes)
+            nearest = struct.unpack("f", struct.pack("f", value))[0]  # LLVM takes no other constant
+            return ir.Constant(self.vector, [ir.Constant(F32, nearest)] * self.lanes)
         b, nothing = self.builder, ir.Constant(self.vector, ir.Undefined)
-        first = b.insert_element(nothing, value, integer(0))
+        first = b.insert_element(nothing, value, self.index(0))
         return b.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes))
 
     def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
@@ -160,9 +151,11 @@ class Emitter:
 
     def _intrinsic(self, name: str, *arguments: ir.Value) -> ir.Value:
         kind = arguments[0].type
-        name += f".v{self.lanes}f32" if kind == self.vector else ".f32"
-        module = self.builder.module
-        function = module.globals.get(name) or ir.Function(module, ir.FunctionType(kind, [kind] * len(arguments)), name)
+        return self._call(name + (f".v{self.lanes}f32" if kind == self.vector else ".f32"), kind, *arguments)
+
+    def _call(self, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
+        module, kinds = self.builder.module, [argument.type for argument in arguments]
+        function = module.globals.get(name) or ir.Function(module, ir.FunctionType(result, kinds), name)
         return self.builder.call(function, arguments)
 
     def clamp(self, x: ir.Value, bound: float) -> ir.Value:
@@ -192,9 +185,4 @@ class Emitter:
             width //= 2
             halves = [ir.Constant(ir.VectorType(I32, width), list(range(i, i + width))) for i in (0, width)]
             vector = b.fadd(*(b.shuffle_vector(vector, vector, half) for half in halves))
-        return b.extract_element(vector, integer(0))
-
-
-def to_float32(value: float) -> float:
-    """The nearest float32: LLVM takes no other constant."""
-    return struct.unpack("f", struct.pack("f", value))[0]
+        return b.extract_element(vector, self.index(0))

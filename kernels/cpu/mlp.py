@@ -19,17 +19,18 @@ from .llvm_builder import Emitter
 from .machine import Machine
 from .work_sharing import PADDING, Team
 
-ADDRESSES = ("u", "x", "y", "a", "scale", "ln_weight", "ln_bias", "w1", "b1", "w2", "b2", "scratch")
-"""u, x, y: (P, C); a: (P, K); scale: (P,); w1, w2: packed."""
-
 
 class MlpSizes(NamedTuple):
-    """The kernel for ``ADDRESSES``; ``saves``: a is written; ``scaled``: there are factors of drop path."""
+    """The kernel for u, x and y (P, C), a (P, K), scale (P,), w1 and w2 packed.
+
+    ``saves``: a is written; ``scaled``: there are factors of drop path.
+    """
 
     channels: int
     hidden: int
     saves: bool
     scaled: bool
+    addresses = ("u", "x", "y", "a", "scale", "ln_weight", "ln_bias", "w1", "b1", "w2", "b2", "scratch")
 
     @property
     def row(self) -> int:
@@ -51,8 +52,7 @@ class Mlp(Team):
     """Emits the kernel of `MlpSizes`; its pixels are one image row, see `work_sharing.numbers_of_rows`."""
 
     def __init__(self, machine: Machine, sizes: MlpSizes):
-        super().__init__(machine, ADDRESSES, sizes.row)
-        self.sizes = sizes
+        super().__init__(machine, sizes)
         channels, hidden, saves, scaled = sizes
         self.normalise = normalise(self.module, machine, channels, affine=True)
         self.fc1 = self.product("w1", "b1", channels, hidden, store_both if saves else store_gelu, 1 + saves)

@@ -20,24 +20,25 @@ from .llvm_builder import F32, POINTER, Emitter, define
 from .machine import Machine
 from .work_sharing import PADDING, Team
 
-ADDRESSES = (
-    *("dy", "u", "a", "scale", "du", "n", "dz", "h", "da", "sums"),
-    *("ln_weight", "ln_bias", "w1", "b1", "w2", "w1_back", "zeros", "scratch"),
-)
-"""dy, u, du: (P, C); a: (P, K), given unless it is recomputed; n, dz: (P, C), h, da: (P, K), padded; sums:
-(chunks, K + 3·C); w1: packed for a; w2, w1_back: for dh and dn; zeros: max(C, K)."""
-
 _SUMMED = 8
 """Rows in one chain of additions."""
 
 
 class MlpBwdSizes(NamedTuple):
-    """The kernel for ``ADDRESSES``; ``saved``: a is given; ``scaled``: there are factors of drop path."""
+    """The kernel; ``saved``: a is given, not recomputed; ``scaled``: there are factors of drop path.
+
+    dy, u, du: (P, C); a: (P, K); n, dz: (P, C), h, da: (P, K), padded; sums: (chunks, K + 3·C); w1: packed for a; w2,
+    w1_back: for dh and dn; zeros: max(C, K).
+    """
 
     channels: int
     hidden: int
     saved: bool
     scaled: bool
+    addresses = (
+        *("dy", "u", "a", "scale", "du", "n", "dz", "h", "da", "sums"),
+        *("ln_weight", "ln_bias", "w1", "b1", "w2", "w1_back", "zeros", "scratch"),
+    )
 
     @property
     def row(self) -> int:
@@ -60,8 +61,7 @@ class MlpBwd(Team):
     """Emits the kernel of `MlpBwdSizes`; its pixels are one image row, see `work_sharing.numbers_of_rows`."""
 
     def __init__(self, machine: Machine, sizes: MlpBwdSizes):
-        super().__init__(machine, ADDRESSES, sizes.row)
-        self.sizes = sizes
+        super().__init__(machine, sizes)
         channels, hidden, saved, _ = sizes
         self.normalise = normalise(self.module, machine, channels, affine=True)
         self.normalise_bwd = normalise_bwd(self.module, machine, channels)

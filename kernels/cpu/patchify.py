@@ -20,23 +20,22 @@ from .layernorm import normalise
 from .machine import Machine
 from .work_sharing import PADDING, Team
 
-ADDRESSES = ("x", "y", "weight", "bias", "ln_weight", "ln_bias", "scratch")
-"""x: (N, H, W, C), the stem's (N, C, H, W); y: (N, H', W', C'); weight: packed (`gemm.pack`); ln_weight, ln_bias: the
-stem's."""
-
-
 Work = Callable[[ir.Value, ir.Value, ir.Value, ir.Value], None]
 
 
 class PatchSizes(NamedTuple):
-    """The kernel for C, C', kh and kw, of a stem or of downsampling."""
+    """The kernel for C, C', kh and kw, of a stem or of downsampling.
+
+    x: (N, H, W, C), the stem's (N, C, H, W); y: (N, H', W', C'); weight: packed (`gemm.pack`); ln_weight, ln_bias: the
+    stem's.
+    """
 
     channels: int
     out_channels: int
     height: int
     width: int
     stem: bool
-    addresses = ADDRESSES
+    addresses = ("x", "y", "weight", "bias", "ln_weight", "ln_bias", "scratch")
 
     @property
     def depth(self) -> int:
@@ -57,8 +56,7 @@ class Patches(Team):
     """Emits the kernel of `PatchSizes`."""
 
     def __init__(self, machine: Machine, sizes: PatchSizes):
-        super().__init__(machine, ADDRESSES, sizes.row)
-        self.sizes = sizes
+        super().__init__(machine, sizes)
         normed = sizes.out_channels if sizes.stem else sizes.channels
         self.normalise = normalise(self.module, machine, normed, affine=sizes.stem)
         self.linear = self.product("weight", "bias", sizes.depth, sizes.out_channels)
@@ -95,7 +93,7 @@ class Patches(Team):
     def _gather_pixels(self, sample: ir.Value, h: ir.Value, w: ir.Value, place: ir.Value) -> None:
         e, (channels, _, kh, kw, _) = self.e, self.sizes
         height, width = self.given["in_height"], self.given["in_width"]
-        patch = e.at(self.scratch, e.times(place, self.row))
+        patch = e.at(self.scratch, e.times(place, self.sizes.row))
         for i in range(kh):
             row = e.plus(e.times(sample, height), e.plus(e.times(h, kh), i))
             pixel = e.plus(e.times(row, width), e.times(w, kw))
@@ -106,7 +104,7 @@ class Patches(Team):
     def _gather_numbers(self, sample: ir.Value, h: ir.Value, w: ir.Value, place: ir.Value) -> None:
         e, (channels, _, kh, kw, _) = self.e, self.sizes
         height, width = self.given["in_height"], self.given["in_width"]
-        patch = e.at(self.scratch, e.times(place, self.row))
+        patch = e.at(self.scratch, e.times(place, self.sizes.row))
         for c in range(channels):
             plane = e.plus(e.times(sample, channels), c)
             for i in range(kh):

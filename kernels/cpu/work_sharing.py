@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 
@@ -124,25 +124,25 @@ class Product(NamedTuple):
 
 
 class Team:
-    """Emits a kernel; subclasses say what is done with a chunk.
+    """Emits the kernel of ``sizes``; subclasses say what is done with a chunk.
 
-    The argument's fields are ``addresses``, "scratch" among them, and ``NUMBERS``; ``row``: numbers of a row of scratch
-    memory.
+    The argument's fields are ``sizes.addresses``, "scratch" among them, and ``NUMBERS``; ``sizes.row``: numbers of a
+    row of scratch memory.
     """
 
-    def __init__(self, machine: Machine, addresses: tuple[str, ...], row: int):
-        self.module, self.machine, self.addresses, self.row = ir.Module(), machine, addresses, row
+    def __init__(self, machine: Machine, sizes: Any):
+        self.module, self.machine, self.sizes = ir.Module(), machine, sizes
 
     def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
         """Emit the work on the units from ``first`` up to ``last``: ``count`` pixels from ``start`` on."""
-        raise NotImplementedError
 
     def emit(self) -> ir.Module:
         """The module."""
         self._wait = ir.Function(self.module, ir.FunctionType(VOID, []), THREAD_FUNCTIONS[2])
-        e, fields = entry(self.module, self.machine, len(self.addresses), len(NUMBERS))
+        addresses = self.sizes.addresses
+        e, fields = entry(self.module, self.machine, len(addresses), len(NUMBERS))
         self.e, b = e, e.builder
-        self.given = given = dict(zip((*self.addresses, *NUMBERS), fields, strict=True))
+        self.given = given = dict(zip((*addresses, *NUMBERS), fields, strict=True))
         self.epsilon = b.bitcast(b.trunc(given["eps"], I32), e.vector.element)
         thread, threads = thread_and_threads(e)
         split = self.split = b.icmp_signed("!=", given["split_columns"], e.index(0))
@@ -151,7 +151,7 @@ class Team:
         first, last = share(e, everything, thread, threads)
         first, last = e.choose(split, 0, first), e.choose(split, everything, last)
         self.scratch_rows = e.plus(e.times(given["unit"], units), self.machine.rows)
-        size = e.times(self.scratch_rows, self.row)
+        size = e.times(self.scratch_rows, self.sizes.row)
         self.scratch = e.at(given["scratch"], e.choose(split, 0, e.times(size, thread)))
 
         def chunk_from(unit: ir.Value) -> None:

@@ -157,7 +157,7 @@ def test_peak_and_saved_bytes():
         del a
         return b.sum()
 
-    assert measuring.peak_bytes(call, CPU) == pytest.approx(8 << 20, rel=0.01)
+    assert timing.cpu_peak_bytes(call) == pytest.approx(8 << 20, rel=0.01)
     layer = torch.nn.Linear(256, 8)
     x = torch.randn(64, 256, requires_grad=True)
     saved = measuring.saved_bytes(lambda: layer(x), layer.parameters())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import randomise
 
 from convnext_fast import VARIANTS, ConvNext, ConvNextConfig
-from convnext_fast.checkpoints.formats import FORMATS, from_timm, infer_config, recognise, rename, timm_name, to_timm
+from convnext_fast.checkpoints.formats import FORMATS, from_timm, infer_config, recognise, rename, to_timm
 
 # One tensor of every kind, written out by hand from the libraries' state dicts.
 KEYS = [
@@ -68,9 +68,9 @@ KEYS = [
 def test_every_key_in_every_format(keys):
     timm = keys[FORMATS.index("timm")]
     for key, format in zip(keys, FORMATS, strict=True):
-        assert rename(timm, format) == key
-        assert timm_name(key, format) == timm
-    assert timm_name("convnext." + keys[2], "transformers") == timm
+        assert rename(timm, "timm", format) == key
+        assert rename(key, format, "timm") == timm
+    assert rename("convnext." + keys[2], "transformers", "timm") == timm
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_every_key_in_every_format(keys):
     ],
 )
 def test_keys_that_mean_nothing(key, format):
-    assert timm_name(key, format) is None
+    assert rename(key, format, "timm") is None
 
 
 @st.composite

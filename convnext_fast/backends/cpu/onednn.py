@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .llvm import dense
+
 # Without ReLU, because oneDNN's maps NaN to 0, and SELU, which oneDNN lacks.
 _FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "silu": ("swish", "")}
 
@@ -53,17 +55,12 @@ def fuses(act: str) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
     """act(x·weightᵀ + bias) for x (P, C), weight (K, C) and bias (K,), of any strides; act: `fuses`, or None."""
     attribute, algorithm = ("none", "") if act is None else _FUSED_ACTIVATIONS[act]
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight.contiguous(), _dense(bias), attribute, [], algorithm)
+    return torch.ops.mkldnn._linear_pointwise.default(x, dense(weight), dense(bias), attribute, [], algorithm)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """residual + x·weightᵀ + bias."""
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight.contiguous(), _dense(bias), "add")
-
-
-def _dense(bias: Tensor | None) -> Tensor | None:
-    """The tensor in the layout that these calls read."""
-    return None if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, dense(weight), dense(bias), "add")
 
 
 def dwconv_weight_grad(x: Tensor, du: Tensor, side: int) -> Tensor:
