@@ -12,7 +12,9 @@ _UNPRINTED = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 """Control and format characters (escapes, right-to-left marks), lone surrogates, and ends of lines and paragraphs."""
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console as Console
+else:
+    Console = "rich.console.Console"  # rich is optional, and imported where something is printed
 
 
 def plain(text: str) -> str:

@@ -8,18 +8,15 @@ import importlib
 import statistics
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import choose
-from ..console import plain, print_table
+from ..console import Console, plain, print_table
 from ..fusion.apply import FuseReport, fuse
 from ..measuring import alternate, peak_bytes, relative_error, saved_bytes
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 MOST_PIXELS = 1 << 30
 """Of a batch."""

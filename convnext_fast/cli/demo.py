@@ -17,7 +17,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -25,7 +25,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import torch
 
-from ..console import print_table
+from ..console import Console, print_table
 from ..files import write_files
 from ..images.files import FORMATS
 from ..images.processor import ConvNextImageProcessor
@@ -33,9 +33,6 @@ from ..measuring import alternate
 from ..models.huggingface import ConvNextForImageClassification
 from ..training.digits import load_digits
 from .classify import Classifier
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 ASSETS = Path(__file__).parents[1] / "assets" / "digits"
 BATCH_SIZE = 128

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -13,11 +13,8 @@ from ..backends import choose, environment
 from ..backends.cpu import llvm
 from ..checkpoints.load_save import load_checkpoint
 from ..config import VARIANTS, ConvNextConfig
-from ..console import print_table
+from ..console import Console, print_table
 from ..models.layers import KERNEL_SIZE
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 class Count(NamedTuple):

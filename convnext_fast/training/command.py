@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..config import ConvNextConfig
-from ..console import new_console, plain
+from ..console import Console, new_console, plain
 from ..files import local_path
 from ..images.default_processor import default_processor, load_processor
 from ..images.processor import ConvNextImageProcessor
@@ -21,9 +21,6 @@ from .evaluation import Reporter, Score, evaluate
 from .loop import MODEL, Trainer
 from .options import TrainingOptions
 from .pictures import load_evaluation_folder
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 class Start(NamedTuple):
