@@ -24,7 +24,7 @@ from torch import nn
 from bench import environment, report
 from bench.results import Results, slug
 from bench.timing import failure
-from convnext_fast import ConvNext, fuse
+from convnext_fast import ConvNext, fuse, graphed
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 MODES = ("inference", "training")
@@ -66,23 +66,33 @@ CONTENDERS: dict[str, Callable[[str], nn.Module]] = {
     "compile reduce-overhead": lambda variant: torch.compile(timm_model(variant), mode="reduce-overhead"),
     "fused": ConvNext,
     "frozen": lambda variant: ConvNext(variant).freeze(),
+    "frozen graph": lambda variant: ConvNext(variant, device=DEVICE).freeze(cuda_graph=True),
     "fuse(timm)": lambda variant: fused(timm_model(variant)),
     "fuse(transformers)": lambda variant: fused(transformers_model(variant)),
+    "fuse(timm) frozen": lambda variant: fuse(timm_model(variant)).freeze().model,
+    "fuse(transformers) frozen": lambda variant: fuse(transformers_model(variant)).freeze().model,
+    "fuse(timm) frozen graph": lambda variant: fuse(timm_model(variant).to(DEVICE)).freeze(cuda_graph=True).model,
+    "graphed fused": ConvNext,
     "compile fused": lambda variant: torch.compile(ConvNext(variant)),
     "compile fuse(timm)": lambda variant: torch.compile(fused(timm_model(variant))),
 }
-"""How the model of each contender is made; "frozen" is for inference alone."""
+"""How the model of each contender is made; "frozen" is for inference alone, "graphed" for training."""
+
+
+def image() -> torch.Tensor:
+    """One image."""
+    return torch.randn(1, 3, 224, 224, device=DEVICE, dtype=DTYPE)
 
 
 def step_of(model: nn.Module, training: bool) -> Step:
     """A forward of one image and, in training, its backward, without an optimiser."""
     model.train(training)
-    image = torch.randn(1, 3, 224, 224, device=DEVICE, dtype=DTYPE)
+    x = image()
     gradient = torch.randn(1, 1000, device=DEVICE, dtype=DTYPE)
     parameters = list(model.parameters())
 
     def logits() -> torch.Tensor:
-        result = model(image)
+        result = model(x)
         return result if isinstance(result, torch.Tensor) else result.logits
 
     def infer() -> None:
@@ -148,10 +158,13 @@ def rows(variant: str, mode: str, names: Sequence[str], rounds: int) -> list[dic
     training = mode == "training"
     steps, failures = {}, {}
     for name in names:
-        if name == "frozen" and training:
+        if ("frozen" if training else "graphed") in name:
             continue
         try:
-            step = step_of(CONTENDERS[name](variant).to(DEVICE, DTYPE), training)
+            model = CONTENDERS[name](variant).to(DEVICE, DTYPE)
+            if "graphed" in name:
+                graphed(model.train(), image())
+            step = step_of(model, training)
             for _ in range(WARM_UP):
                 step()
             steps[name] = step
@@ -201,9 +214,8 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
     for i, mode in enumerate(modes):
         group = [row for row in timed if row["mode"] == mode][::-1]
         axes = figure.add_subplot(1, len(modes), i + 1)
-        colours = [
-            "#D55E00" if "fuse" in row["contender"] or row["contender"] == "frozen" else "#0072B2" for row in group
-        ]
+        ours = ["fuse" in row["contender"] or "frozen" in row["contender"] for row in group]
+        colours = ["#D55E00" if own else "#0072B2" for own in ours]
         axes.barh([row["contender"] for row in group], [row["of_best_eager"] for row in group], color=colours)
         axes.axvline(1.0, color="black", linewidth=0.7)
         axes.set_xlabel("host time of a step, of the best eager one")

@@ -4,6 +4,7 @@ from .config import VARIANTS, ConvNextConfig
 from .fusion.apply import FuseReport, fuse, unfuse
 from .images.processor import ConvNextFeatureExtractor, ConvNextImageProcessor
 from .models.convnext import ConvNext
+from .models.graphed import graphed
 from .models.huggingface import ConvNextBackbone, ConvNextForImageClassification, ConvNextModel
 
 __version__ = "0.1.0"
@@ -20,5 +21,6 @@ __all__ = [
     "FuseReport",
     "__version__",
     "fuse",
+    "graphed",
     "unfuse",
 ]

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from . import native_plan
-from .launching import PLAIN, current
+from .launching import PLAIN, current, listening
 from .recording import Plan, leaves, record
 
 Function = TypeVar("Function", bound=Callable)
@@ -112,6 +113,12 @@ def description(args: tuple) -> Hashable | None:
     """As `kind_of`, from C where C is there; it tells no negative views apart."""
     module = native_plan.library() if serves(next(arg for arg in leaves(args) if type(arg) in PLAIN)) else None
     return kind_of(args) if module is None else module.key(args)
+
+
+def is_observed() -> bool:
+    """Whether Triton's launch hooks, a profiler's, or a recording want to hear of each launch."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return listening.listener is not None or any(hook and getattr(hook, "calls", True) for hook in hooks)
 
 
 def kind_of(args: tuple) -> tuple[Hashable, ...] | None:

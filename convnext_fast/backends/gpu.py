@@ -17,12 +17,12 @@ from ..kernels.dwconv import dwconv_wgrad, dwconv_wgrad_partials
 from ..kernels.folding import fold_bwd, fold_fwd
 from ..kernels.layernorm import layernorm_bwd, layernorm_fwd
 from ..kernels.mlp import mlp_bwd, mlp_fwd
-from ..kernels.replaying import description, replayed
+from ..kernels.replaying import description, is_observed, replayed
 from ..kernels.weights import BlockWeights, ConvNorm, FrozenBlock, FrozenDownsample, MlpWeights, NormConv, Saved
 from .dwconv import dwconv_dgrad, dwconv_fwd
 from .interface import Gradients, like_inputs
 
-__all__ = ["description"]  # and the functions of `interface.Backend`
+__all__ = ["description", "is_observed"]  # and the functions of `interface.Backend`
 Weights = TypeVar("Weights", bound=tuple)
 
 

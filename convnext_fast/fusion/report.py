@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..models.freezing import can_freeze, freeze, is_frozen, state_of, unfreeze
+from ..models.freezing import can_freeze, check_has_graphs, freeze, is_frozen, state_of, unfreeze
 from ..models.plan import ChainPlan, PatchPlan, holder_of
 from ..models.switches import ConvNextSwitches
 
@@ -38,7 +38,7 @@ class FuseReport:
         """Names of the blocks and patch layers that are frozen now."""
         return tuple(name for name, module in self._parts() if is_frozen(module))
 
-    def freeze(self) -> FuseReport:
+    def freeze(self, cuda_graph: bool = False) -> FuseReport:
         """Make the model ready for inference alone, and return the report.
 
         Sets evaluation mode and has the fused blocks and patch layers compute with folded copies of their weights, of
@@ -49,18 +49,24 @@ class FuseReport:
         `ConvNext.freeze` for the limits). Training mode and a loaded ``state_dict`` undo it, where they reach. Blocks
         that are fused in part stay as they are.
 
+        Args:
+            cuda_graph: on NVIDIA GPUs, capture and replay each such sequence as CUDA graphs (see `ConvNext.freeze`).
+                What the model itself computes in between is not captured.
+
         Raises:
-            ValueError: nothing of the model can be frozen.
+            ValueError: nothing of the model can be frozen; or ``cuda_graph``, and it is not on a CUDA device.
         """
         modules = [module for module in self.model.modules() if can_freeze(module)]
         if not any(not isinstance(state_of(module).plan, ChainPlan) for module in modules):
             raise ValueError(f"freeze() found nothing that runs on the fused ops whole:\n{self}")
+        if cuda_graph:
+            check_has_graphs(self.model)
         self.model.eval()
         if isinstance(self.model, ConvNextSwitches):
-            self.model.freeze()
+            self.model.freeze(cuda_graph)
+            return self
         for module in modules:
-            if not is_frozen(module):
-                freeze(module)
+            freeze(module, cuda_graph)
         return self
 
     def unfreeze(self) -> FuseReport:

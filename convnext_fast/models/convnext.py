@@ -162,8 +162,8 @@ class ConvNext(ConvNextSwitches):
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (N, in_chans, H, W) to the last feature map (N, C, H', W')."""
         check_image(x, self.config, "x")
-        maps = self.run_frozen((self.stem, self.stages), x)
-        return self._final_norm(self.stages(self.stem(x)) if maps is None else maps[-1])
+        maps = self.run_frozen((self.stem, self.stages), x, last=True)
+        return self._final_norm(self.stages(self.stem(x)) if maps is None else maps[0])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last feature map to logits (N, num_classes), or to the pooled features (N, C) before the classifier."""

@@ -31,10 +31,11 @@ class State:
         folded: of a frozen module on a GPU, the copies of its weights that a compiled model computes with.
         seen: what the plan read, and the record by which it still holds; None if that is to be found out.
         whole: the steps that stand for its forward, once found.
+        cuda_graph: of a frozen module, whether these steps are to be captured and replayed as CUDA graphs.
     """
 
-    def __init__(self, plan: Plan, trainable: tuple[Path, ...] | None = None):
-        self.plan, self.trainable = plan, trainable
+    def __init__(self, plan: Plan, trainable: tuple[Path, ...] | None = None, cuda_graph: bool = False):
+        self.plan, self.trainable, self.cuda_graph = plan, trainable, cuda_graph
         self.key = remember(plan)
         self.token = None if trainable is None else new_token()
         self.folded: Folded | None = None
@@ -42,10 +43,10 @@ class State:
         self.whole = WholeRuns()
 
     def __deepcopy__(self, memo: Any) -> State:
-        return State(self.plan, self.trainable)
+        return State(self.plan, self.trainable, self.cuda_graph)
 
     def __reduce__(self) -> Any:
-        return State, (self.plan, self.trainable)
+        return State, (self.plan, self.trainable, self.cuda_graph)
 
 
 def state_of(module: nn.Module) -> State | None:
@@ -56,7 +57,7 @@ def state_of(module: nn.Module) -> State | None:
 def set_plan(module: nn.Module, plan: Plan) -> None:
     """Give a `FusedModule` its plan, or another one."""
     state = state_of(module)
-    _replace(module, State(plan, None if state is None else state.trainable))
+    _replace(module, State(plan) if state is None else State(plan, state.trainable, state.cuda_graph))
 
 
 def can_freeze(module: nn.Module) -> bool:
@@ -71,7 +72,7 @@ def is_frozen(module: nn.Module) -> bool:
     return state is not None and state.trainable is not None
 
 
-def freeze(module: nn.Module) -> None:
+def freeze(module: nn.Module, cuda_graph: bool = False) -> None:
     """Have a module that `can_freeze` compute with folded copies of its weights, and turn their gradients off."""
     state = state_of(module)
     before = set(state.trainable or ())
@@ -80,7 +81,14 @@ def freeze(module: nn.Module) -> None:
             before.add(path)
             parameter.requires_grad_(False)
     notice_fused_optimizers()
-    _replace(module, State(state.plan, tuple(sorted(before))))
+    _replace(module, State(state.plan, tuple(sorted(before)), cuda_graph))
+
+
+def check_has_graphs(model: nn.Module) -> None:
+    """Raise ValueError unless all parameters of ``model`` are where CUDA graphs are."""
+    others = sorted({str(p.device) for p in model.parameters() if p.device.type != "cuda"})
+    if others:
+        raise ValueError(f"cuda_graph=True: the model is on {', '.join(others)}: expected it on a CUDA device")
 
 
 def unfreeze(module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from ..backends import choose
 from ..backends.cpu import llvm
 from ..config import ConvNextConfig
 from ..ops import call
-from .freezing import can_freeze, freeze, unfreeze
+from .freezing import can_freeze, check_has_graphs, freeze, unfreeze
 from .layers import ConvNextBlockBase, OwnModule
 from .whole_runs import WholeRuns, outputs_of
 
@@ -71,11 +71,11 @@ class ConvNextSwitches(nn.Module):
         sizes = {(*block.parts().fc1.weight.shape[::-1], block.act_name) for block in self.blocks()}
         return "cpu" if all(llvm.serves_block(*size) for size in sizes) else "aten"
 
-    def run_frozen(self, parts: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:
-        """What comes out of each of ``parts`` in a single run of frozen steps; None if that cannot be."""
-        return outputs_of(self._whole_runs, None, parts, x)
+    def run_frozen(self, parts: Sequence[nn.Module], x: Tensor, last: bool = False) -> list[Tensor] | None:
+        """What comes out of ``parts``, or of the last one, in a single run of frozen steps; None if that cannot be."""
+        return outputs_of(self._whole_runs, None, parts, x, last)
 
-    def freeze(self) -> Any:
+    def freeze(self, cuda_graph: bool = False) -> Any:
         """Prepare the model for inference only, and return it.
 
         Sets evaluation mode, turns gradients of the parameters off, and has the fused path compute with folded copies
@@ -86,15 +86,25 @@ class ConvNextSwitches(nn.Module):
         sees replaced layers and settings, and new weights after another `freeze`. `train` and `load_state_dict` undo
         freezing.
 
+        Args:
+            cuda_graph: on NVIDIA GPUs, capture what runs between the image and the last feature map as a CUDA graph at
+                the third call with the same shape, dtype and strides, and replay it from then on. The eight kinds of
+                inputs used last are kept, with the memory that they compute in; changed weights are captured anew. The
+                results are new tensors. A replay costs two copies, so that it pays for small batches, where a GPU
+                waits for the host. Without it, freezing again turns this off.
+
         Raises:
-            ValueError: the model runs the plain reference, which has nothing to fold.
+            ValueError: the model runs the plain reference, which has nothing to fold; or ``cuda_graph``, and it is not
+                on a CUDA device.
         """
         if not self.fused:
             raise ValueError("freeze() folds weights for the fused path: expected a model with fused=True")
+        if cuda_graph:
+            check_has_graphs(self)
         self.eval()
         for module in self.modules():
             if can_freeze(module):
-                freeze(module)
+                freeze(module, cuda_graph)
         rest = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.requires_grad_(False)
         self._trainable_before_freeze = rest | vars(self).get("_trainable_before_freeze", set())

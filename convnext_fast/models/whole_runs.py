@@ -5,6 +5,7 @@ others too (`ops.live_sequence`).
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain
 from typing import Any
@@ -59,10 +60,16 @@ class _WholeRun:
     """Parts as one sequence of steps, and the record by which it still stands for their forwards."""
 
     def __init__(
-        self, frozen: bool, root: nn.Module | None, parts: Sequence[nn.Module], steps: list[list[Step]], layers: list
+        self,
+        frozen: bool,
+        cuda_graph: bool,
+        root: nn.Module | None,
+        parts: Sequence[nn.Module],
+        steps: list[list[Step]],
+        layers: list,
     ):
         every = list(chain.from_iterable(steps))
-        self.sequence = (sequence.FrozenSequence if frozen else live_sequence.LiveSequence)(every)
+        self.sequence = sequence.FrozenSequence(every, cuda_graph) if frozen else live_sequence.LiveSequence(every)
         self.ends = [count - 1 for count in accumulate(map(len, steps))]
         self.weights = [w for step in every for w in step.weights if w is not None]
         self.record = Record(root, layers)
@@ -74,13 +81,16 @@ class _WholeRun:
         return same and self.record.holds(root)
 
 
-def outputs_of(runs: WholeRuns, root: nn.Module | None, parts: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:
+def outputs_of(
+    runs: WholeRuns, root: nn.Module | None, parts: Sequence[nn.Module], x: Tensor, last: bool = False
+) -> list[Tensor] | None:
     """x (N, C, H, W) through modules: what comes out of each; None where they have to be called one by one.
 
     Args:
         runs: where what was found is kept.
         root: the module that runs, if it is the only one of ``parts``. Its hooks are not looked at: they run anyway.
         parts: the modules, in order.
+        last: give out the last one's alone.
     """
     state = parts[0].__dict__.get(STATE)
     backend = None if state is None or not state.plan.fused else sequence.backend_for(x)
@@ -90,17 +100,22 @@ def outputs_of(runs: WholeRuns, root: nn.Module | None, parts: Sequence[nn.Modul
     if torch.compiler.is_compiling():
         steps = _steps_of_parts(True, root, parts, None) if frozen else None
         ends = [] if steps is None else [count - 1 for count in accumulate(map(len, steps))]
-        return None if steps is None else sequence.compiled(list(chain.from_iterable(steps)), x, ends)
+        return (
+            None
+            if steps is None
+            else sequence.compiled(list(chain.from_iterable(steps)), x, ends[-1:] if last else ends)
+        )
     if not frozen and backend != "triton":
         return None
-    run = _run_that_holds(runs, frozen, root, parts)
+    run = _run_that_holds(runs, frozen, state.cuda_graph, root, parts)
     if run is None or (frozen and torch.is_grad_enabled() and any(map(_wants_gradient, run.weights))):
         return None
-    return run.sequence(x, run.ends, backend) if frozen else run.sequence(x, run.ends)
+    ends = run.ends[-1:] if last else run.ends
+    return run.sequence(x, ends, backend) if frozen else run.sequence(x, ends)
 
 
 def _run_that_holds(
-    runs: WholeRuns, frozen: bool, root: nn.Module | None, parts: Sequence[nn.Module]
+    runs: WholeRuns, frozen: bool, cuda_graph: bool, root: nn.Module | None, parts: Sequence[nn.Module]
 ) -> _WholeRun | None:
     key = frozen, len(parts)
     run = runs.get(key)
@@ -112,7 +127,10 @@ def _run_that_holds(
         return None
     layers: list[nn.Module] = []
     steps = _steps_of_parts(frozen, root, parts, layers)
-    run = None if steps is None else _WholeRun(frozen, root, parts, steps, layers)
+    if steps is None and frozen and cuda_graph and (root is None or isinstance(root.__dict__[STATE].plan, ChainPlan)):
+        kind = ", ".join(type(part).__name__ for part in parts)
+        warnings.warn(f"no CUDA graph of {kind}: {_reason(root, parts)}", RuntimeWarning, stacklevel=5)
+    run = None if steps is None else _WholeRun(frozen, cuda_graph, root, parts, steps, layers)
     if run is None or not run.record.sees(run.weights):
         return None
     runs[key] = run
@@ -171,6 +189,21 @@ def _steps(module: nn.Module, frozen: bool, layers: list[nn.Module] | None) -> l
     following = isinstance(plan, PatchPlan) and plan.following is not None
     rest = _joined(follow(module, plan.following), frozen, layers) if following else []
     return None if rest is None else [step, *rest]
+
+
+def _reason(root: nn.Module | None, parts: Sequence[nn.Module]) -> str:
+    """Why frozen parts are more than steps."""
+    for part in parts:
+        for name, module in part.named_modules():
+            where, state = name or type(module).__name__, module.__dict__.get(STATE)
+            if module is not root and has_hooks(module):
+                return f"hooks on {where}"
+            change = None if state is None else changed(module, state.plan)
+            if change is not None:
+                return f"in {where}, {change}"
+            if state is not None and not isinstance(state.plan, ChainPlan) and state.trainable is None:
+                return f"{where} is not frozen"
+    return "it does more than call what it holds"
 
 
 def _joined(modules: Iterable[nn.Module], frozen: bool, layers: list[nn.Module] | None) -> list[Step] | None:

@@ -21,6 +21,7 @@ from ..backends.cpu.packed_weights import kernels_for
 from ..backends.steps import Kind, Step, shapes_after
 from . import call, functions
 from .arguments import check_block, check_downsample, check_stem
+from .cuda_graphs import Graphs
 from .folded_weights import Folded, Signature, flat_block, folded, signature
 from .views import as_nchw
 
@@ -48,16 +49,18 @@ def backend_for(x: Tensor) -> choose.Name | None:
 class FrozenSequence:
     """Steps that run one after another, by weights that are folded once, and again where they changed.
 
-    Only the first may be a stem, which is read as it is.
+    Only the first may be a stem, which is read as it is. With ``cuda_graph``, several steps on a GPU are captured and
+    replayed (see `cuda_graphs`).
     """
 
-    def __init__(self, steps: Sequence[Step]):
+    def __init__(self, steps: Sequence[Step], cuda_graph: bool = False):
         self._steps = list(steps)
         self._stem = [w for w in steps[0].weights if w is not None] if steps[0].kind == Kind.STEM else []
         self._weights = [w for step in steps if step.kind != Kind.STEM for w in step.weights if w is not None]
         self._signature: Signature = None
         self._folded: list[Folded] = []
         self._plan: tuple = ()
+        self._graphs = Graphs() if cuda_graph and len(steps) > 1 else None
         self._kernels: list[llvm.Kernel] | None = None
         self._shapes: dict[tuple, list[tuple[int, ...]]] = {}
 
@@ -81,7 +84,8 @@ class FrozenSequence:
                 return list(map(as_nchw, run_kernels(kernels, eps, shapes, x.contiguous(), ends)))
         if plain and backend == "triton" and not x.is_neg():
             given = x if self._stem else x.contiguous()
-            return list(map(as_nchw, choose.module("triton").steps(given, self._plan, tuple(ends), x.dtype)))
+            run = choose.module("triton").steps if self._graphs is None else self._graphs
+            return list(map(as_nchw, run(given, self._plan, tuple(ends), x.dtype)))
         results = []
         for i, (step, weights) in enumerate(zip(self._steps, self._folded, strict=True)):
             x = _run_step(step, weights, x)
