@@ -10,7 +10,6 @@ from support import BOUNDS, randomise, relative_error
 from torch import nn
 
 from convnext_fast import ConvNext, ConvNextConfig, ConvNextForImageClassification, fuse, graphed
-from convnext_fast.models import graphed as checks
 from convnext_fast.models.freezing import State, state_of
 
 CONFIG = {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 2], "num_labels": 5}
