@@ -11,12 +11,10 @@ from torch import nn
 
 from convnext_fast import ConvNext, ConvNextBackbone, ConvNextConfig, ConvNextModel
 from convnext_fast.backends.cpu import llvm
-from convnext_fast.backends.steps import Kind
 from convnext_fast.models.freezing import freeze, state_of, unfreeze
 from convnext_fast.models.layers import Stem
 from convnext_fast.models.plan import ChainPlan
-from convnext_fast.models.whole_runs import WholeRuns, outputs_of, steps_of
-from convnext_fast.ops.sequence_operator import frozen_steps
+from convnext_fast.models.whole_runs import WholeRuns, outputs_of
 
 launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
 from convnext_fast.kernels.cpu.machine import AVX2  # noqa: E402
@@ -418,27 +416,6 @@ def test_models_of_one_kind_share_a_graph(keep):
         if keep:
             kept.append(model)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("channels", [16, 12])
-def test_opcheck(bias, channels):
-    """Of steps that kernels serve, and that they do not."""
-    config = ConvNextConfig(num_stages=2, hidden_sizes=[channels, 24], depths=[1, 1])
-    model = randomise(ConvNext(config)).freeze()
-    found = steps_of(nn.Sequential(model.stem, model.stages))
-    steps, kinds = [list(step.weights) for step in found], [int(step.kind) for step in found]
-    tokens = [step.token for step in found]
-    if not bias:
-        steps[0][1] = steps[1][1] = None
-    assert kinds == [Kind.STEM, Kind.BLOCK, Kind.DOWNSAMPLE, Kind.BLOCK]
-    for ends in ([3], [0, 2, 3]):
-        for samples in (2, 0):
-            image, weights = torch.randn(samples, 3, 33, 32), [weight for step in steps for weight in step]
-            arguments = image, weights, tokens, kinds, [1e-6] * 4, "gelu", ends
-            torch.library.opcheck(frozen_steps, arguments, test_utils=("test_schema", "test_faketensor"))
-    one = torch.randn(2, 9, 8, channels), steps[2], tokens[2:3], [int(Kind.DOWNSAMPLE)], [1e-6], "", [0]
-    torch.library.opcheck(frozen_steps, one, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_shapes_that_no_kernel_supports(chains):
