@@ -81,7 +81,12 @@ def test_checkpointing_by_hand_and_levels_of_recompute_compile(recompute):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compiles_under_autocast(dtype):
-    """The same numbers as without a compiler: what is cast where does not change."""
+    """The same dtypes as without a compiler, and errors against float64 of the same size.
+
+    A compiler may take PyTorch's own layers apart and so round elsewhere. All errors together may be twice as large as
+    without it, but not half as large, as in a wider dtype. Each alone may be four times as large, for a single small
+    gradient's error is a matter of luck.
+    """
     torch.compiler.reset()
     model = build("timm").train()
     x = torch.randn(2, 3, 32, 32)
@@ -90,9 +95,12 @@ def test_compiles_under_autocast(dtype):
         with torch.autocast("cpu", dtype):
             y = call(x)
         results.append({"logits": y, **gradients(model, [y], [])})
-    for name, value in results[0].items():
-        assert results[1][name].dtype == value.dtype
-        assert relative_error(results[1][name], value) <= 1e-3 * torch.finfo(dtype).eps / torch.finfo(torch.half).eps
+    y = model.double()(x.double())
+    exact = {"logits": y, **gradients(model, [y], [])}
+    eager, compiled = (torch.tensor([relative_error(made[name], exact[name]) for name in exact]) for made in results)
+    assert [value.dtype for value in results[1].values()] == [value.dtype for value in results[0].values()]
+    assert 0.5 < (compiled.square().mean() / eager.square().mean()).sqrt() <= 2
+    assert (compiled <= 4 * eager).all(), dict(zip(exact, (compiled / eager).tolist(), strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
