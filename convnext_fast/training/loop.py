@@ -41,7 +41,7 @@ from .evaluation import Reporter, autocast, evaluate
 from .faults import bad_gradients, first_bad_layer
 from .optim import learning_rate, moments, parameter_groups, set_learning_rate
 from .options import TrainingOptions
-from .pictures import ImageSet
+from .pictures import PICTURES, ImageSet, changed_files
 from .state import (
     HISTORY,
     find_checkpoint,
@@ -64,8 +64,8 @@ class Trainer:
         training, validation: pictures; None for no evaluation.
         processor: makes pictures into input.
         options: see `TrainingOptions`.
-        output: the folder of the run: the checkpoint (see `state`), ``history.json``, and in the end ``model/``. The
-            processes of all machines have to see the same one.
+        output: the folder of the run: the checkpoint (see `state`), ``history.json``, ``pictures.json`` (the names and
+            sizes of image files), and in the end ``model/``. The processes of all machines have to see the same one.
         process: this process.
         strategy: what several processes do: "ddp", each holds the whole model (DistributedDataParallel), or "fsdp",
             parameters, gradients, moments and average are split over them (FSDP2).
@@ -126,6 +126,7 @@ class Trainer:
         self.step, self.history = 0, []
         self.epoch = {"loss": 0.0, "skipped": 0}
         self._warned: set[str] = set()
+        self._training = training
         self._identity = {
             "options": dataclasses.asdict(options) | {"betas": list(options.betas)},
             "config": json.dumps(model.config.to_dict(), sort_keys=True),
@@ -138,6 +139,9 @@ class Trainer:
             if not resume:
                 raise ValueError(f"{self.output} already holds a run: resume it, or choose another folder")
             self._restore(checkpoint)
+        elif process.rank == 0 and (files := training.files()):
+            with contextlib.suppress(OSError):  # only a message needs it, and a full disk shows at the first checkpoint
+                write_files(self.output, {PICTURES: json_writer(files)})
         self.saved = self.step
         wait_for_all()
         if process.rank == 0:
@@ -335,7 +339,9 @@ class Trainer:
         for name, value in self._identity.items():
             before = facts["identity"].get(name)
             if before != value:
-                raise ValueError(f"cannot resume {self.output}: {_difference(name, before, value)}")
+                words = _difference(name, before, value)
+                files = changed_files(self.output, self._training.files()) if name == "pictures" else ""
+                raise ValueError(f"cannot resume {self.output}: {words}{files and f': {files}'}")
         self._check(checkpoint, facts)
         load_tensors(checkpoint, self._tensors())
         self.scaler.load_state_dict(facts["scaler"])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
-from ..files import local_path
+from ..files import local_path, read_json
 from ..images.files import find_images, open_image, to_channels
 from .augment import SPLIT, keyed_generator
 
 VALIDATION_FOLDERS = ("val", "validation")
+PICTURES = "pictures.json"
+"""In a run's folder: `ImageSet.files` of what it trains on, to say which files have changed when it is resumed."""
 
 
 class ImageSet:
@@ -54,9 +56,37 @@ class ImageSet:
         entries = zip(map(str, self.classes), counts, digests, strict=True)
         return {name: [count, digest.hexdigest()[:16]] for name, count, digest in entries}
 
+    def files(self) -> dict[str, int]:
+        """Bytes of each picture that is a file, by ``class/name``.
+
+        Raises:
+            OSError: a picture is not there any more.
+        """
+        pairs = zip(self.pictures, self.labels, strict=True)
+        return {f"{self.classes[i]}/{path.name}": path.stat().st_size for path, i in pairs if isinstance(path, Path)}
+
     def subset(self, indices: Sequence[int]) -> ImageSet:
         """The pictures at ``indices``."""
         return ImageSet([self.pictures[i] for i in indices], [self.labels[i] for i in indices], self.classes)
+
+
+def changed_files(run: Path, now: Mapping[str, int]) -> str:
+    """In words, which of the files ``now``, by `ImageSet.files`, are not as when the run in the folder ``run`` began.
+
+    At most five are named. Empty where the folder does not say how they were.
+    """
+    try:
+        before = read_json(run / PICTURES)
+    except (OSError, ValueError):
+        return ""
+    changed = sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
+    words = [
+        f"{name!r} is gone" if name not in now
+        else f"{name!r} is new" if name not in before
+        else f"{name!r} had {before[name]!r:.20} bytes and has {now[name]}"
+        for name in changed[:5]
+    ]  # fmt: skip
+    return ", ".join(words + [f"{len(changed) - 5} more"] * (len(changed) > 5))
 
 
 def load_folder(folder: Path, classes: Sequence[str] | None = None) -> ImageSet:

@@ -29,7 +29,7 @@ from .distributed import from_all_processes, wait_for_all
 CHECKPOINT, HISTORY, FACTS, LOCK = "checkpoint.pt", "history.json", "run.json", ".lock"
 FOLDER = re.compile(r"checkpoint-\d{8}(-2)?")
 _REMAINS = re.compile(
-    rf"\.((checkpoint\.pt|history\.json|config\.json|preprocessor_config\.json|model[\w.-]*)\.[0-9a-f]{{8}}|{FOLDER.pattern})"
+    rf"\.((checkpoint\.pt|(history|pictures|config|preprocessor_config)\.json|model[\w.-]*)\.[0-9a-f]{{8}}|{FOLDER.pattern})"
     r"\.tmp"
 )
 TENSORS = ("model", "model_ema", "optimizer")

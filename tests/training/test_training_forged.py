@@ -150,18 +150,41 @@ def test_an_index_of_another_kind(sharded):
         load_tensors(folder, tensors)
 
 
-def test_pictures_that_have_changed_since(tmp_path):
+@pytest.fixture
+def refused(tmp_path):
+    """A function that resumes a run on what its folder of pictures is by then, and returns the message."""
     write_folder(tmp_path / "pictures")
-    before = load_folder(tmp_path / "pictures")
-    new_trainer(tmp_path / "run", images=before).run(Quiet())
+    new_trainer(tmp_path / "run", images=load_folder(tmp_path / "pictures")).run(Quiet())
+
+    def resume():
+        with pytest.raises(ValueError, match=r"cannot resume .*its pictures had other names or sizes") as error:
+            new_trainer(tmp_path / "run", images=load_folder(tmp_path / "pictures"), resume=True)
+        return str(error.value)
+
+    return resume
+
+
+def test_pictures_that_have_changed_since_are_named(tmp_path, refused):
     new_trainer(tmp_path / "run", images=load_folder(tmp_path / "pictures"), resume=True)
-    changed = before.pictures[0]
+    changed = load_folder(tmp_path / "pictures").pictures[0]
+    name, size = f"{changed.parent.name}/{changed.name}", changed.stat().st_size
     content = changed.read_bytes()
     changed.write_bytes(content + b"\0")
-    name = before.classes[0]
-    with pytest.raises(ValueError, match=f"its pictures had other names or sizes.*: class {name}"):
-        new_trainer(tmp_path / "run", images=load_folder(tmp_path / "pictures"), resume=True)
+    assert refused().endswith(f": {name!r} had {size} bytes and has {size + 1}")
     changed.write_bytes(content)
     changed.rename(changed.with_stem("other"))
-    with pytest.raises(ValueError, match=f"its pictures had other names or sizes.*: class {name}"):
-        new_trainer(tmp_path / "run", images=load_folder(tmp_path / "pictures"), resume=True)
+    assert refused().endswith(f": {name!r} is gone, '{changed.parent.name}/other{changed.suffix}' is new")
+    for number in range(5):
+        shutil.copy(changed.with_stem("other"), changed.with_stem(f"other{number}"))
+    assert refused().endswith("is new, 2 more")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"dark": 1}', b'{"dark/0.png": {"a": []}}'])
+def test_a_list_of_pictures_that_is_missing_or_damaged(tmp_path, refused, content):
+    """The checkpoint still tells the classes."""
+    (tmp_path / "run" / "pictures.json").unlink()
+    if content is not None:
+        (tmp_path / "run" / "pictures.json").write_bytes(content)
+    changed = load_folder(tmp_path / "pictures").pictures[0]
+    changed.rename(changed.with_stem("other"))
+    assert f"class {changed.parent.name}, of which there were" in refused()

@@ -108,6 +108,7 @@ def test_only_temporary_files_of_a_run_are_removed(tmp_path):
     ours = (
         ".checkpoint.pt.0a1b2c3d.tmp",
         ".history.json.00000000.tmp",
+        ".pictures.json.00000000.tmp",
         ".model-00001-of-00002.safetensors.0a1b2c3d.tmp",
     )
     theirs = (".notes.tmp", ".checkpoint.pt.tmp", "model.tmp", ".precious.0a1b2c3d.tmp")
