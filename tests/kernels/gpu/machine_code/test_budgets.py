@@ -1,8 +1,8 @@
 """What the compiler makes of the launches of whole models, and the counts of a whole pass, against their budgets.
 
-By default ConvNeXt-T in bf16 for sm_90, at recomputation level 1. With ``-m thorough``, at every level, four models in
-bf16, fp16 and float32 for five targets, T in 16 bits for sm_86 besides, and T under autocast for sm_90. With
-``-m exhaustive`` four models, five dtypes, every level and every target.
+By default ConvNeXt-T in bf16 for sm_90, at recomputation level 1. With ``-m thorough``, inference of T in three dtypes
+for every target; training with drop path in 15 cases in which every two of model, dtype, target and level meet; and T
+under autocast. With ``-m exhaustive`` every model, dtype, target and level, with and without drop path.
 Launches are recorded on fake tensors (bench/recording.py), compiled once for each specialisation, never run.
 """
 
@@ -27,22 +27,16 @@ from bench.static_analysis.recording import Buffer, record, unique, unique_bytes
 from bench.static_analysis.resource_model import model_pass  # noqa: E402
 from bench.static_analysis.sweep import DTYPES, Pass, collect, describe, faults, passes  # noqa: E402
 
-EVERY_PASS = (("inference", "training"), (1, 2, 0), (0.1, 0.0))  # modes, recomputation levels, drop-path rates
-OTHERS = ("base", "atto", "xlarge")
-# (models, dtypes, targets) by mark: each case is a model, a dtype and a target.
+LEVELS = (1, 2, 0)  # of recomputation
+PRECISIONS = ("bf16", "fp16", "fp32")
 FIVE = tuple(target for target in TARGETS if target != "sm_86")  # which is sm_80 with less shared memory
-THOROUGH = [
-    (("tiny",), ("bf16", "fp16"), TARGETS),
-    (("tiny",), ("fp32",), FIVE),
-    (OTHERS, ("bf16", "fp16", "fp32"), FIVE),
-    (("tiny",), ("autocast-bf16",), ("sm_90",)),
+MODELS = (("tiny",), ("atto",), ("base", "xlarge"))  # base and xlarge share kernels: they have three widths in common
+# Models, dtype, target and level: a Latin square, in which every two of the four meet.
+TRAINING = [
+    (models, PRECISIONS[(m + t) % 3], target, LEVELS[(m + 2 * t) % 3])
+    for t, target in enumerate(FIVE)
+    for m, models in enumerate(MODELS)
 ]
-EXHAUSTIVE = [(("tiny", *OTHERS), DTYPES, TARGETS)]
-
-
-def _cases(groups, besides=()):
-    found = [case for group in groups for case in itertools.product(*group)]
-    return [case for case in found if case not in besides]
 
 
 # Under autocast (x in float32, weights in 16 bits): spills that no launch configuration avoids, the most of any target.
@@ -87,16 +81,40 @@ def test_launches_of_tiny():
     check(passes(("tiny",), ("bf16",), ("inference", "training"), (1,), ("sm_90",)))
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_inference_of_tiny(dtype, target):
+    check(passes(("tiny",), (dtype,), ("inference",), (), (target,)))
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("variant", "dtype", "target"),
-    [
-        *(pytest.param(*case, marks=pytest.mark.thorough) for case in _cases(THOROUGH)),
-        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in _cases(EXHAUSTIVE, _cases(THOROUGH))),
-    ],
+    ("models", "dtype", "target", "level"),
+    [pytest.param(*case, id="-".join(["+".join(case[0]), *map(str, case[1:])])) for case in TRAINING],
 )
+def test_training(models, dtype, target, level):
+    check(passes(models, (dtype,), ("inference", "training"), (level,), (target,), (0.1,)))
+
+
+def test_every_two_of_model_dtype_target_and_level_meet_in_training():
+    for these, those in itertools.combinations(range(4), 2):
+        met = {(case[these], case[those]) for case in TRAINING}
+        assert met == set(itertools.product(*({case[each] for case in TRAINING} for each in (these, those))))
+    assert [len({case[each] for case in TRAINING}) for each in range(4)] == [3, 3, 5, 3]
+
+
+@pytest.mark.thorough
+def test_training_under_autocast():
+    check(passes(("tiny",), ("autocast-bf16",), ("training",), (1,), ("sm_90",)))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", ["tiny", "base", "atto", "xlarge"])
 def test_launches(variant, dtype, target):
-    modes, levels, rates = EVERY_PASS
-    check(passes((variant,), (dtype,), modes, levels, (target,), rates))
+    check(passes((variant,), (dtype,), ("inference", "training"), LEVELS, (target,), (0.1, 0.0)))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1])

@@ -201,12 +201,9 @@ IN_TIME = ("block_bwd", "frozen_block_fwd", "patchify_stem_fwd")
     [
         *(("native", name, torch.bfloat16, False) for name in IN_TIME),
         ("python", "frozen_block_fwd", torch.bfloat16, False),
-        *(
-            pytest.param("native", name, dtype, True, marks=pytest.mark.thorough)
-            for name in ALL
-            for dtype in (torch.bfloat16, torch.float32)
-        ),
-        *(pytest.param("python", name, torch.bfloat16, True, marks=pytest.mark.thorough) for name in IN_TIME),
+        *(pytest.param("native", name, torch.bfloat16, True, marks=pytest.mark.thorough) for name in ALL),
+        *(pytest.param("native", name, torch.float32, True, marks=pytest.mark.exhaustive) for name in ALL),
+        *(pytest.param("python", name, torch.bfloat16, True, marks=pytest.mark.exhaustive) for name in IN_TIME),
     ],
     indirect=["repeating"],
 )
