@@ -49,8 +49,8 @@ _NEEDS = {
 }
 
 
-MOST_PIXELS = 1 << 27
-"""Of a resized or cropped picture; a narrow one, whose shorter edge gives the size, would take gigabytes."""
+MOST_PIXELS = 1 << 26
+"""Of a resized or cropped picture: 0.8 GB in float32. A narrow one, sized by its shorter edge, would take far more."""
 
 
 class ConvNextImageProcessor:
