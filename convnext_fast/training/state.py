@@ -121,7 +121,9 @@ def load_tensors(path: Path, tensors: Tree) -> None:
         with warnings.catch_warnings():
             if alone:
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(dict(tensors), storage_reader=ShardedReader(path), no_dist=alone)
+            reader = ShardedReader(path)
+            reader.read_metadata()  # PyTorch 2.9 drops what this raises within `load`
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=alone)
     except MemoryError:
         raise
     except (Exception, dcp.api.CheckpointException) as error:  # a damaged index can make it raise anything
