@@ -328,7 +328,7 @@ def test_pictures_that_other_programs_would_draw(run, checkpoint, tmp_path, monk
 
     monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr(os, "system", start)
-    image = PIL.Image.new("RGB", (9, 9))
+    image = PIL.Image.new("RGB", (16, 16))  # Pillow 10 writes no smaller icons
     read = 0
     for suffix, format in PIL.Image.registered_extensions().items():
         if format not in PIL.Image.SAVE or format == "MPO":  # several pictures of JPEG
