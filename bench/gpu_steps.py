@@ -82,7 +82,7 @@ def _profiled(name: str, device: torch.device) -> Row:
 
 def plain_and_graph(device: torch.device) -> Iterator[Row]:
     """The host's part: CPU time of a step, and plain calls beside a CUDA graph and eager."""
-    for mode in host.MODES:
+    for mode in ("inference", "training"):
         try:
             yield from host.rows(VARIANT, mode, HOST_CONTENDERS, HOST_ROUNDS)
         except Exception as error:

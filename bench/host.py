@@ -27,28 +27,32 @@ from bench.timing import failure
 from convnext_fast import ConvNext, fuse, graphed
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
-MODES = ("inference", "training")
+MODES = ("inference", "training", "training autocast")
+"""In bfloat16; the last with parameters in float32, under autocast, and with drop path."""
+DROP_PATH = 0.1
 WARM_UP, STEPS = 6, 5
 _LAUNCHES = {"launches": "hollow_launches", "graphs": "hollow_graph_launches"}
 
 Step = Callable[[], None]
 
 
-def timm_model(variant: str) -> nn.Module:
-    """timm's ConvNeXt."""
+def timm_model(variant: str, rate: float) -> nn.Module:
+    """timm's ConvNeXt; ``rate``: of its drop path."""
     import timm
 
-    return timm.create_model(f"convnext_{variant}")
+    return timm.create_model(f"convnext_{variant}", drop_path_rate=rate)
 
 
-def transformers_model(variant: str) -> nn.Module:
+def transformers_model(variant: str, rate: float) -> nn.Module:
     """transformers' ConvNeXt."""
     import transformers
 
     from convnext_fast.config import VARIANTS
 
     depths, widths = VARIANTS[variant][:2]
-    config = transformers.ConvNextConfig(depths=list(depths), hidden_sizes=list(widths), num_labels=1000)
+    config = transformers.ConvNextConfig(
+        depths=list(depths), hidden_sizes=list(widths), num_labels=1000, drop_path_rate=rate
+    )
     return transformers.ConvNextForImageClassification(config)
 
 
@@ -58,41 +62,52 @@ def fused(model: nn.Module) -> nn.Module:
     return model
 
 
-CONTENDERS: dict[str, Callable[[str], nn.Module]] = {
+def ours(variant: str, rate: float, recompute: int = 1, **options: Any) -> nn.Module:
+    """This package's own."""
+    model = ConvNext(variant, drop_path_rate=rate, **options)
+    model.recompute = recompute
+    return model
+
+
+CONTENDERS: dict[str, Callable[[str, float], nn.Module]] = {
     "eager": timm_model,
-    "eager channels_last": lambda variant: timm_model(variant).to(memory_format=torch.channels_last),
+    "eager channels_last": lambda *of: timm_model(*of).to(memory_format=torch.channels_last),
     "eager transformers": transformers_model,
-    "compile": lambda variant: torch.compile(timm_model(variant)),
-    "compile reduce-overhead": lambda variant: torch.compile(timm_model(variant), mode="reduce-overhead"),
-    "fused": ConvNext,
-    "frozen": lambda variant: ConvNext(variant).freeze(),
-    "frozen graph": lambda variant: ConvNext(variant, device=DEVICE).freeze(cuda_graph=True),
-    "fuse(timm)": lambda variant: fused(timm_model(variant)),
-    "fuse(transformers)": lambda variant: fused(transformers_model(variant)),
-    "fuse(timm) frozen": lambda variant: fuse(timm_model(variant)).freeze().model,
-    "fuse(transformers) frozen": lambda variant: fuse(transformers_model(variant)).freeze().model,
-    "fuse(timm) frozen graph": lambda variant: fuse(timm_model(variant).to(DEVICE)).freeze(cuda_graph=True).model,
-    "graphed fused": ConvNext,
-    "compile fused": lambda variant: torch.compile(ConvNext(variant)),
-    "compile fuse(timm)": lambda variant: torch.compile(fused(timm_model(variant))),
+    "compile": lambda *of: torch.compile(timm_model(*of)),
+    "compile reduce-overhead": lambda *of: torch.compile(timm_model(*of), mode="reduce-overhead"),
+    "fused": ours,
+    "fused recompute 0": lambda *of: ours(*of, recompute=0),
+    "fused recompute 2": lambda *of: ours(*of, recompute=2),
+    "frozen": lambda *of: ours(*of).freeze(),
+    "frozen graph": lambda *of: ours(*of, device=DEVICE).freeze(cuda_graph=True),
+    "fuse(timm)": lambda *of: fused(timm_model(*of)),
+    "fuse(transformers)": lambda *of: fused(transformers_model(*of)),
+    "fuse(timm) frozen": lambda *of: fuse(timm_model(*of)).freeze().model,
+    "fuse(transformers) frozen": lambda *of: fuse(transformers_model(*of)).freeze().model,
+    "fuse(timm) frozen graph": lambda *of: fuse(timm_model(*of).to(DEVICE)).freeze(cuda_graph=True).model,
+    "graphed fused": ours,
+    "compile fused": lambda *of: torch.compile(ours(*of)),
+    "compile fuse(timm)": lambda *of: torch.compile(fused(timm_model(*of))),
 }
-"""How the model of each contender is made; "frozen" is for inference alone, "graphed" for training."""
+"""How the model of each contender is made; "frozen" is for inference alone, "graphed" and "recompute" for training."""
 
 
-def image() -> torch.Tensor:
+def image(dtype: torch.dtype = DTYPE) -> torch.Tensor:
     """One image."""
-    return torch.randn(1, 3, 224, 224, device=DEVICE, dtype=DTYPE)
+    return torch.randn(1, 3, 224, 224, device=DEVICE, dtype=dtype)
 
 
-def step_of(model: nn.Module, training: bool) -> Step:
+def step_of(model: nn.Module, mode: str) -> Step:
     """A forward of one image and, in training, its backward, without an optimiser."""
+    training, autocast = mode != "inference", mode == "training autocast"
     model.train(training)
-    x = image()
+    x = image(torch.float32 if autocast else DTYPE)
     gradient = torch.randn(1, 1000, device=DEVICE, dtype=DTYPE)
     parameters = list(model.parameters())
 
     def logits() -> torch.Tensor:
-        result = model(x)
+        with torch.autocast("cuda", DTYPE, enabled=autocast):
+            result = model(x)
         return result if isinstance(result, torch.Tensor) else result.logits
 
     def infer() -> None:
@@ -155,16 +170,19 @@ def rows(variant: str, mode: str, names: Sequence[str], rounds: int) -> list[dic
     """
     if not any(name.startswith("eager") for name in names):
         raise ValueError(f"the contenders are {', '.join(names)}: expected an eager one among them")
-    training = mode == "training"
+    autocast = mode == "training autocast"
+    dtype = torch.float32 if autocast else DTYPE
+    others = ("graphed", "recompute") if mode == "inference" else ("frozen",)
     steps, failures = {}, {}
     for name in names:
-        if ("frozen" if training else "graphed") in name:
+        if any(word in name for word in others):
             continue
         try:
-            model = CONTENDERS[name](variant).to(DEVICE, DTYPE)
+            model = CONTENDERS[name](variant, DROP_PATH if autocast else 0.0).to(DEVICE, dtype)
             if "graphed" in name:
-                graphed(model.train(), image())
-            step = step_of(model, training)
+                with torch.autocast("cuda", DTYPE, enabled=autocast, cache_enabled=False):
+                    graphed(model.train(), image(dtype))
+            step = step_of(model, mode)
             for _ in range(WARM_UP):
                 step()
             steps[name] = step

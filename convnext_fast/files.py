@@ -98,6 +98,8 @@ def write_files(directory: Path, writers: Mapping[str, Callable[[Path], None]], 
             try:
                 _create(temporary[name], write)
             except (RuntimeError, SafetensorError) as error:  # what torch.save and safetensors raise
+                if type(error) not in (RuntimeError, SafetensorError):
+                    raise
                 raise OSError(f"cannot write {directory / name}, is the disk full? ({error})") from error
         for name, path in temporary.items():
             os.replace(path, directory / name)
@@ -106,11 +108,12 @@ def write_files(directory: Path, writers: Mapping[str, Callable[[Path], None]], 
             path.unlink(missing_ok=True)
     for name in stale:
         (directory / name).unlink(missing_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if os.name == "posix":  # others cannot open a folder
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def json_text(fields: Mapping[str, Any], **options: Any) -> str:

@@ -23,7 +23,7 @@ from .launching import PLAIN, current, listening
 from .recording import Plan, leaves, record
 
 Function = TypeVar("Function", bound=Callable)
-MOST = 4096
+MOST = 512
 """The most kinds of calls remembered per function; when there are more, as with many sizes, all are dropped."""
 _VALUES = frozenset((type(None), int, float, str, bool, torch.dtype))
 

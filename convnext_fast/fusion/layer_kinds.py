@@ -45,6 +45,8 @@ def check_forward(block: nn.Module) -> None:
     if "forward" in vars(block):
         raise Unfusable("its forward was replaced")
     owners = [kind for kind in type(block).__mro__ if kind is not nn.Module and "forward" in vars(kind)]
+    if not owners:
+        raise Unfusable("it has no forward")
     if len(owners) > 1:
         raise Unfusable(f"{owners[0].__name__} overrides the forward of {owners[1].__name__}")
     forward = owners[0].forward

@@ -21,6 +21,8 @@ _READ: dict[type, list[str]] = {
 }
 """Attributes that the forward of PyTorch's own layers reads. Of other kinds all count."""
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 _values, _get = dict.values, dict.get
 _flat = chain.from_iterable
 
@@ -41,9 +43,14 @@ class Record:
         # A reference to ``module`` or to its ``__dict__`` would make a cycle, for the module holds the record.
         self._root = None if module is None else module._modules
         self._others = list(others)
+        own = dict(() if module is None else settings_of(module))
+        self._own_names, self._own_values = list(own), list(own.values())
         everything = self._others if module is None else [module, *self._others]
         holders = [d for each in everything for d in (each._parameters, each._modules, each._buffers)]
-        hooks = list(_flat(map(_hooks_of, self._others)))
+        # Found by name on every call, for some recipes remove hooks by another dictionary.
+        self._hook_names = list(_HOOKS) * len(self._others)
+        self._hook_owners = [vars(other) for other in self._others for _ in _HOOKS]
+        self._hooks = hooks = list(map(_get, self._hook_owners, self._hook_names))
         self._empty = [*hooks, *(d for d in holders if not d)]
         self._holders = list(filter(None, holders))
         self._attributes = list(map(vars, self._others))
@@ -62,20 +69,20 @@ class Record:
     def holds(self, module: nn.Module | None) -> bool:
         """Whether nothing changed; ``module``: the one that asks, which may be a replica of the one that was seen."""
         return (
-            (module is None or module._modules is self._root)
+            (module is None or self._holds_for(module))
             and list(map(type, self._others)) == self._kinds
             and not any(self._empty)
+            and all(map(operator.is_, map(_get, self._hook_owners, self._hook_names), self._hooks))
             and list(map(len, self._attributes)) == self._sizes
             and list(map(len, self._holders)) == self._counts
             and all(map(operator.is_, _flat(map(_values, self._holders)), self._held))
             and list(map(_get, self._settings, self._names)) == self._values
         )
 
+    def _holds_for(self, module: nn.Module) -> bool:
+        return module._modules is self._root and list(map(vars(module).get, self._own_names)) == self._own_values
+
     def sees(self, weights: Iterable[Any]) -> bool:
         """Whether all of these, but None, are among what is compared."""
         seen = set(map(id, self._held))
         return all(weight is None or id(weight) in seen for weight in weights)
-
-
-def _hooks_of(module: nn.Module) -> tuple[dict, ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks

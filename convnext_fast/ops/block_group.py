@@ -1,7 +1,7 @@
 """A few blocks, one after another, as one node of autograd's graph: on a GPU, where a node costs as much as a kernel.
 
-Gradients of a group's weights come out together, so a group is small: its gradients should fit the buckets in which
-DistributedDataParallel sends them (25 MB), and what it saved is freed when all of it was used.
+Gradients of a group's weights come out together, and what it saved is freed when all of it was used. So a group is
+small: DistributedDataParallel sends gradients while those of the blocks before are computed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..backends.gpu import BlockCall
 
 MOST = 3
-"""Blocks in a group. The depths of the stages are multiples of it in all published models but atto to pico."""
+"""Blocks in a group. The depths of the stages of tiny to xlarge are multiples of it."""
 
 _WEIGHTS = len(BlockWeights._fields)
 

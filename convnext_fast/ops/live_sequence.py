@@ -39,7 +39,7 @@ class LiveSequence:
         """x (N, C, H, W) that the Triton kernels take: what comes out of the steps ``ends``, (N, C', H', W') each.
 
         None where the modules have to be called: a tensor is a negative view, a mode observes what is done to x, or a
-        layer scale is wider than x without autocast.
+        layer scale is wider than the residual stream may become.
         ends: in ascending order, the last step's too.
 
         Raises:
@@ -50,10 +50,12 @@ class LiveSequence:
         seen, dtype = choose.module("triton").description(self._weights), call.compute_dtype(x)
         if seen is None or seen != self._seen:
             dtypes = {w.dtype for w in self._weights}
-            self._seen, self._one_dtype = seen, dtypes.pop() if len(dtypes) == 1 else None
+            self._one_dtype = dtypes.pop() if len(dtypes) == 1 else None
             self._layer_scales = {step.weights.gamma.dtype for step in self._steps if _has_layer_scale(step)}
-            self._checked.clear()
-        if not call.autocasts(x) and any(torch.promote_types(x.dtype, t) != x.dtype for t in self._layer_scales):
+            self._checked = set()
+            self._seen = seen  # last: then other threads may rely on the rest
+        streams = {torch.promote_types(x.dtype, t) for t in self._layer_scales}
+        if torch.float64 in streams or (not call.autocasts(x) and streams - {x.dtype}):
             return None
         x = x if self._steps[0].kind == Kind.STEM else x.permute(0, 2, 3, 1).contiguous()
         kind = *kind_of(x), dtype
@@ -70,6 +72,7 @@ class LiveSequence:
             x = _run_group(group, x, dtype)
             if group[-1] is self._steps[ends[len(results)]]:
                 results.append(as_nchw(x))
+                x = results[-1].permute(0, 2, 3, 1)  # gradients pass through what is returned
         return results
 
     def _groups_to(self, ends: Sequence[int]) -> list[list[Step]]:
@@ -91,6 +94,8 @@ class LiveSequence:
     def _is_one_plan(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether no gradient is wanted, no sample dropped, and everything has one dtype."""
         if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self._weights)):
+            return False
+        if self._steps[0].kind == Kind.STEM and call.autocasts(x):  # its result is float32
             return False
         return x.dtype == dtype == self._one_dtype and all(
             step.draw is None or not step.draw.args[0].training for step in self._steps
@@ -119,8 +124,8 @@ def _has_layer_scale(step: Step) -> bool:
 
 
 def _in_stream(step: Step, y: Tensor, x: Tensor) -> Tensor:
-    """y in the dtype of the residual stream: autocast has LayerNorm in float32, so after a stem."""
-    return y.float() if step.kind == Kind.STEM and call.autocasts(x) else y
+    """y in the dtype of the residual stream: but on a CPU, autocast has LayerNorm in float32, so after a stem."""
+    return y.float() if step.kind == Kind.STEM and call.autocasts(x) and not x.is_cpu else y
 
 
 def _flat(step: Step) -> tuple[Tensor | None, ...]:

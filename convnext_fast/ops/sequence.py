@@ -91,6 +91,7 @@ class FrozenSequence:
             x = _run_step(step, weights, x)
             if i in ends:
                 results.append(as_nchw(x))
+                x = results[-1].permute(0, 2, 3, 1)
         return results
 
     def _notice_changes(self, x: Tensor) -> None:

@@ -203,6 +203,19 @@ def test_a_container_that_changed_runs_its_own_forward(image, runs):
     assert torch.equal(output(model, image), want)
 
 
+def test_a_setting_of_the_module_that_is_called_is_noticed(image):
+    model = randomise(Listed(3, 2)).eval()
+    fuse(model).freeze()
+    want = 2 * output(model, image)
+    model.twice = True
+    assert torch.equal(output(model, image), want)
+
+
+def test_blocks_in_a_dictionary():
+    model = nn.Sequential(nn.ModuleDict({"a": block(16), "b": block(16)}))
+    assert len(fuse(model).fused) == 2
+
+
 @pytest.mark.parametrize("stage", [lambda: Outside(16, 2), lambda: NoisyInTraining(16, 2), Backwards])
 def test_other_containers_run_as_they_are(stage, image, runs):
     model = randomise(nn.Sequential(nn.Sequential(nn.Conv2d(3, 16, 4, 4), norm(16)), stage())).eval()

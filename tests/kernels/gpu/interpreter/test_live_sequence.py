@@ -1,6 +1,8 @@
 """Unfrozen models without a call of their modules: the bits of calls of modules, and what has the modules called."""
 
 import itertools
+import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from convnext_fast import ConvNext, ConvNextConfig
 from convnext_fast.backends import environment
 from convnext_fast.backends.steps import WEIGHTS, Step
 from convnext_fast.models import fused_module, switches, whole_runs
-from convnext_fast.models.whole_runs import outputs_of
+from convnext_fast.models.whole_runs import outputs_of, steps_of
 from convnext_fast.ops.live_sequence import LiveSequence
 
 DEEP = ConvNextConfig(num_stages=2, hidden_sizes=[8, 8], depths=[1, 2], num_labels=3, drop_path_rate=0.3)
@@ -159,6 +161,12 @@ def test_feature_maps_on_the_way_take_gradients(runs, by_modules):
 
     assert_same(gradients(), by_modules(gradients))
     assert runs == [True]
+    first, last = model.forward_intermediates(x, intermediates_only=True)
+    first.retain_grad()
+    (gradient,) = torch.autograd.grad(last.sum(), first, retain_graph=True)
+    last.sum().backward()
+    assert gradient.abs().max() > 0
+    assert torch.equal(first.grad, gradient)
 
 
 def test_changes_are_noticed(runs, by_modules):
@@ -193,12 +201,52 @@ def test_changes_are_noticed(runs, by_modules):
     check(False, True, False)  # the whole, the first stage, the second
 
 
-def test_checkpointing_calls_the_blocks(runs):
+@pytest.mark.parametrize("after_a_run", [False, True])
+def test_checkpointing_calls_the_blocks(runs, after_a_run):
     model = deep().train()
+    if after_a_run:
+        for stage in model.stages:
+            stage.register_forward_hook(lambda *_: None)  # each stage looks for itself
+        model(torch.randn(1, 3, 8, 8))
+        runs.clear()
     model.set_grad_checkpointing()
     names = nodes_of(model(torch.randn(1, 3, 8, 8)))
     assert True not in runs
     assert not any("_Blocks" in name for name in names)
+
+
+def test_a_hook_in_a_new_dictionary_is_called(runs):
+    """As recipes leave it that remove all hooks."""
+    model, x, calls = deep().eval(), torch.randn(1, 3, 8, 8), []
+    for module in (model.stages[0].blocks[0], model.stages[1].blocks[0].norm):
+        model(x)
+        module._forward_hooks = OrderedDict()
+        model(x)
+        handle = module.register_forward_hook(lambda *_: calls.append(1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model(x)
+        handle.remove()
+    assert calls == [1, 1]
+
+
+def test_a_stem_under_autocast_is_no_part_of_a_plan(monkeypatch):
+    """Its result has another dtype, on a GPU."""
+    model = deep().half().eval()
+    sequence = LiveSequence(steps_of(nn.Sequential(model.stem, model.stages), frozen=False))
+    x = torch.randn(1, 3, 8, 8).half()
+    with torch.no_grad():
+        sequence(x, [4])
+        assert sequence._is_one_plan(x, torch.float16)
+        with torch.autocast("cpu", torch.float16):
+            assert not sequence._is_one_plan(x, torch.float16)
+
+
+def test_a_layer_scale_in_float64_is_refused():
+    model = deep().eval()
+    model.stages[1].blocks[0].gamma.data = model.stages[1].blocks[0].gamma.data.double()
+    with torch.autocast("cpu", torch.float16), pytest.raises(TypeError, match="float64"):
+        model(torch.randn(1, 3, 8, 8))
 
 
 def test_a_layer_that_does_more_is_called(runs):
