@@ -82,7 +82,8 @@ static int add_tensor(Call *call, PyObject *tensor) {
         torch_.device_index(handle, &device_index) || torch_.address(handle, &address))
         return -1;
     call->base[call->bases++] = (uint64_t)address;
-    uint64_t facts = TENSOR | (uint64_t)dim << 8 | (uint64_t)(uint8_t)dtype << 16 | (uint64_t)(uint8_t)device_type << 24 |
+    uint64_t facts = TENSOR | (uint64_t)dim << 8 | (uint64_t)(uint8_t)dtype << 16 |
+                     (uint64_t)(uint8_t)device_type << 24 |
                      (uint64_t)(uint16_t)device_index << 32 | (uint64_t)((uintptr_t)address % 16) << 48;
     return add_word(call, facts) || add_bytes(call, sizes, 8 * dim) || add_bytes(call, strides, 8 * dim) ? -1 : 0;
 }
@@ -130,7 +131,9 @@ static int describe(Call *call, PyObject *arguments) {
     return unknown;
 }
 
-static PyObject *key_of(Call *call) { return PyBytes_FromStringAndSize((char *)call->word, 8 * (Py_ssize_t)call->words); }
+static PyObject *key_of(Call *call) {
+    return PyBytes_FromStringAndSize((char *)call->word, 8 * (Py_ssize_t)call->words);
+}
 
 static PyObject *key(PyObject *module, PyObject *arguments) {
     Call call;
@@ -194,9 +197,9 @@ static PyObject *Plan_new(PyTypeObject *type, PyObject *arguments, PyObject *nam
     PyObject *kernels;
     Plan *plan = (Plan *)type->tp_alloc(type, 0);
     if (!plan) return NULL;
-    if (PyArg_ParseTuple(arguments, "KKiipOOO!SSO!O", &launch, &current_device, &plan->device, &plan->given, &plan->single,
-                         &plan->stream_of, &plan->allocate, &PyTuple_Type, &plan->allocations, &plan->launches,
-                         &plan->parameters, &PyTuple_Type, &plan->results, &kernels)) {
+    if (PyArg_ParseTuple(arguments, "KKiipOOO!SSO!O", &launch, &current_device, &plan->device, &plan->given,
+                         &plan->single, &plan->stream_of, &plan->allocate, &PyTuple_Type, &plan->allocations,
+                         &plan->launches, &plan->parameters, &PyTuple_Type, &plan->results, &kernels)) {
         plan->launch = (LaunchKernel)(uintptr_t)launch;
         plan->current_device = (CurrentDevice)(uintptr_t)current_device;
         plan->arguments = Py_NewRef(arguments);
@@ -321,7 +324,8 @@ static PyObject *run(Plan *plan, Call *call) {
     Py_BEGIN_ALLOW_THREADS;
     error = launch_all(plan, call, raw_stream);
     Py_END_ALLOW_THREADS;
-    PyObject *results = error ? PyErr_Format(PyExc_RuntimeError, "CUDA error %d at a launch", error) : results_of(plan, made);
+    PyObject *results =
+        error ? PyErr_Format(PyExc_RuntimeError, "CUDA error %d at a launch", error) : results_of(plan, made);
     Py_DECREF(made);
     return results;
 }
@@ -351,7 +355,7 @@ static PyObject *repeat(PyObject *module, PyObject *const *given, Py_ssize_t cou
 
 /* ---- The module ---- */
 
-/* Where a Python tensor holds its at::Tensor, one pointer, which tensor._cdata tells; -1 where that is not one place. */
+/* Where a Python tensor holds its at::Tensor, one pointer, which tensor._cdata tells; -1 where it is not one place. */
 static Py_ssize_t find_offset(PyObject *tensor) {
     PyObject *number = PyObject_GetAttrString(tensor, "_cdata");
     if (!number) return -1;
@@ -377,7 +381,8 @@ static PyObject *configure(PyObject *module, PyObject *arguments) {
         return NULL;
     tensor_offset = find_offset(tensor);
     if (tensor_offset < 0 || tensor_offset != find_offset(parameter))
-        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_RuntimeError, "this PyTorch lays its tensors out otherwise");
+        return PyErr_Occurred() ? NULL
+                                : PyErr_Format(PyExc_RuntimeError, "this PyTorch lays its tensors out otherwise");
     torch_.dim = (ReadInt64)(uintptr_t)f[0];
     torch_.sizes = (ReadPointer)(uintptr_t)f[1];
     torch_.strides = (ReadPointer)(uintptr_t)f[2];
