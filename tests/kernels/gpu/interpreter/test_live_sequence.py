@@ -162,8 +162,8 @@ def test_feature_maps_on_the_way_take_gradients(runs, by_modules):
     assert_same(gradients(), by_modules(gradients))
     assert runs == [True]
     first, last = model.forward_intermediates(x, intermediates_only=True)
-    first.retain_grad()
     (gradient,) = torch.autograd.grad(last.sum(), first, retain_graph=True)
+    first.retain_grad()
     last.sum().backward()
     assert gradient.abs().max() > 0
     assert torch.equal(first.grad, gradient)
