@@ -1,7 +1,7 @@
-"""A few blocks, one after another, as one node of autograd's graph: on a GPU, where a node costs as much as a kernel.
+"""Several blocks, one after another, as one node of autograd's graph: on a GPU, where a node costs as much as a kernel.
 
-Gradients of a group's weights come out together, and what it saved is freed when all of it was used. So a group is
-small: DistributedDataParallel sends gradients while those of the blocks before are computed.
+Gradients of a group's weights come out together, and what it saved is freed when all of it was used. So a deep stage is
+several groups: DistributedDataParallel sends gradients while those of the blocks before are computed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .views import unlinked
 if TYPE_CHECKING:
     from ..backends.gpu import BlockCall
 
-MOST = 3
-"""Blocks in a group. The depths of the stages of tiny to xlarge are multiples of it."""
+MOST = 9
+"""Blocks in a group: the third stage of ConvNeXt-T, or a third of that of larger models."""
 
 _WEIGHTS = len(BlockWeights._fields)
 

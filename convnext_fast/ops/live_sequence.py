@@ -1,7 +1,7 @@
 """Parts of a model that is not frozen, one after another on a GPU, with nothing but their kernels in between.
 
 Without gradients they are one plan, on the live weights. With gradients, drop path or autocast, a stem and a
-downsampling layer are a call of their op each, and a few blocks one of `block_group`. Arguments are checked where a
+downsampling layer are a call of their op each, and several blocks one of `block_group`. Arguments are checked where a
 weight or the input is unlike those before.
 """
 
@@ -76,7 +76,7 @@ class LiveSequence:
         return results
 
     def _groups_to(self, ends: Sequence[int]) -> list[list[Step]]:
-        """The steps, a few blocks in a group, other steps alone; each of ``ends`` ends a group."""
+        """The steps, several blocks in a group, other steps alone; each of ``ends`` ends a group."""
         known, groups = self._groups  # read once: other threads may ask for other ends
         if known != ends:
             groups = []

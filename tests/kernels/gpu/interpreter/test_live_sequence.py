@@ -13,6 +13,7 @@ from convnext_fast.backends import environment
 from convnext_fast.backends.steps import WEIGHTS, Step
 from convnext_fast.models import fused_module, switches, whole_runs
 from convnext_fast.models.whole_runs import outputs_of, steps_of
+from convnext_fast.ops import block_group
 from convnext_fast.ops.live_sequence import LiveSequence
 
 DEEP = ConvNextConfig(num_stages=2, hidden_sizes=[8, 8], depths=[1, 2], num_labels=3, drop_path_rate=0.3)
@@ -141,7 +142,8 @@ def test_blocks_share_nodes_of_the_graph():
     assert sum("_Blocks" in name for name in names) == 2  # one for each stage
 
 
-def test_groups_end_where_an_output_is_wanted():
+def test_groups_end_where_an_output_is_wanted(monkeypatch):
+    monkeypatch.setattr(block_group, "MOST", 3)
     block, other = (Step(kind, WEIGHTS[kind](*[None] * len(WEIGHTS[kind]._fields)), 0.0) for kind in (2, 1))
     steps = [other, *[block._replace(eps=float(i)) for i in range(5)], other, block]
     sequence = LiveSequence(steps)
