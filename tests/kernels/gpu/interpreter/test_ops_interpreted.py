@@ -106,7 +106,7 @@ def test_result_of_an_mlp_without_residual_has_the_dtype_of_eager(gamma_dtype):
 
 @pytest.mark.parametrize("name", ["convnext_block", "dwconv_layernorm", "pointwise_mlp", "patchify_stem", "downsample"])
 def test_a_batch_of_cotangents(name):
-    """Of which the kernels take one at a time; to a few roundings of float32, as the path is another."""
+    """Is refused by name: the kernels take one at a time."""
     x, tensors = block_inputs()
     block, affine = list(tensors.values()), (tensors["ln_weight"], tensors["ln_bias"])
     arguments = {
@@ -119,8 +119,6 @@ def test_a_batch_of_cotangents(name):
     leaves = [None if t is None else t.detach().requires_grad_() for t in arguments]
     y = getattr(ops, name)(*leaves)
     present = [t for t in leaves if t is not None]
-    cotangents = torch.randn(3, *y.shape)
-    batch = torch.autograd.grad(y, present, cotangents, is_grads_batched=True, retain_graph=True)
-    single = [torch.autograd.grad(y, present, v, retain_graph=True) for v in cotangents]
-    for at, got in enumerate(batch):
-        torch.testing.assert_close(got, torch.stack([one[at] for one in single]), rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotImplementedError, match="a batch of output gradients"):
+        torch.autograd.grad(y, present, torch.randn(3, *y.shape), is_grads_batched=True, retain_graph=True)
+    assert all(g is not None for g in torch.autograd.grad(y, present, torch.randn_like(y)))
