@@ -22,7 +22,7 @@ if name == "timm":
 
     model = timm.create_model("convnext_atto", num_classes=10)
 else:
-    import convnext_fast.operators
+    import convnext_fast.ops.operators
     from convnext_fast import ConvNext
 
     model = ConvNext("atto", num_classes=10)
