@@ -162,7 +162,7 @@ class ConvNext(ConvNextSwitches):
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (N, in_chans, H, W) to the last feature map (N, C, H', W')."""
         check_image(x, self.config, "x")
-        maps = self.run_frozen((self.stem, self.stages), x, last=True)
+        maps = self.run_whole((self.stem, self.stages), x, last=True)
         return self._final_norm(self.stages(self.stem(x)) if maps is None else maps[0])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -202,7 +202,7 @@ class ConvNext(ConvNextSwitches):
         last = len(self.stages) - 1
         run = max(wanted) + 1 if stop_early else last + 1
         layers = self.stem, *islice(self.stages, run)
-        results = self.run_frozen(layers, x) or outputs_in_turn(layers, x)
+        results = self.run_whole(layers, x) or outputs_in_turn(layers, x)
         maps = []
         for i, y in enumerate(results[1:]):
             if i in wanted:

@@ -106,7 +106,7 @@ class ConvNextPreTrainedModel(ConvNextSwitches):
         """What comes out of the stem and of each stage."""
         embeddings, encoder, states = self.embeddings, self.encoder, None
         if is_untouched(encoder, (ConvNextEncoder.forward,)):
-            states = self.run_frozen((embeddings, *encoder.stages), pixel_values)
+            states = self.run_whole((embeddings, *encoder.stages), pixel_values)
         return encoder(embeddings(pixel_values)) if states is None else tuple(states)
 
     @classmethod

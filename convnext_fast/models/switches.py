@@ -71,8 +71,8 @@ class ConvNextSwitches(nn.Module):
         sizes = {(*block.parts().fc1.weight.shape[::-1], block.act_name) for block in self.blocks()}
         return "cpu" if all(llvm.serves_block(*size) for size in sizes) else "aten"
 
-    def run_frozen(self, parts: Sequence[nn.Module], x: Tensor, last: bool = False) -> list[Tensor] | None:
-        """What comes out of ``parts``, or of the last one, in a single run of frozen steps; None if that cannot be."""
+    def run_whole(self, parts: Sequence[nn.Module], x: Tensor, last: bool = False) -> list[Tensor] | None:
+        """What comes out of ``parts``, or of the last one, in a single run of steps; None if that cannot be."""
         return outputs_of(self._whole_runs, None, parts, x, last)
 
     def freeze(self, cuda_graph: bool = False) -> Any:

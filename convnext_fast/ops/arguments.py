@@ -96,16 +96,14 @@ def check_options(act: str, recompute: int) -> None:
         raise ValueError(f"recompute is {recompute!r}: expected 0, 1 or 2")
 
 
-def compute_dtype(x: Tensor, **weights: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, otherwise x's own."""
-    if call.autocasts(x):
-        return torch.get_autocast_dtype(x.device.type)
+def check_dtypes(x: Tensor, **weights: Tensor) -> torch.dtype:
+    """`call.compute_dtype`; without autocast the weights must have x's."""
     for name, weight in weights.items():
-        if weight.dtype != x.dtype:
+        if weight.dtype != x.dtype and not call.autocasts(x):
             raise TypeError(
                 f"the activations are {x.dtype} but {name} is {weight.dtype}: convert one, or use torch.autocast"
             )
-    return x.dtype
+    return call.compute_dtype(x)
 
 
 _PASSED: dict[tuple, torch.dtype] = {}
@@ -145,7 +143,7 @@ def check_block(x: Tensor, weights: BlockWeights, drop_scale: Tensor | None, act
     check_affine(x, weights.ln_weight, weights.ln_bias, x.shape[3], optional=True)
     check_pointwise(x, weights.mlp(), drop_scale)
     check_options(act, recompute)
-    return compute_dtype(x, dwconv_weight=weights.dwconv_weight, w1=weights.w1, w2=weights.w2)
+    return check_dtypes(x, dwconv_weight=weights.dwconv_weight, w1=weights.w1, w2=weights.w2)
 
 
 @_once
@@ -156,7 +154,7 @@ def check_frozen_block(x: Tensor, weights: FrozenBlock, act: str) -> torch.dtype
     check_tensor(x, "b1", weights.b1, (2, rows_of(weights.w1, "w1")))
     check_pointwise(x, MlpWeights(weights.w1, weights.b1[0], weights.w2, weights.b2, None), None)
     check_options(act, 2)
-    return compute_dtype(x, dwconv_weight=weights.dwconv_weight, w1=weights.w1, w2=weights.w2)
+    return check_dtypes(x, dwconv_weight=weights.dwconv_weight, w1=weights.w1, w2=weights.w2)
 
 
 @_once
@@ -165,7 +163,7 @@ def check_dwconv_layernorm(x: Tensor, weights: ConvNorm) -> torch.dtype:
     check_activation(x, "x")
     check_dwconv(x, weights.weight, weights.bias)
     check_affine(x, weights.ln_weight, weights.ln_bias, x.shape[3])
-    return compute_dtype(x, weight=weights.weight)
+    return check_dtypes(x, weight=weights.weight)
 
 
 @_once
@@ -177,7 +175,7 @@ def check_mlp(
     check_tensor(x, "residual", residual, tuple(x.shape), optional=True)
     check_pointwise(x, weights, drop_scale)
     check_options(act, recompute)
-    return compute_dtype(x, w1=weights.w1, w2=weights.w2)
+    return check_dtypes(x, w1=weights.w1, w2=weights.w2)
 
 
 @_once
@@ -187,7 +185,7 @@ def check_stem(image: Tensor, weights: ConvNorm) -> torch.dtype:
     weight = weights.weight
     check_patch_conv(image, weight, weights.bias, channels=image.shape[1], size=tuple(image.shape[2:]))
     check_affine(image, weights.ln_weight, weights.ln_bias, weight.shape[0])
-    return compute_dtype(image, weight=weight)
+    return check_dtypes(image, weight=weight)
 
 
 @_once
@@ -196,7 +194,7 @@ def check_downsample(x: Tensor, weights: NormConv) -> torch.dtype:
     check_activation(x, "x")
     check_patch_conv(x, weights.weight, weights.bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
     check_affine(x, weights.ln_weight, weights.ln_bias, x.shape[3])
-    return compute_dtype(x, weight=weights.weight)
+    return check_dtypes(x, weight=weights.weight)
 
 
 @_once
@@ -204,4 +202,4 @@ def check_frozen_downsample(x: Tensor, weights: FrozenDownsample) -> torch.dtype
     """Of `functions.frozen_downsample`."""
     check_activation(x, "x")
     check_patch_conv(x, weights.weight, weights.bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
-    return compute_dtype(x, weight=weights.weight)
+    return check_dtypes(x, weight=weights.weight)

@@ -73,7 +73,7 @@ def replays():
     kept = [model.forward_features(x) for _ in range(3)]
     found["memories"] = len({y.data_ptr() for y in kept})
     found["format"] = kept[0].stride() == maps.stride()
-    found["ends"] = graphs(model.run_frozen, (model.stem, model.stages), x, calls=4)
+    found["ends"] = graphs(model.run_whole, (model.stem, model.stages), x, calls=4)
     found["maps"] = graphs(model.forward_intermediates, x, calls=4)
     with torch.inference_mode():
         found["inference_mode"] = graphs(model, x)

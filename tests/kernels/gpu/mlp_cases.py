@@ -26,7 +26,7 @@ ACTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """``samples`` images of ``pixels`` pixels each; ``full`` has every optional operand, else none.
+    """``samples`` images of ``pixels`` pixels each; ``full``: with all optional operands, not without.
 
     With few numbers an error is a matter of luck, of eager's luck too: ``draws`` of the inputs are taken together.
     ``offset``: the deviation of a pixel's mean over the channels, in units of that about it.
