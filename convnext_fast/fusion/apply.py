@@ -11,18 +11,21 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..models.ahead import computed_ahead
 from ..models.freezing import set_plan, state_of, unfreeze
 from ..models.fused_module import FusedModule, fused_forward
 from ..models.layer_changes import changed
 from ..models.layers import ConvNextBlockBase
-from ..models.plan import BlockPlan, PatchPlan, Plan, holder_of, settings_of
+from ..models.plan import BlockPlan, ChainPlan, PatchPlan, Plan, holder_of, settings_of
 from ..models.records import STATE
 from ..models.whole_runs import runs_as_steps
 from .confirm import confirm
 from .find_blocks import find_blocks, make_plan
 from .find_chains import find_chains
+from .find_parts import find_parts
 from .find_patch_layers import PatchLayer, find_patch_layers, make_patch_plan
 from .layer_kinds import Unfusable, others_of, takes_keywords
 from .report import FuseReport
@@ -86,12 +89,14 @@ def fuse(model: nn.Module, *, recompute: int | None = None, strict: bool = False
         _give(module, plan)
     for module, chain in find_chains(model, {id(module) for module, _ in plans}):
         _give(module, chain)
+    for module, chain in find_parts(model):
+        _give(module, chain)
     return report
 
 
 def _give(module: nn.Module, plan: Plan) -> None:
     if not isinstance(module, FusedModule):
-        module.__class__ = fused_class(type(module))
+        module.__class__ = fused_class(type(module), isinstance(plan, ChainPlan) and bool(plan.parts))
     state = state_of(module)
     if state is None or state.plan != plan:
         set_plan(module, plan)
@@ -108,7 +113,7 @@ def unfuse(model: nn.Module) -> None:
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
     fused = {name: module for name, module in model.named_modules() if isinstance(module, FusedHost)}
     for name, module in fused.items():
-        if type(module) is not fused_class(module._convnext_fast_host):
+        if not _is_plainly_fused(module):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             raise ValueError(
                 f"{name or 'the model'} was given the class {kind} after fuse(), which hides the host's: "
@@ -133,9 +138,10 @@ class FusedHost(FusedModule):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the host's class: ours cannot be imported by name."""
         reduced = super().__reduce_ex__(max(int(protocol), 2))
-        if type(self) is not fused_class(self._convnext_fast_host):
+        if not _is_plainly_fused(self):
             return reduced
-        return _new, (self._convnext_fast_host,), *reduced[2:]
+        host = self._convnext_fast_host
+        return _new, (host, type(self) is fused_class(host, True)), *reduced[2:]
 
 
 @runs_as_steps
@@ -149,18 +155,42 @@ class FusedHostWithKeywords(FusedHost):
 
 
 @functools.cache
-def fused_class(host: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a host's class that runs the fused ops; it has the host's name."""
+def fused_class(host: type[nn.Module], of_parts: bool) -> type[nn.Module]:
+    """The subclass of a host's class that runs the fused ops; it has the host's name.
+
+    of_parts: whether it does more than call its parts one after another (see `ChainPlan`).
+    """
     base = FusedHostWithKeywords if takes_keywords(host.forward) else FusedHost
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {name: getattr(host, name) for name in names}
     namespace |= {"_convnext_fast_host": host, "_plain_forward": host.forward}
+    if of_parts:
+        namespace["forward"] = _with_parts_ahead(host.forward)
     return type(host.__name__, (base, host), namespace)
 
 
-def _new(host: type[nn.Module]) -> nn.Module:
+def _is_plainly_fused(module: FusedHost) -> bool:
+    """Whether no other library gave ``module`` a class on top of ours."""
+    host = module._convnext_fast_host
+    return type(module) in (fused_class(host, False), fused_class(host, True))
+
+
+def _with_parts_ahead(forward: Any) -> Any:
+    """A host's forward; what its parts give out is computed before, as one sequence."""
+
+    @functools.wraps(forward)
+    def ahead(self: FusedHost, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        with computed_ahead(self, (*args, *kwargs.values())):
+            return forward(self, *args, **kwargs)
+
+    return ahead
+
+
+def _new(host: type[nn.Module], of_parts: bool = False) -> nn.Module:
     """A fused module without its state."""
-    kind = fused_class(host)
+    kind = fused_class(host, of_parts)
     return kind.__new__(kind)
 
 

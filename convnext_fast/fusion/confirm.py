@@ -8,6 +8,10 @@ it calls. Neither the module nor the caller's random streams change.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -102,3 +106,45 @@ def confirm_chain(container: nn.Module) -> None:
                 raise Unfusable(f"its forward fails on {tuple(x.shape)} float32: {error}") from error
             if not isinstance(actual, Tensor) or not torch.equal(actual, expected):
                 raise Unfusable("its forward does more than call what it holds")
+
+
+class _Witness(nn.Module):
+    """A stand-in for a part, which writes down its calls: its number, the input, the output, the random state."""
+
+    def __init__(self, number: int, calls: list[tuple[int, Tensor, Tensor, Tensor]]):
+        super().__init__()
+        self.number, self.calls = number, calls
+
+    def forward(self, x: Tensor, **_: object) -> Tensor:
+        y = x + 1
+        self.calls.append((self.number, x, y, torch.get_rng_state()))
+        return y
+
+
+@torch.no_grad()
+def calls_in_turn(module: nn.Module, parts: Sequence[nn.Module]) -> bool:
+    """Whether ``module`` calls each of these parts once, in this order, on what the one before gave out.
+
+    It runs with a stand-in for each. An error after the last call does not count, for the stand-ins' results have
+    other shapes. Between the calls it may neither change a result nor draw random numbers.
+    """
+    if len(set(map(id, parts))) < len(parts):
+        return False
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for training in (False, True):
+            calls: list[tuple[int, Tensor, Tensor, Tensor]] = []
+            copies: dict[int, object] = {id(part): _Witness(i, calls) for i, part in enumerate(parts)}
+            copy = probe_copy(module, copies).train(training)
+            x, state = torch.randn(SAMPLES, 3, HEIGHT, WIDTH, device="cpu"), torch.get_rng_state()
+            with contextlib.suppress(Exception):
+                type(module).forward(copy, x)
+            if [number for number, *_ in calls] != list(range(len(parts))):
+                return False
+            for _, given, y, drawn in calls:
+                if given is not x or not torch.equal(drawn, state):
+                    return False
+                x = y
+            if any(y._version for _, _, y, _ in calls):
+                return False
+    return True

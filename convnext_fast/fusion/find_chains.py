@@ -33,7 +33,8 @@ def _collect(
     if id(module) in seen:
         return seen[id(module)]
     seen[id(module)] = count = None  # of a module that is called within itself
-    if id(module) in fused or state_of(module) is not None:
+    state = state_of(module)
+    if id(module) in fused or (state is not None and not (isinstance(state.plan, ChainPlan) and state.plan.parts)):
         count = 1
     elif type(module).forward is nn.Identity.forward:
         count = 0

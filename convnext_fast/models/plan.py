@@ -91,12 +91,13 @@ class PatchPlan(NamedTuple):
 class ChainPlan(NamedTuple):
     """A container that calls what it holds, one module after another, and does nothing else.
 
-    A list stands for the modules in it.
+    A list stands for the modules in it. With ``parts`` it does other things, too: the models of transformers are such.
 
     Attributes:
         children: names of what it holds; None where these may change, as in a `torch.nn.Sequential`.
         watched: the lists in it, which are not called.
         names, values: plain attributes of the container.
+        parts: the modules that it calls one after another, wherever they are in it, if it does more than that.
         fused: whether the plan is to be used at all.
     """
 
@@ -104,6 +105,7 @@ class ChainPlan(NamedTuple):
     watched: tuple[Watched, ...] = ()
     names: tuple[str, ...] = ()
     values: tuple[Any, ...] = ()
+    parts: tuple[Path, ...] = ()
     fused: bool = True
 
 

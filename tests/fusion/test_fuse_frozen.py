@@ -94,7 +94,7 @@ HOSTS = {
     "transformers, dinov3": lambda: DINOv3ConvNextModel(DINOv3ConvNextConfig(**DINOV3)),
     "written": written,
 }
-RUNS = {"transformers": [2, 2, 3], "transformers, dinov3": [3, 2, 2, 2], "written": [6]}
+RUNS = {"transformers": [8], "transformers, dinov3": [3, 2, 2, 2], "written": [6]}
 """How many steps each run of kernels has."""
 FROZEN = {"transformers": 8, "transformers, dinov3": 9, "written": 6}
 
