@@ -248,7 +248,7 @@ def test_bad_input():
 
 
 def test_modes_between_the_body_and_its_parts(image):
-    """What a part computes under hooks on saved tensors, or in another mode of autograd or autocast, is computed there."""
+    """What a part computes under hooks on saved tensors, or in another mode, is computed there."""
     saved = []
     model = host()
     fuse(model).freeze()
