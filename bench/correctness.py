@@ -79,7 +79,7 @@ def _against_float64(case: OpCase, device: torch.device) -> dict[str, Any]:
 
 
 def _deterministic(case: OpCase, device: torch.device, runs: int = 4) -> dict[str, Any]:
-    """Four calls: the first runs as it is written, the second is recorded on a GPU, and those after it are replayed."""
+    """Four calls: the first is recorded on a GPU, and those after it are replayed."""
     inputs = case.inputs(device)
     first, *others = (results(case, case.form(True), inputs) for _ in range(runs))
     return {"passed": all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))}

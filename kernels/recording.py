@@ -7,7 +7,7 @@ never used at the same time overlap.
 
 from __future__ import annotations
 
-import itertools
+import bisect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -109,9 +109,13 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
-        self.spans = [_span(tensor) for tensor in given]
-        apart = all(one[1] <= other[0] for one, other in itertools.pairwise(sorted(self.spans)))
-        self.faithful = apart and all(tensor.numel() for tensor in given)
+        self.spans: list[tuple[int, int]] = []
+        self.starts: list[int] = []  # of the newest spans, in order, and their numbers
+        self.numbers: list[int] = []
+        self.faithful = all(tensor.numel() for tensor in given)
+        for tensor in given:
+            self.add(_span(tensor))
+        self.faithful &= len(self.starts) == len(given)  # they lie apart
         self.allocations: dict[int, Allocation] = {}
         self.launches: list[Launch] = []
 
@@ -119,7 +123,7 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS and out.numel():
             self.allocations[len(self.spans)] = _allocation(out)
-            self.spans.append(_span(out))
+            self.add(_span(out))
         elif not func.is_view:
             self.faithful = False
         return out
@@ -137,12 +141,22 @@ class _Recorder(TorchDispatchMode):
         noted = [self.place(each.data_ptr()) if isinstance(each, Tensor) else each for each in parameters]
         self.launches.append(Launch(kernel, (*grid, 1, 1)[:3], noted))
 
+    def add(self, span: tuple[int, int]) -> None:
+        """Number a span of addresses; earlier ones that it overlaps are no more."""
+        low, high = span
+        first = bisect.bisect_right(self.starts, low)
+        if first and self.spans[self.numbers[first - 1]][1] > low:
+            first -= 1
+        last = bisect.bisect_left(self.starts, high)
+        self.starts[first:last], self.numbers[first:last] = [low], [len(self.spans)]
+        self.spans.append(span)
+
     def place(self, address: int) -> Place:
         """Where ``address`` lies."""
-        for number in reversed(range(len(self.spans))):
-            low, high = self.spans[number]
-            if low <= address < high:
-                return Place(number, address - low)
+        at = bisect.bisect_right(self.starts, address) - 1
+        number = self.numbers[at] if at >= 0 else -1
+        if number >= 0 and address < self.spans[number][1]:
+            return Place(number, address - self.spans[number][0])
         self.faithful = False  # as with tensors that the call did not get and did not allocate
         return Place(-1, address)
 

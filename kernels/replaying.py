@@ -2,10 +2,10 @@
 
 Which form of a kernel runs, in which configuration, on what grid and with what memory between the launches, depends on
 the shapes, strides, dtypes and alignments of a call's tensors and on its other arguments, never on values. Working
-this out takes the host longer than most kernels run. So the first call of its kind runs normally (it compiles and may
-tune), the second is recorded as a plan (recording.py), and later ones repeat the plan with the addresses of their own
-tensors. On NVIDIA that is one call of C (native_plan.py); without a C compiler, Python repeats the plan. A call that
-does anything except allocate, take views and launch is not recorded.
+this out takes the host longer than most kernels run. So the first call of its kind is recorded as a plan (recording.py),
+and later ones repeat the plan with the addresses of their own tensors. On NVIDIA that is one call of C
+(native_plan.py); without a C compiler, Python repeats the plan. A call that does anything except allocate, take views
+and launch is not recorded. As the first may tune kernels, the second has another chance.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Calls:
     """What is remembered of the calls of one function.
 
     Attributes:
-        kinds: for each kind of call its plan; None where there can be none, "once" after the first call.
+        kinds: for each kind of call its plan; None where there can be none, "again" where the first call had none.
         native: the plans that C repeats, by C's own key, which tells no fewer kinds apart but for negative views:
             who calls resolves them.
     """
@@ -75,19 +75,18 @@ class Calls:
     def run(self, args: tuple) -> Any:
         """The results of any call."""
         kind = kind_of(args) if serves(args[0]) else None
-        known = self.kinds.get(kind, "never") if kind is not None else None
+        known = self.kinds.get(kind, "new") if kind is not None else None
+        if known is None:
+            return self.function(*args)
         if isinstance(known, Known):
             with current(args[0]):
                 return self._repeat(known, args)
-        if known == "once":
-            results, plan = record(self.function, args)
-            self.kinds[kind] = plan and Known(plan, native_plan.build(plan, args[0]))
-            return results
-        if known == "never":
-            if len(self.kinds) >= MOST:
-                self.forget()
-            self.kinds[kind] = "once"
-        return self.function(*args)
+        results, plan = record(self.function, args)
+        if len(self.kinds) >= MOST:
+            self.forget()
+        without = "again" if known == "new" else None
+        self.kinds[kind] = without if plan is None else Known(plan, native_plan.build(plan, args[0]))
+        return results
 
     def _repeat(self, known: Known, args: tuple) -> Any:
         """C finds no plan for this call, or may not repeat it: launch hooks are set, or another device was current."""

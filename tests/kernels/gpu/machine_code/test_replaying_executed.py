@@ -214,9 +214,8 @@ def test_repeats_bit_for_bit(repeating, name, dtype, every):
     for arguments in given if every else given[-1:]:
         repeating.repeats = 0
         repeating(name, scaled(arguments, 1.0))
-        for factor in (0.5, 0.75):
-            other = scaled(arguments, factor)
-            assert_same_bits(repeating(name, other), as_written(name, other))
+        other = scaled(arguments, 0.5)
+        assert_same_bits(repeating(name, other), as_written(name, other))
         assert repeating.repeats == (name not in DO_MORE)
 
 
@@ -240,7 +239,7 @@ def test_patches_that_cover_the_image_are_recorded(repeating):
         "frozen_downsample_fwd": (x, packed, bias, eps, dtype),
     }
     for number, (name, given) in enumerate(calls.items(), 1):
-        for factor in (1.0, 0.5, 0.75):
+        for factor in (1.0, 0.5):
             other = scaled(given, factor)
             assert_same_bits(repeating(name, other), as_written(name, other))
         assert repeating.repeats == number
@@ -257,7 +256,7 @@ def test_blocks_one_after_another_are_one_plan(repeating):
             x = gpu.frozen_block_fwd.__wrapped__(x, FrozenBlock(*block), eps, act, dtype)
         return x
 
-    for factor in (1.0, 0.5, 0.75):
+    for factor in (1.0, 0.5):
         given = scaled((x, (tuple(weights), scaled(tuple(weights), 0.9), tuple(weights))), factor)
         given = (given[0], tuple(scaled(block, 1.0) for block in given[1]))  # memory of its own for each
         assert_same_bits(repeating(chain, given), as_written(chain, given))
@@ -270,7 +269,7 @@ def test_blocks_of_a_group_are_one_plan(repeating):
     torch.manual_seed(0)
     x, *flat = cases("block_fwd", torch.bfloat16)[0]
     drop_scale, eps, act, _, dtype = flat[9:]
-    for factor in (1.0, 0.5, 0.75):
+    for factor in (1.0, 0.5):
         blocks = tuple(
             (BlockWeights(*scaled(flat[:9], each * factor)), scaled(drop_scale, 1.0), eps, act, 1) for each in (1, 0.9)
         )
@@ -288,7 +287,7 @@ def test_blocks_of_a_group_are_one_plan(repeating):
 def test_what_a_compiled_model_calls(repeating):
     torch.manual_seed(0)
     x, weight = torch.randn(1, 5, 9, 16).bfloat16(), torch.randn(16, 1, 7, 7)
-    for factor in (1.0, 0.5, 0.75):
+    for factor in (1.0, 0.5):
         given = (*scaled((x, weight), factor), None, None, torch.bfloat16, torch.bfloat16, False, True)
         assert_same_bits(repeating("dwconv", given), as_written("dwconv", given))
     assert repeating.repeats == 1
@@ -300,10 +299,10 @@ def test_what_a_compiled_model_calls(repeating):
     ids=["alignment", "size", "dtype"],
 )
 def test_different_calls_have_their_own_records(repeating, other):
-    for _ in range(3):
+    for _ in range(2):
         repeating("patchify_stem_fwd", stem())
     assert repeating.repeats == 1
-    for repeats in (1, 1, 2):
+    for repeats in (1, 2):
         given = stem(**other)
         assert_same_bits(repeating("patchify_stem_fwd", given), as_written("patchify_stem_fwd", given))
         assert repeating.repeats == repeats
@@ -311,10 +310,10 @@ def test_different_calls_have_their_own_records(repeating, other):
 
 def test_tf32_has_its_own_record(repeating):
     given, switch = stem(), torch.backends.cuda.matmul
-    exact = [repeating("patchify_stem_fwd", given) for _ in range(3)][2]
+    exact = [repeating("patchify_stem_fwd", given) for _ in range(2)][1]
     switch.allow_tf32 = True
     try:
-        rounded = [repeating("patchify_stem_fwd", given) for _ in range(3)][2]
+        rounded = [repeating("patchify_stem_fwd", given) for _ in range(2)][1]
     finally:
         switch.allow_tf32 = False
     assert repeating.repeats == 2
@@ -359,7 +358,7 @@ def test_an_empty_batch_is_not_recorded(repeating):
 
 def test_records_are_bounded(repeating, monkeypatch):
     monkeypatch.setattr(replaying, "MOST", 2)
-    for side in (8, 12, 16, 8, 8, 8):
+    for side in (8, 12, 16, 8, 8):
         repeating("patchify_stem_fwd", stem(side=side))
         assert len(calls_of("patchify_stem_fwd").kinds) <= 2
         assert len(calls_of("patchify_stem_fwd").native) <= 2
