@@ -5,12 +5,21 @@ import json
 import hollow_support
 
 ASKED = {
-    "inference": {"fused": 0.5, "frozen": 0.2, "fuse(timm)": 0.5, "fuse(transformers)": 0.5},
+    "inference": {
+        "fused": 0.5,
+        "frozen": 0.2,
+        "fuse(timm)": 0.5,
+        "fuse(transformers)": 0.5,
+        "fuse(timm) frozen": 0.2,
+        "fuse(transformers) frozen": 0.2,
+    },
     "training": {"fused": 0.4, "fused recompute 0": 0.45, "fuse(timm)": 0.4, "fuse(transformers)": 0.4},
     "training autocast": {"fused": 0.45, "fused recompute 0": 0.45, "fuse(timm)": 0.45, "fuse(transformers)": 0.45},
 }
 """Of the best eager contender's time."""
-ROOM = 1.5  # for a busy machine, whose caches others fill: runs on one machine differ by a quarter
+ROOM = 1.15
+RUNS = 3
+"""At most, for other work on the machine fills the caches: each figure has to be reached in one of them."""
 LAUNCHES = {
     "inference": {"fused": 76, "frozen": 55, "fuse(timm)": 76, "fuse(transformers)": 76},
     "training": {"fused": 235, "fused recompute 0": 235, "fuse(timm)": 237, "fuse(transformers)": 235},
@@ -18,15 +27,29 @@ LAUNCHES = {
 
 
 def test_the_host_is_not_what_a_step_waits_for(tmp_path):
-    names = ("eager", "eager transformers", "fused", "fused recompute 0", "frozen", "fuse(timm)", "fuse(transformers)")
-    script, output = hollow_support.ROOT / "bench" / "host.py", tmp_path / "output"
-    hollow_support.run(tmp_path, script, "--contenders", *names, "--rounds", "9", "--output", str(output))
-    rows = json.loads((output / "results.json").read_text())["rows"]
+    least: dict[tuple[str, str], float] = {}
+    for run in range(RUNS):
+        for (mode, name), row in rows_of_a_run(tmp_path / str(run)).items():
+            assert row["failure"] is None
+            assert row["launches"] == LAUNCHES.get(mode, {}).get(name, row["launches"])
+            least[mode, name] = min(row["of_best_eager"], least.get((mode, name), float("inf")))
+        above = {
+            (mode, name): least[mode, name]
+            for mode, asked in ASKED.items()
+            for name, ratio in asked.items()
+            if least[mode, name] > ROOM * ratio
+        }
+        if not above:
+            break
+    assert not above
+
+
+def rows_of_a_run(folder):
+    """By mode and contender."""
+    folder.mkdir()
+    names = dict.fromkeys(("eager", "eager transformers", *(name for asked in ASKED.values() for name in asked)))
+    script, output = hollow_support.ROOT / "bench" / "host.py", folder / "output"
+    hollow_support.run(folder, script, "--contenders", *names, "--rounds", "9", "--output", str(output))
     assert (output / "host.png").stat().st_size > 1000
-    assert [row["failure"] for row in rows if row["failure"]] == []
-    found = {(row["mode"], row["contender"]): row for row in rows}
-    for mode, asked in ASKED.items():
-        ratios = {name: found[mode, name]["of_best_eager"] for name in asked}
-        counted = LAUNCHES.get(mode, {})
-        assert {name: found[mode, name]["launches"] for name in counted} == counted
-        assert all(ratios[name] <= ROOM * asked[name] for name in asked), ratios
+    rows = json.loads((output / "results.json").read_text())["rows"]
+    return {(row["mode"], row["contender"]): row for row in rows}
