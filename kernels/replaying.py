@@ -1,16 +1,17 @@
 """Replay: calls of the kernels that repeat what an earlier call of the same kind did on the host.
 
 Which form of a kernel runs, in which configuration, on what grid and with what memory between the launches, depends on
-the shapes, strides, dtypes and alignments of a call's tensors and on its other arguments, never on values. Working
-this out takes the host longer than most kernels run. So the first call of its kind is recorded as a plan (recording.py),
-and later ones repeat the plan with the addresses of their own tensors. On NVIDIA that is one call of C
-(native_plan.py); without a C compiler, Python repeats the plan. A call that does anything except allocate, take views
-and launch is not recorded. As the first may tune kernels, the second has another chance.
+the shapes, strides, dtypes and alignments of a call's tensors and on its other arguments, never on values. Working this
+out takes the host longer than most kernels run. So the first call of its kind is recorded as a plan (recording.py), and
+later ones repeat the plan with the addresses of their own tensors. On NVIDIA that is one call of C (native_plan.py);
+without a C compiler, Python repeats the plan. A call that does anything except allocate, take views and launch is not
+recorded. As the first may tune kernels, the second has another chance.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +26,8 @@ from .recording import Plan, leaves, record
 Function = TypeVar("Function", bound=Callable)
 MOST = 512
 """The most kinds of calls remembered per function; when there are more, as with many sizes, all are dropped."""
+_RECORDING = threading.RLock()
+"""One thread at a time makes first calls: Triton would compile a kernel once in each thread that asks for it."""
 _VALUES = frozenset((type(None), int, float, str, bool, torch.dtype))
 
 
@@ -76,11 +79,17 @@ class Calls:
         """The results of any call."""
         kind = kind_of(args) if serves(args[0]) else None
         known = self.kinds.get(kind, "new") if kind is not None else None
+        if isinstance(known, str):
+            with _RECORDING:
+                known = self.kinds.get(kind, "new")  # another thread may have been first
+                if isinstance(known, str):
+                    return self._record(kind, known, args)
         if known is None:
             return self.function(*args)
-        if isinstance(known, Known):
-            with current(args[0]):
-                return self._repeat(known, args)
+        with current(args[0]):
+            return self._repeat(known, args)
+
+    def _record(self, kind: tuple[Hashable, ...], known: str, args: tuple) -> Any:
         results, plan = record(self.function, args)
         if len(self.kinds) >= MOST:
             self.forget()

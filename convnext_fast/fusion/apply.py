@@ -39,8 +39,8 @@ def fuse(model: nn.Module, *, recompute: int | None = None, strict: bool = False
     ``fully_shard`` afterwards. Blocks are recognised by their layers and confirmed by running a copy, so other
     implementations of the block are found too, and so are the patch layers of a model with such blocks. Calling it
     again returns a new report and changes only ``recompute``: a block that has changed since (hooks inside, a layer
-    replaced) runs its host's forward and is reported as left alone. The model cannot be given to ``torch.jit.script``
-    before `unfuse`.
+    replaced) runs its host's forward and is reported as left alone. `torch.jit.script` refuses the model until
+    `unfuse`.
 
     Args:
         model: any module; blocks of ``transformers``, ``timm`` and ``torchvision`` ConvNeXts are known to be found.

@@ -45,6 +45,13 @@ class FusedModule(nn.Module):
         y = fused_forward(self, x)
         return self._plain_forward(x) if y is None else y
 
+    def __prepare_scriptable__(self) -> Any:
+        """What `torch.jit.script` asks first."""
+        raise TypeError(
+            "torch.jit.script does not compile fused modules, which look at their layers in Python: "
+            "call unfuse(model) first, or use torch.jit.trace or torch.export, which take them as they are"
+        )
+
     def train(self, mode: bool = True) -> Any:
         """As `torch.nn.Module.train`; training mode undoes freezing."""
         if mode:

@@ -17,6 +17,8 @@ from ..kernels.weights import BlockWeights, ConvNorm, MlpWeights, NormConv, Save
 from .signatures import SIGNATURES
 
 Needs = Sequence[bool]
+REFERENCE = "plain PyTorch (fused=False of this package's models, unfuse(model) of others)"
+"""What computes the derivatives that the fused ops have not."""
 
 
 class Formulas(NamedTuple):
@@ -106,7 +108,7 @@ def refuse_batches(dy: Tensor) -> None:
     if torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy):
         raise NotImplementedError(
             "the fused ops cannot take a batch of output gradients (is_grads_batched, vectorize): "
-            "expected one at a time, or the plain reference with fused=False"
+            f"expected one at a time, or {REFERENCE}"
         )
 
 

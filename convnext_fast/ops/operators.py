@@ -66,7 +66,7 @@ def _run(ctx: Any, name: str, *arguments: Any) -> Any:
 
 def _no_second_derivative(ctx: Any, *_: object) -> Gradients:
     raise NotImplementedError(
-        "the fused ops have no second derivatives: take the plain reference with fused=False, or torch.func, which does"
+        f"the fused ops have no second derivatives: take {autograd.REFERENCE}, or torch.func, which does"
     )
 
 

@@ -416,3 +416,22 @@ def test_an_address_is_in_the_newest_memory_that_has_it():
             assert place == (homes[0], address - spans[homes[0]][0]) if homes else place.memory == -1
             hits += bool(homes)
     assert hits
+
+
+def test_first_calls_of_several_threads_are_made_once(device):
+    """The others wait, for Triton compiles in the first call, and repeat the plan."""
+    made, together, written = [], threading.Barrier(6), scaled(Kernel())
+
+    def function(x, weight):
+        made.append(x)
+        time.sleep(0.05)
+        return written(x, weight)
+
+    call = replaying.replayed(function)
+    threads = [threading.Thread(target=lambda: together.wait() < 6 and call(X, WEIGHT)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert len(device.launches) == 5 * 3
