@@ -9,9 +9,11 @@ it calls. Neither the module nor the caller's random streams change.
 from __future__ import annotations
 
 import contextlib
+import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,21 @@ SAMPLES, HEIGHT, WIDTH = 8, 2, 3
 RATE = 0.4
 BOUND = 1e-4
 """Bound of the relative error, far above rounding. Similar activations were already distinguished in float64."""
+
+
+@contextlib.contextmanager
+def _trial() -> Iterator[None]:
+    """Runs of a host's code that leave nothing behind: no random numbers drawn, no warnings."""
+    states = random.getstate(), np.random.get_state()
+    # `torch.manual_seed` would seed the accelerators' streams too.
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.default_generator.manual_seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 class _StandIn(nn.Module):
@@ -44,9 +61,7 @@ def confirm(module: nn.Module, plan: BlockPlan | PatchPlan) -> None:
     Raises:
         Unfusable: they compute different things.
     """
-    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-        # `torch.manual_seed` would seed the accelerators' streams too.
-        torch.default_generator.manual_seed(0)
+    with _trial():
         copies: dict[int, object] = {}
         if isinstance(plan, BlockPlan):
             what, height, width = "a ConvNeXt block", HEIGHT, WIDTH
@@ -91,8 +106,7 @@ def confirm_chain(container: nn.Module) -> None:
     Raises:
         Unfusable: it does not call them one after another and nothing else.
     """
-    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-        torch.default_generator.manual_seed(0)
+    with _trial():
         copies: dict[int, object] = {}
         x = expected = torch.randn(SAMPLES, 4, HEIGHT, WIDTH, dtype=torch.float32, device="cpu")
         for i, child in enumerate(called_by(container)):
@@ -130,8 +144,7 @@ def calls_in_turn(module: nn.Module, parts: Sequence[nn.Module]) -> bool:
     """
     if len(set(map(id, parts))) < len(parts):
         return False
-    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _trial():
         for training in (False, True):
             calls: list[tuple[int, Tensor, Tensor, Tensor]] = []
             copies: dict[int, object] = {id(part): _Witness(i, calls) for i, part in enumerate(parts)}

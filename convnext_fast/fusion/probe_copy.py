@@ -18,6 +18,7 @@ def probe_copy(module: nn.Module, copies: dict[int, object] | None = None) -> nn
         return copies[id(module)]  # type: ignore[return-value]
     copy = copies[id(module)] = object.__new__(type(module))
     for name, value in vars(module).items():
+        value = value.copy() if type(value) in (list, dict, set) else value  # for what a forward writes down
         copy.__dict__[name] = OrderedDict() if "hooks" in name else value
     for name in ("_parameters", "_buffers"):
         tensors = {}

@@ -37,7 +37,7 @@ from transformers import (
 from transformers.models.convnext.modeling_convnext import ConvNextDropPath
 
 import convnext_fast
-from convnext_fast import ConvNext, fuse, unfuse
+from convnext_fast import fuse, unfuse
 
 
 def config(kind=ConvNextConfig, seed=0, **fields):
@@ -421,20 +421,6 @@ def test_exports_packages_and_traces(image, tmp_path):
     stage = model.model.convnext.encoder.stages[0].layers[0]
     x = torch.randn(2, 8, 6, 5)
     assert relative_error(torch.fx.symbolic_trace(stage)(x), stage(x)) <= FLOAT32_BOUND
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("make", [tiny, lambda: ConvNext("atto")])
-def test_scripting_is_refused_by_name(make):
-    """`torch.jit.script` asks each module first; nothing about the model has changed then."""
-    model = make()
-    fuse(model)
-    kinds = list(map(type, model.modules()))
-    with pytest.raises(
-        TypeError, match=r"torch.jit.script does not compile fused modules.* call unfuse\(model\) first"
-    ):
-        torch.jit.script(model)
-    assert list(map(type, model.modules())) == kinds
 
 
 @pytest.mark.filterwarnings("ignore")
