@@ -19,9 +19,9 @@ from .confirm import calls_in_turn
 def find_parts(model: nn.Module) -> list[tuple[nn.Module, ChainPlan]]:
     """The modules in ``model``, which is fused already, with their plans.
 
-    ``model`` itself stays as it is, for its class is what other code looks at.
+    ``model`` itself stays as it is, for its class is what other code looks at, and so do this package's own.
     """
-    return [found for child in model.children() for found in _find(child)]
+    return [] if isinstance(model, ConvNextSwitches) else [f for child in model.children() for f in _find(child)]
 
 
 def _find(module: nn.Module) -> Iterator[tuple[nn.Module, ChainPlan]]:

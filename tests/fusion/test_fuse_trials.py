@@ -51,8 +51,6 @@ def test_scripting_is_refused_by_name(make):
     model = make()
     fuse(model)
     kinds = list(map(type, model.modules()))
-    with pytest.raises(
-        TypeError, match=r"torch.jit.script does not compile .* call unfuse\(model\) first"
-    ):
+    with pytest.raises(TypeError, match=r"torch.jit.script does not compile .* call unfuse\(model\) first"):
         torch.jit.script(model)
     assert list(map(type, model.modules())) == kinds
