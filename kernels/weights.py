@@ -45,6 +45,7 @@ class BlockWeights(NamedTuple):
     """A block: dwconv_weight (C, 1, k, k), dwconv_bias (C,) or None, LayerNorm's affine (C,), and `MlpWeights`.
 
     ln_weight and ln_bias are None where they are folded into w1 and b1, dwconv_weight where the MLP runs alone.
+    grn_weight and grn_bias (K,): of a ConvNeXt V2 block's global response norm; None for V1, which has none.
     """
 
     dwconv_weight: Tensor | None
@@ -56,9 +57,11 @@ class BlockWeights(NamedTuple):
     w2: Tensor
     b2: Tensor
     gamma: Tensor | None
+    grn_weight: Tensor | None = None
+    grn_bias: Tensor | None = None
 
     def mlp(self) -> MlpWeights:
-        """The part after LayerNorm; neither a property nor a slice, which PyTorch 2.9 does not compile here."""
+        """The linear layers and γ; neither a property nor a slice, which PyTorch 2.9 does not compile here."""
         return MlpWeights(self.w1, self.b1, self.w2, self.b2, self.gamma)
 
 
@@ -67,7 +70,7 @@ class FrozenBlock(NamedTuple):
 
     dwconv_weight: (C, 1, k, k) and dwconv_bias: (C,) or None; w1: (K, C) and w2: (C, K) in the compute dtype; b1:
     (2, K), the bias and the row sums of w1, by which a GEMM normalises in its epilogue, and b2: (C,), both in at least
-    float32.
+    float32. grn_weight: (K,) of a V2 block, whose grn_bias is folded into b2; None for V1.
     """
 
     dwconv_weight: Tensor
@@ -76,6 +79,7 @@ class FrozenBlock(NamedTuple):
     b1: Tensor
     w2: Tensor
     b2: Tensor
+    grn_weight: Tensor | None = None
 
 
 class FrozenDownsample(NamedTuple):
@@ -91,10 +95,12 @@ class FrozenDownsample(NamedTuple):
 class Saved(NamedTuple):
     """What a block keeps for its backward pass.
 
-    u: the convolution's output, statistics: LayerNorm's of it, a: the hidden units before the activation. Absent ones
-    are recomputed. Shapes and dtypes are the backend's own.
+    u: the convolution's output, statistics: LayerNorm's of it, a: the hidden units before the activation, norms: those
+    of the hidden units over each sample's pixels, by which GRN divides. Absent ones are recomputed, and V1 has no
+    norms. Shapes and dtypes are the backend's own.
     """
 
     u: Tensor | None
     statistics: Tensor | None
     a: Tensor | None
+    norms: Tensor | None = None

@@ -19,13 +19,21 @@ def block_parameters(channels, hidden, kernel, dtype, layer_scale=True, dwconv_b
         "gamma": (channels,) if layer_scale else None,
     }
 
-    def draw(shape):
-        if shape is None:
-            return None
-        scale = (shape[1:] and torch.Size(shape[1:]).numel() ** -0.5) or 1.0
-        return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+    return {name: _draw(shape, dtype) for name, shape in shapes.items()}
 
-    return {name: draw(shape) for name, shape in shapes.items()}
+
+def v2_parameters(channels, hidden, kernel, dtype, dwconv_bias=True):
+    """Those of `ops.convnext_v2_block` alike."""
+    parameters = block_parameters(channels, hidden, kernel, dtype, False, dwconv_bias)
+    del parameters["gamma"]
+    return {**parameters, **{name: _draw((hidden,), dtype) for name in ("grn_weight", "grn_bias")}}
+
+
+def _draw(shape, dtype):
+    if shape is None:
+        return None
+    scale = (shape[1:] and torch.Size(shape[1:]).numel() ** -0.5) or 1.0
+    return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype).requires_grad_()
 
 
 def activations(shape, dtype, layout):

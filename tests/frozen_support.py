@@ -13,7 +13,7 @@ def frozen_weights(channels, hidden, side):
 
 
 def plain_block(x, weights, act):
-    dwconv_weight, dwconv_bias, w1, b1, w2, b2 = (None if t is None else t.to(x.dtype) for t in weights)
+    dwconv_weight, dwconv_bias, w1, b1, w2, b2, _ = (None if t is None else t.to(x.dtype) for t in weights)
     ones, zeros = x.new_ones(x.shape[3]), x.new_zeros(x.shape[3])
     weights = dwconv_weight, dwconv_bias, ones, zeros, w1, b1[0], w2, b2
     return reference.convnext_block(x, *weights, None, None, 1e-6, act)

@@ -35,7 +35,8 @@ def forward_cases(dtype: torch.dtype) -> dict[str, list[tuple]]:
     x, image = (activations(shape, dtype, "contiguous") for shape in ((2, 5, 4, 8), (2, 3, 9, 8)))
     scale = torch.tensor([0.0, 1.25])
     full = list(block_parameters(8, 24, 7, dtype).values())
-    bare = [full[0], None, None, None, *full[4:8], None]
+    full += [None, None]
+    bare = [full[0], None, None, None, *full[4:8], None, None, None]
 
     def parameters(*shape):
         return torch.randn(shape, dtype=dtype).requires_grad_(), torch.randn(shape[0], dtype=dtype).requires_grad_()
@@ -48,7 +49,7 @@ def forward_cases(dtype: torch.dtype) -> dict[str, list[tuple]]:
         ],
         "dwconv_layernorm_fwd": [(x, *full[:4], EPS, dtype), (x, full[0], None, *affine, EPS, dtype)],
         "pointwise_mlp_fwd": [
-            (x, x.detach().clone(), *full[4:], scale, "silu", 0, dtype),
+            (x, x.detach().clone(), *full[4:9], scale, "silu", 0, dtype),
             (x, None, *full[4:8], None, None, ACT, 1, dtype),
         ],
         "patchify_stem_fwd": [(image, *stem, *affine, EPS, dtype), (image, stem[0], None, *affine, EPS, dtype)],
@@ -64,7 +65,7 @@ def cases(name: str, dtype: torch.dtype) -> list[tuple]:
         return forward[name]
     if name == "frozen_block_fwd":
         x, *full = _detached(forward["block_fwd"][0])
-        return [(x, *full[:2], full[4], torch.randn(2, 24), *full[6:8], EPS, ACT, dtype)]
+        return [(x, *full[:2], full[4], torch.randn(2, 24), *full[6:8], None, EPS, ACT, dtype)]
     if name == "frozen_downsample_fwd":
         x, _, _, weight, bias, *_ = _detached(forward["downsample_fwd"][0])
         return [(x, weight, bias.float(), EPS, dtype)]

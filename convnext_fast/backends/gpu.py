@@ -61,7 +61,7 @@ def block_fwd(
     act: str,
     recompute: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """y, and what ``recompute`` keeps of `Saved`; the statistics are the kernels' partial ones."""
     rows, weights = (-1, x.shape[3]), _dense(weights)
     u, statistics = dwconv_fwd(x, weights.dwconv_weight, weights.dwconv_bias, dtype)
@@ -72,8 +72,8 @@ def block_fwd(
         u.view(rows), statistics, x.view(rows), *folded, b2, gamma, drop_scale, _above_zero(eps), act, recompute == 0
     )
     if recompute >= 2:
-        return y.view(x.shape), None, None, None
-    return y.view(x.shape), u, statistics, a
+        return y.view(x.shape), None, None, None, None
+    return y.view(x.shape), u, statistics, a, None
 
 
 @replayed
@@ -91,7 +91,7 @@ def block_bwd(
 ) -> Gradients:
     """Gradients of x and of the weights."""
     rows, weights = (-1, x.shape[3]), _dense(weights)
-    u, statistics, a = saved
+    u, statistics, a, _ = saved
     if u is None:
         u, statistics = dwconv_fwd(x, weights.dwconv_weight, weights.dwconv_bias, dtype)
     folded = fold_fwd(weights, dtype, layer_scale=True)
@@ -111,7 +111,7 @@ BlockCall = tuple[BlockWeights, Tensor | None, float, str, int]
 def blocks_fwd(x: Tensor, blocks: tuple[BlockCall, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     """Several blocks that run one after another, all launches as one plan.
 
-    Returns what the first block keeps (the three of `Saved`), its y, what the second one keeps, its y, and so on.
+    Returns what the first block keeps (the four of `Saved`), its y, what the second one keeps, its y, and so on.
     """
     results: list[Tensor | None] = []
     for block in blocks:
@@ -145,7 +145,7 @@ def blocks_bwd(
 def frozen_block_fwd(x: Tensor, weights: FrozenBlock, eps: float, act: str, dtype: torch.dtype) -> Tensor:
     """The block on folded weights, w1 and w2 in T."""
     rows = (-1, x.shape[3])
-    dwconv_weight, dwconv_bias, w1, b1, w2, b2 = _dense(weights)
+    dwconv_weight, dwconv_bias, w1, b1, w2, b2, _ = _dense(weights)
     u, statistics = dwconv_fwd(x, dwconv_weight, dwconv_bias, dtype)
     y, _ = mlp_fwd(u.view(rows), statistics, x.view(rows), w1, b1, w2, b2, None, None, _above_zero(eps), act, False)
     return y.view(x.shape)

@@ -44,8 +44,8 @@ class Backend(Protocol):
         act: str,
         recompute: int,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """y, then the three of `Saved`: ``a`` at level 0 of ``recompute``, u and a GPU's statistics below level 2."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """y, then the four of `Saved`: ``a`` at level 0 of ``recompute``; u, statistics and norms below 2."""
 
     def block_bwd(
         self,

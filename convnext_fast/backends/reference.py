@@ -50,6 +50,18 @@ def dwconv_layernorm(
     return layer_norm(dwconv(x, weight, bias, dtype=dtype), ln_weight, ln_bias, eps, dtype=dtype)
 
 
+def global_response_norm(
+    h: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """γ·h·N + β + h for N = G/(mean_k G + eps), G the norm of each unit k over the pixels of a sample.
+
+    h: (N, H, W, K); weight, bias: γ and β (K,). G is summed in at least float32.
+    """
+    h, weight, bias = _cast(dtype, h, weight, bias)
+    norms = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True, dtype=torch.promote_types(h.dtype, torch.float32))
+    return h + torch.addcmul(bias, weight, h * (norms / (norms.mean(-1, keepdim=True) + eps)).to(h.dtype))
+
+
 def pointwise_mlp(
     x: Tensor,
     residual: Tensor | None,
@@ -60,16 +72,22 @@ def pointwise_mlp(
     gamma: Tensor | None,
     drop_scale: Tensor | None,
     act: str,
+    grn_weight: Tensor | None = None,
+    grn_bias: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """residual + drop_scale · γ · (act(x·w1ᵀ + b1)·w2ᵀ + b2), per pixel.
 
     x, residual: (N, H, W, C) or None for no residual; w1: (K, C); w2: (C, K); gamma: (C,) or None for 1;
-    drop_scale: (N,), the drop-path factor of each sample, or None for 1.
+    drop_scale: (N,), the drop-path factor of each sample, or None for 1; grn_weight, grn_bias: (K,) of the global
+    response norm of act(…), or None for none.
     """
     x, residual, w1, b1, w2, b2, gamma, drop_scale = _cast(dtype, x, residual, w1, b1, w2, b2, gamma, drop_scale)
-    z = F.linear(ACTIVATION_FUNCTIONS[act](F.linear(x, w1, b1)), w2, b2)
+    h = ACTIVATION_FUNCTIONS[act](F.linear(x, w1, b1))
+    if grn_weight is not None:
+        h = global_response_norm(h, grn_weight, grn_bias, dtype=dtype)
+    z = F.linear(h, w2, b2)
     if gamma is not None:
         z = gamma * z
     if drop_scale is not None:
@@ -91,12 +109,14 @@ def convnext_block(
     drop_scale: Tensor | None,
     eps: float,
     act: str,
+    grn_weight: Tensor | None = None,
+    grn_bias: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """One ConvNeXt block: x + drop_path(γ · fc2(act(fc1(LayerNorm(dwconv(x))))))."""
+    """One ConvNeXt block: x + drop_path(γ · fc2(grn(act(fc1(LayerNorm(dwconv(x))))))), V1 without grn, V2 without γ."""
     n = dwconv_layernorm(x, dwconv_weight, dwconv_bias, ln_weight, ln_bias, eps, dtype=dtype)
-    return pointwise_mlp(n, x, w1, b1, w2, b2, gamma, drop_scale, act, dtype=dtype)
+    return pointwise_mlp(n, x, w1, b1, w2, b2, gamma, drop_scale, act, grn_weight, grn_bias, dtype=dtype)
 
 
 def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype | None = None) -> Tensor:

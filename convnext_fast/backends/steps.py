@@ -29,7 +29,7 @@ class Step(NamedTuple):
     Attributes:
         kind: which of them.
         weights: the model's own parameters. A block's linear weights may also be those of 1×1 convolutions,
-            (K, C, 1, 1), and its γ may have any shape of C elements.
+            (K, C, 1, 1), its γ may have any shape of C elements, and a global response norm's parameters any of K.
         eps: of the LayerNorm.
         act: of a block, one of ``config.ACTIVATIONS``.
         token: of a frozen part a tensor with which what is folded of the weights is kept; None of a stem.

@@ -4,20 +4,24 @@ import torch.fx
 
 from .functions import (
     convnext_block,
+    convnext_v2_block,
     downsample,
     dwconv_layernorm,
     frozen_block,
     frozen_downsample,
+    global_response_norm,
     patchify_stem,
     pointwise_mlp,
 )
 
 __all__ = [
     "convnext_block",
+    "convnext_v2_block",
     "downsample",
     "dwconv_layernorm",
     "frozen_block",
     "frozen_downsample",
+    "global_response_norm",
     "patchify_stem",
     "pointwise_mlp",
 ]

@@ -88,6 +88,12 @@ def check_pointwise(x: Tensor, weights: MlpWeights, drop_scale: Tensor | None) -
     check_tensor(x, "drop_scale", drop_scale, (x.shape[0],), optional=True)
 
 
+def check_grn(x: Tensor, weight: Tensor | None, bias: Tensor | None, hidden: int) -> None:
+    """A global response norm's parameters for this many hidden units."""
+    check_tensor(x, "grn_weight", weight, (hidden,))
+    check_tensor(x, "grn_bias", bias, (hidden,))
+
+
 def check_options(act: str, recompute: int) -> None:
     """A known activation and level of ``recompute``."""
     if act not in ACTIVATIONS:
@@ -142,6 +148,8 @@ def check_block(x: Tensor, weights: BlockWeights, drop_scale: Tensor | None, act
     check_dwconv(x, weights.dwconv_weight, weights.dwconv_bias)
     check_affine(x, weights.ln_weight, weights.ln_bias, x.shape[3], optional=True)
     check_pointwise(x, weights.mlp(), drop_scale)
+    if weights.grn_weight is not None:
+        check_grn(x, weights.grn_weight, weights.grn_bias, len(weights.w1))
     check_options(act, recompute)
     return check_dtypes(x, dwconv_weight=weights.dwconv_weight, w1=weights.w1, w2=weights.w2)
 
@@ -153,6 +161,7 @@ def check_frozen_block(x: Tensor, weights: FrozenBlock, act: str) -> torch.dtype
     check_dwconv(x, weights.dwconv_weight, weights.dwconv_bias)
     check_tensor(x, "b1", weights.b1, (2, rows_of(weights.w1, "w1")))
     check_pointwise(x, MlpWeights(weights.w1, weights.b1[0], weights.w2, weights.b2, None), None)
+    check_tensor(x, "grn_weight", weights.grn_weight, (len(weights.w1),), optional=True)
     check_options(act, 2)
     return check_dtypes(x, dwconv_weight=weights.dwconv_weight, w1=weights.w1, w2=weights.w2)
 
@@ -176,6 +185,14 @@ def check_mlp(
     check_pointwise(x, weights, drop_scale)
     check_options(act, recompute)
     return check_dtypes(x, w1=weights.w1, w2=weights.w2)
+
+
+@_once
+def check_norm(h: Tensor, weight: Tensor, bias: Tensor) -> torch.dtype:
+    """Of `functions.global_response_norm`."""
+    check_activation(h, "h")
+    check_grn(h, weight, bias, h.shape[3])
+    return check_dtypes(h)
 
 
 @_once

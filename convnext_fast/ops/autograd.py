@@ -44,7 +44,9 @@ def _save_block(ctx: Any, arguments: list[Any], kept: Gradients) -> None:
 
 def _block_bwd(ctx: Any, needs: Needs, dy: Tensor) -> tuple[Any, ...]:
     x, *tensors = ctx.saved_tensors
-    weights, drop_scale, saved = BlockWeights(*tensors[:9]), tensors[9], Saved(*map(present, tensors[10:]))
+    count = len(BlockWeights._fields)
+    weights, drop_scale = BlockWeights(*tensors[:count]), tensors[count]
+    saved = Saved(*map(present, tensors[count + 1 :]))
     return dy, x, saved, weights, drop_scale, ctx.eps, ctx.act, ctx.dtype, needs[0], any(needs[1:3])
 
 

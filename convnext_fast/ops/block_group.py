@@ -24,6 +24,8 @@ MOST = 9
 """Blocks in a group: the third stage of ConvNeXt-T, or a third of that of larger models."""
 
 _WEIGHTS = len(BlockWeights._fields)
+_KEPT = 1 + len(Saved._fields)
+"""What a block's backward needs besides its weights: x first."""
 
 
 def run(x: Tensor, blocks: tuple[BlockCall, ...], dtype: torch.dtype) -> Tensor:
@@ -58,13 +60,13 @@ class _Blocks(torch.autograd.Function):
         saved, scales = ctx.saved_tensors, _WEIGHTS * count
         blocks, wanted, inputs, own = [], [], [], []
         for i, option in enumerate(options):
-            at, kept = _WEIGHTS * i, scales + count + 4 * i
+            at, kept = _WEIGHTS * i, scales + count + _KEPT * i
             if not any(needs[: 1 + at + _WEIGHTS]):  # nothing before or in this block takes a gradient
                 continue
             wanted.append((any(needs[: 1 + at]), needs[1 + at] or needs[2 + at]))
             blocks.append((BlockWeights._make(saved[at : at + _WEIGHTS]), saved[scales + i], *option))
             inputs.append(saved[kept])
-            own.append(Saved._make(saved[kept + 1 : kept + 4]))
+            own.append(Saved._make(saved[kept + 1 : kept + _KEPT]))
         arguments = tuple(inputs), tuple(blocks), tuple(own), tuple(wanted), ctx.dtype
         dx, *gradients = _backward(dy.contiguous(), *arguments)
         absent = _WEIGHTS * (count - len(blocks))

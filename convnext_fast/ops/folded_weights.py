@@ -80,11 +80,11 @@ def _fold(step: Step) -> Folded:
 
 def flat_block(weights: BlockWeights) -> BlockWeights:
     """Those of a `steps.Step` as `ops.convnext_block` takes them."""
-    w1, w2, gamma = weights.w1, weights.w2, weights.gamma
-    if w1.dim() == 2 and (gamma is None or gamma.dim() == 1):
+    vectors = {name: getattr(weights, name) for name in ("gamma", "grn_weight", "grn_bias")}
+    if weights.w1.dim() == 2 and all(v is None or v.dim() == 1 for v in vectors.values()):
         return weights
-    w1, w2 = w1.flatten(1), w2.flatten(1)
-    return weights._replace(w1=w1, w2=w2, gamma=None if gamma is None else gamma.reshape(-1))
+    flat = {name: None if v is None else v.reshape(-1) for name, v in vectors.items()}
+    return weights._replace(w1=weights.w1.flatten(1), w2=weights.w2.flatten(1), **flat)
 
 
 _HOOKS: list[Any] = []

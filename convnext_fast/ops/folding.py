@@ -3,6 +3,8 @@
 With n = x̂·g + β and z scaled by γ, for x̂ the normalised activations:
 
     fc1(n) = x̂·(w1∘g)ᵀ + (b1 + w1·β)             γ·fc2(h) = h·(γ∘w2)ᵀ + γ·b2
+
+The bias of a global response norm, which is added to h, becomes part of b2: fc2(h + bias) = h·w2ᵀ + (b2 + w2·bias).
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ def freeze_block(
     w2: Tensor,
     b2: Tensor,
     gamma: Tensor | None,
+    grn_weight: Tensor | None = None,
+    grn_bias: Tensor | None = None,
 ) -> FrozenBlock:
     """The parameters of a block, folded in at least float32 and rounded once to the dtype of ``w1``.
 
@@ -32,11 +36,14 @@ def freeze_block(
     w1, b1, w2, b2 = w1.to(wide), b1.to(wide), w2.to(wide), b2.to(wide)
     b1 = torch.addmv(b1, w1, ln_bias.to(wide))
     w1 = (w1 * ln_weight.to(wide)).to(dtype)
+    if grn_bias is not None:
+        b2 = torch.addmv(b2, w2, grn_bias.to(wide))
     if gamma is not None:
         w2, b2 = w2 * gamma.to(wide)[:, None], b2 * gamma.to(wide)
     b1 = torch.stack((b1, w1.sum(1, dtype=wide)))
     dwconv_bias = None if dwconv_bias is None else dwconv_bias.clone()
-    return FrozenBlock(dwconv_weight.clone(), dwconv_bias, w1, b1, w2.to(dtype, copy=True), b2.clone())
+    grn_weight = None if grn_weight is None else grn_weight.clone()
+    return FrozenBlock(dwconv_weight.clone(), dwconv_bias, w1, b1, w2.to(dtype, copy=True), b2.clone(), grn_weight)
 
 
 def freeze_downsample(ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None) -> FrozenDownsample:

@@ -19,10 +19,12 @@ from . import arguments, call
 
 __all__ = [
     "convnext_block",
+    "convnext_v2_block",
     "downsample",
     "dwconv_layernorm",
     "frozen_block",
     "frozen_downsample",
+    "global_response_norm",
     "patchify_stem",
     "pointwise_mlp",
 ]
@@ -68,14 +70,55 @@ def convnext_block(
         ValueError: a shape, a device or an option is not as above.
     """
     weights = BlockWeights(dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma)
+    return _block(x, weights, drop_scale, eps, act, recompute)
+
+
+def convnext_v2_block(
+    x: Tensor,
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    grn_weight: Tensor,
+    grn_bias: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    drop_scale: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    act: str = "gelu",
+    recompute: int = 1,
+) -> Tensor:
+    """x + drop_scale · fc2(GRN(act(fc1(LayerNorm(dwconv(x)))))), one block of ConvNeXt V2 (section 3.2 of its paper).
+
+    Args:
+        grn_weight, grn_bias: (K,), γ and β of `global_response_norm`, here with its default epsilon.
+        x, eps, act, recompute and the other tensors: as in `convnext_block`.
+
+    Returns:
+        (N, H, W, C), contiguous.
+
+    Raises:
+        TypeError, ValueError: as `convnext_block`.
+    """
+    weights = BlockWeights(dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, None, grn_weight, grn_bias)
+    if grn_weight is None:
+        raise TypeError("grn_weight is None: expected a tensor (K,); a block without it is a convnext_block")
+    return _block(x, weights, drop_scale, eps, act, recompute)
+
+
+def _block(x: Tensor, weights: BlockWeights, drop_scale: Tensor | None, eps: float, act: str, recompute: int) -> Tensor:
+    gamma, grn = weights.gamma, (weights.grn_weight, weights.grn_bias)
     dtype = arguments.check_block(x, weights, drop_scale, act, recompute)
     if gamma is not None:
         x = x.to(torch.promote_types(x.dtype, gamma.dtype))
     backend = choose.select(x.device, dtype)
-    if backend == "reference":
-        ln_weight, ln_bias = _affine(x, ln_weight, ln_bias)
+    if backend == "reference" or grn[0] is not None:
+        ln_weight, ln_bias = _affine(x, weights.ln_weight, weights.ln_bias)
         weights = weights._replace(ln_weight=ln_weight, ln_bias=ln_bias)
-        return reference.convnext_block(x, *weights, drop_scale, eps, act)
+        return reference.convnext_block(x, *weights[:4], *weights.mlp(), drop_scale, eps, act, *grn)
     if not torch.is_grad_enabled():
         recompute = 2
     return call.run("block_fwd", backend, x.contiguous(), weights, drop_scale, eps, act, recompute, dtype)
@@ -89,24 +132,27 @@ def frozen_block(
     b1: Tensor,
     w2: Tensor,
     b2: Tensor,
+    grn_weight: Tensor | None = None,
     *,
     eps: float = 1e-6,
     act: str = "gelu",
 ) -> Tensor:
     """`convnext_block` on what `folding.freeze_block` made of its parameters, without drop path.
 
-    x: (N, H, W, C); w1, b1, w2, b2: see `weights.FrozenBlock`. If a gradient is needed, or autocast has another
-    dtype than ``w1``, this is `convnext_block` with these weights.
+    x: (N, H, W, C); w1, b1, w2, b2, and grn_weight of a block of ConvNeXt V2: see `weights.FrozenBlock`. If a gradient
+    is needed, or autocast has another dtype than ``w1``, this is `convnext_block` with these weights.
 
     Raises:
         TypeError, ValueError: as `convnext_block`.
     """
-    weights = FrozenBlock(dwconv_weight, dwconv_bias, w1, b1, w2, b2)
+    weights = FrozenBlock(dwconv_weight, dwconv_bias, w1, b1, w2, b2, grn_weight)
     dtype = arguments.check_frozen_block(x, weights, act)
     backend = choose.select(x.device, dtype)
-    if w1.dtype != dtype or call.wants_gradient(x, *weights) or backend == "reference":
+    served = backend != "reference" and grn_weight is None
+    if w1.dtype != dtype or call.wants_gradient(x, *weights) or not served:
         mlp = (w1, b1[0].to(w1.dtype), w2, b2.to(w1.dtype))
-        return convnext_block(x, dwconv_weight, dwconv_bias, None, None, *mlp, eps=eps, act=act)
+        grn = (None, None) if grn_weight is None else (grn_weight, torch.zeros_like(grn_weight))
+        return _block(x, BlockWeights(dwconv_weight, dwconv_bias, None, None, *mlp, None, *grn), None, eps, act, 1)
     return call.run("frozen_block_fwd", backend, x.contiguous(), weights, eps, act, dtype)
 
 
@@ -161,6 +207,19 @@ def pointwise_mlp(
     given = x.contiguous(), residual, weights, drop_scale, act, recompute, dtype
     y = call.run("pointwise_mlp_fwd", backend, *given)
     return y if residual is not None or gamma is None else y.to(torch.promote_types(y.dtype, gamma.dtype))
+
+
+def global_response_norm(h: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """weight·h·N + bias + h for N = G/(mean_k G + eps), G the norm of each unit k over the pixels of a sample.
+
+    h and the result: (N, H, W, K); weight, bias: (K,). G is summed in at least float32. This is the reference on every
+    backend; `convnext_v2_block` is where the norm is fused.
+
+    Raises:
+        TypeError, ValueError: as `convnext_block`.
+    """
+    arguments.check_norm(h, weight, bias)
+    return reference.global_response_norm(h, weight, bias, eps)
 
 
 def patchify_stem(

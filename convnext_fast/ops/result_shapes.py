@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.cpu.aten_layers import sum_dtype
 from ..kernels.weights import BlockWeights, ConvNorm, FrozenBlock, MlpWeights, Saved
 
 
@@ -29,11 +30,13 @@ def block_fwd(
     act: str,
     recompute: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `interface.Backend.block_fwd`."""
     u = x.new_empty((_pixels(x), x.shape[3]), dtype=dtype) if recompute < 2 else x.new_empty(0)
     a = x.new_empty((_pixels(x), weights.w1.shape[0]), dtype=dtype) if recompute == 0 else x.new_empty(0)
-    return x.new_empty(x.shape), u, x.new_empty(0), a
+    has_norms = weights.grn_weight is not None and recompute < 2
+    norms = x.new_empty((x.shape[0], weights.w1.shape[0]), dtype=sum_dtype(dtype)) if has_norms else x.new_empty(0)
+    return x.new_empty(x.shape), u, x.new_empty(0), a, norms
 
 
 def block_bwd(
@@ -62,7 +65,7 @@ def frozen_block_fwd(x: Tensor, weights: FrozenBlock, eps: float, act: str, dtyp
 def dwconv_layernorm_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """See `interface.Backend.dwconv_layernorm_fwd`."""
     n, u = (x.new_empty(x.shape, dtype=dtype) for _ in range(2))
-    return n, u, x.new_empty((2, _pixels(x), 1), dtype=torch.promote_types(dtype, torch.float32))
+    return n, u, x.new_empty((2, _pixels(x), 1), dtype=sum_dtype(dtype))
 
 
 def dwconv_layernorm_bwd(

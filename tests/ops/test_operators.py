@@ -92,10 +92,12 @@ def operands(name, members=3):
     mlp = (w1, normal(24), w2, normal(6))
     return {
         "convnext_block": (x, *dwconv, *affine, *mlp, gamma),
+        "convnext_v2_block": (x, *dwconv, *affine, w1, *(normal(24) for _ in range(3)), *mlp[2:]),
         "downsample": (x, *affine, normal(9, 6, 2, 2), normal(9)),
         "dwconv_layernorm": (x, *dwconv, *affine),
         "frozen_block": (x, *dwconv, w1, normal(2, 24), *mlp[2:]),
         "frozen_downsample": (x, normal(9, 6, 2, 2), normal(9)),
+        "global_response_norm": (x, normal(6), normal(6)),
         "patchify_stem": (normal(2, 3, 8, 9), normal(6, 3, 4, 4), normal(6), *affine),
         "pointwise_mlp": (x, torch.randn_like(x), *mlp, gamma),
     }[name]

@@ -100,7 +100,7 @@ class CompiledBlock(Kernel):
     """A frozen block."""
 
     def __init__(self, weights: tuple[Tensor | None, ...], machine: Any):
-        dwconv_weight, dwconv_bias, w1, b1, w2, b2 = weights
+        dwconv_weight, dwconv_bias, w1, b1, w2, b2, _ = weights
         pack, (hidden, channels) = launchers().pack, w1.shape
         taps = dwconv_weight.reshape(channels, -1).t().clone(memory_format=torch.contiguous_format)
         bias = w1.new_zeros(channels) if dwconv_bias is None else dwconv_bias

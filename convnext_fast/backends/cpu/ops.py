@@ -51,7 +51,7 @@ def _dwconv_bwd(
 
 def block_fwd(
     x, weights, drop_scale, eps, act, recompute, dtype
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """y, and what ``recompute`` keeps of `Saved`: u and a, (P, C) and (P, K) in T.
 
     LayerNorm's statistics are cheaper to compute again, with the normalised activations, than to save.
@@ -60,7 +60,7 @@ def block_fwd(
     norm, mlp = _parts(weights, eps, act)
     saves_u = recompute < 2
     y, a = mlp_fwd(u, x.reshape(u.shape), norm, mlp, drop_scale, save_hidden=recompute == 0, overwrite=not saves_u)
-    return y.view(x.shape), u if saves_u else None, None, a
+    return y.view(x.shape), u if saves_u else None, None, a, None
 
 
 def block_bwd(dy, x, saved, weights, drop_scale, eps, act, dtype, needs_x, needs_dwconv) -> Gradients:
@@ -74,7 +74,7 @@ def block_bwd(dy, x, saved, weights, drop_scale, eps, act, dtype, needs_x, needs
     dx, dweight, dbias = _dwconv_bwd(du, x, dwconv_weight, needs_x, needs_dwconv, needs_bias)
     if dx is not None:
         dx = dx.add_(dy) if dx.dtype == dy.dtype else dx + dy
-    return like_inputs((dx, dweight, dbias, *d_parameters), x, weights)
+    return like_inputs((dx, dweight, dbias, *d_parameters, None, None), x, weights)
 
 
 def _parts(weights: BlockWeights, eps: float, act: str) -> tuple[Norm, Mlp]:

@@ -37,8 +37,8 @@ def _kept(weight: Tensor, others: Weights, make: Callable[[], llvm.Kernel | None
 
 def prepared_block(weights: Weights, act: str) -> llvm.Kernel | None:
     """`ops.frozen_block_fwd` for these weights; None if not supported."""
-    dwconv_weight, dwconv_bias, w1, b1, w2, b2 = weights
-    if act != "gelu":
+    dwconv_weight, dwconv_bias, w1, b1, w2, b2, grn_weight = weights
+    if act != "gelu" or grn_weight is not None:
         return None
     machine, others = llvm.machine_for(*w1.shape), (dwconv_weight, dwconv_bias, b1, w2, b2)
     return None if machine is None else _kept(w1, others, lambda: llvm.CompiledBlock(weights, machine))

@@ -268,15 +268,15 @@ def test_blocks_of_a_group_are_one_plan(repeating):
     """Forward and backward, and as steps of a model in inference."""
     torch.manual_seed(0)
     x, *flat = cases("block_fwd", torch.bfloat16)[0]
-    drop_scale, eps, act, _, dtype = flat[9:]
+    drop_scale, eps, act, _, dtype = flat[11:]
     for factor in (1.0, 0.5):
         blocks = tuple(
-            (BlockWeights(*scaled(flat[:9], each * factor)), scaled(drop_scale, 1.0), eps, act, 1) for each in (1, 0.9)
+            (BlockWeights(*scaled(flat[:11], each * factor)), scaled(drop_scale, 1.0), eps, act, 1) for each in (1, 0.9)
         )
         given = scaled(x, factor), blocks, dtype
         forward = repeating(gpu.blocks_fwd, given)
         assert_same_bits(forward, as_written(gpu.blocks_fwd, given))
-        inputs, saved = (given[0], forward[3]), (Saved(*forward[:3]), Saved(*forward[4:7]))
+        inputs, saved = (given[0], forward[4]), (Saved(*forward[:4]), Saved(*forward[5:9]))
         given = torch.randn_like(x), inputs, blocks, saved, ((True, True),) * 2, dtype
         assert_same_bits(repeating(gpu.blocks_bwd, given), as_written(gpu.blocks_bwd, given))
         given = scaled(x, factor), tuple((block[0], eps, act) for block in blocks), (0, 1), dtype
