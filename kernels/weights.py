@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+GRN_EPS = 1e-6
+"""What every ConvNeXt V2 adds to the mean of the norms that its global response norm divides by."""
+
 
 class MlpWeights(NamedTuple):
     """The pointwise MLP: w1 (K, C), b1 (K,), w2 (C, K), b2 (C,), and the layer scale gamma (C,) or None."""

@@ -30,7 +30,7 @@ def mlp_fwd(
     may take the place of x, which saves the page faults of a large new tensor.
     """
     machine = None if residual is None else llvm_mlp.machine_for((x, residual), mlp, norm)
-    scale = _row_scale(drop_scale, x)
+    scale = row_scale(drop_scale, x)
     if machine is not None and llvm_mlp.forward_pays(len(x), mlp):
         return llvm_mlp.mlp_fwd(machine, x, residual, norm, mlp, scale, save_hidden, overwrite)
     mlp = mlp.to(x.dtype)
@@ -60,7 +60,7 @@ def mlp_bwd(
     dx: (P, C) in T, the others in at least float32. γ's gradient needs no z: for E = Σ_p dz' ⊗ h and t = Σ_p dz', with
     dz' = drop_scale·dy, it is dγ = Σ_k w2∘E + b2·t; dw2 = γ∘E and db2 = γ·t.
     """
-    scale = _row_scale(drop_scale, x)
+    scale = row_scale(drop_scale, x)
     machine = llvm_mlp.machine_for((dy, x, a), mlp, norm)
     if machine is not None:
         return llvm_mlp.mlp_bwd(machine, dy, x, a, norm, mlp, scale)
@@ -82,12 +82,12 @@ def mlp_bwd(
         # PyTorch's BLAS is faster than oneDNN where nothing is fused and the weight is not transposed.
         dh = torch.mm(dz if mlp.gamma is None else (dz * mlp.gamma).to(dtype), mlp.w2, out=d_hidden[: n.shape[0]])
         da, h = activation_and_bwd_(dh, pre, mlp.act, pre if hidden is None else hidden[: n.shape[0]])
-        e, dw1 = _plus_product(e, dz.t(), h), _plus_product(dw1, da.t(), n)
-        t, db1 = _plus(t, dz.sum(0, dtype=wide)), _plus(db1, da.sum(0, dtype=wide))
+        e, dw1 = plus_product(e, dz.t(), h), plus_product(dw1, da.t(), n)
+        t, db1 = plus(t, dz.sum(0, dtype=wide)), plus(db1, da.sum(0, dtype=wide))
         dn = da @ mlp.w1
         if norm is not None:
             dn, d_weight, d_bias = norm.backward(dn, x[rows], *statistics)
-            dg, dbeta = _plus(dg, d_weight), _plus(dbeta, d_bias)
+            dg, dbeta = plus(dg, d_weight), plus(dbeta, d_bias)
         dx[rows] = dn
     if mlp.gamma is None:
         return dx, dg, dbeta, dw1, db1, e, t, None
@@ -96,12 +96,12 @@ def mlp_bwd(
     return dx, dg, dbeta, dw1, db1, e.mul_(gamma[:, None]), t * gamma, dgamma
 
 
-def _plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+def plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     """total + part, in place; the part itself where there is no total yet."""
     return part if total is None or part is None else total.add_(part)
 
 
-def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+def plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """total + left·right in at least float32.
 
     Products of bfloat16 sum in float32 and round once, as PyTorch's own weight gradients do; those of float16 stay
@@ -111,10 +111,10 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
         left, right = left.float(), right.float()
     if total is not None and total.dtype == left.dtype:
         return total.addmm_(left, right)
-    return _plus(total, (left @ right).to(sum_dtype(left.dtype)))
+    return plus(total, (left @ right).to(sum_dtype(left.dtype)))
 
 
-def _row_scale(drop_scale: Tensor | None, x: Tensor) -> Tensor | None:
+def row_scale(drop_scale: Tensor | None, x: Tensor) -> Tensor | None:
     """The drop-path factor of each row: (P, 1) in T."""
     if drop_scale is None:
         return None

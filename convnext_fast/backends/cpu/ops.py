@@ -17,6 +17,7 @@ from .. import reference
 from ..interface import Gradients, like_inputs
 from . import llvm, onednn
 from .aten_layers import Mlp, Norm, linear, sum_dtype
+from .grn_mlp import ResponseNorm, grn_mlp_bwd, grn_mlp_fwd
 from .mlp import mlp_bwd, mlp_fwd
 from .packed_weights import prepared_block, prepared_downsample
 
@@ -59,6 +60,10 @@ def block_fwd(
     u = _dwconv(x, weights.dwconv_weight, weights.dwconv_bias, dtype)
     norm, mlp = _parts(weights, eps, act)
     saves_u = recompute < 2
+    grn = _response_norm(weights, x)
+    if grn is not None:
+        y, a, norms = grn_mlp_fwd(u, x.reshape(u.shape), norm, mlp, grn, drop_scale, save_hidden=recompute == 0)
+        return y.view(x.shape), u if saves_u else None, None, a, norms if saves_u else None
     y, a = mlp_fwd(u, x.reshape(u.shape), norm, mlp, drop_scale, save_hidden=recompute == 0, overwrite=not saves_u)
     return y.view(x.shape), u if saves_u else None, None, a, None
 
@@ -69,16 +74,26 @@ def block_bwd(dy, x, saved, weights, drop_scale, eps, act, dtype, needs_x, needs
     if u is None:
         u = _dwconv(x, dwconv_weight, weights.dwconv_bias, dtype)
     norm, mlp = _parts(weights, eps, act)
-    du, *d_parameters = mlp_bwd(dy.reshape(u.shape), u, saved.a, norm, mlp, drop_scale)
+    grn = _response_norm(weights, x)
+    if grn is None:
+        du, *d_parameters = mlp_bwd(dy.reshape(u.shape), u, saved.a, norm, mlp, drop_scale)
+        d_parameters += None, None
+    else:
+        du, *d_parameters = grn_mlp_bwd(dy.reshape(u.shape), u, saved.a, saved.norms, norm, mlp, grn, drop_scale)
     needs_bias = needs_dwconv and weights.dwconv_bias is not None
     dx, dweight, dbias = _dwconv_bwd(du, x, dwconv_weight, needs_x, needs_dwconv, needs_bias)
     if dx is not None:
         dx = dx.add_(dy) if dx.dtype == dy.dtype else dx + dy
-    return like_inputs((dx, dweight, dbias, *d_parameters, None, None), x, weights)
+    return like_inputs((dx, dweight, dbias, *d_parameters), x, weights)
 
 
 def _parts(weights: BlockWeights, eps: float, act: str) -> tuple[Norm, Mlp]:
     return Norm(weights.ln_weight, weights.ln_bias, eps), Mlp(*weights.mlp(), act)
+
+
+def _response_norm(weights: BlockWeights | FrozenBlock, x: Tensor) -> ResponseNorm | None:
+    beta = weights.grn_bias if isinstance(weights, BlockWeights) else None
+    return None if weights.grn_weight is None else ResponseNorm(weights.grn_weight, beta, x.shape[1] * x.shape[2])
 
 
 def frozen_block_fwd(x: Tensor, weights: FrozenBlock, eps: float, act: str, dtype: torch.dtype) -> Tensor:
@@ -89,6 +104,9 @@ def frozen_block_fwd(x: Tensor, weights: FrozenBlock, eps: float, act: str, dtyp
             return kernel(x, eps)
     u = _dwconv(x, weights.dwconv_weight, weights.dwconv_bias, dtype)
     norm, mlp = Norm(None, None, eps), Mlp(weights.w1, weights.b1[0], weights.w2, weights.b2, None, act)
+    grn = _response_norm(weights, x)
+    if grn is not None:
+        return grn_mlp_fwd(u, x.reshape(u.shape), norm, mlp, grn, None)[0].view(x.shape)
     y, _ = mlp_fwd(u, x.reshape(u.shape), norm, mlp, None, overwrite=True)
     return y.view(x.shape)
 
