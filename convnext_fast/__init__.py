@@ -1,11 +1,12 @@
 """convnext_fast: a drop-in ConvNeXt whose blocks run on fused Triton kernels."""
 
-from .config import VARIANTS, ConvNextConfig
+from .config import VARIANTS, ConvNextConfig, ConvNextV2Config
 from .fusion.apply import FuseReport, fuse, unfuse
 from .images.processor import ConvNextFeatureExtractor, ConvNextImageProcessor
 from .models.convnext import ConvNext
 from .models.graphed import graphed
 from .models.huggingface import ConvNextBackbone, ConvNextForImageClassification, ConvNextModel
+from .models.huggingface_v2 import ConvNextV2Backbone, ConvNextV2ForImageClassification, ConvNextV2Model
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,10 @@ __all__ = [
     "ConvNextForImageClassification",
     "ConvNextImageProcessor",
     "ConvNextModel",
+    "ConvNextV2Backbone",
+    "ConvNextV2Config",
+    "ConvNextV2ForImageClassification",
+    "ConvNextV2Model",
     "FuseReport",
     "__version__",
     "fuse",

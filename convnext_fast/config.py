@@ -31,7 +31,8 @@ MOST_PARAMETERS = 1 << 30
 """Of a model: 4.3 GB in float32."""
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-# Depths and widths: tiny to xlarge from the paper, section 3 and appendix A; atto to nano and xxlarge from timm.
+# Depths and widths: tiny to xlarge from the paper, section 3 and appendix A; atto to nano and xxlarge from timm; v2_…
+# from the paper of ConvNeXt V2, appendix A, and v2_small from timm.
 VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
     "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
@@ -44,10 +45,15 @@ VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
     "xxlarge": ((3, 4, 30, 3), (384, 768, 1536, 3072)),
 }
+VARIANTS |= {
+    f"v2_{name}": VARIANTS[name] for name in ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large")
+} | {"v2_huge": ((3, 3, 27, 3), (352, 704, 1408, 2816))}
 
 
 class ConvNextConfig:
     """What a ConvNeXt is made of; every field of transformers' ``ConvNextConfig``, with its defaults.
+
+    `ConvNextV2Config` is that of ConvNeXt V2.
 
     Args:
         num_channels: channels of the input image.
@@ -72,9 +78,13 @@ class ConvNextConfig:
     Raises:
         TypeError, ValueError: a field has the wrong type or value; the message names the field, the value and what is
             allowed.
+
+    Attributes:
+        version: 1, or 2 of ConvNeXt V2.
     """
 
     model_type = "convnext"
+    version = 1
 
     def __init__(
         self,
@@ -101,7 +111,7 @@ class ConvNextConfig:
     ):
         model_type = extra.pop("model_type", self.model_type)
         if model_type != self.model_type:
-            raise ValueError(f"model_type is {model_type!r}: expected 'convnext' (this package has ConvNeXt V1 only)")
+            raise ValueError(f"model_type is {model_type!r}: expected {self.model_type!r}")
         self.num_channels = _integer("num_channels", num_channels, 1, MOST_CHANNELS)
         self.patch_size = _size("patch_size", patch_size, MOST_SIDE)
         self.num_stages = _integer("num_stages", num_stages, 1, MOST_STAGES)
@@ -137,15 +147,18 @@ class ConvNextConfig:
         """The configuration of a named variant, one of ``VARIANTS``, with the official code's epsilons.
 
         Raises:
-            ValueError: the name is not one of ``VARIANTS``.
+            ValueError: the name is not one of ``VARIANTS``, or one of another version's.
         """
         if not isinstance(variant, str) or variant not in VARIANTS:
             raise ValueError(f"variant is {variant!r}: expected one of {', '.join(VARIANTS)}")
         depths, hidden_sizes = VARIANTS[variant]
+        kind = ConvNextV2Config if variant.startswith("v2_") else ConvNextConfig
+        if not issubclass(kind, cls):
+            raise ValueError(f"variant is {variant!r}, of ConvNeXt V1: expected a name that starts with v2_")
         fields: dict[str, Any] = {"depths": depths, "hidden_sizes": hidden_sizes, "layer_norm_eps": 1e-6}
         if variant == "xxlarge":
             fields |= {"norm_eps": 1e-5, "layer_norm_eps": 1e-5}
-        return cls(**{**fields, **overrides})
+        return kind(**{**fields, **overrides})
 
     @property
     def activation(self) -> str:
@@ -171,7 +184,7 @@ class ConvNextConfig:
         extra = self.__dict__.get("extra", {})
         if name in extra:
             return extra[name]
-        raise AttributeError(f"this ConvNextConfig has no field {name!r}")
+        raise AttributeError(f"this {type(self).__name__} has no field {name!r}")
 
     @property
     def stage_names(self) -> list[str]:
@@ -262,7 +275,7 @@ class ConvNextConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ConvNextConfig:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; a `ConvNextV2Config` where the fields name its ``model_type``.
 
         Raises:
             TypeError, ValueError: ``fields`` is not a mapping, describes another architecture, or holds an invalid
@@ -273,7 +286,8 @@ class ConvNextConfig:
         fields = dict(fields)
         if fields.get("id2label") is not None:
             fields.pop("num_labels", None)
-        return cls(**fields)
+        is_v2 = fields.get("model_type") == ConvNextV2Config.model_type
+        return (ConvNextV2Config if is_v2 and issubclass(ConvNextV2Config, cls) else cls)(**fields)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``config.json`` into ``directory``, which is made if it is missing."""
@@ -296,8 +310,10 @@ class ConvNextConfig:
         fields = read_json(path)
         # Folders of other formats than transformers' keep the configuration apart from what those libraries read.
         fields = fields[SECTION] if isinstance(fields.get(SECTION), dict) else fields
-        if fields.get("model_type") != cls.model_type:
-            raise ValueError(f"{path} describes a model of type {fields.get('model_type')!r}: expected 'convnext'")
+        known = [kind.model_type for kind in (ConvNextConfig, ConvNextV2Config) if issubclass(kind, cls)]
+        if fields.get("model_type") not in known:
+            expected = " or ".join(map(repr, known))
+            raise ValueError(f"{path} describes a model of type {fields.get('model_type')!r}: expected {expected}")
         try:
             return cls.from_dict(fields)
         except (TypeError, ValueError) as error:
@@ -322,7 +338,25 @@ class ConvNextConfig:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"ConvNextConfig {json.dumps(self.to_dict(), indent=2, default=str)}"
+        return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, default=str)}"
+
+
+class ConvNextV2Config(ConvNextConfig):
+    """What a ConvNeXt V2 is made of; every field of transformers' ``ConvNextV2Config``, with its defaults.
+
+    Its blocks have a global response norm between the linear layers and no layer scale. The arguments are those of
+    `ConvNextConfig`, of which ``layer_scale_init_value`` has no effect, as in transformers.
+    """
+
+    model_type = "convnextv2"
+    version = 2
+
+    def __init__(self, /, **fields: Any):
+        super().__init__(**{**fields, "layer_scale_init_value": 0.0})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `ConvNextConfig.to_dict`, without a layer scale."""
+        return {name: value for name, value in super().to_dict().items() if name != "layer_scale_init_value"}
 
 
 def _check_count(num_labels: int, id2label: Mapping[Any, str]) -> None:

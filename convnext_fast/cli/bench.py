@@ -153,7 +153,7 @@ def run(
         "(relative).",
         soft_wrap=True,
     )
-    return 0 if found.report.fused or found.report.partly_fused else 1
+    return 0 if found.report.fused else 1
 
 
 def _costs(

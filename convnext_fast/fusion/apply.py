@@ -45,7 +45,7 @@ def fuse(model: nn.Module, *, recompute: int | None = None, strict: bool = False
     Args:
         model: any module; blocks of ``transformers``, ``timm`` and ``torchvision`` ConvNeXts are known to be found.
         recompute: what the backward pass of the blocks recomputes instead of saving, 0, 1 or 2 (see
-            `ops.convnext_block`); None keeps it, 1 by default. No effect on blocks that are fused in part.
+            `ops.convnext_block`); None keeps it, 1 by default.
         strict: raise, before anything is changed, if a block or a patch layer is left alone or there is no block.
 
     Raises:
@@ -62,8 +62,7 @@ def fuse(model: nn.Module, *, recompute: int | None = None, strict: bool = False
             module.__class__ = module._convnext_fast_host
     plans: list[tuple[nn.Module, Plan]] = []
     left_alone: dict[str, str] = {}
-    whole: list[str] = []
-    partly: list[str] = []
+    fused: list[str] = []
     patches: list[str] = []
     blocks = dict(find_blocks(model))
     blocks.update(_own_blocks(model))
@@ -79,8 +78,8 @@ def fuse(model: nn.Module, *, recompute: int | None = None, strict: bool = False
             left_alone[name] = str(reason)
             continue
         plans.append((module, plan))
-        (patches if layer is not None else partly if plan.tail else whole).append(name)
-    report = FuseReport(model, tuple(whole), tuple(partly), tuple(patches), left_alone)
+        (fused if layer is None else patches).append(name)
+    report = FuseReport(model, tuple(fused), tuple(patches), left_alone)
     if strict and (left_alone or not blocks):
         raise ValueError(f"fuse with strict=True changed nothing:\n{report}")
     for module, plan in plans:

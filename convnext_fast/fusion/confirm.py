@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..backends.reference import global_response_norm
+from ..models.layer_changes import dotted
 from ..models.plan import BlockPlan, PatchPlan, called_by, follow
 from ..models.run_plan import read, run
 from .layer_kinds import Unfusable
@@ -75,6 +77,8 @@ def confirm(module: nn.Module, plan: BlockPlan | PatchPlan) -> None:
             if plan.following is not None:
                 copies[id(follow(module, plan.following))] = nn.ModuleList([_StandIn(2), _StandIn(3)])
         copy = probe_copy(module, copies)
+        if isinstance(plan, BlockPlan) and plan.grn is not None:
+            _confirm_grn(copy, plan)
         x = torch.randn(SAMPLES, channels, height, width, dtype=torch.float32, device="cpu")
         for training, rate in ((False, RATE), (True, 0.0), (True, RATE)):
             if drop_path is not None:
@@ -97,6 +101,24 @@ def confirm(module: nn.Module, plan: BlockPlan | PatchPlan) -> None:
                 dtypes = [type(module).forward(copy, x).dtype, ours.dtype]
             if dtypes[0] != dtypes[1]:
                 raise Unfusable("its output under autocast is {}, not {} as of torch's own LayerNorm".format(*dtypes))
+
+
+def _confirm_grn(copy: nn.Module, plan: BlockPlan) -> None:
+    """Run the global response norm where its epsilon counts: on hidden units of a millionth, in float64."""
+    norm, (weight, bias) = follow(copy, plan.grn), plan.grn_names
+    norm.double()
+    affine = getattr(norm, weight).flatten(), getattr(norm, bias).flatten()
+    h = 1e-6 * torch.randn(SAMPLES, HEIGHT, WIDTH, len(affine[0]), dtype=torch.float64, device="cpu")
+    expected = global_response_norm(h, *affine)
+    for order, back in (((0, 1, 2, 3), (0, 1, 2, 3)), ((0, 3, 1, 2), (0, 2, 3, 1))):
+        try:
+            actual = type(norm).forward(norm, h.permute(order).clone()).permute(back)
+        except Exception:  # of a norm that takes the other layout
+            continue
+        if actual.shape == h.shape and (actual - expected).norm() <= 1e-9 * expected.norm():
+            norm.float()
+            return
+    raise Unfusable(f"its {dotted(plan.grn)} computes something other than a global response norm")
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """Recognise the ConvNeXt blocks of other libraries by their layers, not by their names.
 
 A block is the smallest module (no `torch.nn.Sequential`) whose layers are, in the order in which they were registered:
-a depthwise 2-d convolution, a norm, a pointwise layer (linear or 1×1), …, a second pointwise layer. `make_plan` says
-where the parts of such a block are, or why the fused ops cannot stand in for it; `confirm` then confirms the plan by
-running the block. Nothing here changes a module.
+a depthwise 2-d convolution, a norm, a pointwise layer (linear or 1×1), …, a second pointwise layer. A global response
+norm may come anywhere after the first of them. `make_plan` says where the parts of such a block are, or why the fused
+ops cannot stand in for it; `confirm` then confirms the plan by running the block. Nothing here changes a module.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..backends.reference import ACTIVATION_FUNCTIONS
+from ..kernels.weights import GRN_EPS
 from ..models.layer_changes import dotted, kind_of, own_tensors
 from ..models.plan import BlockPlan, Path, watch
 from .layer_kinds import DTYPES, Unfusable, check_forward, check_norm, check_untouched, check_weights
@@ -64,21 +65,17 @@ def make_plan(block: nn.Module) -> BlockPlan:
     fc1, fc2 = layers[places[0]], layers[places[1]]
     channels = _check_dwconv(*dwconv)
     check_norm(*norm, channels)
-    between, outside = layers[places[0] + 1 : places[1]], layers[: places[0]] + layers[places[1] + 1 :]
     hidden = _check_linear(fc1, fc2, channels)
+    grn = _find_grn(layers[places[0] + 1 :], hidden)
+    between, outside = layers[places[0] + 1 : places[1]], layers[: places[0]] + layers[places[1] + 1 :]
+    between, outside = ([pair for pair in part if pair != grn] for part in (between, outside))
     drop_path = _find_drop_path(outside)
     known = {id(layer) for _, layer in (dwconv, norm)}
     for path, layer in outside:
         if id(layer) not in known and _holds_tensors(layer):
             raise Unfusable(f"it also holds {dotted(path)} ({kind_of(layer)}), no layer of a ConvNeXt block")
-    act, tail = _find_activation(between, hidden)
-    tail_paths = tuple(path for path, _ in layers[places[0] : places[1] + 1]) if tail else ()
-    watched = [path for path, _ in everything if path not in tail_paths]
-    if not tail:
-        _check_plain_weights(fc1, fc2)
-    _check_plain_weights(dwconv, norm)
-    if tail and (norm[1].weight is None or norm[1].bias is None):
-        raise Unfusable("its LayerNorm has no affine, which the fused depthwise convolution + LayerNorm needs")
+    act = _find_activation(between)
+    _check_plain_weights(fc1, fc2, dwconv, norm, *([] if grn is None else [grn]))
     containers = dict.fromkeys(path[:n] for path, _ in everything for n in range(1, len(path)))
     rate = "" if drop_path is None else next(name for name in RATES if hasattr(drop_path[1], name))
     return BlockPlan(
@@ -91,10 +88,11 @@ def make_plan(block: nn.Module) -> BlockPlan:
         rate=rate,
         act=act,
         watched=tuple(
-            watch(block, path, rate if drop_path and path == drop_path[0] else "") for path in [*containers, *watched]
+            watch(block, path, rate if drop_path and path == drop_path[0] else "")
+            for path in [*containers, *(path for path, _ in everything)]
         ),
-        tail=tail_paths,
-        channels_first=isinstance(fc1[1], nn.Conv2d),
+        grn=None if grn is None else grn[0],
+        grn_names=() if grn is None else tuple(grn[1]._parameters),
     )
 
 
@@ -217,19 +215,31 @@ def _is_idle_dropout(path: Path, layer: nn.Module) -> bool:
     return True
 
 
-def _find_activation(between: list[tuple[Path, nn.Module]], hidden: int) -> tuple[str, bool]:
-    """The activation between the linear layers, and whether a global response norm follows it."""
+def _find_grn(layers: list[tuple[Path, nn.Module]], hidden: int) -> tuple[Path, nn.Module] | None:
+    """What has two parameters of ``hidden`` elements and nothing else."""
+    found = [(path, layer) for path, layer in layers if [p.numel() for p in layer.parameters()] == [hidden, hidden]]
+    if not found:
+        return None
+    path, layer = found[0]
+    where = f"{dotted(path)} ({kind_of(layer)})"
+    if len(found) > 1 or len(layer._parameters) != 2 or next(layer.buffers(), None) is not None:
+        raise Unfusable(f"{where} is not the one global response norm of a ConvNeXt V2 block")
+    if getattr(layer, "eps", GRN_EPS) != GRN_EPS:
+        raise Unfusable(f"eps of {where} is {layer.eps}: expected {GRN_EPS} of a global response norm")
+    return path, layer
+
+
+def _find_activation(between: list[tuple[Path, nn.Module]]) -> str:
+    """The activation between the linear layers."""
     layers = [(path, layer) for path, layer in between if not _is_idle_dropout(path, layer)]
     names = ", ".join(f"{dotted(path)} ({kind_of(layer)})" for path, layer in layers) or "nothing"
-    if len(layers) == 2 and [p.numel() for p in layers[1][1].parameters()] == [hidden, hidden]:
-        return _recognise_activation(*layers[0], optional=True), True
     if len(layers) != 1:
-        raise Unfusable(f"between its linear layers it has {names}: expected an activation alone")
-    return _recognise_activation(*layers[0]), False
+        raise Unfusable(f"between its linear layers it has {names}: expected an activation alone, or one and a GRN")
+    return _recognise_activation(*layers[0])
 
 
 @torch.no_grad()
-def _recognise_activation(path: Path, layer: nn.Module, optional: bool = False) -> str:
+def _recognise_activation(path: Path, layer: nn.Module) -> str:
     """The activation that ``layer`` computes, whatever its name."""
     x = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
     if not _holds_tensors(layer):
@@ -238,7 +248,5 @@ def _recognise_activation(path: Path, layer: nn.Module, optional: bool = False) 
         for name, function in ACTIVATION_FUNCTIONS.items():
             if all((y - function(x)).abs().max() <= 1e-9 for y in outputs):
                 return name
-    if optional:
-        return ""
     known = ", ".join(ACTIVATION_FUNCTIONS)
     raise Unfusable(f"its activation {dotted(path)} ({kind_of(layer)}) is none of {known}")

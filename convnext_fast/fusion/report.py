@@ -19,9 +19,7 @@ class FuseReport:
 
     Attributes:
         model: the model.
-        fused: names of the blocks that run whole on the fused ops.
-        partly_fused: names of the blocks whose depthwise convolution and LayerNorm do, and the rest by the host's own
-            layers (ConvNeXt V2, whose global response norm stands between the linear layers).
+        fused: names of the blocks that run on the fused ops.
         patch_layers: names of what does of the stem (convolution of patches, LayerNorm) and of the downsampling layers
             (LayerNorm, convolution of patches).
         left_alone: names of the other blocks and patch layers, and why.
@@ -29,7 +27,6 @@ class FuseReport:
 
     model: nn.Module
     fused: tuple[str, ...]
-    partly_fused: tuple[str, ...]
     patch_layers: tuple[str, ...]
     left_alone: dict[str, str]
 
@@ -46,8 +43,7 @@ class FuseReport:
         x86 CPU what kernels compute is packed for them. Containers that only call what they hold, one after another,
         run it all as one sequence. Keys, names and values of the model's parameters stay as they are. The copies follow
         the parameters: where one is replaced, changed in place, moved or converted, the next call folds anew (see
-        `ConvNext.freeze` for the limits). Training mode and a loaded ``state_dict`` undo it, where they reach. Blocks
-        that are fused in part stay as they are.
+        `ConvNext.freeze` for the limits). Training mode and a loaded ``state_dict`` undo it, where they reach.
 
         Args:
             cuda_graph: on NVIDIA GPUs, capture and replay each such sequence as CUDA graphs (see `ConvNext.freeze`).
@@ -58,7 +54,7 @@ class FuseReport:
         """
         modules = [module for module in self.model.modules() if can_freeze(module)]
         if not any(not isinstance(state_of(module).plan, ChainPlan) for module in modules):
-            raise ValueError(f"freeze() found nothing that runs on the fused ops whole:\n{self}")
+            raise ValueError(f"freeze() found nothing that runs on the fused ops:\n{self}")
         if cuda_graph:
             check_has_graphs(self.model)
         self.model.eval()
@@ -93,7 +89,6 @@ class FuseReport:
         """The counts, then what was left alone, layers of one reason together."""
         counts = [
             (len(self.fused), "blocks"),
-            (len(self.partly_fused), "blocks in part (depthwise convolution + LayerNorm)"),
             (len(self.patch_layers), "patch layers (stem, downsampling)"),
         ]
         done = sum(count for count, _ in counts)
@@ -108,7 +103,4 @@ class FuseReport:
         frozen = set(self.frozen)
         if frozen:
             lines.append(f"frozen: {len(frozen)} of {done}")
-            rest = [name for name in self.partly_fused if name not in frozen]
-            if rest:
-                lines.append(f"not frozen: {', '.join(rest)}: fused in part")
         return "\n".join(lines)

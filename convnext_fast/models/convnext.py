@@ -68,10 +68,10 @@ class Head(nn.Module):
 
 
 class ConvNext(ConvNextSwitches):
-    """ConvNeXt ("A ConvNet for the 2020s") with timm's methods and parameter names.
+    """ConvNeXt ("A ConvNet for the 2020s") or ConvNeXt V2, with timm's methods and parameter names.
 
     Args:
-        variant_or_config: a name out of ``config.VARIANTS``, or a `ConvNextConfig`.
+        variant_or_config: a name out of ``config.VARIANTS``, or a `ConvNextConfig` (of V2 a `ConvNextV2Config`).
         fused: run the fused ops; False runs plain eager PyTorch. Assign ``model.fused`` to switch.
         num_classes: 0 for no classifier. Default: 1000 for a variant, else the configuration's ``num_labels``.
         in_chans, drop_path_rate: default to the configuration's.
@@ -116,14 +116,14 @@ class ConvNext(ConvNextSwitches):
         self.stages = nn.Sequential()
         for i, rates in enumerate(config.drop_path_rates):
             shrink = Downsample(widths[i - 1], widths[i], eps, fused, **factory) if i else nn.Identity()
-            scale = config.layer_scale_init_value
             blocks = [
                 ConvNextBlock(
                     widths[i],
                     act=config.activation,
-                    layer_scale=scale,
+                    layer_scale=config.layer_scale_init_value,
                     drop_path=rate,
                     eps=eps,
+                    grn=config.version == 2,
                     fused=fused,
                     **factory,
                 )

@@ -14,7 +14,7 @@ from torch import nn
 from ..backends.steps import Step
 from ..ops.folded_weights import Folded, folded, new_token, notice_fused_optimizers
 from .layer_changes import changed
-from .plan import BlockPlan, ChainPlan, Path, Plan, follow, remember, weighted
+from .plan import BlockPlan, ChainPlan, Path, Plan, follow, remember, weights_of
 from .records import STATE, Record
 from .run_plan import Read, read, step_of
 from .whole_runs import WholeRuns
@@ -61,9 +61,8 @@ def set_plan(module: nn.Module, plan: Plan) -> None:
 
 
 def can_freeze(module: nn.Module) -> bool:
-    """Whether ``module`` has a plan, and one of which all can be frozen."""
-    state = state_of(module)
-    return state is not None and not (isinstance(state.plan, BlockPlan) and state.plan.tail)
+    """Whether ``module`` has a plan."""
+    return state_of(module) is not None
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -135,7 +134,7 @@ def _parameters(module: nn.Module, plan: Plan) -> Iterator[tuple[Path, nn.Parame
     """The parameters that the plan reads, with their paths."""
     if isinstance(plan, ChainPlan):
         return
-    for path in (plan.norm, *weighted(plan)):
+    for path in dict.fromkeys((plan.norm, *(path for path, _ in weights_of(plan)))):
         layer = follow(module, path)
         for name, parameter in {} if layer is None else layer._parameters.items():
             if parameter is not None:

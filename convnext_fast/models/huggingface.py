@@ -13,7 +13,16 @@ from ..checkpoints.load_save import load_model, save_model
 from ..config import ConvNextConfig
 from .drop_path import ConvNextDropPath
 from .fused_module import layer_norm_2d, outputs_in_turn
-from .layers import KERNEL_SIZE, ConvNextBlockBase, Downsample, Parts, PatchLayer, Stage, new_layer_scale
+from .layers import (
+    KERNEL_SIZE,
+    ConvNextBlockBase,
+    Downsample,
+    GlobalResponseNorm,
+    Parts,
+    PatchLayer,
+    Stage,
+    new_layer_scale,
+)
 from .losses import classification_loss
 from .outputs import BackboneOutput, BaseModelOutput, ImageClassifierOutput, ModelOutput
 from .switches import ConvNextSwitches, check_image, init_weights
@@ -23,7 +32,7 @@ Output = TypeVar("Output", bound=ModelOutput)
 
 
 class ConvNextLayer(ConvNextBlockBase):
-    """The block under transformers' names: dwconv, layernorm, pwconv1, pwconv2, layer_scale_parameter."""
+    """The block under transformers' names: dwconv, layernorm, pwconv1, pwconv2, layer_scale_parameter, of V2 grn."""
 
     def __init__(self, config: ConvNextConfig, channels: int, drop_path: float, fused: bool, **factory: Any):
         super().__init__()
@@ -31,10 +40,12 @@ class ConvNextLayer(ConvNextBlockBase):
         self.dwconv = nn.Conv2d(channels, channels, KERNEL_SIZE, padding=padding, groups=channels, **factory)
         self.layernorm = nn.LayerNorm(channels, eps=config.norm_eps, **factory)
         self.pwconv1 = nn.Linear(channels, 4 * channels, **factory)
+        if config.version == 2:
+            self.grn = GlobalResponseNorm(1, 1, 1, 4 * channels, **factory)
         self.pwconv2 = nn.Linear(4 * channels, channels, **factory)
         self.layer_scale_parameter = new_layer_scale(channels, config.layer_scale_init_value, **factory)
         self.drop_path = ConvNextDropPath(drop_path)
-        paths = ("dwconv",), ("layernorm",), ("pwconv1",), ("pwconv2",)
+        paths = ("dwconv",), ("layernorm",), ("pwconv1",), ("pwconv2",), ("grn",) if config.version == 2 else None
         self.declare(*paths, "layer_scale_parameter", config.activation)
         self.fused = fused
 
@@ -43,9 +54,9 @@ class ConvNextLayer(ConvNextBlockBase):
         return Parts(self.dwconv, self.layernorm, self.pwconv1, self.pwconv2, self.layer_scale_parameter)
 
     def branch(self, x: Tensor) -> Tensor:
-        """γ · fc2(act(fc1(LayerNorm(dwconv(x))))) by calling the layers: (N, C, H, W) to (N, H, W, C)."""
-        a = self.pwconv1(self.layernorm(self.dwconv(x).permute(0, 2, 3, 1)))
-        z = self.pwconv2(ACTIVATION_FUNCTIONS[self.act_name](a))
+        """γ · fc2(grn(act(fc1(LayerNorm(dwconv(x)))))) by calling the layers: (N, C, H, W) to (N, H, W, C)."""
+        h = ACTIVATION_FUNCTIONS[self.act_name](self.pwconv1(self.layernorm(self.dwconv(x).permute(0, 2, 3, 1))))
+        z = self.pwconv2(self.grn(h) if "grn" in self._modules else h)
         return z if self.layer_scale_parameter is None else self.layer_scale_parameter * z
 
 
@@ -98,8 +109,9 @@ class ConvNextPreTrainedModel(ConvNextSwitches):
 
     def __init__(self, config: ConvNextConfig):
         super().__init__()
-        if not isinstance(config, ConvNextConfig):
-            raise TypeError(f"config is a {type(config).__name__}: expected a convnext_fast.ConvNextConfig")
+        kind = self.config_class
+        if not isinstance(config, kind) or config.version != kind.version:
+            raise TypeError(f"config is a {type(config).__name__}: expected a convnext_fast.{kind.__name__}")
         self.config = config
 
     def _states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
@@ -205,6 +217,8 @@ class ConvNextForImageClassification(ConvNextPreTrainedModel):
     Args: as `ConvNextModel`. A configuration with no labels makes a model without a classifier.
     """
 
+    base_class = ConvNextModel
+
     def __init__(
         self,
         config: ConvNextConfig,
@@ -215,7 +229,8 @@ class ConvNextForImageClassification(ConvNextPreTrainedModel):
     ):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.convnext = ConvNextModel(config, fused=fused, device=device, dtype=dtype)
+        base = self.base_class(config, fused=fused, device=device, dtype=dtype)
+        self.add_module(self.base_model_prefix, base)
         width = config.hidden_sizes[-1]
         has_labels = config.num_labels > 0
         self.classifier: nn.Module = (
@@ -235,7 +250,7 @@ class ConvNextForImageClassification(ConvNextPreTrainedModel):
         The loss follows ``config.problem_type`` or, where that is None, the labels; see `losses.classification_loss`.
         """
         wanted = self._wants_hidden_states(output_hidden_states)
-        base = self.convnext(pixel_values, output_hidden_states=wanted, return_dict=True)
+        base = getattr(self, self.base_model_prefix)(pixel_values, output_hidden_states=wanted, return_dict=True)
         logits = self.classifier(base.pooler_output)
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
         return self._returned(ImageClassifierOutput(loss, logits, base.hidden_states), return_dict)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .plan import BlockPlan, ChainPlan, PatchPlan, Path, Plan, follow, holder_of, is_biased, weighted
+from .plan import BlockPlan, ChainPlan, PatchPlan, Path, Plan, follow, holder_of, is_biased, weights_of
 
 
 def changed(module: nn.Module, plan: Plan) -> str | None:
@@ -39,10 +39,10 @@ def _watched_change(module: nn.Module, plan: Plan) -> str | None:
 
 
 def _weights_change(module: nn.Module, plan: BlockPlan | PatchPlan) -> str | None:
-    for path in weighted(plan):
+    for path, name in weights_of(plan):
         layer = follow(module, path)
-        if type(layer._parameters.get("weight")) is not nn.Parameter and not is_plain(layer.weight):
-            return f"the weight of {dotted(path)} is now {kind_of(layer.weight)}"
+        if type(layer._parameters.get(name)) is not nn.Parameter and not is_plain(getattr(layer, name)):
+            return f"the {name} of {dotted(path)} is now {kind_of(getattr(layer, name))}"
     gamma = None
     if isinstance(plan, BlockPlan):
         if plan.own:

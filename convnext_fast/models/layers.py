@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..backends.reference import ACTIVATION_FUNCTIONS
+from ..backends.reference import ACTIVATION_FUNCTIONS, global_response_norm
 from .drop_path import DropPath
 from .freezing import set_plan, state_of
 from .fused_module import FusedModule, in_turn
@@ -52,27 +52,33 @@ class Parts(NamedTuple):
 
 
 class ConvNextBlockBase(OwnModule):
-    """x + drop_path(γ · fc2(act(fc1(LayerNorm(dwconv(x)))))); subclasses name the layers.
+    """x + drop_path(γ · fc2(grn(act(fc1(LayerNorm(dwconv(x))))))); subclasses name the layers.
+
+    V1 has no grn, V2 no γ.
 
     Attributes:
-        fused: run `ops.convnext_block`; otherwise call the layers.
+        fused: run `ops.convnext_block` or `ops.convnext_v2_block`; otherwise call the layers.
         recompute: what the fused backward recomputes (see `ops.convnext_block`).
         act_name: activation, one of ``config.ACTIVATIONS``.
     """
 
     drop_path: DropPath
 
-    def declare(self, dwconv: Path, norm: Path, fc1: Path, fc2: Path, gamma: str, act: str, *others: Path) -> None:
+    def declare(
+        self, dwconv: Path, norm: Path, fc1: Path, fc2: Path, grn: Path | None, gamma: str, act: str, *others: Path
+    ) -> None:
         """Say where the layers are; ``others``: modules besides that the fused forward does not call."""
-        watched = tuple(watch(self, path, *_LIVE) for path in (dwconv, norm, fc1, fc2, *others, ("drop_path",)))
-        set_plan(self, BlockPlan(dwconv, norm, fc1, fc2, gamma, ("drop_path",), "rate", act, watched, own=True))
+        layers = [dwconv, norm, fc1, fc2, *others, ("drop_path",)] + ([] if grn is None else [grn])
+        watched = tuple(watch(self, path, *_LIVE) for path in layers)
+        plan = BlockPlan(dwconv, norm, fc1, fc2, gamma, ("drop_path",), "rate", act, watched, own=True)
+        set_plan(self, plan if grn is None else plan._replace(grn=grn, grn_names=("weight", "bias")))
 
     def parts(self) -> Parts:
         """The layers of this block."""
         raise NotImplementedError
 
     def branch(self, x: Tensor) -> Tensor:
-        """γ · fc2(act(fc1(LayerNorm(dwconv(x))))) by calling the layers: (N, C, H, W) to (N, H, W, C)."""
+        """γ · fc2(grn(act(fc1(LayerNorm(dwconv(x)))))) by calling the layers: (N, C, H, W) to (N, H, W, C)."""
         raise NotImplementedError
 
     def _plain_forward(self, x: Tensor) -> Tensor:
@@ -104,22 +110,38 @@ def new_layer_scale(channels: int, value: float, **factory: Any) -> nn.Parameter
     return nn.Parameter(torch.full((channels,), float(value), **factory)) if value > 0 else None
 
 
-class Mlp(nn.Module):
-    """The two linear layers of a block and the activation between them."""
+class GlobalResponseNorm(nn.Module):
+    """ConvNeXt V2's `ops.global_response_norm`; ``shape``: of its parameters, K elements, the last dimension's."""
 
-    def __init__(self, channels: int, hidden: int, act: str, **factory: Any):
+    def __init__(self, *shape: int, **factory: Any):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape, **factory))
+        self.bias = nn.Parameter(torch.zeros(shape, **factory))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(N, H, W, K) to the same."""
+        return global_response_norm(h, self.weight, self.bias)
+
+
+class Mlp(nn.Module):
+    """The two linear layers of a block, the activation between them and, of ConvNeXt V2, the global response norm."""
+
+    def __init__(self, channels: int, hidden: int, act: str, grn: bool, **factory: Any):
         super().__init__()
         self.act_name = act
         self.fc1 = nn.Linear(channels, hidden, **factory)
+        if grn:
+            self.grn = GlobalResponseNorm(hidden, **factory)
         self.fc2 = nn.Linear(hidden, channels, **factory)
 
     def forward(self, n: Tensor) -> Tensor:
-        """(…, C) to the same."""
-        return self.fc2(ACTIVATION_FUNCTIONS[self.act_name](self.fc1(n)))
+        """(N, H, W, C) to the same."""
+        h = ACTIVATION_FUNCTIONS[self.act_name](self.fc1(n))
+        return self.fc2(self.grn(h) if "grn" in self._modules else h)
 
 
 class ConvNextBlock(ConvNextBlockBase):
-    """The block under timm's names: conv_dw, norm, mlp.fc1, mlp.fc2, gamma."""
+    """The block under timm's names: conv_dw, norm, mlp.fc1, mlp.grn, mlp.fc2, gamma."""
 
     def __init__(
         self,
@@ -129,16 +151,18 @@ class ConvNextBlock(ConvNextBlockBase):
         layer_scale: float = 1e-6,
         drop_path: float = 0.0,
         eps: float = 1e-6,
+        grn: bool = False,
         fused: bool = True,
         **factory: Any,
     ):
         super().__init__()
         self.conv_dw = nn.Conv2d(channels, channels, KERNEL_SIZE, padding=KERNEL_SIZE // 2, groups=channels, **factory)
         self.norm = nn.LayerNorm(channels, eps=eps, **factory)
-        self.mlp = Mlp(channels, 4 * channels, act, **factory)
+        self.mlp = Mlp(channels, 4 * channels, act, grn, **factory)
         self.gamma = new_layer_scale(channels, layer_scale, **factory)
         self.drop_path = DropPath(drop_path)
-        self.declare(("conv_dw",), ("norm",), ("mlp", "fc1"), ("mlp", "fc2"), "gamma", act, ("mlp",))
+        response = ("mlp", "grn") if grn else None
+        self.declare(("conv_dw",), ("norm",), ("mlp", "fc1"), ("mlp", "fc2"), response, "gamma", act, ("mlp",))
         self.fused = fused
 
     def parts(self) -> Parts:
@@ -158,7 +182,7 @@ class ConvNextBlock(ConvNextBlockBase):
         set_plan(self, plan._replace(act=name, watched=watched))
 
     def branch(self, x: Tensor) -> Tensor:
-        """γ · fc2(act(fc1(LayerNorm(dwconv(x))))) by calling the layers: (N, C, H, W) to (N, H, W, C)."""
+        """γ · fc2(grn(act(fc1(LayerNorm(dwconv(x)))))) by calling the layers: (N, C, H, W) to (N, H, W, C)."""
         z = self.mlp(self.norm(self.conv_dw(x).permute(0, 2, 3, 1)))
         return z if self.gamma is None else self.gamma * z
 

@@ -45,10 +45,9 @@ class BlockPlan(NamedTuple):
         rate: name of the rate of that.
         act: one of ``config.ACTIVATIONS``.
         watched: the layers that are not called, to notice when they change.
-        tail: where something stands between the linear layers that the fused MLP has not (ConvNeXt V2's GRN): the
-            layers to call one after another after the norm. Empty where the whole block is fused.
-        channels_first: whether the tail takes (N, C, H, W).
-        recompute: what the backward pass computes anew (see `ops.convnext_block`); no effect where there is a tail.
+        grn: of ConvNeXt V2 the global response norm, or None.
+        grn_names: of its two parameters.
+        recompute: what the backward pass computes anew (see `ops.convnext_block`).
         fused: whether the plan is to be used at all.
         own: whether the block is this package's own, which reads γ anew on every call and knows no other tensors.
     """
@@ -62,8 +61,8 @@ class BlockPlan(NamedTuple):
     rate: str
     act: str
     watched: tuple[Watched, ...]
-    tail: tuple[Path, ...] = ()
-    channels_first: bool = False
+    grn: Path | None = None
+    grn_names: tuple[str, ...] = ()
     recompute: int = 1
     fused: bool = True
     own: bool = False
@@ -172,11 +171,15 @@ def settings_of(module: nn.Module, *skip: str) -> tuple[tuple[str, Any], ...]:
     )
 
 
-def weighted(plan: BlockPlan | PatchPlan) -> tuple[Path, ...]:
-    """The layers, beside the norm, whose weights the fused ops read."""
+def weights_of(plan: BlockPlan | PatchPlan) -> list[tuple[Path, str]]:
+    """The layers, beside the norm, whose weights the fused ops read, and the names of these; biases are not among them.
+
+    A global response norm has two.
+    """
     if isinstance(plan, PatchPlan):
-        return (plan.conv,)
-    return (plan.dwconv,) if plan.tail else (plan.dwconv, plan.fc1, plan.fc2)
+        return [(plan.conv, "weight")]
+    linear = [(path, "weight") for path in (plan.dwconv, plan.fc1, plan.fc2)]
+    return linear + [(plan.grn, name) for name in plan.grn_names if plan.grn is not None]
 
 
 def calls_others(plan: Plan) -> bool:

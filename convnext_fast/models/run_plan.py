@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends import reference
-from ..backends.steps import WEIGHTS, Kind, Step
-from ..kernels.weights import BlockWeights
-from ..ops import call
+from ..backends.steps import Kind, Step
+from ..kernels.weights import BlockWeights, ConvNorm, NormConv
+from ..ops import call, functions
+from ..ops.folded_weights import flat_block
 from ..ops.views import as_nchw
 from .drop_path import DropPath
 from .plan import BlockPlan, PatchPlan, follow
@@ -22,11 +23,10 @@ from .plan import BlockPlan, PatchPlan, follow
 class Read(NamedTuple):
     """What a plan reads of its module.
 
-    weights: of `ops.patchify_stem`, `ops.downsample` or `ops.convnext_block` in their order (see `steps.Step`), of a
-    block that is fused in part those of `ops.dwconv_layernorm` and γ; eps: of the LayerNorm.
+    weights: as of a `steps.Step`; eps: of the LayerNorm.
     """
 
-    weights: tuple[Tensor | None, ...]
+    weights: ConvNorm | NormConv | BlockWeights
     eps: float
 
 
@@ -37,41 +37,38 @@ def read(module: nn.Module, plan: BlockPlan | PatchPlan) -> Read:
     if isinstance(plan, PatchPlan):
         conv = follow(module, plan.conv)
         patches = conv.weight, conv.bias
-        return Read((*patches, *affine) if plan.stem else (*affine, *patches), norm.eps)
+        return Read(ConvNorm(*patches, *affine) if plan.stem else NormConv(*affine, *patches), norm.eps)
     dwconv = follow(module, plan.dwconv)
     gamma = None if plan.gamma is None else getattr(module, plan.gamma)
-    weights = (dwconv.weight, dwconv.bias, *affine)
-    if not plan.tail:
-        fc1, fc2 = follow(module, plan.fc1), follow(module, plan.fc2)
-        weights += (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    return Read((*weights, gamma), norm.eps)
+    fc1, fc2 = follow(module, plan.fc1), follow(module, plan.fc2)
+    linear, grn = (fc1.weight, fc1.bias, fc2.weight, fc2.bias), (None, None)
+    if plan.grn is not None:
+        layer, (weight, bias) = follow(module, plan.grn), plan.grn_names
+        grn = getattr(layer, weight), getattr(layer, bias)
+    return Read(BlockWeights(dwconv.weight, dwconv.bias, *affine, *linear, gamma, *grn), norm.eps)
 
 
-def step_of(module: nn.Module, plan: BlockPlan | PatchPlan, found: Read, token: Tensor | None) -> Step | None:
-    """The step that does the same; None for a block that is fused in part."""
+def step_of(module: nn.Module, plan: BlockPlan | PatchPlan, found: Read, token: Tensor | None) -> Step:
+    """The step that does the same."""
     if isinstance(plan, PatchPlan):
         kind = Kind.STEM if plan.stem else Kind.DOWNSAMPLE
-        return Step(kind, WEIGHTS[kind](*found.weights), found.eps, token=None if plan.stem else token)
-    if plan.tail:
-        return None
+        return Step(kind, found.weights, found.eps, token=None if plan.stem else token)
     # The drop path alone, for a reference to the module would make a cycle: it holds the step.
     draw = None
     if plan.drop_path is not None:
-        draw = functools.partial(drop_scale, follow(module, plan.drop_path), plan.rate, found.weights[-1])
-    return Step(Kind.BLOCK, BlockWeights(*found.weights), found.eps, plan.act, token, plan.recompute, draw)
+        draw = functools.partial(drop_scale, follow(module, plan.drop_path), plan.rate, found.weights.gamma)
+    return Step(Kind.BLOCK, found.weights, found.eps, plan.act, token, plan.recompute, draw)
 
 
 def run(module: nn.Module, plan: BlockPlan | PatchPlan, found: Read, x: Tensor, fused: bool = True) -> Tensor:
     """x (N, C, H, W) to (N, C', H', W'), in channels_last memory, by the fused ops or by the plain reference."""
     if isinstance(plan, PatchPlan):
-        x = (patchify_stem if plan.stem else downsample)(x, found.weights, found.eps, fused)
+        x = (patchify_stem if plan.stem else downsample)(x, tuple(found.weights), found.eps, fused)
         return run_following(module, plan, x)
-    gamma = found.weights[-1]
-    if plan.tail:
-        n = dwconv_layernorm(x, found.weights[:-1], found.eps, fused)
-        return x + _tail(module, plan, n, gamma)
-    scale = None if plan.drop_path is None else drop_scale(follow(module, plan.drop_path), plan.rate, gamma, x)
-    return convnext_block(x, found.weights, scale, found.eps, plan.act, plan.recompute, fused)
+    scale = None
+    if plan.drop_path is not None:
+        scale = drop_scale(follow(module, plan.drop_path), plan.rate, found.weights.gamma, x)
+    return convnext_block(x, tuple(found.weights), scale, found.eps, plan.act, plan.recompute, fused)
 
 
 def run_following(module: nn.Module, plan: PatchPlan, x: Tensor) -> Tensor:
@@ -79,18 +76,6 @@ def run_following(module: nn.Module, plan: PatchPlan, x: Tensor) -> Tensor:
     for following in () if plan.following is None else follow(module, plan.following):
         x = following(x)
     return x
-
-
-def _tail(block: nn.Module, plan: BlockPlan, n: Tensor, gamma: Tensor | None) -> Tensor:
-    """The residual branch from the norm on, by the block's own layers. n: (N, H, W, C); the result: (N, C, H, W)."""
-    z = n.permute(0, 3, 1, 2) if plan.channels_first else n
-    for path in plan.tail:
-        z = follow(block, path)(z)
-    if not plan.channels_first:
-        z = z.permute(0, 3, 1, 2)
-    if gamma is not None:
-        z = z * gamma.reshape(-1, 1, 1)
-    return z if plan.drop_path is None else follow(block, plan.drop_path)(z)
 
 
 def drop_scale(drop_path: nn.Module, rate: str, gamma: Tensor | None, x: Tensor) -> Tensor | None:
@@ -127,25 +112,12 @@ def convnext_block(
     recompute: int,
     fused: bool,
 ) -> Tensor:
-    """`ops.convnext_block` or `reference.convnext_block` on (N, C, H, W)."""
-    *others, w1, b1, w2, b2, gamma = weights
-    if w1.dim() == 4:
-        w1, w2 = w1.flatten(1), w2.flatten(1)
-    if gamma is not None and gamma.dim() != 1:
-        gamma = gamma.reshape(-1)
-    args = (x.permute(0, 2, 3, 1), *others, w1, b1, w2, b2, gamma, scale)
+    """`functions.block` or `reference.convnext_block` on (N, C, H, W); weights: `BlockWeights`."""
+    block, x = flat_block(BlockWeights(*weights)), x.permute(0, 2, 3, 1)
     if fused:
-        y = ops.convnext_block(*args, eps=eps, act=act, recompute=recompute)
-    else:
-        y = reference.convnext_block(*args, eps=eps, act=act)
-    return as_nchw(y)
-
-
-@torch.fx.wrap
-def dwconv_layernorm(x: Tensor, weights: tuple[Tensor | None, ...], eps: float, fused: bool) -> Tensor:
-    """`ops.dwconv_layernorm` or `reference.dwconv_layernorm`, (N, C, H, W) to (N, H, W, C)."""
-    function = ops.dwconv_layernorm if fused else reference.dwconv_layernorm
-    return function(x.permute(0, 2, 3, 1), *weights, eps=eps)
+        return as_nchw(functions.block(x, block, scale, eps, act, recompute))
+    *plain, grn_weight, grn_bias = block
+    return as_nchw(reference.convnext_block(x, *plain, scale, eps, act, grn_weight, grn_bias))
 
 
 @torch.fx.wrap

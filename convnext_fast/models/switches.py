@@ -68,6 +68,8 @@ class ConvNextSwitches(nn.Module):
         backend = choose.select(x.device, call.compute_dtype(x))
         if backend != "cpu":
             return backend
+        if self.config.version == 2:
+            return "aten"
         sizes = {(*block.parts().fc1.weight.shape[::-1], block.act_name) for block in self.blocks()}
         return "cpu" if all(llvm.serves_block(*size) for size in sizes) else "aten"
 

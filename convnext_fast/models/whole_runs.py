@@ -178,7 +178,7 @@ def _steps(module: nn.Module, frozen: bool, layers: list[nn.Module] | None) -> l
     if frozen and state.trainable is None:
         return None
     step = step_of(module, plan, read(module, plan), state.token)
-    if step is None or not _are_plain(step.weights):
+    if not _are_plain(step.weights):
         return None
     if (
         torch.compiler.is_compiling()

@@ -80,11 +80,12 @@ def _fold(step: Step) -> Folded:
 
 def flat_block(weights: BlockWeights) -> BlockWeights:
     """Those of a `steps.Step` as `ops.convnext_block` takes them."""
-    vectors = {name: getattr(weights, name) for name in ("gamma", "grn_weight", "grn_bias")}
-    if weights.w1.dim() == 2 and all(v is None or v.dim() == 1 for v in vectors.values()):
+    *_, gamma, grn_weight, grn_bias = weights
+    if weights.w1.dim() == 2 and all(t is None or t.dim() == 1 for t in (gamma, grn_weight, grn_bias)):
         return weights
-    flat = {name: None if v is None else v.reshape(-1) for name, v in vectors.items()}
-    return weights._replace(w1=weights.w1.flatten(1), w2=weights.w2.flatten(1), **flat)
+    w1, w2 = weights.w1.flatten(1), weights.w2.flatten(1)
+    gamma, grn_weight, grn_bias = (None if t is None else t.reshape(-1) for t in (gamma, grn_weight, grn_bias))
+    return weights._replace(w1=w1, w2=w2, gamma=gamma, grn_weight=grn_weight, grn_bias=grn_bias)
 
 
 _HOOKS: list[Any] = []

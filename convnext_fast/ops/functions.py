@@ -70,7 +70,7 @@ def convnext_block(
         ValueError: a shape, a device or an option is not as above.
     """
     weights = BlockWeights(dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, gamma)
-    return _block(x, weights, drop_scale, eps, act, recompute)
+    return block(x, weights, drop_scale, eps, act, recompute)
 
 
 def convnext_v2_block(
@@ -106,10 +106,11 @@ def convnext_v2_block(
     weights = BlockWeights(dwconv_weight, dwconv_bias, ln_weight, ln_bias, w1, b1, w2, b2, None, grn_weight, grn_bias)
     if grn_weight is None:
         raise TypeError("grn_weight is None: expected a tensor (K,); a block without it is a convnext_block")
-    return _block(x, weights, drop_scale, eps, act, recompute)
+    return block(x, weights, drop_scale, eps, act, recompute)
 
 
-def _block(x: Tensor, weights: BlockWeights, drop_scale: Tensor | None, eps: float, act: str, recompute: int) -> Tensor:
+def block(x: Tensor, weights: BlockWeights, drop_scale: Tensor | None, eps: float, act: str, recompute: int) -> Tensor:
+    """`convnext_block` or `convnext_v2_block`, by which weights there are."""
     gamma, grn = weights.gamma, (weights.grn_weight, weights.grn_bias)
     dtype = arguments.check_block(x, weights, drop_scale, act, recompute)
     if gamma is not None:
@@ -152,7 +153,7 @@ def frozen_block(
     if w1.dtype != dtype or call.wants_gradient(x, *weights) or not served:
         mlp = (w1, b1[0].to(w1.dtype), w2, b2.to(w1.dtype))
         grn = (None, None) if grn_weight is None else (grn_weight, torch.zeros_like(grn_weight))
-        return _block(x, BlockWeights(dwconv_weight, dwconv_bias, None, None, *mlp, None, *grn), None, eps, act, 1)
+        return block(x, BlockWeights(dwconv_weight, dwconv_bias, None, None, *mlp, None, *grn), None, eps, act, 1)
     return call.run("frozen_block_fwd", backend, x.contiguous(), weights, eps, act, dtype)
 
 

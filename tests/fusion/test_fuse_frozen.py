@@ -298,20 +298,24 @@ def test_a_loaded_state_dict_unfreezes(image):
     check(model, image, output(model, image))
 
 
-def test_what_cannot_be_frozen_is_said(image):
+def test_v2(image):
     v2 = randomise(ConvNextV2Model(ConvNextV2Config(hidden_sizes=[16, 24], depths=[1, 1], num_stages=2))).eval()
+    plain = copy.deepcopy(v2)
     report = fuse(v2)
     assert "frozen" not in str(report)
-    before = trainable(v2)
     report.freeze()
-    assert set(report.frozen) == set(report.patch_layers)
-    assert "frozen: 2 of 4" in str(report)
-    assert f"not frozen: {', '.join(report.partly_fused)}: fused in part" in str(report)
-    assert {name for name in before if ".layers." in name} <= trainable(v2)
-    check(v2, image, output(v2, image))
-    with pytest.raises(
-        ValueError, match=r"freeze\(\) found nothing that runs on the fused ops whole:\nLinear: no Conv"
-    ):
+    assert set(report.frozen) == {*report.fused, *report.patch_layers}
+    assert "frozen: 4 of 4" in str(report)
+    assert relative_error(output(v2, image), output(plain, image)) <= FLOAT32_BOUND
+    for name in ("weight", "bias"):
+        for model in (v2, plain):
+            with torch.no_grad():
+                getattr(model.encoder.stages[1].layers[0].grn, name).mul_(1.5)
+        assert relative_error(output(v2, image), output(plain, image)) <= FLOAT32_BOUND, name
+
+
+def test_where_nothing_is_fused_nothing_is_frozen():
+    with pytest.raises(ValueError, match=r"freeze\(\) found nothing that runs on the fused ops:\nLinear: no Conv"):
         fuse(nn.Linear(2, 2)).freeze()
 
 

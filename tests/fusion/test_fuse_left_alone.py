@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from transformers import ConvNextConfig, ConvNextModel, ConvNextV2Config, ConvNextV2Model
 from transformers.models.convnext.modeling_convnext import ConvNextLayer
+from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN
 
 from convnext_fast import fuse
 
@@ -215,14 +216,46 @@ def test_left_alone(name):
     report = fuse(model)
     (found,) = report.left_alone.values()
     assert re.search(reason, found), found
-    assert report.fused == report.partly_fused == ()
+    assert report.fused == ()
     assert [type(module) for module in model.modules()] == kinds
 
 
-def test_v2_without_affine_is_left_alone():
+class Centred(ConvNextV2GRN):
+    """A response norm of another formula."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states - hidden_states.mean((1, 2), keepdim=True))
+
+
+class Larger(ConvNextV2GRN):
+    """A response norm with an epsilon that only small activations show."""
+
+    def forward(self, h):
+        norms = h.square().sum((1, 2), keepdim=True).sqrt()
+        return self.weight * h * norms / (norms.mean(-1, keepdim=True) + 1e-5) + self.bias + h
+
+
+class Tall(ConvNextV2GRN):
+    """A response norm with an epsilon that it tells."""
+
+    eps = 1e-5
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (Centred(32), "its grn computes something other than a global response norm"),
+        (Larger(32), "its grn computes something other than a global response norm"),
+        (Tall(32), r"eps of grn \(Tall\) is 1e-05: expected 1e-06"),
+        (nn.Sequential(ConvNextV2GRN(32), ConvNextV2GRN(32)), "is not the one global response norm"),
+        (nn.BatchNorm2d(32), "is not the one global response norm"),
+        (nn.LayerNorm(16), "between its linear layers it has act"),
+    ],
+)
+def test_v2_with_another_norm_is_left_alone(norm, reason):
     model = ConvNextV2Model(ConvNextV2Config(hidden_sizes=[8], depths=[1], num_stages=1))
-    model.encoder.stages[0].layers[0].layernorm = nn.LayerNorm(8, elementwise_affine=False)
-    assert "its LayerNorm has no affine" in next(iter(fuse(model).left_alone.values()))
+    model.encoder.stages[0].layers[0].grn = norm
+    assert re.search(reason, next(iter(fuse(model).left_alone.values())))
 
 
 def test_one_block_left_alone_does_not_affect_the_others():

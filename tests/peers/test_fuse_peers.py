@@ -56,7 +56,7 @@ def image():
 def test_timm_agrees(name, image):
     model = timm_model(seed=list(TIMM).index(name) + 20, **TIMM[name])
     report = check_float32(copy.deepcopy(model), image)
-    assert len(report.partly_fused if name.startswith("v2") else report.fused) == 5
+    assert len(report.fused) == 5
     assert len(report.patch_layers) == 3 + ("overlap" not in TIMM[name].get("stem_type", ""))
     assert not report.left_alone
     check_bfloat16(model, image)
@@ -118,22 +118,22 @@ def test_copies_and_back(make, image):
 
 
 NAMED = {
-    "convnext_atto": (12, 0, 4),
-    "convnext_atto_ols": (12, 0, 3),
-    "convnext_tiny_hnf": (18, 0, 4),
-    "convnext_tiny.dinov3_lvd1689m": (18, 0, 4),
-    "convnext_base.clip_laion2b": (36, 0, 4),
-    "convnextv2_atto": (0, 12, 4),
-    "convnext_zepto_rms": (0, 0, 0),
+    "convnext_atto": (12, 4),
+    "convnext_atto_ols": (12, 3),
+    "convnext_tiny_hnf": (18, 4),
+    "convnext_tiny.dinov3_lvd1689m": (18, 4),
+    "convnext_base.clip_laion2b": (36, 4),
+    "convnextv2_atto": (12, 4),
+    "convnext_zepto_rms": (0, 0),
 }
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_named_timm_models(name):
-    """Blocks, blocks in part, patch layers. On the meta device, where they have no weights."""
+    """Blocks and patch layers. On the meta device, where they have no weights."""
     with torch.device("meta"):
         report = fuse(timm.create_model(name))
-    assert (len(report.fused), len(report.partly_fused), len(report.patch_layers)) == NAMED[name]
+    assert (len(report.fused), len(report.patch_layers)) == NAMED[name]
     if name.endswith("rms"):
         assert all("not a LayerNorm over" in reason for reason in report.left_alone.values())
     else:
