@@ -44,8 +44,10 @@ def read_config(source: str | Path) -> SavedConfig:
             raise ValueError(f"{path}, {SECTION}: {error}") from None
     if "model_type" not in fields and "architecture" in fields:
         architecture = str(fields["architecture"])
-        if not architecture.startswith("convnext_"):
-            raise ValueError(f"{path} describes timm's {architecture!r}: expected one of timm's 'convnext_…' models")
+        if not architecture.startswith(("convnext_", "convnextv2_")):
+            raise ValueError(
+                f"{path} describes timm's {architecture!r}: expected one of its 'convnext_…' and 'convnextv2_…' models"
+            )
         return SavedConfig(None, _timm_amendments(fields, arguments), pool)
     return SavedConfig(ConvNextConfig.from_file(path), {})
 
@@ -59,10 +61,11 @@ def config_fields(
     """
     if format == "transformers":
         fields = {key: value for key, value in config.to_dict().items() if key != "torch_dtype"}
-        cls = "ConvNextModel" if "layernorm.weight" in keys else "ConvNextBackbone"
-        if any(key.startswith("convnext.") for key in keys):
-            cls = "ConvNextForImageClassification"
-        return fields | {"architectures": [cls], "dtype": dtype}
+        cls = "Model" if "layernorm.weight" in keys else "Backbone"
+        if "classifier.weight" in keys:
+            cls = "ForImageClassification"
+        version = "V2" if config.version == 2 else ""
+        return fields | {"architectures": [f"ConvNext{version}{cls}"], "dtype": dtype}
     fields = {SECTION: config.to_dict(), "checkpoint_format": format}
     return fields | _timm_fields(config, options) if format == "timm" else fields
 
@@ -119,12 +122,14 @@ def _timm_amendments(fields: Mapping[str, Any], arguments: Mapping[str, Any]) ->
 def _timm_fields(config: ConvNextConfig, options: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration as timm's ``create_model("local-dir:…")`` reads it."""
     sizes = (config.depths, config.hidden_sizes)
-    variant = next((name for name, known in VARIANTS.items() if known == sizes), "tiny")
+    kind, start = ("convnextv2", "v2_") if config.version == 2 else ("convnext", "")
+    known = (name.removeprefix(start) for name, known in VARIANTS.items() if known == sizes and name.startswith(start))
+    variant = next(known, "tiny")
     image = config.image_size if isinstance(config.image_size, tuple) else (config.image_size, config.image_size)
     back = {ours: theirs for theirs, ours in _TIMM_ACTIVATIONS.items() if theirs != "swish"}
     scale = config.layer_scale_init_value
     fields: dict[str, Any] = {
-        "architecture": f"convnext_{variant}",
+        "architecture": f"{kind}_{variant}",
         "num_classes": config.num_labels,
         "num_features": config.hidden_sizes[-1],
         "global_pool": options["global_pool"],
@@ -134,6 +139,7 @@ def _timm_fields(config: ConvNextConfig, options: Mapping[str, Any]) -> dict[str
             "dims": list(config.hidden_sizes),
             "patch_size": config.patch_size,
             "ls_init_value": scale if scale > 0 else None,
+            **({"use_grn": True} if config.version == 2 else {}),
             "norm_eps": config.norm_eps,
             "act_layer": back.get(config.activation, config.activation),
             "conv_mlp": False,

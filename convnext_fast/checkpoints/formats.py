@@ -1,11 +1,12 @@
 """The four naming schemes of ConvNeXt's tensors: recognising them from the keys, and converting between them.
 
-The other three are translated to and from timm's names. Sources: the state dicts of
-facebookresearch/ConvNeXt, transformers, timm and torchvision, loaded with one set of weights.
+The other three are translated to and from timm's names. Sources: the state dicts of facebookresearch/ConvNeXt and
+ConvNeXt-V2, transformers, timm and torchvision, loaded with one set of weights.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import VARIANTS, ConvNextConfig
+from ..config import VARIANTS, ConvNextConfig, ConvNextV2Config
 
 # i: stage; j: block. torchvision counts stages and what lies between them in one list, hence {even} = 2i, {odd} = 2i+1.
 _TABLE = """
@@ -26,17 +27,18 @@ block       stages.{i}.blocks.{j}   features.{odd}.{j} encoder.stages.{i}.layers
 dwconv      +conv_dw                +block.0           +dwconv                                 +dwconv
 block_norm  +norm                   +block.2           +layernorm                              +norm
 fc1         +mlp.fc1                +block.3           +pwconv1                                +pwconv1
+grn         +mlp.grn                -                  +grn                                    +grn
 fc2         +mlp.fc2                +block.5           +pwconv2                                +pwconv2
 layer_scale +gamma                  +layer_scale       +layer_scale_parameter                  +gamma
 norm        head.norm               classifier.0       layernorm                               norm
 classifier  head.fc                 classifier.2       classifier                              head
 """
-"""The names of layers; + stands for that of the block."""
+"""The names of layers; + stands for that of the block, - for none."""
 
 
 def _read_table() -> dict[str, dict[str, str]]:
     formats, *rows = (line.split() for line in _TABLE.strip().splitlines())
-    layers = {format: {part: names[i] for part, *names in rows} for i, format in enumerate(formats)}
+    layers = {format: {part: names[i] for part, *names in rows if names[i] != "-"} for i, format in enumerate(formats)}
     for names in layers.values():
         block = names.pop("block")
         names.update({part: name.replace("+", f"{block}.") for part, name in names.items()})
@@ -46,7 +48,9 @@ def _read_table() -> dict[str, dict[str, str]]:
 
 _LAYERS = _read_table()
 FORMATS = tuple(_LAYERS)
-_PREFIX = "convnext."
+_PREFIXES = "convnext.", "convnextv2."
+"""Of transformers' keys, of V1 and of V2, where there is a classifier."""
+_OFFICIAL_GRN = {".weight": ".gamma", ".bias": ".beta"}
 _BACKBONE_NORMS = "hidden_states_norms."
 
 
@@ -56,9 +60,6 @@ def recognise(keys: Iterable[str]) -> str:
     if not names:
         raise ValueError("the checkpoint holds no tensors")
     sample = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-    found = next((name for name in names if ".grn." in name), None)
-    if found is not None:
-        raise ValueError(f"these are the keys of a ConvNeXt V2 (such as {found}): expected a ConvNeXt V1")
     if any(re.search(r"^norms\.|\.depthwise_conv\.|\.pointwise_conv1\.", name) for name in names):
         raise ValueError(f"these are the keys of DINOv3's ConvNeXt ({sample}): expected a ConvNeXt of {FORMATS}")
     parts = {format: [_parse(name, format) for name in names] for format in FORMATS}
@@ -69,12 +70,36 @@ def recognise(keys: Iterable[str]) -> str:
     return best
 
 
+def from_sparse(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The encoder of ConvNeXt V2's sparse pre-training under the official names; any other state dict as it is.
+
+    Its convolutions hold (taps, C) or (taps, C, C'), the taps column by column.
+    """
+    if not any(key.endswith(".kernel") for key in state_dict):
+        return state_dict
+    dense = {}
+    for key, tensor in state_dict.items():
+        if key.startswith(("mask_token", "proj.", "decoder.", "pred.")):
+            continue
+        key = re.sub(r"^encoder\.|\.(?:ln|linear)(?=\.)", "", key)
+        side = math.isqrt(len(tensor)) if tensor.dim() in (2, 3) else 0
+        if key.endswith(".kernel") and side * side == len(tensor):
+            key = key.removesuffix("kernel") + "weight"
+            taps = tensor[:, None] if tensor.dim() == 2 else tensor
+            tensor = taps.unflatten(0, (side, side)).permute(3, 2, 1, 0)
+        elif key.endswith(".bias") and tensor.dim() == 2:
+            tensor = tensor.flatten()
+        dense[key] = tensor
+    return dense
+
+
 def to_timm(state_dict: Mapping[str, Tensor], format: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A state dict of ``format`` under timm's names, and the tensors that timm has no name for, under their own.
 
-    Linear layers kept as 1×1 convolutions become (out, in) and torchvision's (C, 1, 1) layer scales become (C,). All
-    are views. timm's ``features_only`` names (``stages_0.…``) and transformers' keys with and without ``convnext.``
-    are understood; a transformers backbone's ``hidden_states_norms`` are among the tensors without a name.
+    Linear layers kept as 1×1 convolutions become (out, in), torchvision's (C, 1, 1) layer scales (C,), and V2's (1, 1,
+    1, K) parameters of the global response norm (K,). All are views. timm's ``features_only`` names (``stages_0.…``)
+    and transformers' keys with and without ``convnext.`` are understood; a transformers backbone's
+    ``hidden_states_norms`` are among the tensors without a name.
 
     Raises:
         ValueError: ``format`` is unknown, or two keys mean the same tensor.
@@ -94,6 +119,8 @@ def to_timm(state_dict: Mapping[str, Tensor], format: str) -> tuple[dict[str, Te
             tensor = tensor.flatten(1)
         elif part == "layer_scale" and format == "torchvision" and tensor.dim() == 3 and tensor.shape[1:] == (1, 1):
             tensor = tensor.flatten()
+        elif part == "grn" and tensor.dim() and tensor.numel() == tensor.shape[-1]:
+            tensor = tensor[(0,) * (tensor.dim() - 1)]
         named[name] = tensor
     return named, others
 
@@ -121,12 +148,18 @@ def from_timm(
         lost += list(extra or ())
     if lost:
         reason = "; its norm comes before the pooling, which only timm has" if "norm_pre.weight" in lost else ""
+        if any(".grn." in key for key in lost):
+            reason = "; it is a ConvNeXt V2, which torchvision does not have"
         raise ValueError(f"the {format} format has no name for {', '.join(lost[:10])}{reason}")
-    prefix = _PREFIX if format == "transformers" and "head.fc.weight" in state_dict else ""
+    prefix = ""
+    if format == "transformers" and "head.fc.weight" in state_dict:
+        prefix = _PREFIXES[any(".grn." in key for key in state_dict)]
     converted = {}
     for key, tensor in state_dict.items():
         if format == "torchvision" and key.endswith(".gamma") and tensor.dim() == 1:
             tensor = tensor[:, None, None]
+        elif format in ("transformers", "official") and ".grn." in key and tensor.dim() == 1:
+            tensor = tensor[None, None, None]
         name = str(names[key])
         converted[name if name.startswith("classifier.") else prefix + name] = tensor
     return converted | dict(extra or {})
@@ -142,7 +175,8 @@ def infer_config(state_dict: Mapping[str, Tensor], format: str = "timm") -> Conv
     """The configuration that fits the shapes of a state dict under timm's names.
 
     Without a classifier, ``num_labels`` is 0. ``format``, where the tensors come from, decides the epsilons: 1e-12 in
-    transformers' last norm, 1e-5 in timm's xxlarge, otherwise 1e-6. The activation is taken to be GELU.
+    transformers' last norm, 1e-5 in timm's xxlarge, otherwise 1e-6. The activation is taken to be GELU. It is a
+    `ConvNextV2Config` where there is a global response norm.
 
     Raises:
         ValueError: the stem is missing or has a wrong shape, or stages are missing.
@@ -158,7 +192,7 @@ def infer_config(state_dict: Mapping[str, Tensor], format: str = "timm") -> Conv
         part, i, j, suffix = _parse(key, "timm") or ("", 0, 0, "")
         if part in ("down_conv", "dwconv") and suffix == ".weight" and (part == "down_conv" or i not in widths):
             widths[i] = tensor.shape[0] if tensor.dim() else 0
-        if part in ("dwconv", "block_norm", "fc1", "fc2", "layer_scale"):
+        if part in ("dwconv", "block_norm", "fc1", "grn", "fc2", "layer_scale"):
             depths[i] = max(depths.get(i, 0), j + 1)
     count = max(*widths, *depths, 0) + 1
     if count > len(state_dict) or max(depths.values()) > len(state_dict):
@@ -172,7 +206,8 @@ def infer_config(state_dict: Mapping[str, Tensor], format: str = "timm") -> Conv
     if format == "timm" and (blocks, hidden_sizes) == VARIANTS["xxlarge"]:
         fields = {"layer_norm_eps": 1e-5, "norm_eps": 1e-5}
     height, width = stem.shape[2:]
-    return ConvNextConfig(
+    kind = ConvNextV2Config if any(".grn." in key for key in state_dict) else ConvNextConfig
+    return kind(
         num_channels=stem.shape[1],
         patch_size=height if height == width else (height, width),
         num_stages=count,
@@ -198,6 +233,8 @@ def _patterns(format: str) -> tuple[tuple[str, re.Pattern[str]], ...]:
     for part, template in _LAYERS[format].items():
         pattern = re.sub(r"\\{(\w+)\\}", number, re.escape(template))
         suffix = "" if part == "layer_scale" else r"\.(?:weight|bias)"
+        if part == "grn" and format == "official":
+            suffix = r"\.(?:gamma|beta)"
         compiled.append((part, re.compile(f"{pattern}(?P<suffix>{suffix})")))
     return tuple(compiled)
 
@@ -207,7 +244,7 @@ def _parse(key: str, format: str) -> tuple[str, int, int, str] | None:
     if format == "timm":
         key = re.sub(r"^(stem|stages)_(\d+)\.", r"\1.\2.", key)
     elif format == "transformers":
-        key = key.removeprefix(_PREFIX)
+        key = key.removeprefix(_PREFIXES[0]).removeprefix(_PREFIXES[1])
     for part, pattern in _patterns(format):
         match = pattern.fullmatch(key)
         if match:
@@ -218,9 +255,13 @@ def _parse(key: str, format: str) -> tuple[str, int, int, str] | None:
             i = int(found.get("i") or doubled // 2)
             if i == 0 and part.startswith("down_"):
                 continue
-            return part, i, int(found.get("j") or 0), found["suffix"]
+            suffix = found["suffix"]
+            suffix = next((ours for ours, theirs in _OFFICIAL_GRN.items() if theirs == suffix), suffix)
+            return part, i, int(found.get("j") or 0), suffix
     return None
 
 
 def _render(part: str, i: int, j: int, suffix: str, format: str) -> str:
+    if part == "grn" and format == "official":
+        suffix = _OFFICIAL_GRN[suffix]
     return _LAYERS[format][part].format(i=i, j=j, even=2 * i, odd=2 * i + 1) + suffix

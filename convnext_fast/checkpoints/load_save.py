@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import ConvNextConfig
 from ..files import json_writer, local_path, write_files
 from .config_json import SavedConfig, config_fields, read_config, warn_of_losses
-from .formats import from_timm, infer_config, recognise, to_timm
+from .formats import from_sparse, from_timm, infer_config, recognise, to_timm
 from .matching import Checkpoint, Loadable, fit
 from .tensor_files import (
     INDEX,
@@ -54,6 +54,7 @@ def load_checkpoint(source: str | Path, *, use_ema: bool = False, config: ConvNe
     saved = SavedConfig(config, {}) if bare or config is not None else read_config(source)
     tensors = read_weights(source, use_ema=use_ema)
     try:
+        tensors = from_sparse(tensors)
         format = recognise(tensors)
         named, extra = to_timm(tensors, format)
         if saved.config is None:
@@ -83,8 +84,9 @@ def load_model(
     """A model of class ``cls`` with the weights of a checkpoint, in evaluation mode.
 
     Every parameter comes from the checkpoint and every tensor of the checkpoint has its place, except: a model without
-    a classifier or final norm leaves the checkpoint's out; and a classifier, a backbone's ``hidden_states_norms``, or
-    (with no classifier either) a final norm that the checkpoint lacks is newly initialised, with a warning.
+    a classifier or final norm leaves the checkpoint's out, as every model does the decoder of V2's sparse pre-training;
+    and a classifier, a backbone's ``hidden_states_norms``, or (with no classifier either) a final norm that the
+    checkpoint lacks is newly initialised, with a warning.
 
     Args:
         cls: ``ConvNext`` or one of the transformers-named models.
@@ -114,6 +116,9 @@ def load_model(
         fields = {"num_labels": num_labels} | fields
     if fields:
         config = config.amended(**fields)
+    version = getattr(cls, "config_class", type(config)).version  # `ConvNext` is both
+    if config.version != version:
+        raise ValueError(f"{source} holds a ConvNeXt V{config.version}: expected V{version} for {cls.__name__}")
     if cls.checkpoint_format == "timm":
         own = {"head_norm_first": checkpoint.head_norm_first, "global_pool": checkpoint.global_pool}
         model_options = own | model_options

@@ -65,6 +65,8 @@ def fit(
     if getattr(model, "features_only", False):
         kept = tuple(f"stages.{i}." for i in range(len(model.stages)))
         spare |= {layer for layer in _layers(state) if layer.startswith("stages.") and not layer.startswith(kept)}
+    if format == "transformers":
+        state = {name: tensor[None, None, None] if _is_grn(name, tensor) else tensor for name, tensor in state.items()}
     dropped = [name for name in state if _layer(name) in spare]
     new = [name for name in names if _layer(name) in fresh]
     for name in dropped:
@@ -109,6 +111,11 @@ def _optional(wanted: set[str], held: set[str]) -> tuple[set[str], set[str]]:
     if not wanted & _FINAL_NORMS:
         may_go |= _FINAL_NORMS
     return may_start & (wanted - held), may_go & (held - wanted)
+
+
+def _is_grn(name: str, tensor: Tensor) -> bool:
+    """Whether this is a parameter of a global response norm as timm has it, (K,); transformers' are (1, 1, 1, K)."""
+    return ".grn." in name and tensor.dim() == 1
 
 
 def _layer(name: str) -> str:

@@ -187,8 +187,6 @@ def test_norm_before_pooling_exists_only_in_timm(format):
     ("keys", "named"),
     [
         ([], "no tensors"),
-        (["stem.0.weight", "stages.0.blocks.0.mlp.grn.weight"], "ConvNeXt V2"),
-        (["convnextv2.encoder.stages.0.layers.0.grn.weight"], "ConvNeXt V2"),
         (["stages.0.layers.0.depthwise_conv.weight", "layer_norm.weight"], "DINOv3"),
         (["downsample_layers.0.0.weight", "stages.0.0.dwconv.weight", "norm.weight", "norms.3.weight"], "DINOv3"),
         (["conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "fc.weight"], r"conv1\.weight, bn1\.weight"),

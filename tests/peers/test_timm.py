@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import BOUNDS, gradients, randomise, relative_error
 
-from convnext_fast import VARIANTS, ConvNext, ConvNextConfig
+from convnext_fast import VARIANTS, ConvNext, ConvNextConfig, ConvNextV2Config
 
 timm = pytest.importorskip("timm")
 
@@ -16,15 +16,18 @@ CASES = {
     "head_norm_first": {"dims": (16, 20, 24, 28), "depths": (1, 1, 1, 1), "head_norm_first": True},
     "no layer scale, patch 3": {"dims": (7, 9, 13, 40), "depths": (1, 0, 1, 2), "patch_size": 3},
     "relu, grey": {"dims": (19, 8, 8, 21), "depths": (1, 1, 1, 1), "act_layer": "relu", "in_chans": 1},
+    "v2": {"dims": (8, 17, 12, 33), "depths": (1, 1, 2, 1), "use_grn": True},
+    "v2, conv_mlp": {"dims": (11, 8, 9, 16), "depths": (1, 2, 1, 1), "use_grn": True, "conv_mlp": True},
     "max pooling": {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "global_pool": "max"},
 }
 
 
 def pair(name, dtype, fused, **more):
     """timm's model and ours, with the same random weights."""
-    fields = {"num_classes": 6, "ls_init_value": None if name.startswith("no layer scale") else 1.0, **CASES[name]}
+    layer_scale = None if name.startswith(("no layer scale", "v2")) else 1.0
+    fields = {"num_classes": 6, "ls_init_value": layer_scale, **CASES[name]}
     theirs = randomise(timm.models.convnext.ConvNeXt(**fields, **more)).to(dtype)
-    config = ConvNextConfig(
+    config = (ConvNextV2Config if "use_grn" in fields else ConvNextConfig)(
         hidden_sizes=fields["dims"],
         depths=fields["depths"],
         patch_size=fields.get("patch_size", 4),
