@@ -42,7 +42,8 @@ def count(config: ConvNextConfig, image_size: int | tuple[int, int] | None = Non
     height, width = height // patch_h, width // patch_w
     weights = config.num_channels * patch_h * patch_w * before
     counts = [Count("stem", 0, before, height, width, weights + 3 * before, weights * height * width)]
-    scale = 1 if config.layer_scale_init_value > 0 else 0
+    # Biases of three layers (C, 4C, C), LayerNorm's two vectors, γ, and V2's two of the response norm (4C).
+    vectors = 8 + (8 if config.version == 2 else 0) + (1 if config.layer_scale_init_value > 0 else 0)
     for i, (channels, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
         parameters = macs = 0
         if i:
@@ -50,8 +51,7 @@ def count(config: ConvNextConfig, image_size: int | tuple[int, int] | None = Non
             weights = 4 * before * channels
             parameters, macs = weights + channels + 2 * before, weights * height * width
         weights = KERNEL_SIZE**2 * channels + 8 * channels**2
-        # Biases of three layers (C, 4C, C), LayerNorm's two vectors, and γ.
-        parameters += depth * (weights + (8 + scale) * channels)
+        parameters += depth * (weights + vectors * channels)
         macs += depth * weights * height * width
         counts.append(Count(f"stage{i + 1}", depth, channels, height, width, parameters, macs))
         before = channels
@@ -126,7 +126,7 @@ def print_checkpoint(console: Console, source: str) -> None:
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
     order = "before" if checkpoint.head_norm_first else "after"
     console.print(
-        f"Names of {checkpoint.format}; {len(tensors)} tensors, {size:,} bytes of {', '.join(dtypes)}; "
+        f"ConvNeXt V{checkpoint.config.version}. Names of {checkpoint.format}; {len(tensors)} tensors, {size:,} bytes of {', '.join(dtypes)}; "
         f"the last LayerNorm is {order} the pooling."
     )
 

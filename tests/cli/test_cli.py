@@ -232,6 +232,7 @@ def test_too_many_pixels_and_channels_are_refused(tmp_path, monkeypatch):
         (ConvNextConfig.from_variant("atto", num_labels=7), 71),
         (tiny_config(num_channels=2, num_labels=3, image_size=(20, 13), patch_size=(3, 2)), (20, 13)),
         (tiny_config(num_labels=0, layer_scale_init_value=0.0, depths=(0, 3)), 16),
+        (ConvNextConfig.from_variant("v2_atto", num_labels=7), 71),
     ],
 )
 def test_the_counts_are_those_of_the_model(config, size):
@@ -249,6 +250,8 @@ def test_the_counts_are_those_of_the_model(config, size):
 def test_sizes_of_the_paper():
     # Table 1 and table 12 of "A ConvNet for the 2020s": parameters in millions and "FLOPs" in G at 224².
     paper = {"tiny": (28.6, 4.5), "small": (50.2, 8.7), "base": (88.6, 15.4), "large": (197.8, 34.4)}
+    # Table 14 of "ConvNeXt V2".
+    paper |= {"v2_atto": (3.7, 0.55), "v2_nano": (15.6, 2.45), "v2_tiny": (28.6, 4.47)}
     for name, (millions, giga) in {**paper, "xlarge": (350.2, 60.9)}.items():
         counts = count(ConvNextConfig.from_variant(name, num_labels=1000))
         assert sum(part.parameters for part in counts) / 1e6 == pytest.approx(millions, abs=0.05)
@@ -267,7 +270,7 @@ def test_info_fits_every_terminal_width(run, checkpoint, monkeypatch, columns):
     _, out, _ = run("info", "tiny")
     assert all(word in " ".join(out.split()) for word in ("28.59 M", "4.46 G", "stage4"))
     _, out, _ = run("info", checkpoint)
-    assert "Names of transformers" in " ".join(out.split())
+    assert "ConvNeXt V1. Names of transformers" in " ".join(out.split())
     body = [line for line in out.splitlines() if str(checkpoint) not in line]
     assert max(len(line.rstrip()) for line in body) <= int(columns)
 
