@@ -1,7 +1,7 @@
 """Frozen blocks for tests, and the reference on their weights."""
 
 import torch
-from block_cases import block_parameters
+from block_cases import block_parameters, v2_parameters
 
 from convnext_fast.backends import reference
 from convnext_fast.ops.folding import freeze_block
@@ -12,8 +12,14 @@ def frozen_weights(channels, hidden, side):
     return freeze_block(**block_parameters(channels, hidden, side, torch.float32))
 
 
+@torch.no_grad()
+def frozen_v2_weights(channels, hidden, side):
+    return freeze_block(**v2_parameters(channels, hidden, side, torch.float32), gamma=None)
+
+
 def plain_block(x, weights, act):
-    dwconv_weight, dwconv_bias, w1, b1, w2, b2, _ = (None if t is None else t.to(x.dtype) for t in weights)
+    dwconv_weight, dwconv_bias, w1, b1, w2, b2, grn_weight = (None if t is None else t.to(x.dtype) for t in weights)
     ones, zeros = x.new_ones(x.shape[3]), x.new_zeros(x.shape[3])
     weights = dwconv_weight, dwconv_bias, ones, zeros, w1, b1[0], w2, b2
-    return reference.convnext_block(x, *weights, None, None, 1e-6, act)
+    grn = (None, None) if grn_weight is None else (grn_weight, torch.zeros_like(grn_weight))
+    return reference.convnext_block(x, *weights, None, None, 1e-6, act, *grn)

@@ -126,8 +126,8 @@ def print_checkpoint(console: Console, source: str) -> None:
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
     order = "before" if checkpoint.head_norm_first else "after"
     console.print(
-        f"ConvNeXt V{checkpoint.config.version}. Names of {checkpoint.format}; {len(tensors)} tensors, {size:,} bytes of {', '.join(dtypes)}; "
-        f"the last LayerNorm is {order} the pooling."
+        f"ConvNeXt V{checkpoint.config.version}. Names of {checkpoint.format}; {len(tensors)} tensors, "
+        f"{size:,} bytes of {', '.join(dtypes)}; the last LayerNorm is {order} the pooling."
     )
 
 

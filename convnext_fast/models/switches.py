@@ -13,7 +13,7 @@ from ..backends import choose
 from ..backends.cpu import llvm
 from ..config import ConvNextConfig
 from ..ops import call
-from .freezing import can_freeze, check_has_graphs, freeze, unfreeze
+from .freezing import can_freeze, check_has_graphs, freeze, is_frozen, unfreeze
 from .layers import ConvNextBlockBase, OwnModule
 from .whole_runs import WholeRuns, outputs_of
 
@@ -59,7 +59,7 @@ class ConvNextSwitches(nn.Module):
     def backend_for(self, x: Tensor) -> choose.Name:
         """Where the blocks run for an input: "triton", "cpu", "aten" or "reference" (see `choose.select`).
 
-        "cpu" where the kernels for x86 CPUs serve every block.
+        "cpu" where the kernels for x86 CPUs serve every block, of ConvNeXt V2 where all are frozen.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x is a {type(x).__name__}: expected a tensor")
@@ -68,7 +68,7 @@ class ConvNextSwitches(nn.Module):
         backend = choose.select(x.device, call.compute_dtype(x))
         if backend != "cpu":
             return backend
-        if self.config.version == 2:
+        if self.config.version == 2 and not all(map(is_frozen, self.blocks())):
             return "aten"
         sizes = {(*block.parts().fc1.weight.shape[::-1], block.act_name) for block in self.blocks()}
         return "cpu" if all(llvm.serves_block(*size) for size in sizes) else "aten"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from block_cases import block_parameters
+from block_cases import block_parameters, v2_parameters
 from support import FLOAT32_BOUND, relative_error
 
 from convnext_fast import ConvNext, ConvNextConfig, ops
@@ -56,6 +56,10 @@ def arguments_of(name):
     dwconv = {"weight": parameters["dwconv_weight"], "bias": parameters["dwconv_bias"]}
     affine = {"ln_weight": parameters["ln_weight"], "ln_bias": parameters["ln_bias"]}
     x, drop_scale = draw(SHAPE), torch.tensor([1.25, 0.5])
+    v2 = {k: v.detach() for k, v in v2_parameters(CHANNELS, HIDDEN, 7, torch.float32).items()}
+    if name.startswith("v2 block"):
+        level = int(name[-1])
+        return (lambda **t: ops.convnext_v2_block(**t, recompute=level)), {"x": x, **v2, "drop_scale": drop_scale}
     if name.startswith("block"):
         level = int(name[-1])
         return (lambda **t: ops.convnext_block(**t, recompute=level)), {"x": x, **parameters, "drop_scale": drop_scale}
@@ -72,11 +76,22 @@ def arguments_of(name):
         return ops.downsample, {"x": x, **affine, **patches}
     if name == "frozen_downsample":
         return ops.frozen_downsample, {"x": x, **freeze_downsample(**affine, **patches)._asdict()}
-    return ops.frozen_block, {"x": x, **freeze_block(**parameters)._asdict()}
+    folded = freeze_block(**v2, gamma=None) if name == "frozen v2 block" else freeze_block(**parameters)
+    return ops.frozen_block, {"x": x, **{k: t for k, t in folded._asdict().items() if t is not None}}
 
 
-TRAINED = ["block 0", "block 1", "block 2", "dwconv_layernorm", "pointwise_mlp", "stem", "downsample"]
-FROZEN = ["frozen_block", "frozen_downsample"]
+TRAINED = [
+    "block 0",
+    "block 1",
+    "block 2",
+    "v2 block 0",
+    "v2 block 2",
+    "dwconv_layernorm",
+    "pointwise_mlp",
+    "stem",
+    "downsample",
+]
+FROZEN = ["frozen_block", "frozen v2 block", "frozen_downsample"]
 
 
 def changes_of(tensors):

@@ -7,18 +7,19 @@ libgomp's.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
+from itertools import chain, cycle
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...kernels.weights import FrozenBlock
 from .. import environment
 from ..steps import patched
 
@@ -99,13 +100,19 @@ class Kernel:
 class CompiledBlock(Kernel):
     """A frozen block."""
 
-    def __init__(self, weights: tuple[Tensor | None, ...], machine: Any):
+    def __init__(self, weights: FrozenBlock, machine: Any):
+        (hidden, channels), side = weights.w1.shape, weights.dwconv_weight.shape[2]
+        held = chain.from_iterable(self.packed(weights, machine))
+        super().__init__(machine, tuple(held), partial(launchers().BlockSizes.of, channels, hidden, side))
+
+    @staticmethod
+    def packed(weights: FrozenBlock, machine: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What the kernels read of the weights: up to the hidden units, and after them."""
         dwconv_weight, dwconv_bias, w1, b1, w2, b2, _ = weights
-        pack, (hidden, channels) = launchers().pack, w1.shape
+        pack, channels = launchers().pack, w1.shape[1]
         taps = dwconv_weight.reshape(channels, -1).t().clone(memory_format=torch.contiguous_format)
         bias = w1.new_zeros(channels) if dwconv_bias is None else dwconv_bias
-        held = taps, _copy(bias), pack(w1, machine), _copy(b1[0]), pack(w2, machine), _copy(b2)
-        super().__init__(machine, held, partial(launchers().BlockSizes.of, channels, hidden, dwconv_weight.shape[2]))
+        return (taps, _copy(bias), pack(w1, machine), _copy(b1[0])), (pack(w2, machine), _copy(b2))
 
 
 class CompiledPatches(Kernel):
@@ -140,13 +147,13 @@ def run(
     two scratch buffers.
     """
     results = {end: x.new_empty(shapes[end]) for end in ends}
-    befores = itertools.chain([x.shape], shapes)
+    befores = chain([x.shape], shapes)
     launches = [
         (kernel.launch(before, e), kernel.addresses) for kernel, e, before in zip(kernels, eps, befores, strict=False)
     ]
     between = [math.prod(shape) for i, shape in enumerate(shapes) if i not in results]
     spare = x.new_empty(2, max(between, default=0))
-    turns = itertools.cycle(row.data_ptr() for row in spare)
+    turns = cycle(row.data_ptr() for row in spare)
     places = [results[i].data_ptr() if i in results else next(turns) for i in range(len(kernels))]
     launchers().run_in_turn(launches, [x.data_ptr(), *places])
     return [results[end] for end in ends]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...kernels.weights import ConvNorm, FrozenBlock, FrozenDownsample
 from . import llvm
+from .llvm_grn import CompiledV2Block
 
 Weights = tuple[Tensor | None, ...]
 """Of `weights.FrozenBlock` or `weights.FrozenDownsample`, or a stem's."""
@@ -35,13 +36,13 @@ def _kept(weight: Tensor, others: Weights, make: Callable[[], llvm.Kernel | None
     return kernel
 
 
-def prepared_block(weights: Weights, act: str) -> llvm.Kernel | None:
+def prepared_block(weights: FrozenBlock, act: str) -> llvm.Kernel | CompiledV2Block | None:
     """`ops.frozen_block_fwd` for these weights; None if not supported."""
-    dwconv_weight, dwconv_bias, w1, b1, w2, b2, grn_weight = weights
-    if act != "gelu" or grn_weight is not None:
+    machine = llvm.machine_for(*weights.w1.shape) if act == "gelu" else None
+    if machine is None:
         return None
-    machine, others = llvm.machine_for(*w1.shape), (dwconv_weight, dwconv_bias, b1, w2, b2)
-    return None if machine is None else _kept(w1, others, lambda: llvm.CompiledBlock(weights, machine))
+    kind = llvm.CompiledBlock if weights.grn_weight is None else CompiledV2Block
+    return _kept(weights.w1, weights._replace(w1=None), lambda: kind(weights, machine))
 
 
 def prepared_downsample(weight: Tensor, bias: Tensor) -> llvm.Kernel | None:
@@ -56,7 +57,7 @@ def kernels_for(
     kernels = []
     for weights, act in reversed(list(zip(steps, acts, strict=True))):  # a stem, whose kernel is not kept, last
         if isinstance(weights, FrozenBlock):
-            kernel = prepared_block(weights, act)
+            kernel = None if weights.grn_weight is not None else prepared_block(weights, act)
         else:
             make = prepared_downsample if isinstance(weights, FrozenDownsample) else llvm.prepare_stem
             kernel = make(*weights)

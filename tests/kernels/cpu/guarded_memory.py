@@ -10,9 +10,9 @@ import mmap
 import torch
 from convnext_fast.kernels.cpu import launching
 from convnext_fast.kernels.cpu.machine import AVX2, AVX512
-from frozen_support import frozen_weights
+from frozen_support import frozen_v2_weights, frozen_weights
 
-from convnext_fast.backends.cpu import llvm, llvm_mlp
+from convnext_fast.backends.cpu import llvm, llvm_grn, llvm_mlp
 from convnext_fast.backends.cpu.aten_layers import Mlp, Norm
 
 PAGE = mmap.PAGESIZE
@@ -59,6 +59,20 @@ def block(machine, image, channels, hidden, side):
     sizes = launching.BlockSizes.of(channels, hidden, side, image[2])
     launch = GuardedLaunch(machine, sizes, image[0], image[1:], image[1:], 1e-6, torch.get_num_threads())
     run(launch, x, x, kept.weights, kept(x, 1e-6))
+
+
+def v2_block(machine, image, channels, hidden, side):
+    """Both of its kernels."""
+    kept = llvm_grn.CompiledV2Block(frozen_v2_weights(channels, hidden, side), machine)
+    x, h = torch.randn(*image, channels), torch.randn(*image, hidden)
+    shared = image[0], image[1:], image[1:], 1e-6, torch.get_num_threads()
+    for sizes, source, result, weights in (
+        (launching.GrnHiddenSizes.of(channels, hidden, side, image[2]), x, h, kept._first.weights),
+        (launching.GrnOutputSizes(channels, hidden), h, x, [torch.randn(image[0], hidden), x, *kept._second.weights]),
+    ):
+        launch = GuardedLaunch(machine, sizes, *shared)
+        expected = launch(source, torch.empty_like(result), [weight.data_ptr() for weight in weights])
+        run(launch, source, result, weights, expected.clone())
 
 
 def patches(machine, stem):
@@ -147,6 +161,7 @@ if __name__ == "__main__":
             ((1, 30, 7), 80, 96, 3), ((2, 14, 14), 96, 384, 7), ((1, 1, 3718), 16, 16, 7), ((1, 2, 4161), 16, 16, 7),
         ):  # fmt: skip
             block(machine, *case)
+            v2_block(machine, *case)
             print("ok", machine.lanes, *case)
         for case in (((2, 9, 9), 32, 7), ((1, 3, 70), 48, 5), ((3, 2, 3), 16, 7), ((2, 14, 14), 96, 3)):
             convolution(machine, *case)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from convnext_fast.kernels.weights import ConvNorm, FrozenDownsample
+from convnext_fast.kernels.weights import ConvNorm, FrozenBlock, FrozenDownsample
 from frozen_support import frozen_weights, plain_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -234,6 +234,7 @@ def test_a_block_is_prepared_once_and_freed_with_its_weights():
     x, weights = torch.randn(1, 4, 4, 16), frozen_weights(16, 32, 3)
 
     def prepared_for(*weights, act="gelu"):
+        weights = FrozenBlock(*weights)
         block = packed_weights.prepared_block(weights, act)
         assert relative_error(block(x, 1e-6), plain_block(x.double(), weights, act)) < 1e-5
         return block
@@ -241,7 +242,7 @@ def test_a_block_is_prepared_once_and_freed_with_its_weights():
     first = prepared_for(*weights)
     assert isinstance(first, llvm.CompiledBlock)
     assert prepared_for(*weights) is first
-    *head, b1, w2, b2 = weights
+    *head, b1, w2, b2, _ = weights
     for other in ((*head, b1, w2 + 1, b2), (*head, b1 - 1, w2, b2), (*head, b1, w2, b2 + 1)):
         assert prepared_for(*other) is not first
     assert prepared_for(weights[0] + 1, *weights[1:]) is not first

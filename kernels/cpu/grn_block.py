@@ -1,0 +1,106 @@
+"""A frozen ConvNeXt V2 block in two parallel regions, for its global response norm is over all pixels of a sample.
+
+    h = GELU(w1·n + b1),   n = LayerNorm(dwconv(x)) without its affine, which w1 and b1 hold (`folding`)
+    y = x + w2·(h∘f) + b2, f: the factor of each hidden unit of a sample, from the norms of h
+
+n and h∘f of a chunk stay in the L2 cache.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llvmlite import ir
+
+from .dwconv import Convolving
+from .gemm import store_gelu, store_sum
+from .layernorm import normalise
+from .machine import Machine
+from .work_sharing import GROUP, PADDING, Team
+
+
+class GrnHiddenSizes(NamedTuple):
+    """The kernel for h (N, H, W, K), the rest as of `frozen_block.BlockSizes`."""
+
+    channels: int
+    hidden: int
+    side: int
+    group: int
+    addresses = ("x", "h", "dwconv_weight", "dwconv_bias", "w1", "b1", "scratch")
+
+    @classmethod
+    def of(cls, channels: int, hidden: int, side: int, width: int) -> GrnHiddenSizes:
+        """For images of a width."""
+        return cls(channels, hidden, side, min(width, GROUP))
+
+    @property
+    def row(self) -> int:
+        """Numbers of a row of scratch memory: n."""
+        return self.channels + PADDING
+
+    def emit(self, machine: Machine) -> ir.Module:
+        """The module."""
+        return GrnHidden(machine, self).emit()
+
+
+class GrnHidden(Convolving):
+    """Emits the kernel of `GrnHiddenSizes`."""
+
+    def __init__(self, machine: Machine, sizes: GrnHiddenSizes):
+        super().__init__(machine, sizes)
+        self.normalise = normalise(self.module, machine, sizes.channels)
+        self.fc1 = self.product("w1", "b1", sizes.channels, sizes.hidden, store_gelu)
+
+    def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
+        """h of the units from ``first`` up to ``last``."""
+        e, n, hidden = self.e, self.scratch, self.sizes.hidden
+
+        def normalise_in_place(u: ir.Value) -> None:
+            e.builder.call(self.normalise, [u, u, self.epsilon])
+
+        self.mine(first, last, lambda unit: self.convolve(unit, start, n, self.sizes.row, normalise_in_place))
+        self.barrier()
+        self.multiply(self.fc1, n, count, (e.at(self.given["h"], e.times(start, hidden)), hidden))
+        self.barrier()
+
+
+class GrnOutputSizes(NamedTuple):
+    """The kernel for h (N, H, W, K), factors (N, K), x and y (N, H, W, C), w2 packed (`gemm.pack`)."""
+
+    channels: int
+    hidden: int
+    addresses = ("h", "y", "factors", "x", "w2", "b2", "scratch")
+
+    @property
+    def row(self) -> int:
+        """Numbers of a row of scratch memory: h∘f."""
+        return self.hidden + PADDING
+
+    def emit(self, machine: Machine) -> ir.Module:
+        """The module."""
+        return GrnOutput(machine, self).emit()
+
+
+class GrnOutput(Team):
+    """Emits the kernel of `GrnOutputSizes`."""
+
+    def __init__(self, machine: Machine, sizes: GrnOutputSizes):
+        super().__init__(machine, sizes)
+        self.fc2 = self.product("w2", "b2", sizes.hidden, sizes.channels, store_sum, arrays=2)
+
+    def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
+        """y of the units from ``first`` up to ``last``."""
+        e, given, (channels, hidden) = self.e, self.given, self.sizes
+        pixels = e.times(given["height"], given["width"])
+        x, y = (e.at(given[name], e.times(start, channels)) for name in ("x", "y"))
+
+        def scale_row(r: ir.Value) -> None:
+            pixel = e.plus(start, r)
+            factors = e.at(given["factors"], e.times(e.over(pixel, pixels), hidden))
+            row, out = e.at(given["h"], e.times(pixel, hidden)), e.at(self.scratch, e.times(r, self.sizes.row))
+            e.loop(0, hidden, e.lanes, lambda k: e.store(e.builder.fmul(e.load(row, k), e.load(factors, k)), out, k))
+
+        self.mine(0, count, scale_row)
+        self.barrier()
+        self.multiply(self.fc2, self.scratch, count, (y, channels), (x, channels))
+        self.barrier()
