@@ -30,6 +30,13 @@ def _block(fused: bool, *t: Tensor) -> Tensor:
     return reference.convnext_block(*t, None, EPS, "gelu")
 
 
+def _v2_block(fused: bool, *t: Tensor) -> Tensor:
+    if fused:
+        return ops.convnext_v2_block(*t, eps=EPS)
+    *first, grn_weight, grn_bias, w2, b2 = t
+    return reference.convnext_block(*first, w2, b2, None, None, EPS, "gelu", grn_weight, grn_bias)
+
+
 def _dwconv_layernorm(fused: bool, *t: Tensor) -> Tensor:
     return ops.dwconv_layernorm(*t, eps=EPS) if fused else reference.dwconv_layernorm(*t, EPS)
 
@@ -58,6 +65,13 @@ OPS: dict[str, tuple[Callable[..., Tensor], Callable[[tuple[int, ...]], list[tup
         lambda s: [
             *[(s[3], 1, 7, 7), (s[3],), (s[3],), (s[3],)],
             *[(4 * s[3], s[3]), (4 * s[3],), (s[3], 4 * s[3]), (s[3],), (s[3],)],
+        ],
+    ),
+    "convnext_v2_block": (
+        _v2_block,
+        lambda s: [
+            *[(s[3], 1, 7, 7), (s[3],), (s[3],), (s[3],)],
+            *[(4 * s[3], s[3]), (4 * s[3],), (4 * s[3],), (4 * s[3],), (s[3], 4 * s[3]), (s[3],)],
         ],
     ),
     "patchify_stem": (_patchify_stem, lambda s: [(STEM_WIDTH, s[3], 4, 4), *[(STEM_WIDTH,)] * 3]),

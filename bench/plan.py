@@ -115,7 +115,7 @@ class Study:
             return [Cell("tiny", n, 224, self.dtype, mode) for mode, batches in sizes.items() for n in batches]
         grid = [
             Cell(variant, batch, 224, self.dtype, mode)
-            for variant in ("tiny", "small", "base", "large")
+            for variant in ("tiny", "small", "base", "large", "v2_tiny")
             for mode in ("inference", "training")
             for batch in (1, 4, 8, 16, 32, 64, 128, 256)
         ]

@@ -44,6 +44,8 @@ def op_work(op: str, shape: tuple[int, int, int, int], size: int, mode: str) -> 
         return _pass(pixels * 8 * c * c, 2 * pixels * c, pixels * c, 8 * c * c + 6 * c, size, mode)
     if op == "convnext_block":
         return _pass(pixels * c * (taps + 8 * c), pixels * c, pixels * c, c * (taps + 8 * c + 9), size, mode)
+    if op == "convnext_v2_block":
+        return _pass(pixels * c * (taps + 8 * c), pixels * c, pixels * c, c * (taps + 8 * c + 16), size, mode)
     if op == "patchify_stem":
         out = pixels // 16 * 96
         return _pass(out * 16 * c, pixels * c, out, 96 * (16 * c + 3), size, mode)
