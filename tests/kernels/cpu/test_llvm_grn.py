@@ -96,5 +96,7 @@ def test_frozen_models_run_them(monkeypatch):
         model.fused = True
         plain = CompiledV2Block.__call__
         monkeypatch.setattr(CompiledV2Block, "__call__", lambda *given: calls.append(1) or plain(*given))
+        assert model.backend_for(x) == "aten"
         assert relative_error(model.freeze()(x), expected) <= 1e-5
+        assert model.backend_for(x) == "cpu"
         assert len(calls) == 3
