@@ -40,13 +40,14 @@ class Sums(NamedTuple):
     """Partial sums over the pixels, float32, whose first axes (of ``products`` the second) a later launch adds up.
 
     products: (2, S, K, C), D and the transpose of E; db1: (T, K); centre: (T, K) or None, what D has too much in every
-    channel; dz: (R, C), dz_sum.
+    channel; dz: (R, C), dz_sum; grn: (N, 2, K), of the global response norm's weight and bias, or None.
     """
 
     products: Tensor
     db1: Tensor
     centre: Tensor | None
     dz: Tensor
+    grn: Tensor | None = None
 
 
 @triton.jit
@@ -106,8 +107,8 @@ def add_rows(ptr, first, end, j, j_ok, N, ROWS: tl.constexpr):
 
 @triton.jit
 def _fold_bwd_kernel(
-    products_ptr, db1_sums_ptr, centre_ptr, dz_ptr, w1_ptr, w2_ptr, g_ptr, beta_ptr, gamma_ptr,
-    dw1_ptr, db1_ptr, dw2_ptr, partial_ptr, K, C, S, T, R,
+    products_ptr, db1_sums_ptr, centre_ptr, dz_ptr, grn_sums_ptr, w1_ptr, w2_ptr, g_ptr, beta_ptr, gamma_ptr,
+    dw1_ptr, db1_ptr, dw2_ptr, dgrn_weight_ptr, dgrn_bias_ptr, partial_ptr, K, C, S, T, R, N,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid (⌈K/BLOCK_K⌉, ⌈C/BLOCK_C⌉). partial: (⌈K/BLOCK_K⌉, 4, C): of dg, dβ, Σ_k w2·E and dz_sum."""
@@ -130,6 +131,12 @@ def _fold_bwd_kernel(
     if db1_ptr is not None:  # noqa: SIM102 (decided at compile time)
         if tl.program_id(1) == 0:
             tl.store(db1_ptr + k, db1.to(db1_ptr.dtype.element_ty), mask=k_ok)
+    if grn_sums_ptr is not None:  # noqa: SIM102
+        if tl.program_id(1) == 0:
+            dweight = add_rows(grn_sums_ptr, 0, N, k, k_ok, 2 * K, 8)
+            tl.store(dgrn_weight_ptr + k, dweight.to(dgrn_weight_ptr.dtype.element_ty), mask=k_ok)
+            dbias = add_rows(grn_sums_ptr + K, 0, N, k, k_ok, 2 * K, 8)
+            tl.store(dgrn_bias_ptr + k, dbias.to(dgrn_bias_ptr.dtype.element_ty), mask=k_ok)
 
     w1 = tl.load(w1_ptr + at, mask=ok, other=0.0).to(tl.float32)
     dg = tl.sum(w1 * D, axis=0)
@@ -232,8 +239,8 @@ def fold_bwd(sums: Sums, weights: BlockWeights, dwconv_sums: Tensor | None = Non
     partial = torch.empty((tiles, 4, C), dtype=torch.float32, device=w1.device)
     launch(
         _fold_bwd_kernel, (tiles, cdiv(C, 64)),
-        *sums, w1, w2, weights.ln_weight, weights.ln_bias, gamma, grads.w1, grads.b1, grads.w2, partial,
-        K, C, S, sums.db1.shape[0], sums.dz.shape[0],
+        *sums, w1, w2, weights.ln_weight, weights.ln_bias, gamma, grads.w1, grads.b1, grads.w2, grads.grn_weight,
+        grads.grn_bias, partial, K, C, S, sums.db1.shape[0], sums.dz.shape[0], 0 if sums.grn is None else len(sums.grn),
         BLOCK_K=BLOCK_K, BLOCK_C=64, num_warps=8 if w1.dtype == torch.float16 else 4,  # where 4 spill on sm_120
     )  # fmt: skip
     splits, taps = (0, 0) if dwconv_sums is None else dwconv_sums.shape[:2]

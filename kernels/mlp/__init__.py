@@ -13,6 +13,9 @@ w1g and b1g carry LayerNorm's affine, w2g the layer scale (``folding.py``); q is
 underflow. ``fold_bwd`` turns D, db1, E and dz_sum into the gradients of w1, b1, w2, b2, γ and LayerNorm's affine; no
 other pass over the pixels is made. Narrow blocks in 16 bits keep the hidden activations on the chip and recompute them
 in the backward pass; wide blocks and float32 run as GEMMs with the hidden activations in memory.
+
+ConvNeXt V2 puts a global response norm, h ↦ s·h + bias, between the activation and fc2. Its s needs sums over the
+pixels of a sample, which a pass before this one makes (``grn.py``, ``grn_bwd.py``).
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from .fused import fused_mlp_fwd
 from .fused_bwd import fused_mlp_bwd
 from .gemm import gemm_mlp_fwd
 from .gemm_bwd import gemm_mlp_bwd
+from .grn import Grn
+from .grn_bwd import grn_factors
 from .tuning import is_fused, is_fused_backward
 
 
@@ -42,16 +47,18 @@ def mlp_fwd(
     eps: float,
     act: str,
     save_hidden: bool,
+    grn: Grn | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(y (P, C), a (P, K) before the activation, in u's dtype, or None unless ``save_hidden``).
 
     u (P, C) in the compute dtype T; stats (NB, P, 2) float32 partial statistics (``statistics.py``) or None for no
     normalisation; residual (P, C) in any float dtype, which y takes, or None (then y is in T and nothing is added);
     w1g (K, C) in T and b1g (2, K) float32 from ``fold_fwd``; w2 (C, K) in T; b2, gamma (C,) of any float dtype or None;
-    drop_scale (N,) of any float dtype or None, N dividing P; act one of ``ACTIVATIONS``. All contiguous.
+    drop_scale (N,) of any float dtype or None, N dividing P; act one of ``ACTIVATIONS``; grn, the global response
+    norm, or None. All contiguous.
     """
     forward = fused_mlp_fwd if is_fused(u.shape[1], u.dtype) else gemm_mlp_fwd
-    return forward(u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden)
+    return forward(u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden, grn)
 
 
 def mlp_bwd(
@@ -65,6 +72,7 @@ def mlp_bwd(
     drop_scale: Tensor | None,
     eps: float,
     act: str,
+    grn: Grn | None = None,
 ) -> tuple[Tensor, Sums]:
     """(du (P, C) in u's dtype, the sums for ``fold_bwd``).
 
@@ -77,6 +85,10 @@ def mlp_bwd(
         K = w1g.shape[0]
         shapes = ((2, 0, K, C), (0, K), (0, C))
         products, db1, dz = (torch.empty(shape, dtype=torch.float32, device=u.device) for shape in shapes)
-        return torch.empty_like(u), Sums(products, db1, None, dz)
+        grads = None if grn is None else torch.empty((0, 2, K), dtype=torch.float32, device=u.device)
+        return torch.empty_like(u), Sums(products, db1, None, dz, grads)
+    given = dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act
+    factors, grads = (None, None) if grn is None else grn_factors(*given, grn)
     backward = fused_mlp_bwd if is_fused_backward(C, u.dtype, target_of(u)) else gemm_mlp_bwd
-    return backward(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act)
+    du, sums = backward(*given, factors)
+    return du, sums._replace(grn=grads)

@@ -10,6 +10,9 @@ see ``split_width``), so that a tile wastes less than a third. Wide blocks and f
 
 GELU in bfloat16 is taken twice, which saves an instruction an element, and its sum halved: factors of two cost bfloat16
 no digits and, unlike float16, no range that matters.
+
+With the global response norm (``grn.py``) a first pass, fc1 without its output, sums the squares of h, and this kernel,
+the second pass, multiplies GRN(h).
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from torch import Tensor
 from ..activations import activation
 from ..autotuning import fastest
 from ..gelu import gelu_form, twice_gelu
-from ..integers import cdiv
 from ..launching import launch
 from ..statistics import merge_statistics
 from ..targets import target_of
+from .gemm import fc1
+from .grn import bias_at, inverse_mean, row_tiles, rows_of_tile, scale_at
 from .tuning import FusedConfig, dot_precision, fused_configs, norm_blocks, split_width
 
 
@@ -118,16 +122,19 @@ def _finish(
 
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
 def _mlp_fwd_kernel(
-    u_ptr, stats_ptr, residual_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, a_ptr,
-    P, rows_per_sample, eps,
-    C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr,
+    u_ptr, stats_ptr, residual_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gamma_ptr, drop_scale_ptr,
+    sums_ptr, grn_weight_ptr, grn_bias_ptr, y_ptr, a_ptr, P, rows_per_sample, eps,
+    C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, TILES: tl.constexpr,
     ACT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """PARTS: (first channel, width) of each part of C."""
+    """PARTS: (first channel, width) of each part of C. sums (N, TILES, K): of h², for GRN."""
     TIMES: tl.constexpr = 2 if ACT == "gelu" and FORM == "short3" else 1
-    first = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
-    rows_ok = first + rows < P
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    first, rows_ok, sample = rows_of_tile(first, rows, P, rows_per_sample, sums_ptr is not None, BLOCK_M)
+    if sums_ptr is not None:
+        sums_ptr += sample * (TILES * K)
+        inverse = inverse_mean(sums_ptr, K, TILES)
     u_ptr += first * C
     y_ptr += first * C
     mean, rstd = None, None
@@ -152,7 +159,11 @@ def _mlp_fwd_kernel(
         if a_ptr is not None:
             at = rows[:, None] * K + k[None, :]
             tl.store(a_ptr + first * K + at, a.to(a_ptr.dtype.element_ty), mask=rows_ok[:, None] & (k < K)[None, :])
-        h = (twice_gelu(a, FORM) if TIMES == 2 else activation(a, ACT, FORM)).to(u_ptr.dtype.element_ty)
+        h = twice_gelu(a, FORM) if TIMES == 2 else activation(a, ACT, FORM)
+        if sums_ptr is not None:
+            s = scale_at(sums_ptr, grn_weight_ptr, inverse, k, K, TILES)
+            h = tl.fma(h, s[None, :], (bias_at(grn_bias_ptr, k, K) * TIMES)[None, :])
+        h = h.to(u_ptr.dtype.element_ty)
         sums = ()
         for i in tl.static_range(len(PARTS)):
             w2 = load_fc2(w2_ptr, k, K, C, PARTS[i][0], PARTS[i][1], BLOCK_K)
@@ -168,28 +179,32 @@ def _mlp_fwd_kernel(
 
 
 def fused_mlp_fwd(
-    u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden
+    u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden, grn=None
 ) -> tuple[Tensor, Tensor | None]:
-    """``mlp_fwd``, whose arguments it takes, in one kernel, whatever the width."""
+    """``mlp_fwd``, whose arguments it takes, with h on the chip, whatever the width."""
     P, C = u.shape
     K = w1g.shape[0]
     y = torch.empty_like(u if residual is None else residual)
     a = torch.empty((P, K), dtype=u.dtype, device=u.device) if save_hidden else None
     if P == 0:
         return y, a
+    scaling = None if grn is None else fc1(u, stats, w1g, b1g, eps, act, False, grn, keeps=False)[2]
+    samples = None if grn is None else grn.samples
+    parts = samples or (1 if drop_scale is None else drop_scale.numel())
     lean = not save_hidden and y.dtype == u.dtype
     CB, NB = norm_blocks(stats, C, u.dtype)
 
     def run(config: FusedConfig) -> None:
         launch(
-            _mlp_fwd_kernel, (cdiv(P, config.BLOCK_M),),
-            u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, y, a,
-            P, 1 if drop_scale is None else P // drop_scale.numel(), eps,
+            _mlp_fwd_kernel, (row_tiles(P, samples, config.BLOCK_M),),
+            u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, *(scaling or (None, None, None)), y, a,
+            P, P // parts, eps,
             C=C, K=K, PARTS=split_width(C, target_of(u)), CB=CB, NB=NB,
+            TILES=0 if scaling is None else scaling.sums.shape[1],
             ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u),
             **config.__dict__,
         )  # fmt: skip
 
     candidates = fused_configs(C, K, lean, target_of(u))
-    run(fastest(_mlp_fwd_kernel, run, candidates, u, P, (C, K, act, save_hidden, y.dtype)))
+    run(fastest(_mlp_fwd_kernel, run, candidates, u, P, (C, K, act, save_hidden, y.dtype, samples)))
     return y, a

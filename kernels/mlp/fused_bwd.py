@@ -11,6 +11,8 @@ pixels:
 It computes aᵀ and dhᵀ, so that daᵀ and hᵀ are already the left operands of the second products. The shares' sums are
 added in a second pass, in a fixed order. C is cut into parts as in the forward; beyond 128 channels, which only
 targets with warp groups support, the parts are narrower, and D and E are sums of two programs.
+
+With the global response norm dh is its gradient at h, and GRN(h) replaces h in E (``grn_bwd.py``).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from ..launching import launch
 from ..statistics import merge_statistics
 from ..targets import target_of
 from .fused import load_fc1, load_fc2, load_rows, normalise, store_rows
+from .grn import bias_at, factors_at, row_tiles, rows_of_tile
 from .tuning import dot_precision, input_grad_config, norm_blocks, split_width_bwd, weight_grad_config, weights_apart
 
 
@@ -73,18 +76,18 @@ def _along(dx, u_ptr, mean, rstd, rows, rows_ok, C: tl.constexpr, FIRST: tl.cons
 
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
 def _input_kernel(
-    dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, du_ptr, dz_sum_ptr,
+    dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, factors_ptr, du_ptr, dz_sum_ptr,
     P, rows_per_sample, eps,
     C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr,
     UNIT: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """UNIT: b1 holds q."""
+    """UNIT: b1 holds q; factors (N, 2, K) of GRN or None."""
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
-    first = pid * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
-    rows_ok = first + rows < P
+    BY_SAMPLE: tl.constexpr = factors_ptr is not None
+    first, rows_ok, sample = rows_of_tile(pid * BLOCK_M, rows, P, rows_per_sample, BY_SAMPLE, BLOCK_M)
     dy_ptr += first * C
     u_ptr += first * C
     du_ptr += first * C
@@ -117,9 +120,12 @@ def _input_kernel(
         for i in tl.static_range(len(PARTS)):
             w2 = load_fc2(w2_ptr, k, K, C, PARTS[i][0], PARTS[i][1], BLOCK_K)
             dh = tl.dot(dz[i], w2, dh, input_precision=PRECISION)
-        _, slope = activation_and_grad(a, ACT, FORM)
+        h, slope = activation_and_grad(a, ACT, FORM)
         if UNIT:
             dh *= tl.load(b1_ptr + 2 * K)
+        if factors_ptr is not None:
+            scale, pull = factors_at(factors_ptr, sample, k, K)
+            dh = tl.fma(dh, scale[None, :], h * pull[None, :])
         da = (dh * slope).to(dtype)
         sums = ()
         for i in tl.static_range(len(PARTS)):
@@ -149,8 +155,8 @@ def _store_weights(ptr, value, k, K: tl.constexpr, C: tl.constexpr, FIRST: tl.co
 
 @triton.jit
 def _share_of_weights(
-    dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr,
-    P, rows_per_sample, share, eps, k, split,
+    dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, factors_ptr, grn_bias_ptr,
+    D_ptr, E_ptr, db1_ptr, P, rows_per_sample, share, eps, k, split,
     C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, UNIT: tl.constexpr,
     ACT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     WANTS_D: tl.constexpr, WANTS_E: tl.constexpr,
@@ -168,7 +174,7 @@ def _share_of_weights(
     rows = tl.arange(0, BLOCK_M)
     for start in range(0, share, BLOCK_M):
         first = split * share + start
-        rows_ok = first + rows < P
+        first, rows_ok, sample = rows_of_tile(first, rows, P, rows_per_sample, factors_ptr is not None, BLOCK_M)
         u = u_ptr + first * C
         dy = dy_ptr + first * C
         mean, rstd, s = None, None, None
@@ -189,12 +195,17 @@ def _share_of_weights(
             for i in tl.static_range(len(PARTS)):
                 a = tl.dot(w1[i], x[i].T, a, input_precision=PRECISION)
         h, slope = activation_and_grad(a, ACT, FORM)
+        if factors_ptr is not None:
+            h = tl.where(rows_ok[None, :], h, 0.0)
+            scale, pull = factors_at(factors_ptr, sample, k, K)
         if WANTS_D:
             dh = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
             for i in tl.static_range(len(PARTS)):
                 dh = tl.dot(w2[i], dz[i].T, dh, input_precision=PRECISION)
             if UNIT:
                 dh *= tl.load(b1_ptr + 2 * K)
+            if factors_ptr is not None:
+                dh = tl.fma(dh, scale[:, None], h * pull[:, None])
             da = dh * slope
             db1 += tl.sum(da, axis=1)
             D_sums = ()
@@ -202,6 +213,8 @@ def _share_of_weights(
                 D_sums += (tl.dot(da.to(dtype), x[i], D[i], input_precision=PRECISION),)
             D = D_sums
         if WANTS_E:
+            if factors_ptr is not None:
+                h = tl.fma(h, scale[:, None], bias_at(grn_bias_ptr, k, K)[:, None])
             E_sums = ()
             for i in tl.static_range(len(PARTS)):
                 E_sums += (tl.dot(h.to(dtype), dz[i], E[i], input_precision=PRECISION),)
@@ -217,8 +230,8 @@ def _share_of_weights(
 
 @triton.jit(do_not_specialize=["P", "rows_per_sample", "share"])
 def _weight_kernel(
-    dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr,
-    P, rows_per_sample, share, eps,
+    dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, factors_ptr, grn_bias_ptr,
+    D_ptr, E_ptr, db1_ptr, P, rows_per_sample, share, eps,
     C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, UNIT: tl.constexpr,
     ACT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     APART: tl.constexpr,
@@ -231,41 +244,43 @@ def _weight_kernel(
         k = tl.program_id(0) // 2 * BLOCK_K + tl.arange(0, BLOCK_K)
         if tl.program_id(0) % 2 == 0:
             _share_of_weights(
-                dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr, P,
-                rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, UNIT, ACT, FORM, PRECISION, BLOCK_M,
-                BLOCK_K, True, False,
+                dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, factors_ptr, grn_bias_ptr,
+                D_ptr, E_ptr, db1_ptr, P, rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, UNIT, ACT, FORM,
+                PRECISION, BLOCK_M, BLOCK_K, True, False,
             )  # fmt: skip
         else:
             _share_of_weights(
-                dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr, P,
-                rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, UNIT, ACT, FORM, PRECISION, BLOCK_M,
-                BLOCK_K, False, True,
+                dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, factors_ptr, grn_bias_ptr,
+                D_ptr, E_ptr, db1_ptr, P, rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, UNIT, ACT, FORM,
+                PRECISION, BLOCK_M, BLOCK_K, False, True,
             )  # fmt: skip
     else:
         k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
         _share_of_weights(
-            dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, D_ptr, E_ptr, db1_ptr, P,
-            rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, UNIT, ACT, FORM, PRECISION, BLOCK_M, BLOCK_K,
-            True, True,
+            dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, factors_ptr, grn_bias_ptr,
+            D_ptr, E_ptr, db1_ptr, P, rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, UNIT, ACT, FORM,
+            PRECISION, BLOCK_M, BLOCK_K, True, True,
         )  # fmt: skip
 
 
-def fused_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act) -> tuple[Tensor, Sums]:
+def fused_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, factors=None) -> tuple[Tensor, Sums]:
     """``mlp_bwd``, whose arguments it takes, in two kernels, whatever the width; P > 0."""
     P, C = u.shape
     K = w1g.shape[0]
     target = target_of(u)
     CB, NB = norm_blocks(stats, C, u.dtype)
-    per_sample = 1 if drop_scale is None else P // drop_scale.numel()
+    samples = None if factors is None else factors.values.shape[0]
+    per_sample = P // (samples or (1 if drop_scale is None else drop_scale.numel()))
+    values, grn_bias = factors or (None, None)
     shape = {"C": C, "K": K, "PARTS": split_width_bwd(C, target), "CB": CB, "NB": NB, "UNIT": b1g.shape[0] == 3}
     shape |= {"ACT": act, "FORM": gelu_form(u.dtype), "PRECISION": dot_precision(u)}
     du = torch.empty_like(u)
     config = input_grad_config(C, u.dtype, target)
-    programs = cdiv(P, config.BLOCK_M)
+    programs = row_tiles(P, samples, config.BLOCK_M)
     dz_sum = torch.empty((programs, C), dtype=torch.float32, device=u.device)
     launch(
         _input_kernel, (programs,),
-        dy, u, stats, a, w1g, b1g, w2g, drop_scale, du, dz_sum, P, per_sample, eps, **shape, **config.__dict__,
+        dy, u, stats, a, w1g, b1g, w2g, drop_scale, values, du, dz_sum, P, per_sample, eps, **shape, **config.__dict__,
     )  # fmt: skip
     half = u.dtype == torch.float16
     config, share = weight_grad_config(P, C, K, target, a is not None, dy.dtype != u.dtype, half)
@@ -273,12 +288,12 @@ def fused_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act) -> tuple
 
     def weights(part: Share) -> Sums:
         rows = part.of(share, config.BLOCK_M)
-        splits = cdiv(P, rows)
+        splits = cdiv(row_tiles(P, samples, config.BLOCK_M) * config.BLOCK_M, rows)
         products = torch.empty((2, splits, K, C), dtype=torch.float32, device=u.device)
         db1 = torch.empty((splits, K), dtype=torch.float32, device=u.device)
         launch(
             _weight_kernel, (cdiv(K, config.BLOCK_K) * (2 if apart else 1), splits),
-            dy, u, stats, a, w1g, b1g, w2g, drop_scale, *products, db1, P, per_sample, rows, eps,
+            dy, u, stats, a, w1g, b1g, w2g, drop_scale, values, grn_bias, *products, db1, P, per_sample, rows, eps,
             APART=apart, **shape, **config.__dict__,
         )  # fmt: skip
         return Sums(products, db1, None, dz_sum)

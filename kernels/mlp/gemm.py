@@ -10,6 +10,8 @@ them, so there μ is subtracted from u as it is loaded, a = rstd·((u − μ)·w
 with TF32 (C = 192, executed on sm_80; in the backward 1 to 2, and 1 to 8). fc2 ends with γ, drop path and residual:
 
     y = residual + scale·γ·(h·w2ᵀ + b2)
+
+With the global response norm (``grn.py``) fc1 leaves partial sums of h² too, and fc2 multiplies GRN(h).
 """
 
 from __future__ import annotations
@@ -26,15 +28,16 @@ from ..integers import cdiv
 from ..launching import launch
 from ..statistics import merge_statistics
 from ..targets import target_of
+from .grn import Grn, Scaling, bias_at, few_tiles, inverse_mean, row_tiles, rows_of_tile, scale_at
 from .tuning import GemmConfig, dot_precision, gemm_configs, norm_blocks, statistics_first
 
 
 @triton.jit
-def tile_of_program(P, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+def tile_of_program(N: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """(row tile, column tile) of this program: GROUP row tiles by all column tiles at a time, for the L2 cache."""
     columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     group = tl.program_id(0) // (GROUP * columns)
-    size = tl.minimum(tl.cdiv(P, BLOCK_M) - group * GROUP, GROUP)
+    size = tl.minimum(tl.num_programs(0) // columns - group * GROUP, GROUP)
     within = tl.program_id(0) % (GROUP * columns)
     return group * GROUP + within % size, within // size
 
@@ -57,18 +60,25 @@ def load_tile(ptr, rows, rows_ok, cols, ROWS_EVEN: tl.constexpr, COLS: tl.conste
 
 @triton.jit
 def dot_rows(
-    a_ptr, b_ptr, mean, rows, rows_ok, n, acc, depth, N: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    a_ptr, b_ptr, mean, sums_ptr, weight_ptr, bias_ptr, rows, rows_ok, n, acc, depth,
+    N: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc + (A − mean)·Bᵀ of a tile, A (·, DEPTH) from ``a_ptr`` at ``rows``, B (N, DEPTH) at ``n``; mean may be None.
 
-    ``depth`` is DEPTH as a runtime value, so that the compiler does not unroll the whole loop and spill.
+    With a sample's sums, A is GRN of what lies at ``a_ptr``. ``depth`` is DEPTH as a runtime value, so that the
+    compiler does not unroll the whole loop and spill.
     """
+    if sums_ptr is not None:
+        inverse = inverse_mean(sums_ptr, DEPTH, TILES)
     for k0 in range(0, depth, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         a = load_tile(a_ptr, rows, rows_ok, k, False, DEPTH, BLOCK_K)
         if mean is not None:
             a -= mean[:, None]
+        if sums_ptr is not None:
+            s = scale_at(sums_ptr, weight_ptr, inverse, k, DEPTH, TILES)
+            a = tl.fma(a.to(tl.float32), s[None, :], bias_at(bias_ptr, k, DEPTH)[None, :]).to(a.dtype)
         b = load_tile(b_ptr, n, n < N, k, N % BLOCK_N == 0, DEPTH, BLOCK_K)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     return acc
@@ -82,11 +92,12 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _store_hidden(
-    a, b1_ptr, mean, rstd, a_ptr, h_ptr, rows, rows_ok, n, K: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr
+    a, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok, n,
+    K: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """Normalise the columns ``n`` of the product, add the bias; store that, if wanted, and the activations.
+    """Normalise the columns ``n`` of the product, add the bias; store that, the activations, the sums of their squares.
 
-    No mean: it is subtracted already; no rstd: there is no LayerNorm.
+    What has no pointer is not stored. No mean: it is subtracted already; no rstd: there is no LayerNorm.
     """
     n_ok = n < K
     bias = tl.load(b1_ptr + n, mask=n_ok, other=0.0)
@@ -100,20 +111,25 @@ def _store_hidden(
     ok = rows_ok[:, None] & n_ok[None, :]
     if a_ptr is not None:
         tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=ok)
-    tl.store(h_ptr + at, activation(a, ACT, FORM).to(h_ptr.dtype.element_ty), mask=ok)
+    h = activation(a, ACT, FORM)
+    if sums_ptr is not None:
+        present = tl.where(rows_ok[:, None], h, 0.0)
+        tl.store(sums_ptr + n, tl.sum(present * present, axis=0), mask=n_ok)
+    if h_ptr is not None:
+        tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P", "rows_per_sample"])
 def _fc1_kernel(
-    u_ptr, stats_ptr, w1_ptr, b1_ptr, h_ptr, a_ptr, P, depth, eps,
+    u_ptr, stats_ptr, w1_ptr, b1_ptr, h_ptr, a_ptr, sums_ptr, P, rows_per_sample, depth, eps,
     C: tl.constexpr, K: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr,
     PRECISION: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = tile_of_program(P, K, BLOCK_M, BLOCK_N, 8)
-    first = tile_m.to(tl.int64) * BLOCK_M
+    tile_m, tile_n = tile_of_program(K, BLOCK_N, 8)
     rows = tl.arange(0, BLOCK_M)
-    rows_ok = first + rows < P
+    first = tile_m.to(tl.int64) * BLOCK_M
+    first, rows_ok, _ = rows_of_tile(first, rows, P, rows_per_sample, sums_ptr is not None, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mean, rstd, subtracted = None, None, None
     if NB > 0 and EARLY:
@@ -121,19 +137,26 @@ def _fc1_kernel(
         if u_ptr.dtype.element_ty == tl.float32:
             mean, subtracted = None, mean
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    a = dot_rows(u_ptr + first * C, w1_ptr, subtracted, rows, rows_ok, n, a, depth, K, C, PRECISION, BLOCK_N, BLOCK_K)
+    a = dot_rows(
+        u_ptr + first * C, w1_ptr, subtracted, None, None, None, rows, rows_ok, n, a, depth, K, C, 0, PRECISION,
+        BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if NB > 0 and not EARLY:
         mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
-    h_ptr += first * K
+    if h_ptr is not None:
+        h_ptr += first * K
     if a_ptr is not None:
         a_ptr += first * K
+    if sums_ptr is not None:
+        sums_ptr += tile_m.to(tl.int64) * K
     if BLOCK_N >= 128:  # in halves, to save registers
         left, right = halves(a, BLOCK_M, BLOCK_N)
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        _store_hidden(left, b1_ptr, mean, rstd, a_ptr, h_ptr, rows, rows_ok, n, K, ACT, FORM)
-        _store_hidden(right, b1_ptr, mean, rstd, a_ptr, h_ptr, rows, rows_ok, n + BLOCK_N // 2, K, ACT, FORM)
+        _store_hidden(left, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok, n, K, ACT, FORM)
+        n += BLOCK_N // 2
+        _store_hidden(right, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok, n, K, ACT, FORM)
     else:
-        _store_hidden(a, b1_ptr, mean, rstd, a_ptr, h_ptr, rows, rows_ok, n, K, ACT, FORM)
+        _store_hidden(a, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok, n, K, ACT, FORM)
 
 
 @triton.jit
@@ -155,17 +178,23 @@ def _store_result(z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n
 
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
 def _fc2_kernel(
-    h_ptr, w2_ptr, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, P, rows_per_sample, depth,
-    C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    h_ptr, w2_ptr, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, sums_ptr, grn_weight_ptr, grn_bias_ptr, y_ptr,
+    P, rows_per_sample, depth,
+    C: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = tile_of_program(P, C, BLOCK_M, BLOCK_N, 8)
-    first = tile_m.to(tl.int64) * BLOCK_M
+    tile_m, tile_n = tile_of_program(C, BLOCK_N, 8)
     rows = tl.arange(0, BLOCK_M)
-    rows_ok = first + rows < P
+    first = tile_m.to(tl.int64) * BLOCK_M
+    first, rows_ok, sample = rows_of_tile(first, rows, P, rows_per_sample, sums_ptr is not None, BLOCK_M)
+    if sums_ptr is not None:
+        sums_ptr += sample * (TILES * K)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    z = dot_rows(h_ptr + first * K, w2_ptr, None, rows, rows_ok, n, z, depth, C, K, PRECISION, BLOCK_N, BLOCK_K)
+    z = dot_rows(
+        h_ptr + first * K, w2_ptr, None, sums_ptr, grn_weight_ptr, grn_bias_ptr, rows, rows_ok, n, z, depth, C, K,
+        TILES, PRECISION, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     s = None
     if drop_scale_ptr is not None:
         s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
@@ -182,54 +211,83 @@ def _fc2_kernel(
 
 
 def fc1(
-    u: Tensor, stats: Tensor | None, w1g: Tensor, b1g: Tensor, eps: float, act: str, save_hidden: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(act(a), a), both (P, K) in u's dtype; the second is None unless ``save_hidden``. Arguments of ``mlp_fwd``."""
+    u: Tensor,
+    stats: Tensor | None,
+    w1g: Tensor,
+    b1g: Tensor,
+    eps: float,
+    act: str,
+    save_hidden: bool,
+    grn: Grn | None = None,
+    keeps: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Scaling | None]:
+    """(act(a), a), both (P, K) in u's dtype, and what ``fc2`` takes GRN from. Arguments of ``mlp_fwd``.
+
+    The first is None unless ``keeps``, the second unless ``save_hidden``, the third without ``grn``.
+    """
     P, C = u.shape
     K = w1g.shape[0]
-    h = torch.empty((P, K), dtype=u.dtype, device=u.device)
-    a = torch.empty_like(h) if save_hidden else None
+    h = torch.empty((P, K), dtype=u.dtype, device=u.device) if keeps else None
+    a = torch.empty((P, K), dtype=u.dtype, device=u.device) if save_hidden else None
     CB, NB = norm_blocks(stats, C, u.dtype)
     early = u.dtype == torch.float32 or statistics_first(C, target_of(u))
+    samples = None if grn is None else grn.samples
 
-    def run(config: GemmConfig) -> None:
+    def run(config: GemmConfig) -> Tensor | None:
+        tiles = row_tiles(P, samples, config.BLOCK_M)
+        sums = None
+        if samples is not None:
+            sums = torch.empty((samples, tiles // max(samples, 1), K), dtype=torch.float32, device=u.device)
         launch(
-            _fc1_kernel, (cdiv(P, config.BLOCK_M) * cdiv(K, config.BLOCK_N),),
-            u, stats, w1g, b1g, h, a, P, C, eps,
+            _fc1_kernel, (tiles * cdiv(K, config.BLOCK_N),),
+            u, stats, w1g, b1g, h, a, sums, P, P // samples if samples else 1, C, eps,
             C=C, K=K, CB=CB, NB=NB,
             ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u), EARLY=early,
             **config.__dict__,
         )  # fmt: skip
+        return sums
 
-    run(fastest(_fc1_kernel, run, gemm_configs(K, u.dtype, target_of(u), save_hidden), u, P, (C, K, act, save_hidden)))
-    return h, a
+    candidates = gemm_configs(K, u.dtype, target_of(u), save_hidden)
+    sums = run(fastest(_fc1_kernel, run, candidates, u, P, (C, K, act, save_hidden, keeps, samples)))
+    return h, a, None if grn is None else Scaling(few_tiles(sums), grn.weight, grn.bias)
 
 
 def fc2(
-    h: Tensor, w2: Tensor, residual: Tensor | None, b2: Tensor | None, gamma: Tensor | None, drop_scale: Tensor | None
+    h: Tensor,
+    w2: Tensor,
+    residual: Tensor | None,
+    b2: Tensor | None,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    scaling: Scaling | None = None,
 ) -> Tensor:
-    """y (P, C) = residual + drop_scale·γ·(h·w2ᵀ + b2), in the residual's dtype, else h's. Arguments of ``mlp_fwd``."""
+    """y (P, C) = residual + drop_scale·γ·(GRN(h)·w2ᵀ + b2), in the residual's dtype, else h's.
+
+    Arguments of ``mlp_fwd``. ``scaling``: of ``fc1``, or None, where GRN(h) is h.
+    """
     P, K = h.shape
     C = w2.shape[0]
     y = torch.empty((P, C), dtype=h.dtype, device=h.device) if residual is None else torch.empty_like(residual)
     if P == 0:
         return y
+    samples = None if scaling is None else scaling.sums.shape[0]
+    parts = samples or (1 if drop_scale is None else drop_scale.numel())
 
     def run(config: GemmConfig) -> None:
         launch(
-            _fc2_kernel, (cdiv(P, config.BLOCK_M) * cdiv(C, config.BLOCK_N),),
-            h, w2, residual, b2, gamma, drop_scale, y, P, 1 if drop_scale is None else P // drop_scale.numel(), K,
-            C=C, K=K, PRECISION=dot_precision(h),
+            _fc2_kernel, (row_tiles(P, samples, config.BLOCK_M) * cdiv(C, config.BLOCK_N),),
+            h, w2, residual, b2, gamma, drop_scale, *(scaling or (None, None, None)), y, P, P // parts, K,
+            C=C, K=K, TILES=0 if scaling is None else scaling.sums.shape[1], PRECISION=dot_precision(h),
             **config.__dict__,
         )  # fmt: skip
 
-    run(fastest(_fc2_kernel, run, gemm_configs(C, h.dtype, target_of(h)), h, P, (C, K, y.dtype)))
+    run(fastest(_fc2_kernel, run, gemm_configs(C, h.dtype, target_of(h)), h, P, (C, K, y.dtype, samples)))
     return y
 
 
 def gemm_mlp_fwd(
-    u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden
+    u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden, grn=None
 ) -> tuple[Tensor, Tensor | None]:
     """``mlp_fwd``, whose arguments it takes, as two GEMMs, whatever the width."""
-    h, a = fc1(u, stats, w1g, b1g, eps, act, save_hidden)
-    return fc2(h, w2, residual, b2, gamma, drop_scale), a
+    h, a, scaling = fc1(u, stats, w1g, b1g, eps, act, save_hidden, grn)
+    return fc2(h, w2, residual, b2, gamma, drop_scale, scaling), a

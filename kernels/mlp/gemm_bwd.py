@@ -13,6 +13,8 @@ da·w1g, is the epilogue of its GEMM, because both means follow from what the fi
 In float32 μ is subtracted from u as it is loaded, see gemm.py: a = rstd·((u − μ)·w1gᵀ) + b1g and
 D = da'ᵀ·(u − μ).
 
+With the global response norm dh is its gradient at h, and GRN(h) replaces h in E (``grn_bwd.py``).
+
 The means and the sums over pixels are partial sums, of a tile each, that a later launch adds up in a fixed order.
 """
 
@@ -32,35 +34,31 @@ from ..launching import launch
 from ..statistics import merge_statistics
 from ..targets import target_of
 from .gemm import load_tile, tile_of_program
+from .grn import bias_at, factors_at, row_tiles, rows_of_tile
 from .tuning import dot_precision, norm_blocks
 from .tuning_bwd import hidden_grad_config, input_grad_config, weight_grad_config
 
 
-@triton.jit(do_not_specialize=["P", "rows_per_sample"])
-def _hidden_grad_kernel(
-    u_ptr, stats_ptr, dy_ptr, drop_scale_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr,
-    h_ptr, da_ptr, db1_ptr, centre_ptr, means_ptr, mu_ptr, P, rows_per_sample, depth, eps,
-    C: tl.constexpr, K: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, UNIT: tl.constexpr, ACT: tl.constexpr,
-    FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit
+def hidden_tile(
+    u_ptr, stats_ptr, dy_ptr, drop_scale_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, first, rows, rows_ok, n, P,
+    rows_per_sample, depth, eps,
+    C: tl.constexpr, K: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """UNIT: b1 holds q. h', da': (P, K); a is loaded or recomputed; ``depth`` is C, see ``dot_rows``.
+    """(a, s·q·(dy·w2g), s, μ, rstd) of the ``rows`` from ``first`` on, at the hidden units ``n``.
 
-    Partial sums: db1 and, where there are statistics, centre (row tiles, K), and means (column tiles, P, 2), of C·m1
-    and C·m2. In float32 there is mu (P,), μ, instead of centre.
+    a is loaded or recomputed; ``depth`` is C, see ``dot_rows``. What does not exist is 0, and s then 1.
     """
     dtype: tl.constexpr = u_ptr.dtype.element_ty
-    tile_m, tile_n = tile_of_program(P, K, BLOCK_M, BLOCK_N, 8)
-    first = tile_m.to(tl.int64) * BLOCK_M
-    rows = tl.arange(0, BLOCK_M)
-    rows_ok = first + rows < P
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    EARLY: tl.constexpr = NB > 0 and dtype == tl.float32
     n_ok = n < K
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if mu_ptr is not None:
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    rstd = tl.zeros((BLOCK_M,), tl.float32)
+    if EARLY:
         mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
-        if tile_n == 0:
-            tl.store(mu_ptr + first + rows, mean, mask=rows_ok)
     for k0 in range(0, depth, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         dy = load_tile(dy_ptr + first * C, rows, rows_ok, k, False, C, BLOCK_K).to(dtype)
@@ -68,33 +66,72 @@ def _hidden_grad_kernel(
         dh = tl.dot(dy, w2, dh, input_precision=PRECISION)
         if a_ptr is None:
             u = load_tile(u_ptr + first * C, rows, rows_ok, k, False, C, BLOCK_K)
-            if mu_ptr is not None:
+            if EARLY:
                 u -= mean[:, None]
             w1 = load_tile(w1_ptr, n, n_ok, k, K % BLOCK_N == 0, C, BLOCK_K)
             a = tl.dot(u, w1.T, a, input_precision=PRECISION)
-    at = rows[:, None] * K + n[None, :]
-    ok = rows_ok[:, None] & n_ok[None, :]
     bias = tl.load(b1_ptr + n, mask=n_ok, other=0.0)
-    if NB > 0:
-        if mu_ptr is None:
-            mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
-        row_sum = tl.load(b1_ptr + K + n, mask=n_ok, other=0.0)
+    if NB > 0 and not EARLY:
+        mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
     if a_ptr is not None:
-        a = tl.load(a_ptr + first * K + at, mask=ok, other=0.0).to(tl.float32)
+        at = rows[:, None] * K + n[None, :]
+        a = tl.load(a_ptr + first * K + at, mask=rows_ok[:, None] & n_ok[None, :], other=0.0).to(tl.float32)
     elif NB > 0:
-        if mu_ptr is None:
+        if not EARLY:
+            row_sum = tl.load(b1_ptr + K + n, mask=n_ok, other=0.0)
             a = tl.fma((-mean)[:, None], row_sum[None, :], a)
         a = tl.fma(a, rstd[:, None], bias[None, :])
     else:
         a += bias[None, :]
-    h, slope = activation_and_grad(a, ACT, FORM)
     if UNIT:
         dh *= tl.load(b1_ptr + 2 * K)
-    da = dh * slope
+    s = tl.full((BLOCK_M,), 1.0, tl.float32)
     if drop_scale_ptr is not None:
         s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
+        dh *= s[:, None]
+    return a, dh, s, mean, rstd
+
+
+@triton.jit(do_not_specialize=["P", "rows_per_sample"])
+def _hidden_grad_kernel(
+    u_ptr, stats_ptr, dy_ptr, drop_scale_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, factors_ptr, grn_bias_ptr,
+    h_ptr, da_ptr, db1_ptr, centre_ptr, means_ptr, mu_ptr, P, rows_per_sample, depth, eps,
+    C: tl.constexpr, K: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, UNIT: tl.constexpr, ACT: tl.constexpr,
+    FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """UNIT: b1 holds q. h', da': (P, K); factors (N, 2, K) of GRN or None.
+
+    Partial sums: db1 and, where there are statistics, centre (row tiles, K), and means (column tiles, P, 2), of C·m1
+    and C·m2. In float32 there is mu (P,), μ, instead of centre.
+    """
+    dtype: tl.constexpr = u_ptr.dtype.element_ty
+    tile_m, tile_n = tile_of_program(K, BLOCK_N, 8)
+    rows = tl.arange(0, BLOCK_M)
+    first = tile_m.to(tl.int64) * BLOCK_M
+    first, rows_ok, sample = rows_of_tile(first, rows, P, rows_per_sample, factors_ptr is not None, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_ok = n < K
+    a, dh, s, mean, rstd = hidden_tile(
+        u_ptr, stats_ptr, dy_ptr, drop_scale_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, first, rows, rows_ok, n, P,
+        rows_per_sample, depth, eps, C, K, CB, NB, UNIT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if mu_ptr is not None:  # noqa: SIM102 (decided at compile time)
+        if tile_n == 0:
+            tl.store(mu_ptr + first + rows, mean, mask=rows_ok)
+    at = rows[:, None] * K + n[None, :]
+    ok = rows_ok[:, None] & n_ok[None, :]
+    if NB > 0:
+        bias = tl.load(b1_ptr + n, mask=n_ok, other=0.0)
+        row_sum = tl.load(b1_ptr + K + n, mask=n_ok, other=0.0)
+    h, slope = activation_and_grad(a, ACT, FORM)
+    if factors_ptr is not None:
+        scale, pull = factors_at(factors_ptr, sample, n, K)
+        h = tl.where(rows_ok[:, None], h, 0.0)
+        dh = tl.fma(dh, scale[None, :], h * pull[None, :])
+        h = tl.fma(h, scale[None, :], bias_at(grn_bias_ptr, n, K)[None, :])
+    da = dh * slope
+    if drop_scale_ptr is not None:
         h *= s[:, None]
-        da *= s[:, None]
     tl.store(h_ptr + first * K + at, h.to(dtype), mask=ok)
     tl.store(db1_ptr + tile_m.to(tl.int64) * K + n, tl.sum(da, axis=0), mask=n_ok)
     if NB > 0:
@@ -116,7 +153,7 @@ def _input_grad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """du: (P, C); means: (tiles, P, 2); ``depth`` is K."""
-    tile_m, tile_n = tile_of_program(P, C, BLOCK_M, BLOCK_N, 8)
+    tile_m, tile_n = tile_of_program(C, BLOCK_N, 8)
     first = tile_m.to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     rows_ok = first + rows < P
@@ -212,19 +249,20 @@ def _weight_grad_kernel(
         )  # fmt: skip
 
 
-def gemm_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act) -> tuple[Tensor, Sums]:
+def gemm_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, factors=None) -> tuple[Tensor, Sums]:
     """``mlp_bwd``, whose arguments it takes, with h and da in memory, whatever the width; P > 0."""
     P, C = u.shape
     K = w1g.shape[0]
     CB, NB = norm_blocks(stats, C, u.dtype)
-    per_sample = 1 if drop_scale is None else P // drop_scale.numel()
+    samples = None if factors is None else factors.values.shape[0]
+    per_sample = P // (samples or (1 if drop_scale is None else drop_scale.numel()))
     target, shape = target_of(u), {"C": C, "K": K, "PRECISION": dot_precision(u)}
 
     def partial(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=u.device)
 
     config = hidden_grad_config(C, u.dtype, target)
-    rows, columns = cdiv(P, config.BLOCK_M), cdiv(K, config.BLOCK_N)
+    rows, columns = row_tiles(P, samples, config.BLOCK_M), cdiv(K, config.BLOCK_N)
     h, da = torch.empty((2, P, K), dtype=u.dtype, device=u.device)
     db1, centre, means, mu = partial(rows, K), None, None, None
     if stats is not None:
@@ -232,7 +270,8 @@ def gemm_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act) -> tuple[
         centre, mu = (None, partial(P)) if u.dtype == torch.float32 else (partial(rows, K), None)
     launch(
         _hidden_grad_kernel, (rows * columns,),
-        u, stats, dy, drop_scale, a, w1g, b1g, w2g, h, da, db1, centre, means, mu, P, per_sample, C, eps,
+        u, stats, dy, drop_scale, a, w1g, b1g, w2g, *(factors or (None, None)), h, da, db1, centre, means, mu,
+        P, per_sample, C, eps,
         CB=CB, NB=NB, UNIT=b1g.shape[0] == 3, ACT=act, FORM=gelu_form(u.dtype), **shape, **config.__dict__,
     )  # fmt: skip
     du = torch.empty_like(u)

@@ -8,13 +8,17 @@ import torch
 import torch.nn.functional as F
 from convnext_fast.kernels.folding import fold_bwd, fold_fwd
 from convnext_fast.kernels.mlp import mlp_bwd, mlp_fwd
+from convnext_fast.kernels.mlp.grn import Grn
+from convnext_fast.kernels.mlp.grn_bwd import grn_factors
 from convnext_fast.kernels.statistics import stats_block
 from convnext_fast.kernels.weights import BlockWeights
 from kernel_support import INTERPRETING, assert_as_good_as_eager, eager_products, layer_norm_reference
 from statistics_cases import partial_statistics
 
+from convnext_fast.backends import reference
+
 EPS = 1e-6
-PARAMETERS = ("w1", "b1", "ln_weight", "ln_bias", "w2", "b2", "gamma")
+PARAMETERS = ("w1", "b1", "ln_weight", "ln_bias", "w2", "b2", "gamma", "grn_weight", "grn_bias")
 ACTS = {
     "gelu": F.gelu,
     "gelu_new": lambda a: F.gelu(a, approximate="tanh"),
@@ -26,7 +30,8 @@ ACTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """``samples`` images of ``pixels`` pixels each; ``full``: with all optional operands, not without.
+    """``samples`` images of ``pixels`` pixels each; ``full``: with all optional operands, not without; ``grn``: with
+    a global response norm.
 
     With few numbers an error is a matter of luck, of eager's luck too: ``draws`` of the inputs are taken together.
     ``offset``: the deviation of a pixel's mean over the channels, in units of that about it.
@@ -42,10 +47,12 @@ class Case:
     act: str = "gelu"
     draws: int = 1
     offset: float = 0.5
+    grn: bool = False
 
     def __str__(self) -> str:
         kind = "full" if self.full else "plain"
         far = f"-offset{self.offset:g}" if self.offset != 0.5 else ""
+        kind += "-grn" if self.grn else ""
         return f"{self.samples}x{self.pixels}-C{self.channels}-K{self.hidden}-{self.act}-{kind}-{self.dtype}{far}"
 
 
@@ -71,6 +78,8 @@ def inputs(case: Case, draw: int = 0) -> dict[str, torch.Tensor | None]:
         "w2": normal(C, K) / K**0.5,
         "b2": normal(C),
         "gamma": normal(C),
+        "grn_weight": normal(K) if case.grn else None,
+        "grn_bias": normal(K) if case.grn else None,
     }
     if not case.full:
         made |= dict.fromkeys(("residual", "drop_scale", "b1", "ln_weight", "ln_bias", "b2", "gamma"))
@@ -88,7 +97,11 @@ def mlp_reference(case: Case, given: dict, dtype: torch.dtype, off: float = 0.0)
     n = layer_norm_reference(leaves["u"], p["ln_weight"], p["ln_bias"], EPS) if case.full else leaves["u"]
     if case.full and off:
         n = n + leaves["u"].detach() * (off * EPS**-0.5) * p["ln_weight"]
-    z = F.linear(ACTS[case.act](F.linear(n, p["w1"], p["b1"])), p["w2"], p["b2"])
+    h = ACTS[case.act](F.linear(n, p["w1"], p["b1"]))
+    if case.grn:
+        images = h.view(case.samples, case.pixels, 1, case.hidden)
+        h = reference.global_response_norm(images, p["grn_weight"], p["grn_bias"]).view(h.shape)
+    z = F.linear(h, p["w2"], p["b2"])
     if case.full:
         z = z * p["gamma"] * given["drop_scale"].to(dtype).repeat_interleave(case.pixels)[:, None]
         wide = dtype if dtype == torch.float64 else given["residual"].dtype
@@ -103,10 +116,14 @@ def weights_of(given: dict) -> BlockWeights:
     return BlockWeights(None, None, *(given[name] for name in BlockWeights._fields[2:]))
 
 
+def grn_of(case: Case, given: dict) -> Grn | None:
+    return Grn(given["grn_weight"], given["grn_bias"], case.samples) if case.grn else None
+
+
 def run_forward(case: Case, given: dict, forward, save_hidden: bool = False):
     stats = partial_statistics(given["u"].float(), stats_block(case.channels, case.dtype)) if case.full else None
     folded = fold_fwd(weights_of(given), case.dtype, layer_scale=False)
-    rest = (*folded, given["b2"], given["gamma"], given["drop_scale"], EPS, case.act, save_hidden)
+    rest = (*folded, given["b2"], given["gamma"], given["drop_scale"], EPS, case.act, save_hidden, grn_of(case, given))
     return *forward(given["u"], stats, given["residual"], *rest), stats
 
 
@@ -160,7 +177,13 @@ def gradients(case: Case, given: dict, backward, save_hidden: bool) -> dict[str,
     """Every gradient that the kernels make, by the name of what it is like."""
     _, a, stats = run_forward(case, given, mlp_fwd, save_hidden)
     folded = fold_fwd(weights_of(given), case.dtype, layer_scale=True)
-    du, sums = backward(given["dy"], given["u"], stats, a, *folded, given["drop_scale"], EPS, case.act)
+    rest = (given["dy"], given["u"], stats, a, *folded, given["drop_scale"], EPS, case.act)
+    if backward is mlp_bwd or not case.grn:
+        du, sums = backward(*rest, grn_of(case, given))
+    else:
+        factors, grads = grn_factors(*rest, grn_of(case, given))
+        du, sums = backward(*rest, factors)
+        sums = sums._replace(grn=grads)
     found = {"du": du, **{f"d{name}": grad for name, grad in fold_bwd(sums, weights_of(given))._asdict().items()}}
     return {name: grad for name, grad in found.items() if grad is not None}
 
@@ -177,6 +200,14 @@ AWKWARD = [
 ]
 FAR = [Case(1, 50, 37, 77, torch.float32, offset=offset) for offset in (5.0, 50.0)]
 EMPTY = [Case(0, 49, 40, 160, torch.float16), Case(0, 49, 40, 160, torch.float32)]
+GRN = [
+    Case(3, 9, 8, 32, torch.float32, draws=8, grn=True),
+    Case(3, 50, 37, 77, torch.float32, draws=4, grn=True),
+    Case(3, 50, 37, 77, torch.float16, full=False, grn=True),
+    Case(5, 1, 8, 32, torch.float16, draws=2, grn=True),
+    Case(3, 49, 40, 160, torch.float16, grn=True),
+    Case(2, 130, 24, 96, torch.float16, act="relu", grn=True),
+]
 OTHER_ACTS = [Case(1, 33, 17, 40, torch.float32, act=act) for act in ACTS if act != "gelu"]
 OTHER_ACTS_BACKWARD = [dataclasses.replace(case, dtype=torch.float16) for case in OTHER_ACTS]
 
