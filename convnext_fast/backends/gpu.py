@@ -17,6 +17,7 @@ from ..kernels.dwconv import dwconv_wgrad, dwconv_wgrad_partials
 from ..kernels.folding import fold_bwd, fold_fwd
 from ..kernels.layernorm import layernorm_bwd, layernorm_fwd
 from ..kernels.mlp import mlp_bwd, mlp_fwd
+from ..kernels.mlp.grn import Grn
 from ..kernels.replaying import description, is_observed, replayed
 from ..kernels.weights import BlockWeights, ConvNorm, FrozenBlock, FrozenDownsample, MlpWeights, NormConv, Saved
 from .dwconv import dwconv_dgrad, dwconv_fwd
@@ -47,6 +48,11 @@ def _without_norm(weights: MlpWeights) -> BlockWeights:
     return BlockWeights(None, None, None, None, *_dense(weights))
 
 
+def _grn(weights: BlockWeights, samples: int) -> Grn | None:
+    """The global response norm of a V2 block."""
+    return None if weights.grn_weight is None else Grn(weights.grn_weight, weights.grn_bias, samples)
+
+
 def _above_zero(eps: float) -> float:
     """``eps``, at least 1e-37: a tile's rows beyond the last pixel are divided by its root."""
     return max(eps, 1e-37)
@@ -68,9 +74,8 @@ def block_fwd(
     folded = fold_fwd(weights, dtype, layer_scale=False)
     b2, gamma = weights.b2, weights.gamma
     drop_scale = None if drop_scale is None else drop_scale.contiguous()
-    y, a = mlp_fwd(
-        u.view(rows), statistics, x.view(rows), *folded, b2, gamma, drop_scale, _above_zero(eps), act, recompute == 0
-    )
+    rest = (gamma, drop_scale, _above_zero(eps), act, recompute == 0, _grn(weights, x.shape[0]))
+    y, a = mlp_fwd(u.view(rows), statistics, x.view(rows), *folded, b2, *rest)
     if recompute >= 2:
         return y.view(x.shape), None, None, None, None
     return y.view(x.shape), u, statistics, a, None
@@ -96,7 +101,8 @@ def block_bwd(
         u, statistics = dwconv_fwd(x, weights.dwconv_weight, weights.dwconv_bias, dtype)
     folded = fold_fwd(weights, dtype, layer_scale=True)
     drop_scale = None if drop_scale is None else drop_scale.contiguous()
-    du, sums = mlp_bwd(dy.view(rows), u.view(rows), statistics, a, *folded, drop_scale, _above_zero(eps), act)
+    rest = (drop_scale, _above_zero(eps), act, _grn(weights, x.shape[0]))
+    du, sums = mlp_bwd(dy.view(rows), u.view(rows), statistics, a, *folded, *rest)
     du = du.view(x.shape)
     dx = dwconv_dgrad(du, weights.dwconv_weight, dy) if needs_x else None
     partials = dwconv_wgrad_partials(x, du, weights.dwconv_weight.shape[3]) if needs_dwconv else None
@@ -145,9 +151,11 @@ def blocks_bwd(
 def frozen_block_fwd(x: Tensor, weights: FrozenBlock, eps: float, act: str, dtype: torch.dtype) -> Tensor:
     """The block on folded weights, w1 and w2 in T."""
     rows = (-1, x.shape[3])
-    dwconv_weight, dwconv_bias, w1, b1, w2, b2, _ = _dense(weights)
+    dwconv_weight, dwconv_bias, w1, b1, w2, b2, grn_weight = _dense(weights)
     u, statistics = dwconv_fwd(x, dwconv_weight, dwconv_bias, dtype)
-    y, _ = mlp_fwd(u.view(rows), statistics, x.view(rows), w1, b1, w2, b2, None, None, _above_zero(eps), act, False)
+    grn = None if grn_weight is None else Grn(grn_weight, None, x.shape[0])
+    rest = (None, None, _above_zero(eps), act, False, grn)
+    y, _ = mlp_fwd(u.view(rows), statistics, x.view(rows), w1, b1, w2, b2, *rest)
     return y.view(x.shape)
 
 
@@ -208,7 +216,7 @@ def pointwise_mlp_bwd(
     folded = fold_fwd(block, dtype, layer_scale=True)
     drop_scale = None if drop_scale is None else drop_scale.contiguous()
     dx, sums = mlp_bwd(dy.view(rows), x.to(dtype).view(rows), None, a, *folded, drop_scale, 0.0, act)
-    return dx.view(x.shape), *fold_bwd(sums, block)[4:]
+    return dx.view(x.shape), *fold_bwd(sums, block).mlp()
 
 
 @replayed

@@ -116,7 +116,7 @@ def block(x: Tensor, weights: BlockWeights, drop_scale: Tensor | None, eps: floa
     if gamma is not None:
         x = x.to(torch.promote_types(x.dtype, gamma.dtype))
     backend = choose.select(x.device, dtype)
-    if backend == "reference" or (backend == "triton" and grn[0] is not None):
+    if backend == "reference":
         ln_weight, ln_bias = _affine(x, weights.ln_weight, weights.ln_bias)
         weights = weights._replace(ln_weight=ln_weight, ln_bias=ln_bias)
         return reference.convnext_block(x, *weights[:4], *weights.mlp(), drop_scale, eps, act, *grn)
@@ -149,8 +149,7 @@ def frozen_block(
     weights = FrozenBlock(dwconv_weight, dwconv_bias, w1, b1, w2, b2, grn_weight)
     dtype = arguments.check_frozen_block(x, weights, act)
     backend = choose.select(x.device, dtype)
-    served = backend != "reference" and (backend != "triton" or grn_weight is None)
-    if w1.dtype != dtype or call.wants_gradient(x, *weights) or not served:
+    if w1.dtype != dtype or call.wants_gradient(x, *weights) or backend == "reference":
         mlp = (w1, b1[0].to(w1.dtype), w2, b2.to(w1.dtype))
         grn = (None, None) if grn_weight is None else (grn_weight, torch.zeros_like(grn_weight))
         return block(x, BlockWeights(dwconv_weight, dwconv_bias, None, None, *mlp, None, *grn), None, eps, act, 1)

@@ -1,15 +1,18 @@
 """The MLP with a global response norm, against float64 in Triton's interpreter."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
+from block_cases import v2_parameters
 from convnext_fast.kernels.mlp import grn, mlp_bwd
 from convnext_fast.kernels.mlp.fused import fused_mlp_fwd
 from convnext_fast.kernels.mlp.fused_bwd import fused_mlp_bwd
 from convnext_fast.kernels.mlp.gemm import gemm_mlp_fwd
 from convnext_fast.kernels.mlp.gemm_bwd import gemm_mlp_bwd
 from convnext_fast.kernels.targets import planned_for
+from kernel_support import assert_as_good_as_eager
 from mlp_cases import (
     EMPTY,
     GRN,
@@ -23,6 +26,10 @@ from mlp_cases import (
     mlp_reference,
     run_forward,
 )
+
+from convnext_fast import ops
+from convnext_fast.backends import reference
+from convnext_fast.ops.folding import freeze_block
 
 FORMS = [(fused_mlp_fwd, fused_mlp_bwd), (gemm_mlp_fwd, gemm_mlp_bwd)]
 IDS = ["fused", "gemm"]
@@ -94,6 +101,34 @@ def test_squares_beyond_the_range_of_float16(form):
     given["b1"] += 300.0
     given["w2"] /= 300.0
     check_given(SMALL, given, *form)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_block_at_each_level_of_recomputation(dtype):
+    """Output and every gradient of the public op; frozen, its output."""
+    torch.manual_seed(0)
+    parameters = {name: p.detach() for name, p in v2_parameters(8, 32, 3, dtype).items()}
+    x, dy = torch.randn(2, 3, 5, 7, 8).to(dtype)
+    drop_scale = torch.tensor([0.0, 1.25, 1.25], dtype=dtype)
+
+    def results(kind, function, **options):
+        leaves = {name: t.to(kind).requires_grad_() for name, t in {"x": x, **parameters}.items()}
+        y = function(**leaves, drop_scale=drop_scale.to(kind), **options)
+        return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), dy.to(kind))]
+
+    plain = functools.partial(reference.convnext_block, gamma=None, eps=1e-6, act="gelu")
+    eager, exact = results(dtype, plain), results(torch.float64, plain)
+    made = [results(dtype, ops.convnext_v2_block, recompute=level) for level in range(3)]
+    assert all(map(torch.equal, made[1], made[2]))
+    for level in (0, 1):
+        for name, *three in zip(("y", "x", *parameters), made[level], eager, exact, strict=True):
+            assert_as_good_as_eager(*three, name, terms=3 * 5 * 7)
+    frozen = ops.frozen_block(x, *freeze_block(**parameters, gamma=None))
+    eager, exact = (
+        plain(**{name: t.to(kind) for name, t in {"x": x, **parameters}.items()}, drop_scale=None)
+        for kind in (dtype, torch.float64)
+    )
+    assert_as_good_as_eager(frozen, eager, exact)
 
 
 def check_given(case, given, forward, backward):
