@@ -205,6 +205,6 @@ def fused_mlp_fwd(
             **config.__dict__,
         )  # fmt: skip
 
-    candidates = fused_configs(C, K, lean, target_of(u))
+    candidates = fused_configs(C, K, lean, target_of(u), grn is not None)
     run(fastest(_mlp_fwd_kernel, run, candidates, u, P, (C, K, act, save_hidden, y.dtype, samples)))
     return y, a

@@ -282,8 +282,8 @@ def fused_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, factors=
         _input_kernel, (programs,),
         dy, u, stats, a, w1g, b1g, w2g, drop_scale, values, du, dz_sum, P, per_sample, eps, **shape, **config.__dict__,
     )  # fmt: skip
-    half = u.dtype == torch.float16
-    config, share = weight_grad_config(P, C, K, target, a is not None, dy.dtype != u.dtype, half)
+    half, grn = u.dtype == torch.float16, factors is not None
+    config, share = weight_grad_config(P, C, K, target, a is not None, dy.dtype != u.dtype, half, grn)
     apart = weights_apart(C)
 
     def weights(part: Share) -> Sums:

@@ -247,7 +247,8 @@ def fc1(
         )  # fmt: skip
         return sums
 
-    candidates = gemm_configs(K, u.dtype, target_of(u), save_hidden)
+    heavy = save_hidden or (grn is not None and C > 512)
+    candidates = gemm_configs(K, u.dtype, target_of(u), heavy)
     sums = run(fastest(_fc1_kernel, run, candidates, u, P, (C, K, act, save_hidden, keeps, samples)))
     return h, a, None if grn is None else Scaling(few_tiles(sums), grn.weight, grn.bias)
 
@@ -281,7 +282,16 @@ def fc2(
             **config.__dict__,
         )  # fmt: skip
 
-    run(fastest(_fc2_kernel, run, gemm_configs(C, h.dtype, target_of(h)), h, P, (C, K, y.dtype, samples)))
+    run(
+        fastest(
+            _fc2_kernel,
+            run,
+            gemm_configs(C, h.dtype, target_of(h), scaling is not None),
+            h,
+            P,
+            (C, K, y.dtype, samples),
+        )
+    )
     return y
 
 

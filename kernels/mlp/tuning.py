@@ -108,14 +108,15 @@ def dot_precision(tensor: Tensor) -> str:
 
 
 @remembered
-def fused_configs(channels: int, hidden: int, lean: bool, target: str) -> tuple[FusedConfig, ...]:
-    """Configurations of the one-kernel forward, the default first; ``lean``: a is not saved, the residual has 16 bits.
+def fused_configs(channels: int, hidden: int, lean: bool, target: str, grn: bool = False) -> tuple[FusedConfig, ...]:
+    """Configurations of the one-kernel forward, the default first; ``lean``: a is not saved, the residual has 16 bits;
+    ``grn``: with a global response norm.
 
     Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
     as 8 warps would. Else 16 rows a warp, half of them where a wide residual would spill. Steps of 64 hidden units, or
     32 where a step of 64 would be half empty or would spill. sm_90 has the shared memory for a third stage.
     """
-    shallow = hidden % 64 != 0 or (channels > 160 and not lean) or (channels > 128 and target == "gfx942")
+    shallow = hidden % 64 != 0 or (channels > 160 and (grn or not lean)) or (channels > 128 and target == "gfx942")
     deep = 32 if shallow else 64
     stages = 3 if target == "sm_90" and channels > 96 else 2
     wide = FusedConfig(BLOCK_M=128 if lean or channels <= 160 else 64, BLOCK_K=deep, num_warps=8, num_stages=stages)
@@ -129,11 +130,11 @@ def fused_configs(channels: int, hidden: int, lean: bool, target: str) -> tuple[
 
 
 @remembered
-def gemm_configs(columns: int, dtype: torch.dtype, target: str, twofold: bool = False) -> tuple[GemmConfig, ...]:
+def gemm_configs(columns: int, dtype: torch.dtype, target: str, heavy: bool = False) -> tuple[GemmConfig, ...]:
     """Configurations of a GEMM of ``columns`` columns with a fused epilogue, the default first.
 
     On sm_90 4 warps, two programs a processor, take 71 to 89 % of the time of 8 warps; beyond 3,072 columns, or where
-    the epilogue is ``twofold`` (a is saved beside h), they would spill.
+    it is ``heavy`` (a is saved beside h, or there is a global response norm), they would spill.
     """
     if dtype == torch.float32:
         return (GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),)
@@ -141,7 +142,7 @@ def gemm_configs(columns: int, dtype: torch.dtype, target: str, twofold: bool = 
     if columns <= 64:
         return narrow, dataclasses.replace(narrow, BLOCK_K=32, num_stages=4)
     square = GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
-    if target == "sm_90" and columns <= 3072 and not twofold:
+    if target == "sm_90" and columns <= 3072 and not heavy:
         square = dataclasses.replace(square, num_warps=4)
     return (
         square,
@@ -168,7 +169,7 @@ def input_grad_config(channels: int, dtype: torch.dtype, target: str) -> FusedCo
 
 
 def weight_grad_config(
-    rows: int, channels: int, hidden: int, target: str, saved: bool, wide: bool, half: bool
+    rows: int, channels: int, hidden: int, target: str, saved: bool, wide: bool, half: bool, grn: bool
 ) -> tuple[FusedConfig, int]:
     """(configuration, rows of a share) of the backward kernel that owns hidden units.
 
@@ -178,13 +179,13 @@ def weight_grad_config(
     for loads of 16 bytes, where these do not spill. As many shares as give every processor about two programs, or one
     of 8 warps; a share is a multiple of BLOCK_M. Programs that share the sums take 128 hidden units, for every program
     reads its pixels anew; with 96 channels on sm_90 that takes 86 to 89 % of the whole backward's time, but in float16
-    it spills.
+    it spills. A global response norm, ``grn``, takes registers too.
     """
     narrow = split_width(channels, target)[-1][1] == 16
     lean = not (saved or wide)
-    if weights_apart(channels) or (target == "sm_90" and channels == 96 and not saved and not half):
-        config = FusedConfig(BLOCK_M=64, BLOCK_K=128, num_warps=8, num_stages=2)
-    elif target in WARP_GROUPS and narrow:
+    if weights_apart(channels) or (target == "sm_90" and channels == 96 and not (saved or half or grn)):
+        config = FusedConfig(BLOCK_M=32 if grn else 64, BLOCK_K=128, num_warps=8, num_stages=2)
+    elif target in WARP_GROUPS and narrow and not (grn and channels > 48):
         config = FusedConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2 if lean else 1)
     elif target in WARP_GROUPS or target == "gfx942" or (channels <= 64 and lean and not narrow):
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2)

@@ -137,11 +137,11 @@ def eager_reference(case: Case, given: dict) -> dict[str, torch.Tensor]:
         return mlp_reference(case, given, case.dtype, off=2.0**-24 if case.channels == 1 else 0.0)
 
 
-def assert_each_as_good_as_eager(results: list[tuple[dict, dict, dict]]) -> None:
+def assert_each_as_good_as_eager(results: list[tuple[dict, dict, dict]], terms: int = 1) -> None:
     """Of each result by name, in all draws together: (ours, eager's, float64's)."""
     for name in results[0][0]:
         assert_as_good_as_eager(
-            *(torch.stack([kind[name] for kind in kinds]) for kinds in zip(*results, strict=True)), name
+            *(torch.stack([kind[name] for kind in kinds]) for kinds in zip(*results, strict=True)), name, terms=terms
         )
 
 
@@ -170,7 +170,8 @@ def check_backward(case: Case, backward=mlp_bwd, save_hidden: bool = False) -> N
         assert grads["du"].dtype == case.dtype
         assert grads.keys() == {f"d{name}" for name in ("u", *PARAMETERS) if given[name] is not None}
         results.append((grads, eager_reference(case, given), mlp_reference(case, given, torch.float64)))
-    assert_each_as_good_as_eager(results)
+    # With a norm, tiles end where samples do, so that float32 sums over the pixels have another order than eager's.
+    assert_each_as_good_as_eager(results, terms=case.samples * case.pixels if case.grn else 1)
 
 
 def gradients(case: Case, given: dict, backward, save_hidden: bool) -> dict[str, torch.Tensor]:
@@ -201,8 +202,8 @@ AWKWARD = [
 FAR = [Case(1, 50, 37, 77, torch.float32, offset=offset) for offset in (5.0, 50.0)]
 EMPTY = [Case(0, 49, 40, 160, torch.float16), Case(0, 49, 40, 160, torch.float32)]
 GRN = [
-    Case(3, 9, 8, 32, torch.float32, draws=8, grn=True),
-    Case(3, 50, 37, 77, torch.float32, draws=4, grn=True),
+    Case(3, 9, 8, 32, torch.float32, grn=True),
+    Case(3, 50, 37, 77, torch.float32, grn=True),
     Case(3, 50, 37, 77, torch.float16, full=False, grn=True),
     Case(5, 1, 8, 32, torch.float16, draws=2, grn=True),
     Case(3, 49, 40, 160, torch.float16, grn=True),
@@ -217,7 +218,8 @@ def half_autocast_reference(given: dict, pixels: int, dtype: torch.dtype | None)
     in float64.
     """
     leaves = {n: given[n].detach().to(dtype or torch.float64).requires_grad_() for n in ("u",)}
-    leaves |= {n: given[n].detach().to(torch.float32 if dtype else torch.float64).requires_grad_() for n in PARAMETERS}
+    names = [name for name in PARAMETERS if given[name] is not None]
+    leaves |= {n: given[n].detach().to(torch.float32 if dtype else torch.float64).requires_grad_() for n in names}
     p = {n: leaf if dtype is None else leaf.to(dtype) for n, leaf in leaves.items()}
     wide = torch.float32 if dtype else torch.float64
     n = F.layer_norm(leaves["u"].to(wide), (given["u"].shape[1],), leaves["ln_weight"], leaves["ln_bias"], EPS)
