@@ -145,7 +145,7 @@ def large_tile(launch: Launch) -> bool:
 
 def narrow_reads(launch: Launch, made: Compiled) -> Iterator[str]:
     """Loads of activations by less than 16 bytes: of 16-bit tensors that are not much smaller than the largest."""
-    if launch.name.startswith("_fold"):
+    if launch.name.startswith(("_fold", "_grn_factors")):
         return  # of weights alone
     tensors = {k: v for k, v in launch.arguments.items() if isinstance(v, Buffer) and v.dtype.itemsize == 2}
     large = max((tensor.numel() for tensor in tensors.values()), default=0) // 8

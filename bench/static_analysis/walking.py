@@ -148,7 +148,9 @@ class Program(Threads):
         value = MEANINGS.get(instruction.base)
         reads = [row for row in instruction.read if guard is None or row != guard.row]
         if instruction.base in ("P2R", "R2P"):
-            reads = list(range(PREDICATES, PREDICATES + 7)) + reads
+            last = instruction.sources[-1]
+            bits = last.value if instruction.base == "P2R" and last.kind == "number" else 0x7F
+            reads = [PREDICATES + bit for bit in range(7) if bits >> bit & 1] + reads
         watch, table, known = self.watcher, self.table, self.known
 
         def run(active: np.ndarray | None) -> None:

@@ -232,6 +232,7 @@ def fc1(
     CB, NB = norm_blocks(stats, C, u.dtype)
     early = u.dtype == torch.float32 or statistics_first(C, target_of(u))
     samples = None if grn is None else grn.samples
+    per_sample = P // samples if samples else None
 
     def run(config: GemmConfig) -> Tensor | None:
         tiles = row_tiles(P, samples, config.BLOCK_M)
@@ -240,7 +241,7 @@ def fc1(
             sums = torch.empty((samples, tiles // max(samples, 1), K), dtype=torch.float32, device=u.device)
         launch(
             _fc1_kernel, (tiles * cdiv(K, config.BLOCK_N),),
-            u, stats, w1g, b1g, h, a, sums, P, P // samples if samples else 1, C, eps,
+            u, stats, w1g, b1g, h, a, sums, P, per_sample or 1, C, eps,
             C=C, K=K, CB=CB, NB=NB,
             ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u), EARLY=early,
             **config.__dict__,
@@ -248,7 +249,7 @@ def fc1(
         return sums
 
     heavy = save_hidden or (grn is not None and C > 512)
-    candidates = gemm_configs(K, u.dtype, target_of(u), heavy)
+    candidates = gemm_configs(K, u.dtype, target_of(u), heavy, per_sample)
     sums = run(fastest(_fc1_kernel, run, candidates, u, P, (C, K, act, save_hidden, keeps, samples)))
     return h, a, None if grn is None else Scaling(few_tiles(sums), grn.weight, grn.bias)
 
@@ -272,26 +273,19 @@ def fc2(
     if P == 0:
         return y
     samples = None if scaling is None else scaling.sums.shape[0]
-    parts = samples or (1 if drop_scale is None else drop_scale.numel())
+    per_sample = P // (samples or (1 if drop_scale is None else drop_scale.numel()))
 
     def run(config: GemmConfig) -> None:
         launch(
             _fc2_kernel, (row_tiles(P, samples, config.BLOCK_M) * cdiv(C, config.BLOCK_N),),
-            h, w2, residual, b2, gamma, drop_scale, *(scaling or (None, None, None)), y, P, P // parts, K,
+            h, w2, residual, b2, gamma, drop_scale, *(scaling or (None, None, None)), y, P, per_sample, K,
             C=C, K=K, TILES=0 if scaling is None else scaling.sums.shape[1], PRECISION=dot_precision(h),
             **config.__dict__,
         )  # fmt: skip
 
-    run(
-        fastest(
-            _fc2_kernel,
-            run,
-            gemm_configs(C, h.dtype, target_of(h), scaling is not None),
-            h,
-            P,
-            (C, K, y.dtype, samples),
-        )
-    )
+    grn = scaling is not None
+    candidates = gemm_configs(C, h.dtype, target_of(h), grn, per_sample if grn else None)
+    run(fastest(_fc2_kernel, run, candidates, h, P, (C, K, y.dtype, samples)))
     return y
 
 

@@ -261,7 +261,7 @@ def gemm_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, factors=N
     def partial(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=u.device)
 
-    config = hidden_grad_config(C, u.dtype, target)
+    config = hidden_grad_config(C, u.dtype, target, per_sample if samples else None)
     rows, columns = row_tiles(P, samples, config.BLOCK_M), cdiv(K, config.BLOCK_N)
     h, da = torch.empty((2, P, K), dtype=u.dtype, device=u.device)
     db1, centre, means, mu = partial(rows, K), None, None, None

@@ -104,7 +104,7 @@ def grn_factors(
     P, C = u.shape
     K = w1g.shape[0]
     CB, NB = norm_blocks(stats, C, u.dtype)
-    config = hidden_grad_config(C, u.dtype, target_of(u))
+    config = hidden_grad_config(C, u.dtype, target_of(u), P // grn.samples)
     tiles = row_tiles(P, grn.samples, config.BLOCK_M)
     sums = torch.empty((grn.samples, tiles // grn.samples, 3, K), dtype=torch.float32, device=u.device)
     launch(

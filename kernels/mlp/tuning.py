@@ -119,6 +119,7 @@ def fused_configs(channels: int, hidden: int, lean: bool, target: str, grn: bool
     shallow = hidden % 64 != 0 or (channels > 160 and (grn or not lean)) or (channels > 128 and target == "gfx942")
     deep = 32 if shallow else 64
     stages = 3 if target == "sm_90" and channels > 96 else 2
+    lean = lean and not (grn and channels > 160 and target in ("sm_80", "sm_86", "sm_120"))
     wide = FusedConfig(BLOCK_M=128 if lean or channels <= 160 else 64, BLOCK_K=deep, num_warps=8, num_stages=stages)
     others = (
         dataclasses.replace(wide, BLOCK_K=32, num_stages=4 if deep == 32 else 3),
@@ -130,14 +131,21 @@ def fused_configs(channels: int, hidden: int, lean: bool, target: str, grn: bool
 
 
 @remembered
-def gemm_configs(columns: int, dtype: torch.dtype, target: str, heavy: bool = False) -> tuple[GemmConfig, ...]:
+def gemm_configs(
+    columns: int, dtype: torch.dtype, target: str, heavy: bool = False, sample_rows: int | None = None
+) -> tuple[GemmConfig, ...]:
     """Configurations of a GEMM of ``columns`` columns with a fused epilogue, the default first.
+
+    ``sample_rows``: where every sample has tiles of its own, its rows. Up to 64 a tile of 128 would be half empty.
 
     On sm_90 4 warps, two programs a processor, take 71 to 89 % of the time of 8 warps; beyond 3,072 columns, or where
     it is ``heavy`` (a is saved beside h, or there is a global response norm), they would spill.
     """
     if dtype == torch.float32:
         return (GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),)
+    if sample_rows is not None and sample_rows <= 64:
+        short = GemmConfig(BLOCK_M=64, BLOCK_N=128 if columns > 64 else 64, BLOCK_K=64, num_warps=4, num_stages=3)
+        return short, dataclasses.replace(short, BLOCK_K=32, num_stages=4)
     narrow = GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)
     if columns <= 64:
         return narrow, dataclasses.replace(narrow, BLOCK_K=32, num_stages=4)

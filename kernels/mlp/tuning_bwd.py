@@ -15,12 +15,12 @@ from ..targets import PROCESSORS
 from .tuning import GemmConfig
 
 
-def hidden_grad_config(channels: int, dtype: torch.dtype, target: str) -> GemmConfig:
+def hidden_grad_config(channels: int, dtype: torch.dtype, target: str, sample_rows: int | None = None) -> GemmConfig:
     """Configuration of the two products, a and dh, of one tile of hidden units: two sums a thread, so half the tile.
 
     With 4 warps the epilogue spills on sm_90 and sm_100; AMD's waves are twice as wide. Up to 8 blocks of statistics
     sm_100 merges in the registers of every thread of a row, which spills beside more than 32 hidden units; 32 blocks
-    and more spill on sm_120 beside 128 rows.
+    and more spill on sm_120 beside 128 rows. ``sample_rows``: as of `gemm_configs`.
     """
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
@@ -30,6 +30,8 @@ def hidden_grad_config(channels: int, dtype: torch.dtype, target: str) -> GemmCo
         depth, stages = (64, 3) if channels <= 512 else (32, 4)
         return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=depth, num_warps=4, num_stages=stages)
     columns = 32 if target == "sm_100" and channels <= 256 else 64
+    if sample_rows is not None and sample_rows <= 64:
+        return GemmConfig(BLOCK_M=64, BLOCK_N=columns, BLOCK_K=32, num_warps=4, num_stages=3)
     return GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=32, num_warps=4 if target == "gfx942" else 8, num_stages=3)
 
 

@@ -95,6 +95,15 @@ def test_what_a_tensor_holds_decides_nothing():
     assert not program.known[7]
 
 
+def test_a_kept_predicate_is_known_beside_one_that_is_not():
+    program, _ = walk(
+        "LDG.E R1, desc[UR4][R2.64]", "ISETP.LT.AND P0, PT, R1, 0x5, PT", "ISETP.LT.AND P3, PT, RZ, 0x5, PT",
+        "P2R R4, PR, RZ, 0x8", "ISETP.GE.AND P3, PT, RZ, 0x5, PT", "ISETP.NE.AND P3, PT, R4, RZ, PT", "@!P3 EXIT",
+        "MOV R5, 0x7",
+    )  # fmt: skip
+    assert (program.table[5] == 7).all()
+
+
 def costs_of(*lines, threads=32):
     watcher = program_costs._Watcher(threads // 32, 1 << 16)
     program = Program(decode(listing(*lines, "EXIT")), threads, (0, 0, 0), {}, watcher.see)
