@@ -22,7 +22,7 @@ sys.path.append(str(ROOT))
 from bench import machine_code  # noqa: E402
 from bench.static_analysis.analysis import accesses, analyse, analyse_all  # noqa: E402
 from bench.static_analysis.chips import CHIP_OF  # noqa: E402
-from bench.static_analysis.counts import BUDGETS, COUNTED, count_tiny  # noqa: E402
+from bench.static_analysis.counts import BUDGETS, COUNTED, V2_BUDGETS, count_tiny  # noqa: E402
 from bench.static_analysis.recording import Buffer, record, unique, unique_bytes  # noqa: E402
 from bench.static_analysis.resource_model import model_pass  # noqa: E402
 from bench.static_analysis.sweep import DTYPES, Pass, collect, describe, faults, passes  # noqa: E402
@@ -97,6 +97,14 @@ def test_training(models, dtype, target, level):
     check(passes(models, (dtype,), ("inference", "training"), (level,), (target,), (0.1,)))
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(("number", "target"), enumerate(TARGETS))
+def test_v2(number, target):
+    """The widths of T and atto, each level on two targets, in bf16 and in fp16."""
+    variants, dtype = ("v2_tiny", "v2_atto"), PRECISIONS[number % 2]
+    check(passes(variants, (dtype,), ("inference", "training"), (LEVELS[number % 3],), (target,), (0.1,)))
+
+
 def test_every_two_of_model_dtype_target_and_level_meet_in_training():
     for these, those in itertools.combinations(range(4), 2):
         met = {(case[these], case[those]) for case in TRAINING}
@@ -112,7 +120,7 @@ def test_training_under_autocast():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", ["tiny", "base", "atto", "xlarge"])
+@pytest.mark.parametrize("variant", ["tiny", "base", "atto", "xlarge", "v2_tiny", "v2_base", "v2_atto", "v2_huge"])
 def test_launches(variant, dtype, target):
     check(passes((variant,), (dtype,), ("inference", "training"), LEVELS, (target,), (0.1, 0.0)))
 
@@ -154,6 +162,16 @@ def test_counts_of_a_pass(mode, recompute):
     # level 1 on a: once by two products, twice by a fused backward, three times where D and E are apart.
     least = 8.9 if mode == "inference" else 26.6
     assert least <= counts.gflops <= least * {None: 1.0, 0: 1.07, 1: 1.30, 2: 1.31}[recompute] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("mode", "recompute"),
+    [pytest.param(*case, marks=() if case[1] is None else pytest.mark.thorough) for case in V2_BUDGETS],
+)
+def test_counts_of_a_pass_of_v2(mode, recompute):
+    counts = count_tiny(mode, recompute, "v2_tiny")
+    assert not counts.uncounted, f"no formula for the FLOPs of {counts.uncounted}"
+    assert not counts.missed(V2_BUDGETS[mode, recompute])
 
 
 @pytest.mark.parametrize(
