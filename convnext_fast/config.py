@@ -129,7 +129,8 @@ class ConvNextConfig:
         _one_of("hidden_act", hidden_act, (*ACTIVATIONS, *_ACTIVATION_ALIASES))
         self.initializer_range = _real("initializer_range", initializer_range, 0)
         self.layer_norm_eps = _real("layer_norm_eps", layer_norm_eps, 0)
-        self.layer_scale_init_value = _real("layer_scale_init_value", layer_scale_init_value)
+        scale = layer_scale_init_value if self.version == 1 else 0.0
+        self.layer_scale_init_value = _real("layer_scale_init_value", scale)
         self.drop_path_rate = _real("drop_path_rate", drop_path_rate, 0, 1)
         self.image_size = _size("image_size", image_size, MOST_SIDE)
         self.norm_eps = _real("norm_eps", norm_eps, 0)
@@ -350,9 +351,6 @@ class ConvNextV2Config(ConvNextConfig):
 
     model_type = "convnextv2"
     version = 2
-
-    def __init__(self, /, **fields: Any):
-        super().__init__(**{**fields, "layer_scale_init_value": 0.0})
 
     def to_dict(self) -> dict[str, Any]:
         """As `ConvNextConfig.to_dict`, without a layer scale."""

@@ -121,10 +121,9 @@ def _timm_amendments(fields: Mapping[str, Any], arguments: Mapping[str, Any]) ->
 
 def _timm_fields(config: ConvNextConfig, options: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration as timm's ``create_model("local-dir:…")`` reads it."""
-    sizes = (config.depths, config.hidden_sizes)
-    kind, start = ("convnextv2", "v2_") if config.version == 2 else ("convnext", "")
-    known = (name.removeprefix(start) for name, known in VARIANTS.items() if known == sizes and name.startswith(start))
-    variant = next(known, "tiny")
+    sizes, is_v2 = (config.depths, config.hidden_sizes), config.version == 2
+    names = (name for name, known in VARIANTS.items() if known == sizes and name.startswith("v2_") == is_v2)
+    kind, variant = "convnextv2" if is_v2 else "convnext", next(names, "tiny").removeprefix("v2_")
     image = config.image_size if isinstance(config.image_size, tuple) else (config.image_size, config.image_size)
     back = {ours: theirs for theirs, ours in _TIMM_ACTIVATIONS.items() if theirs != "swish"}
     scale = config.layer_scale_init_value
@@ -139,7 +138,7 @@ def _timm_fields(config: ConvNextConfig, options: Mapping[str, Any]) -> dict[str
             "dims": list(config.hidden_sizes),
             "patch_size": config.patch_size,
             "ls_init_value": scale if scale > 0 else None,
-            **({"use_grn": True} if config.version == 2 else {}),
+            **({"use_grn": True} if is_v2 else {}),
             "norm_eps": config.norm_eps,
             "act_layer": back.get(config.activation, config.activation),
             "conv_mlp": False,

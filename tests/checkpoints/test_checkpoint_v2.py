@@ -6,7 +6,8 @@ import pytest
 import torch
 from support import randomise
 
-from convnext_fast import ConvNext, ConvNextV2Config, ConvNextV2ForImageClassification
+from convnext_fast import VARIANTS, ConvNext, ConvNextConfig, ConvNextV2Config, ConvNextV2ForImageClassification
+from convnext_fast.checkpoints.config_json import config_fields
 from convnext_fast.checkpoints.formats import from_timm, infer_config, recognise, to_timm
 from convnext_fast.checkpoints.load_save import load_checkpoint, load_model, save_model
 from convnext_fast.cli.convert import convert_checkpoint
@@ -43,6 +44,16 @@ def test_names_and_shapes(format):
     assert same(named, ours)
     assert not others
     assert infer_config(named, format).amended(layer_norm_eps=1e-6) == CONFIG
+
+
+@pytest.mark.parametrize(("kind", "name"), [(ConvNextConfig, "convnext_tiny"), (ConvNextV2Config, "convnextv2_huge")])
+def test_timm_is_told_the_version(kind, name):
+    """Of the sizes of v2_huge, which V1 has under no name."""
+    depths, widths = VARIANTS["v2_huge"]
+    options = {"global_pool": "avg", "head_norm_first": False}
+    fields = config_fields(kind(depths=depths, hidden_sizes=widths), "timm", [], "float32", options)
+    assert fields["architecture"] == name
+    assert fields["model_args"].get("use_grn", False) == (kind is ConvNextV2Config)
 
 
 def test_torchvision_has_none():
