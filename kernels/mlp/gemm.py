@@ -28,16 +28,16 @@ from ..integers import cdiv
 from ..launching import launch
 from ..statistics import merge_statistics
 from ..targets import target_of
-from .grn import Grn, Scaling, bias_at, few_tiles, inverse_mean, row_tiles, rows_of_tile, scale_at
+from .grn import Grn, Scaling, bias_at, count_row_tiles, few_tiles, inverse_mean, row_tiles, rows_of_tile, scale_at
 from .tuning import GemmConfig, dot_precision, gemm_configs, norm_blocks, statistics_first
 
 
 @triton.jit
-def tile_of_program(N: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """(row tile, column tile) of this program: GROUP row tiles by all column tiles at a time, for the L2 cache."""
+def tile_of_program(tiles, N: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """(row tile, column tile) of this program: GROUP row ``tiles`` by all column tiles at a time, for L2."""
     columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     group = tl.program_id(0) // (GROUP * columns)
-    size = tl.minimum(tl.num_programs(0) // columns - group * GROUP, GROUP)
+    size = tl.minimum(tiles - group * GROUP, GROUP)
     within = tl.program_id(0) % (GROUP * columns)
     return group * GROUP + within % size, within // size
 
@@ -126,7 +126,8 @@ def _fc1_kernel(
     PRECISION: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = tile_of_program(K, BLOCK_N, 8)
+    tiles = count_row_tiles(P, rows_per_sample, sums_ptr is not None, BLOCK_M)
+    tile_m, tile_n = tile_of_program(tiles, K, BLOCK_N, 8)
     rows = tl.arange(0, BLOCK_M)
     first = tile_m.to(tl.int64) * BLOCK_M
     first, rows_ok, _ = rows_of_tile(first, rows, P, rows_per_sample, sums_ptr is not None, BLOCK_M)
@@ -183,7 +184,8 @@ def _fc2_kernel(
     C: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = tile_of_program(C, BLOCK_N, 8)
+    tiles = count_row_tiles(P, rows_per_sample, sums_ptr is not None, BLOCK_M)
+    tile_m, tile_n = tile_of_program(tiles, C, BLOCK_N, 8)
     rows = tl.arange(0, BLOCK_M)
     first = tile_m.to(tl.int64) * BLOCK_M
     first, rows_ok, sample = rows_of_tile(first, rows, P, rows_per_sample, sums_ptr is not None, BLOCK_M)

@@ -34,7 +34,7 @@ from ..launching import launch
 from ..statistics import merge_statistics
 from ..targets import target_of
 from .gemm import load_tile, tile_of_program
-from .grn import bias_at, factors_at, row_tiles, rows_of_tile
+from .grn import bias_at, count_row_tiles, factors_at, row_tiles, rows_of_tile
 from .tuning import dot_precision, norm_blocks
 from .tuning_bwd import hidden_grad_config, input_grad_config, weight_grad_config
 
@@ -105,7 +105,8 @@ def _hidden_grad_kernel(
     and C·m2. In float32 there is mu (P,), μ, instead of centre.
     """
     dtype: tl.constexpr = u_ptr.dtype.element_ty
-    tile_m, tile_n = tile_of_program(K, BLOCK_N, 8)
+    tiles = count_row_tiles(P, rows_per_sample, factors_ptr is not None, BLOCK_M)
+    tile_m, tile_n = tile_of_program(tiles, K, BLOCK_N, 8)
     rows = tl.arange(0, BLOCK_M)
     first = tile_m.to(tl.int64) * BLOCK_M
     first, rows_ok, sample = rows_of_tile(first, rows, P, rows_per_sample, factors_ptr is not None, BLOCK_M)
@@ -153,7 +154,7 @@ def _input_grad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """du: (P, C); means: (tiles, P, 2); ``depth`` is K."""
-    tile_m, tile_n = tile_of_program(C, BLOCK_N, 8)
+    tile_m, tile_n = tile_of_program(tl.cdiv(P, BLOCK_M), C, BLOCK_N, 8)
     first = tile_m.to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     rows_ok = first + rows < P

@@ -57,6 +57,15 @@ def row_tiles(P: int, samples: int | None, block: int) -> int:
 
 
 @triton.jit
+def count_row_tiles(P, rows_per_sample, BY_SAMPLE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """``row_tiles`` in a kernel."""
+    if BY_SAMPLE:
+        return P // rows_per_sample * tl.cdiv(rows_per_sample, BLOCK_M)
+    else:
+        return tl.cdiv(P, BLOCK_M)
+
+
+@triton.jit
 def rows_of_tile(first, rows, P, rows_per_sample, BY_SAMPLE: tl.constexpr, BLOCK_M: tl.constexpr):
     """(first row, which of the ``rows`` after it exist, sample) of the tile number ``first`` / BLOCK_M.
 

@@ -25,7 +25,7 @@ from ..launching import launch
 from ..targets import target_of
 from .gemm import tile_of_program
 from .gemm_bwd import hidden_tile
-from .grn import EPS, Factors, Grn, few_tiles, row_tiles, rows_of_tile, sum_of_tiles
+from .grn import EPS, Factors, Grn, count_row_tiles, few_tiles, row_tiles, rows_of_tile, sum_of_tiles
 from .tuning import dot_precision, norm_blocks
 from .tuning_bwd import hidden_grad_config
 
@@ -37,7 +37,7 @@ def _grn_sums_kernel(
     FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """sums: (row tiles, 3, K), of h², dz'·h and dz'."""
-    tile_m, tile_n = tile_of_program(K, BLOCK_N, 8)
+    tile_m, tile_n = tile_of_program(count_row_tiles(P, rows_per_sample, True, BLOCK_M), K, BLOCK_N, 8)
     rows = tl.arange(0, BLOCK_M)
     first = tile_m.to(tl.int64) * BLOCK_M
     first, rows_ok, _ = rows_of_tile(first, rows, P, rows_per_sample, True, BLOCK_M)
