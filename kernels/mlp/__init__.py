@@ -14,7 +14,7 @@ underflow. ``fold_bwd`` turns D, db1, E and dz_sum into the gradients of w1, b1,
 other pass over the pixels is made. Narrow blocks in 16 bits keep the hidden activations on the chip and recompute them
 in the backward pass; wide blocks and float32 run as GEMMs with the hidden activations in memory.
 
-ConvNeXt V2 puts a global response norm, h ↦ s·h + bias, between the activation and fc2. Its s needs sums over the
+ConvNeXt V2 puts a global response norm, h ↦ f·h + bias, between the activation and fc2. Its f needs sums over the
 pixels of a sample, which a pass before this one makes (``grn.py``, ``grn_bwd.py``).
 """
 

@@ -29,7 +29,7 @@ from ..launching import launch
 from ..statistics import merge_statistics
 from ..targets import target_of
 from .gemm import fc1
-from .grn import bias_at, inverse_mean, row_tiles, rows_of_tile, scale_at
+from .grn import bias_at, factor_at, inverse_mean, row_tiles, rows_of_tile
 from .tuning import FusedConfig, dot_precision, fused_configs, norm_blocks, split_width
 
 
@@ -161,8 +161,8 @@ def _mlp_fwd_kernel(
             tl.store(a_ptr + first * K + at, a.to(a_ptr.dtype.element_ty), mask=rows_ok[:, None] & (k < K)[None, :])
         h = twice_gelu(a, FORM) if TIMES == 2 else activation(a, ACT, FORM)
         if sums_ptr is not None:
-            s = scale_at(sums_ptr, grn_weight_ptr, inverse, k, K, TILES)
-            h = tl.fma(h, s[None, :], (bias_at(grn_bias_ptr, k, K) * TIMES)[None, :])
+            factor = factor_at(sums_ptr, grn_weight_ptr, inverse, k, K, TILES)
+            h = tl.fma(h, factor[None, :], (bias_at(grn_bias_ptr, k, K) * TIMES)[None, :])
         h = h.to(u_ptr.dtype.element_ty)
         sums = ()
         for i in tl.static_range(len(PARTS)):

@@ -28,7 +28,7 @@ from ..integers import cdiv
 from ..launching import launch
 from ..statistics import merge_statistics
 from ..targets import target_of
-from .grn import Grn, Scaling, bias_at, count_row_tiles, few_tiles, inverse_mean, row_tiles, rows_of_tile, scale_at
+from .grn import Grn, Scaling, bias_at, count_row_tiles, factor_at, few_tiles, inverse_mean, row_tiles, rows_of_tile
 from .tuning import GemmConfig, dot_precision, gemm_configs, norm_blocks, statistics_first
 
 
@@ -77,8 +77,8 @@ def dot_rows(
         if mean is not None:
             a -= mean[:, None]
         if sums_ptr is not None:
-            s = scale_at(sums_ptr, weight_ptr, inverse, k, DEPTH, TILES)
-            a = tl.fma(a.to(tl.float32), s[None, :], bias_at(bias_ptr, k, DEPTH)[None, :]).to(a.dtype)
+            factor = factor_at(sums_ptr, weight_ptr, inverse, k, DEPTH, TILES)
+            a = tl.fma(a.to(tl.float32), factor[None, :], bias_at(bias_ptr, k, DEPTH)[None, :]).to(a.dtype)
         b = load_tile(b_ptr, n, n < N, k, N % BLOCK_N == 0, DEPTH, BLOCK_K)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     return acc

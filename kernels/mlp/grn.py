@@ -2,11 +2,11 @@
 
 Of a sample and a hidden unit k, with sums over the sample's pixels p and means over all K hidden units:
 
-    G_k = (Σ_p h²)^½      N_k = G_k / (mean G + ε)      s_k = 1 + weight_k·N_k      GRN(h) = s_k·h + bias_k
+    G_k = (Σ_p h²)^½      N_k = G_k / (mean G + ε)      f_k = 1 + weight_k·N_k      GRN(h) = f_k·h + bias_k
 
 A first pass over the pixels leaves partial sums of h² in float32: fc1, which writes h as well in the wide form
 (``gemm.py``). The narrow form (``fused.py``) recomputes h in a second pass instead of writing it, 6 units of P·C
-elements to and from memory in the place of 13 for a block with its convolution. The second pass takes s from the sums
+elements to and from memory in the place of 13 for a block with its convolution. The second pass takes f from the sums
 itself, on the way to its product. A row tile never holds pixels of two samples, so that a sum belongs to one sample,
 and the sums of a sample's tiles are added in a fixed order.
 """
@@ -45,7 +45,7 @@ class Scaling(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What the backward takes of GRN: values (N, 2, K), s and the factor of h in dh; the bias (K,) or None."""
+    """What the backward takes of GRN: values (N, 2, K), f and the factor of h in dh; the bias (K,) or None."""
 
     values: Tensor
     bias: Tensor | None
@@ -102,8 +102,8 @@ def inverse_mean(sums_ptr, K: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit
-def scale_at(sums_ptr, weight_ptr, inverse, k, K: tl.constexpr, TILES: tl.constexpr):
-    """s at the hidden units ``k``; ``inverse`` is ``inverse_mean``."""
+def factor_at(sums_ptr, weight_ptr, inverse, k, K: tl.constexpr, TILES: tl.constexpr):
+    """f at the hidden units ``k``; ``inverse`` is ``inverse_mean``."""
     weight = tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     return tl.fma(weight * inverse, tl.sqrt(sum_of_tiles(sums_ptr, k, K, TILES, K)), 1.0)
 
@@ -119,7 +119,7 @@ def bias_at(bias_ptr, k, K: tl.constexpr):
 
 @triton.jit
 def factors_at(factors_ptr, sample, k, K: tl.constexpr):
-    """(s, the factor of h in dh) of a sample at the hidden units ``k``; factors: (N, 2, K)."""
+    """(f, the factor of h in dh) of a sample at the hidden units ``k``; factors: (N, 2, K)."""
     at = factors_ptr + sample * (2 * K) + k
     return tl.load(at, mask=k < K, other=0.0), tl.load(at + K, mask=k < K, other=0.0)
 

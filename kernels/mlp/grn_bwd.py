@@ -1,13 +1,13 @@
 """The global response norm of ConvNeXt V2, backward: sums over the pixels, and what follows from them.
 
-With dz' = s_drop·dy·w2 the gradient at GRN(h) = s·h + bias, of a sample and a hidden unit k:
+With dz' = s·(dy·w2) the gradient at GRN(h) = f·h + bias, s the drop-path factor, of a sample and a hidden unit k:
 
     r_k = Σ_p dz'·h      dN_k = weight_k·r_k      m = mean G + ε
-    dG_k = dN_k/m − Σ_j dN_j·G_j/(K·m²)           dh = dz'·s + h·t,  t_k = dG_k/G_k, 0 where G_k is 0
+    dG_k = dN_k/m − Σ_j dN_j·G_j/(K·m²)           dh = dz'·f + h·t,  t_k = dG_k/G_k, 0 where G_k is 0
     dweight_k = Σ_n N_k·r_k                       dbias_k = Σ_n Σ_p dz'
 
 One pass over the pixels makes h and dz' and leaves partial sums of h², dz'·h and dz' in float32; a program a sample
-then makes s, t and the sample's part of the parameters' gradients. The kernels of the MLP's backward make h and dz'
+then makes f, t and the sample's part of the parameters' gradients. The kernels of the MLP's backward make h and dz'
 again: 2 products more, and 2 units of P·C elements to read, where keeping both in memory would move 16.
 """
 
@@ -57,7 +57,7 @@ def _grn_sums_kernel(
 def _grn_factors_kernel(
     sums_ptr, weight_ptr, factors_ptr, grads_ptr, K: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Grid (N,). sums: (N, TILES, 3, K); factors: (N, 2, K), s and t; grads: (N, 2, K), of weight and bias."""
+    """Grid (N,). sums: (N, TILES, 3, K); factors: (N, 2, K), f and t; grads: (N, 2, K), of weight and bias."""
     sample = tl.program_id(0).to(tl.int64)
     sums_ptr += sample * (TILES * 3 * K)
     factors_ptr += sample * (2 * K)
