@@ -3,7 +3,8 @@
     h = GELU(w1·n + b1),   n = LayerNorm(dwconv(x)) without its affine, which w1 and b1 hold (`folding`)
     y = x + w2·(h∘f) + b2, f: the factor of each hidden unit of a sample, from the norms of h
 
-n and h∘f of a chunk stay in the L2 cache.
+n and h∘f of a chunk stay in the L2 cache. The first region also leaves Σ h² of each unit (`work_sharing`), to be added
+up for the norms; the units are the same for every number of threads.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from .work_sharing import GROUP, PADDING, Team
 
 
 class GrnHiddenSizes(NamedTuple):
-    """The kernel for h (N, H, W, K), the rest as of `frozen_block.BlockSizes`."""
+    """The kernel for h (N, H, W, K) and squares (units, K), the rest as of `frozen_block.BlockSizes`."""
 
     channels: int
     hidden: int
     side: int
     group: int
-    addresses = ("x", "h", "dwconv_weight", "dwconv_bias", "w1", "b1", "scratch")
+    addresses = ("x", "h", "squares", "dwconv_weight", "dwconv_bias", "w1", "b1", "scratch")
 
     @classmethod
     def of(cls, channels: int, hidden: int, side: int, width: int) -> GrnHiddenSizes:
@@ -62,6 +63,25 @@ class GrnHidden(Convolving):
         self.barrier()
         self.multiply(self.fc1, n, count, (e.at(self.given["h"], e.times(start, hidden)), hidden))
         self.barrier()
+        self.mine(first, last, self._add_squares)
+        self.barrier()
+
+    def _add_squares(self, unit: ir.Value) -> None:
+        """Σ h² over the pixels of a unit."""
+        e, given, hidden = self.e, self.given, self.sizes.hidden
+        start, end = self.first_pixel(unit), self.first_pixel(e.plus(unit, 1))
+        out = e.at(given["squares"], e.times(unit, hidden))
+
+        def vector(k: ir.Value) -> None:
+            column = e.at(given["h"], k)
+
+            def add(pixel: ir.Value, total: ir.Value) -> list[ir.Value]:
+                value = e.load(column, e.times(pixel, hidden))
+                return [e.fma(value, value, total)]
+
+            e.store(*e.loop(start, end, 1, add, e.spread(0.0)), out, k)
+
+        e.loop(0, hidden, e.lanes, vector)
 
 
 class GrnOutputSizes(NamedTuple):

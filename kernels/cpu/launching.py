@@ -122,11 +122,13 @@ def run_rows(machine: Machine, sizes: Any, rows: int, eps: float, *addresses: in
 class Launch:
     """A kernel for images of one shape, not empty, and one number of threads.
 
-    sizes: what the kernel is compiled for; samples: N; image, result: heights and widths of x and y.
+    sizes: what the kernel is compiled for; samples: N; image, result: heights and widths of x and y. ``units``: of the
+    whole result (`work_sharing`).
     """
 
     def __init__(self, machine: Machine, sizes: Any, samples: int, image: tuple, result: tuple, eps: float, team: int):
         given = numbers(samples, image, result, eps, team)
+        self.units = given["rows"] * given["pieces"]
         self.kernel, self.team, self.run = _kernel(machine, sizes), team, _threads().GOMP_parallel
         self.numbers = tuple(given[name] for name in NUMBERS)
         self.scratch_size = team * scratch_rows(machine, given["unit"], given["units"]) * sizes.row

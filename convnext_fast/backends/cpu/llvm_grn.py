@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.weights import FrozenBlock
-from .grn_mlp import ResponseNorm, norms_of
+from .grn_mlp import ResponseNorm
 from .llvm import CompiledBlock, Kernel, dense, launchers
 
 
@@ -29,9 +29,10 @@ class CompiledV2Block:
         grn = ResponseNorm(self._gamma, None, x.shape[1] * x.shape[2])
         for samples, _ in grn.blocks(len(x) * grn.pixels, hidden * x.element_size(), False):
             own = x[samples]
-            h = x.new_empty(*own.shape[:3], hidden)
-            self._first.launch(own.shape, eps)(own, h, self._first.addresses)
-            factors = grn.factors(norms_of(h.flatten(1, 2)))
+            h, first = x.new_empty(*own.shape[:3], hidden), self._first.launch(own.shape, eps)
+            squares = x.new_empty(len(own), first.units // len(own), hidden)
+            first(own, h, (squares.data_ptr(), *self._first.addresses))
+            factors = grn.factors(squares.sum(1).sqrt_())
             addresses = factors.data_ptr(), own.data_ptr(), *self._second.addresses
             self._second.launch(own.shape, eps)(h, y[samples], addresses)
         return y

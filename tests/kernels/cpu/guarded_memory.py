@@ -66,8 +66,14 @@ def v2_block(machine, image, channels, hidden, side):
     kept = llvm_grn.CompiledV2Block(frozen_v2_weights(channels, hidden, side), machine)
     x, h = torch.randn(*image, channels), torch.randn(*image, hidden)
     shared = image[0], image[1:], image[1:], 1e-6, torch.get_num_threads()
+    units = GuardedLaunch(machine, launching.GrnOutputSizes(channels, hidden), *shared).units
     for sizes, source, result, weights in (
-        (launching.GrnHiddenSizes.of(channels, hidden, side, image[2]), x, h, kept._first.weights),
+        (
+            launching.GrnHiddenSizes.of(channels, hidden, side, image[2]),
+            x,
+            h,
+            [torch.empty(units, hidden), *kept._first.weights],
+        ),
         (launching.GrnOutputSizes(channels, hidden), h, x, [torch.randn(image[0], hidden), x, *kept._second.weights]),
     ):
         launch = GuardedLaunch(machine, sizes, *shared)
