@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .files import how_to_install
+from .hub import how_to_install
 
 _UNPRINTED = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 """Control and format characters (escapes, right-to-left marks), lone surrogates, and ends of lines and paragraphs."""

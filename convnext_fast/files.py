@@ -13,6 +13,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from .hub import ANYWHERE, Loading, hub_file
+
 MOST_JSON_BYTES = 1 << 26
 """Of a JSON file that is read; a configuration with 20,000 classes takes one megabyte."""
 MOST_JSON_LEVELS = 64
@@ -31,7 +33,7 @@ def local_path(source: str | Path) -> Path:
         return Path(source)
 
 
-def find_file(source: str | Path, *names: str) -> Path:
+def find_file(source: str | Path, *names: str, loading: Loading = ANYWHERE) -> Path:
     """The first of ``names`` that the folder or hub repository ``source`` holds, as a local path.
 
     Hub files come through huggingface_hub: its cache, its ``HF_HUB_OFFLINE`` switch and its progress bars apply.
@@ -42,18 +44,14 @@ def find_file(source: str | Path, *names: str) -> Path:
     """
     folder, wanted = local_path(source), " or ".join(names)
     if folder.is_dir():
+        folder = folder / loading.subfolder
         found = next((folder / name for name in names if (folder / name).is_file()), None)
         if found is not None:
             return found
         raise FileNotFoundError(f"the folder {folder} holds no {wanted}")
     if folder.exists() or not _HUB_ID.fullmatch(str(source)):
         raise FileNotFoundError(f"{source} is neither a folder nor a Hugging Face hub id (expected {wanted} in it)")
-    return _hub_file(str(source), names)
-
-
-def how_to_install(extra: str) -> str:
-    """The command that installs an extra of this package, for messages."""
-    return f"pip install -e '.[{extra}]' in a clone of convnext_fast"
+    return hub_file(str(source), names, loading)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -143,29 +141,3 @@ def _create(path: Path, write: Callable[[Path], None]) -> None:
     path.chmod(mode)  # safetensors makes its files private
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
-
-
-def _hub_file(repository: str, names: tuple[str, ...]) -> Path:
-    try:
-        from huggingface_hub import errors, hf_hub_download
-    except ImportError:
-        raise ImportError(
-            f"{repository} is not a local folder; fetching it from the Hugging Face hub needs the extra: "
-            f"{how_to_install('hub')}"
-        ) from None
-    for name in names:
-        try:
-            return Path(hf_hub_download(repository, name))
-        except errors.LocalEntryNotFoundError as error:
-            offline = error
-        except errors.EntryNotFoundError:
-            offline = None
-        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-            raise FileNotFoundError(
-                f"{repository} is not a local folder, and the hub does not provide it: {error}"
-            ) from error
-    if offline is not None:
-        raise FileNotFoundError(
-            f"{repository} is not a folder, and its {' or '.join(names)} is neither in the hub's cache nor reachable"
-        ) from offline
-    raise FileNotFoundError(f"the hub repository {repository} holds no {' or '.join(names)}")

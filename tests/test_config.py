@@ -83,7 +83,7 @@ def test_unknown_keys_survive(tmp_path):
     config = {**transformers.ConvNextConfig().to_dict(), "my_key": {"a": [1, 2]}, "output_hidden_states": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     read = ConvNextConfig.from_pretrained(tmp_path)
-    assert read.extra["my_key"] == {"a": [1, 2]}
+    assert read.my_key == {"a": [1, 2]}
     read.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["my_key"] == {"a": [1, 2]}
 

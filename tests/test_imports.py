@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "cli": {"training", "fusion", "models", "ops", "backends", "kernels", "checkpoints", "images"},
 }
 """What each folder may import besides itself and the files of the package's first level."""
-FIRST_LEVEL = {"config", "files", "console", "measuring"}
+FIRST_LEVEL = {"config", "config_base", "config_checks", "files", "hub", "virtual_subclass", "console", "measuring"}
 """Files that may import only one another."""
 
 

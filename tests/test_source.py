@@ -64,13 +64,18 @@ def test_a_write_in_place_is_seen():
 
 
 # Which rooms a room may use; backends and ops are still being moved.
+CONFIG = {"config", "config_base", "config_checks"}
 USES = {
-    "checkpoints": {"checkpoints", "config", "files"},
-    "images": {"images", "config", "files"},
-    "files": set(),
-    "config": {"files"},
-    "console": {"files"},
-    "training": {"training", "checkpoints", "images", "models", "config", "files", "console"},
+    "checkpoints": {"checkpoints", *CONFIG, "files", "hub"},
+    "images": {"images", *CONFIG, "files", "hub", "virtual_subclass"},
+    "virtual_subclass": set(),
+    "hub": set(),
+    "files": {"hub"},
+    "config_checks": set(),
+    "config_base": {"files", "hub", "virtual_subclass"},
+    "config": {*CONFIG},
+    "console": {"hub"},
+    "training": {"training", "checkpoints", "images", "models", *CONFIG, "files", "hub", "console"},
 }
 
 

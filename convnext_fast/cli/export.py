@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..files import how_to_install, write_files
+from ..files import write_files
+from ..hub import how_to_install
 from ..models.convnext import ConvNext
 from ..models.switches import check_image
 

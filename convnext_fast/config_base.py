@@ -1,0 +1,232 @@
+"""`ConfigBase`: a configuration as a JSON file, with transformers' methods."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from .files import find_file, json_text, json_writer, local_path, read_json, write_files
+from .hub import push, split_loading
+from .virtual_subclass import VirtualSubclass
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+SECTION = "convnext_fast"
+"""Key of a ``config.json`` under which folders of other formats than transformers' keep the whole configuration."""
+
+
+class ConfigBase(VirtualSubclass):
+    """Reads, writes and compares a configuration. Its fields are the arguments of the constructor, and attributes."""
+
+    transformers_base = "transformers.configuration_utils", "PretrainedConfig"
+    model_type: str
+    sub_configs: ClassVar[dict[str, Any]] = {}
+    kinds: ClassVar[dict[str, type[ConfigBase]]] = {}
+    """The classes by ``model_type``."""
+    output_hidden_states, output_attentions, return_dict = False, False, True
+    is_encoder_decoder, chunk_size_feed_forward = False, 0
+    architectures: list[str] | None = None
+    transformers_version: str | None = None
+    dtype: torch.dtype | None = None
+    name_or_path: str = ""
+    """Where `from_pretrained` read it; not written."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        if "model_type" in vars(cls):
+            ConfigBase.kinds[cls.model_type] = cls
+
+    def validate(self) -> None:
+        """Raise a ValueError where fields contradict each other."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON can hold them."""
+        raise NotImplementedError
+
+    def amended(self, **fields: Any) -> Self:
+        """This configuration with other fields, checked as by the constructor."""
+        raise NotImplementedError
+
+    def _keep(self, extra: dict[str, Any]) -> None:
+        """Take what the constructor was given besides fields as attributes."""
+        extra.pop("stage_names", None)  # follows from the fields
+        dtype = extra.pop("torch_dtype", None)
+        if dtype is not None:
+            extra.setdefault("dtype", dtype)
+        for name, value in extra.items():
+            known = getattr(type(self), name, None)
+            if callable(known):
+                raise ValueError(f"{name} is no field of a {type(self).__name__}, but a method")
+            if known is None and near_fields(type(self), name):
+                warnings.warn(f"{unknown_field(type(self), name)} It is kept, and has no effect", stacklevel=4)
+            if isinstance(known, property) and known.fset is None:
+                vars(self)[name] = value
+            else:
+                setattr(self, name, value)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """transformers' older name of ``dtype``."""
+        return self.dtype
+
+    @torch_dtype.setter
+    def torch_dtype(self, dtype: torch.dtype | str | None) -> None:
+        self.dtype = dtype
+
+    def _own_values(self) -> dict[str, Any]:
+        """The attributes that are written: not the private ones, nor what any configuration has by default."""
+        usual = vars(ConfigBase)
+        public = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "name_or_path"}
+        return {k: v for k, v in public.items() if k not in usual or v != usual[k]}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As `to_dict`, without what any configuration of transformers has by default."""
+        usual = type(self)().to_dict()
+        return {k: v for k, v in self.to_dict().items() if k not in _COMMON or v != usual[k]}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """`to_diff_dict`, or else `to_dict`, as JSON."""
+        fields = self.to_diff_dict() if use_diff else self.to_dict()
+        return json_text(fields, indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
+        """Write `to_json_string` into a file."""
+        path, text = local_path(json_file_path), self.to_json_string(use_diff)
+        write_files(path.parent, {path.name: lambda place: place.write_text(text, encoding="utf-8")})
+
+    def update(self, config_dict: Mapping[str, Any]) -> None:
+        """Assign many fields."""
+        for name, value in config_dict.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], *, return_unused_kwargs: bool = False, **overrides: Any) -> Any:
+        """The inverse of `to_dict`, of the class that ``model_type`` names; ``overrides`` replace fields.
+
+        Args:
+            fields: of a ``config.json``.
+            return_unused_kwargs: give out (configuration, those of ``overrides`` that are no fields).
+            **overrides: fields, or attributes that ``fields`` holds.
+
+        Raises:
+            TypeError, ValueError: ``fields`` is not a mapping, describes another architecture, or holds an invalid
+            value; or an override is no field.
+        """
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"a configuration is a mapping of field names to values, not a {type(fields).__name__}")
+        fields = dict(fields)
+        if fields.get("id2label") is not None:
+            fields.pop("num_labels", None)
+        kind = cls.kinds.get(fields.get("model_type"), cls)
+        return (kind if issubclass(kind, cls) else cls)(**fields)._with(overrides, return_unused_kwargs)
+
+    def _with(self, overrides: Mapping[str, Any], return_unused: bool) -> Any:
+        known = fields_of(type(self)).union(vars(self), dir(type(self)))
+        unused = {name: value for name, value in overrides.items() if name not in known}
+        if unused and not return_unused:
+            raise TypeError("; ".join(unknown_field(type(self), name) for name in unused))
+        used = {name: value for name, value in overrides.items() if name not in unused}
+        config = self.amended(**used) if used else self
+        return (config, unused) if return_unused else config
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
+        """Write ``config.json`` into a folder, which is made if it is missing.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub: then also `push_to_hub`, with **options; ``repo_id`` is the folder's name unless given.
+        """
+        directory = local_path(save_directory)
+        if directory.is_file():
+            raise ValueError(f"directory {directory} is a file: expected a folder to write config.json into")
+        self.validate()
+        write_files(directory, {"config.json": json_writer(self.to_dict())})
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": directory.name, **options})
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload ``config.json`` to a Hugging Face hub repository; see `hub.push`."""
+        return push(self.save_pretrained, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, return_unused_kwargs: bool = False, **options: Any
+    ) -> Any:
+        """Read ``config.json`` of a folder or of a Hugging Face hub id, or a file laid out so.
+
+        Args:
+            pretrained_model_name_or_path: folder, hub id or file.
+            return_unused_kwargs: see `from_dict`.
+            **options: those of `hub.Loading`, which say where to look; fields, to replace those read.
+
+        Raises:
+            FileNotFoundError: the folder has no ``config.json``.
+            TypeError, ValueError: an option is unknown or invalid.
+            ValueError: the file is no JSON, holds an invalid value, or describes another architecture.
+        """
+        loading, overrides = split_loading(options)
+        source = pretrained_model_name_or_path
+        path = local_path(source)
+        config = cls.from_file(path if path.is_file() else find_file(source, "config.json", loading=loading))
+        config.name_or_path = source
+        return config._with(overrides, return_unused_kwargs)
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Read a file laid out as ``config.json`` is; see `from_pretrained`."""
+        fields = read_json(path)
+        # Folders of other formats than transformers' keep the configuration apart from what those libraries read.
+        fields = fields[SECTION] if isinstance(fields.get(SECTION), dict) else fields
+        known = [name for name, kind in cls.kinds.items() if issubclass(kind, cls)] or [cls.model_type]
+        if fields.get("model_type") not in known:
+            expected = " or ".join(map(repr, known))
+            raise ValueError(f"{path} describes a model of type {fields.get('model_type')!r}: expected {expected}")
+        try:
+            return cls.from_dict(fields)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_json_file(cls, json_file: str | Path) -> Self:
+        """transformers' name of `from_file`, which takes files without a ``model_type``, too."""
+        return cls.from_dict(read_json(Path(json_file)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_dict())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ConfigBase) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, default=str)}"
+
+
+_COMMON = ("id2label", "label2id", "problem_type", "transformers_version")
+"""Fields that every configuration of transformers has, and that are written here even where they are as usual."""
+
+
+@functools.cache
+def fields_of(kind: type[ConfigBase]) -> frozenset[str]:
+    """Names of the fields that a configuration describes."""
+    return frozenset(inspect.signature(kind).parameters) - {"extra"}
+
+
+def near_fields(kind: type[ConfigBase], name: str) -> list[str]:
+    """The field that ``name`` looks like, if any."""
+    return difflib.get_close_matches(name, sorted(fields_of(kind)), n=1, cutoff=0.8)
+
+
+def unknown_field(kind: type[ConfigBase], name: str) -> str:
+    """What an error says of a name that is no field."""
+    near = near_fields(kind, name)
+    return f"{name} is no field of a {kind.__name__}" + (f": is {near[0]} meant?" if near else ".")

@@ -1,0 +1,108 @@
+"""The Hugging Face hub: the options of loading under transformers' names, and files that come from or go there."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Loading(NamedTuple):
+    """Where files are loaded from; fields of transformers' ``from_pretrained``.
+
+    Attributes:
+        revision: branch, tag or commit of a hub repository.
+        subfolder: of the folder or repository.
+        token: of the hub; True is the one stored, False none.
+        cache_dir: where the hub's files are kept.
+        local_files_only: take what is kept there, without a network.
+        force_download: fetch it anew.
+        variant: such as "fp16", of ``model.fp16.safetensors``.
+        use_safetensors: only such weights, or with False only others.
+    """
+
+    revision: str | None = None
+    subfolder: str = ""
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+    variant: str | None = None
+    use_safetensors: bool | None = None
+
+
+ANYWHERE = Loading()
+_NO_EFFECT = {"trust_remote_code", "code_revision", "adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"}
+"""What transformers' own callers pass besides. No code of a repository ever runs here."""
+
+
+def split_loading(options: Mapping[str, Any]) -> tuple[Loading, dict[str, Any]]:
+    """The options of `Loading` among ``options``, and the others."""
+    loading = {name: value for name, value in options.items() if name in Loading._fields and value is not None}
+    rest = {name: options[name] for name in options if name not in _NO_EFFECT and name not in Loading._fields}
+    return Loading(**loading), rest
+
+
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra of this package, for messages."""
+    return f"pip install -e '.[{extra}]' in a clone of convnext_fast"
+
+
+def hub_file(repository: str, names: tuple[str, ...], loading: Loading) -> Path:
+    """The first of ``names`` that a hub repository holds, as a local path; errors as of `files.find_file`."""
+    try:
+        from huggingface_hub import errors, hf_hub_download
+    except ImportError:
+        raise ImportError(
+            f"{repository} is not a local folder; fetching it from the Hugging Face hub needs the extra: "
+            f"{how_to_install('hub')}"
+        ) from None
+    options = {name: getattr(loading, name) for name in Loading._fields[:6]}
+    for name in names:
+        try:
+            return Path(hf_hub_download(repository, name, **options))
+        except errors.LocalEntryNotFoundError as error:
+            offline = error
+        except errors.EntryNotFoundError:
+            offline = None
+        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+            raise FileNotFoundError(
+                f"{repository} is not a local folder, and the hub does not provide it: {error}"
+            ) from error
+    if offline is not None:
+        raise FileNotFoundError(
+            f"{repository} is not a folder, and its {' or '.join(names)} is neither in the hub's cache nor reachable"
+        ) from offline
+    raise FileNotFoundError(f"the hub repository {repository} holds no {' or '.join(names)}")
+
+
+def push(
+    write: Callable[[Path], Any],
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> Any:
+    """Upload what ``write`` writes into a folder to a hub repository, which is made if it is missing.
+
+    Returns:
+        huggingface_hub's ``CommitInfo``.
+
+    Raises:
+        ImportError: huggingface_hub is not installed.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise ImportError(f"push_to_hub needs the extra: {how_to_install('hub')}") from None
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision, create_pr=create_pr
+        )

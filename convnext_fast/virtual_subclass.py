@@ -1,0 +1,62 @@
+"""`VirtualSubclass`: instances that are also, to ``isinstance``, those of a class of transformers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from typing import Any, ClassVar
+
+
+class VirtualSubclass:
+    """Mix-in: ``isinstance(x, base)`` is true for a class of transformers, whether that is installed or not.
+
+    transformers' Trainer, pipelines and composite models ask so whether they may save, load or configure an object. To
+    inherit from its classes would take transformers, and seconds to import it. Instead, ``x.__class__`` is a class that
+    inherits from both where transformers is loaded, as in `unittest.mock`; ``type(x)`` stays the class itself.
+    """
+
+    transformers_base: ClassVar[tuple[str, str]]
+    """Module and name of the class."""
+
+    def _seen_class(self) -> type:
+        return seen_class(type(self))
+
+    def _set_class(self, kind: type) -> None:
+        object.__dict__["__class__"].__set__(self, kind)
+
+    __class__ = property(_seen_class, _set_class)  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        """What an object lacks is looked up in the class of transformers, where that is loaded: its code asks so."""
+        try:
+            return super().__getattr__(name)  # type: ignore[misc] # that of torch.nn.Module
+        except AttributeError:
+            pass
+        kind = seen_class(type(self))
+        if name.startswith("__") or not hasattr(kind, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        found = inspect.getattr_static(kind, name)
+        return found.__get__(self, kind) if hasattr(found, "__get__") else found
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Nothing: what transformers does to its own subclasses is not for those here."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The pickler's own way refuses objects whose type is not their __class__.
+        return object.__new__, (type(self),), vars(self)
+
+
+def seen_class(kind: type[VirtualSubclass]) -> type:
+    """What ``x.__class__`` is for an x of type ``kind``."""
+    module, name = kind.transformers_base
+    base = getattr(sys.modules.get(module), name, None)
+    return kind if base is None or issubclass(kind, base) else _joined(kind, base)
+
+
+@functools.cache
+def _joined(kind: type, base: type) -> type:
+    def new(cls: type, *args: Any, **options: Any) -> Any:
+        return kind(*args, **options)
+
+    return type(kind.__name__, (kind, base), {"__module__": kind.__module__, "__doc__": kind.__doc__, "__new__": new})
