@@ -7,8 +7,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import SECTION, VARIANTS, ConvNextConfig
+from ..config import VARIANTS, ConvNextConfig
+from ..config_base import SECTION
 from ..files import find_file, local_path, read_json
+from ..hub import ANYWHERE, Loading
 
 _TIMM_ACTIVATIONS = {"gelu_tanh": "gelu_new", "swish": "silu"}
 
@@ -21,10 +23,10 @@ class SavedConfig(NamedTuple):
     global_pool: str = "avg"  # of a timm model
 
 
-def read_config(source: str | Path) -> SavedConfig:
+def read_config(source: str | Path, loading: Loading = ANYWHERE) -> SavedConfig:
     """Read ``config.json`` of a folder or hub id, of transformers, of timm, or one written by `config_fields`."""
     try:
-        path = find_file(source, "config.json")
+        path = find_file(source, "config.json", loading=loading)
     except FileNotFoundError as error:
         if not local_path(source).is_dir():
             raise
@@ -60,7 +62,7 @@ def config_fields(
     ``options``: ``head_norm_first`` and ``global_pool`` of a timm model.
     """
     if format == "transformers":
-        fields = {key: value for key, value in config.to_dict().items() if key != "torch_dtype"}
+        fields = config.to_dict()
         cls = "Model" if "layernorm.weight" in keys else "Backbone"
         if "classifier.weight" in keys:
             cls = "ForImageClassification"
@@ -121,10 +123,10 @@ def _timm_amendments(fields: Mapping[str, Any], arguments: Mapping[str, Any]) ->
 
 def _timm_fields(config: ConvNextConfig, options: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration as timm's ``create_model("local-dir:…")`` reads it."""
-    sizes, is_v2 = (config.depths, config.hidden_sizes), config.version == 2
+    sizes, is_v2 = (tuple(config.depths), tuple(config.hidden_sizes)), config.version == 2
     names = (name for name, known in VARIANTS.items() if known == sizes and name.startswith("v2_") == is_v2)
     kind, variant = "convnextv2" if is_v2 else "convnext", next(names, "tiny").removeprefix("v2_")
-    image = config.image_size if isinstance(config.image_size, tuple) else (config.image_size, config.image_size)
+    image = (config.image_size, config.image_size) if isinstance(config.image_size, int) else config.image_size
     back = {ours: theirs for theirs, ours in _TIMM_ACTIVATIONS.items() if theirs != "swish"}
     scale = config.layer_scale_init_value
     fields: dict[str, Any] = {

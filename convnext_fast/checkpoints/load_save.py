@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,22 +12,25 @@ from torch import Tensor
 
 from ..config import ConvNextConfig
 from ..files import json_writer, local_path, write_files
+from ..hub import ANYWHERE, Loading, split_loading
 from .config_json import SavedConfig, config_fields, read_config, warn_of_losses
 from .formats import from_sparse, from_timm, infer_config, recognise, to_timm
+from .loading_options import sorted_options, spread
 from .matching import Checkpoint, Loadable, fit
-from .tensor_files import (
-    INDEX,
-    SAFETENSORS,
-    WEIGHT_SUFFIXES,
-    read_weights,
-    size_in_bytes,
-    tensor_writers,
-)
+from .tensor_files import WEIGHT_SUFFIXES, read_weights
+from .weight_files import DEFAULT_FILES, WeightFiles
 
 Model = TypeVar("Model", bound=Loadable)
 
 
-def load_checkpoint(source: str | Path, *, use_ema: bool = False, config: ConvNextConfig | None = None) -> Checkpoint:
+def load_checkpoint(
+    source: str | Path | None,
+    *,
+    use_ema: bool = False,
+    config: Any = None,
+    loading: Loading = ANYWHERE,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Checkpoint:
     """Read the tensors and the configuration of a folder, a file or a Hugging Face hub id.
 
     Tensors and configuration are not yet compared: `matching.fit` does that.
@@ -38,21 +38,26 @@ def load_checkpoint(source: str | Path, *, use_ema: bool = False, config: ConvNe
     Args:
         source: folder or hub id with weights and, unless ``config`` is given, a ``config.json`` (of transformers, timm
             or `save_model`); or file (.safetensors, .bin, .pth, .pt, or the index of shards), whose configuration is
-            inferred from the shapes.
+            inferred from the shapes. None if ``state_dict`` is given.
         use_ema: take the averaged weights out of a training checkpoint.
-        config: to be used instead of the checkpoint's.
+        config: to be used instead of the checkpoint's; transformers' own, or where it is stored, will do.
+        loading: where to look.
+        state_dict: tensors instead of those of ``source``, in any of the formats.
 
     Raises:
         FileNotFoundError: there is no such source, no weights or no configuration in it, or a shard is missing.
         ValueError: a file is damaged or would run code; or it holds another architecture.
         ImportError: a hub id was given and huggingface_hub is not installed.
     """
-    if config is not None and not isinstance(config, ConvNextConfig):
-        raise TypeError(f"config is a {type(config).__name__}: expected a convnext_fast.ConvNextConfig")
-    path = local_path(source)
-    bare = path.is_file() or path.suffix in WEIGHT_SUFFIXES
-    saved = SavedConfig(config, {}) if bare or config is not None else read_config(source)
-    tensors = read_weights(source, use_ema=use_ema)
+    config = None if config is None else _own_config(config, loading)
+    bare = source is None or local_path(source).is_file() or local_path(source).suffix in WEIGHT_SUFFIXES
+    saved = SavedConfig(config, {}) if bare or config is not None else read_config(source, loading)
+    if state_dict is not None:
+        tensors: Mapping[str, Tensor] = state_dict
+    elif source is None:
+        raise TypeError("source is None: expected a path or a Hugging Face hub id, or a state_dict")
+    else:
+        tensors = read_weights(source, use_ema=use_ema, loading=loading)
     try:
         tensors = from_sparse(tensors)
         format = recognise(tensors)
@@ -65,22 +70,35 @@ def load_checkpoint(source: str | Path, *, use_ema: bool = False, config: ConvNe
         else:
             config = saved.config
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise ValueError(f"{source or 'state_dict'}: {error}") from None
+    config.name_or_path = source or ""
     return Checkpoint(named, config, format, extra, "norm_pre.weight" in named, saved.global_pool)
+
+
+def _own_config(config: Any, loading: Loading) -> ConvNextConfig:
+    if isinstance(config, (str, Path)):
+        return ConvNextConfig.from_pretrained(config, **loading._asdict())
+    if isinstance(config, ConvNextConfig):
+        return config.amended()
+    if hasattr(config, "to_dict") and getattr(config, "model_type", None) in ConvNextConfig.kinds:
+        return ConvNextConfig.from_dict(config.to_dict())
+    raise TypeError(f"config is a {type(config).__name__}: expected a convnext_fast.ConvNextConfig")
 
 
 def load_model(
     cls: type[Model],
-    source: str | Path,
+    source: str | Path | None,
     *,
-    config: ConvNextConfig | None = None,
+    config: Any = None,
     num_labels: int | None = None,
     ignore_mismatched_sizes: bool = False,
     use_ema: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    output_loading_info: bool = False,
     **options: Any,
-) -> Model:
+) -> Any:
     """A model of class ``cls`` with the weights of a checkpoint, in evaluation mode.
 
     Every parameter comes from the checkpoint and every tensor of the checkpoint has its place, except: a model without
@@ -90,28 +108,28 @@ def load_model(
 
     Args:
         cls: ``ConvNext`` or one of the transformers-named models.
-        source: folder, file or hub id, as for `load_checkpoint`.
-        config: instead of the checkpoint's configuration.
+        source, use_ema, config, state_dict: as for `load_checkpoint`.
         num_labels: another number of classes than the configuration's.
-        ignore_mismatched_sizes: initialise a new classifier, with a warning, if the checkpoint's has another size.
-        use_ema: take the averaged weights out of a training checkpoint.
-        device: of the parameters; None is the CPU.
+        ignore_mismatched_sizes: initialise anew, with a warning, what has another size in the checkpoint.
+        device: of the parameters; None is PyTorch's default device.
         dtype: of the parameters, or its name; None and "auto" keep the checkpoint's (the widest, where it mixes them).
+        output_loading_info: give out (model, dictionary of ``missing_keys``, ``unexpected_keys``, ``mismatched_keys``
+            and ``error_msgs``), as transformers does.
         **options: arguments of ``cls``, such as ``fused``; fields of `ConvNextConfig`, in the place of the
-            checkpoint's; and under transformers' names ``torch_dtype`` for ``dtype`` and ``device_map`` for ``device``.
+            checkpoint's; those of `hub.Loading`; and under transformers' names ``torch_dtype`` for ``dtype``, and
+            ``device_map``: a device, "auto", or devices by module (through accelerate, with ``max_memory``).
 
     Raises:
         FileNotFoundError, ImportError: as `load_checkpoint`.
-        ValueError: as `load_checkpoint`; or the checkpoint does not fit the model, with all keys that are missing,
-            unexpected or of a wrong shape.
+        ValueError: as `load_checkpoint`; an option asks for what is not served; or the checkpoint does not fit the
+            model, with all keys that are missing, unexpected or of a wrong shape.
     """
     if not (isinstance(cls, type) and hasattr(cls, "checkpoint_format")):
         raise TypeError(f"cls is {cls!r}: expected a model class of convnext_fast")
-    model_options, fields = _sorted_options(cls, options)
-    dtype = _dtype(dtype if options.get("torch_dtype") is None else options["torch_dtype"])
-    device = _device(options.get("device_map"), device)
-    checkpoint = load_checkpoint(source, use_ema=use_ema, config=config)
-    config = checkpoint.config
+    loading, options = split_loading(options)
+    chosen = sorted_options(cls, options, dtype, device)
+    checkpoint = load_checkpoint(source, use_ema=use_ema, config=config, loading=loading, state_dict=state_dict)
+    config, fields = checkpoint.config, chosen.fields
     if num_labels is not None and (num_labels != config.num_labels or "id2label" in fields):
         fields = {"num_labels": num_labels} | fields
     if fields:
@@ -119,23 +137,28 @@ def load_model(
     version = getattr(cls, "config_class", type(config)).version  # `ConvNext` is both
     if config.version != version:
         raise ValueError(f"{source} holds a ConvNeXt V{config.version}: expected V{version} for {cls.__name__}")
+    model_options = chosen.model
     if cls.checkpoint_format == "timm":
         own = {"head_norm_first": checkpoint.head_norm_first, "global_pool": checkpoint.global_pool}
         model_options = own | model_options
-    model = cls(config, device="meta", dtype=dtype, **model_options)
-    state, new = fit(model, checkpoint, str(source), ignore_mismatched_sizes=ignore_mismatched_sizes)
-    dtype = dtype or _common_dtype(state.values())
+    model = cls(config, device="meta", dtype=chosen.dtype, **model_options)
+    name = "state_dict" if source is None else str(source)
+    found = fit(model, checkpoint, name, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    dtype = config.dtype = chosen.dtype or _common_dtype(found.state.values())
     # Tensors of a mapped file are copied: they would change with the file, and are not aligned, which changes sums.
     filled = {
-        name: torch.empty(skeleton.shape, dtype=dtype, device=device)
-        if state[name] is None
-        else state[name].to(device=device, dtype=dtype, copy=True)
+        name: torch.empty(skeleton.shape, dtype=dtype, device=chosen.device)
+        if found.state[name] is None
+        else found.state[name].to(device=chosen.device, dtype=dtype, copy=True)
         for name, skeleton in model.state_dict().items()
     }
     model.load_state_dict(filled, strict=True, assign=True)
-    for name in dict.fromkeys(name.rpartition(".")[0] for name in new):
-        model.initialise(model.get_submodule(name))
-    return model.eval()
+    for name in found.new:
+        model.initialise(name)
+    model.eval()
+    if chosen.device_map is not None:
+        spread(model, chosen.device_map, chosen.max_memory)
+    return (model, found.info()) if output_loading_info else model
 
 
 def save_model(
@@ -144,6 +167,9 @@ def save_model(
     *,
     format: str | None = None,
     max_shard_size: int | str = "5GB",
+    state_dict: Mapping[str, Tensor] | None = None,
+    safe_serialization: bool = True,
+    variant: str | None = None,
 ) -> None:
     """Write ``config.json`` and ``model.safetensors`` into a folder, each file atomically.
 
@@ -152,52 +178,26 @@ def save_model(
         directory: made if it is missing.
         format: one of ``formats.FORMATS``; None is the model's own.
         max_shard_size: in the transformers format, weights beyond this many bytes are split into several files.
+        state_dict: tensors instead of the model's, under its names.
+        safe_serialization: False writes ``pytorch_model.bin``.
+        variant: such as "fp16", for ``model.fp16.safetensors``.
 
     Raises:
         TypeError: the model is not one of this package.
-        ValueError: the format is unknown, or cannot hold the model.
+        ValueError: the format is unknown, or cannot hold the model; or ``directory`` is a file.
     """
     if isinstance(model, type) or not hasattr(model, "checkpoint_format"):
         raise TypeError(
             f"model is a {type(model).__name__}: expected a model of convnext_fast (of a wrapped one, the model within)"
         )
-    tensors, own = model.state_dict(), model.checkpoint_format
+    tensors, own = dict(model.state_dict() if state_dict is None else state_dict), model.checkpoint_format
     pool = getattr(getattr(model, "head", None), "pool_type", "avg")
     options = {"head_norm_first": "norm_pre.weight" in tensors, "global_pool": pool}
     if format is not None and format != own:
         named, extra = to_timm(tensors, own)
         tensors = from_timm(named, format, extra, pool)
-    write_folder(Path(directory), model.config, format or own, tensors, options, max_shard_size)
-
-
-def _sorted_options(cls: type, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of ``cls`` among the options, and the fields of a configuration."""
-    of_model, of_config = ({*inspect.signature(kind).parameters} for kind in (cls, ConvNextConfig))
-    fields = (of_config - of_model - {"extra"}) | {"output_hidden_states", "return_dict"}
-    unknown = options.keys() - of_model - fields - {"torch_dtype", "device_map"}
-    if unknown:
-        raise TypeError(
-            f"from_pretrained got {', '.join(sorted(unknown))}: expected arguments of {cls.__name__}, "
-            f"{', '.join(sorted(of_model))}, or fields of its configuration"
-        )
-    return tuple({name: options[name] for name in options if name in kind} for kind in (of_model, fields))
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = None if dtype == "auto" else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise TypeError(f"dtype is {dtype!r}: expected a floating torch.dtype, or None to keep the checkpoint's")
-    return found
-
-
-def _device(device_map: Any, device: torch.device | str | None) -> torch.device | str | int | None:
-    if device_map is None:
-        return device
-    if isinstance(device_map, Mapping) and list(device_map) == [""]:
-        device_map = device_map[""]
-    if isinstance(device_map, (str, int, torch.device)) and device_map not in ("auto", "balanced", "sequential"):
-        return device_map
-    raise ValueError(f"device_map is {device_map!r}: expected the one device of the whole model")
+    files = WeightFiles(variant, safe_serialization, max_shard_size)
+    write_folder(directory, model.config, format or own, tensors, options, files)
 
 
 def _common_dtype(tensors: Any) -> torch.dtype:
@@ -213,29 +213,22 @@ def _common_dtype(tensors: Any) -> torch.dtype:
 
 
 def write_folder(
-    directory: Path,
+    directory: str | Path,
     config: ConvNextConfig,
     format: str,
     tensors: dict[str, Tensor],
     options: Mapping[str, Any],
-    max_shard_size: int | str,
+    files: WeightFiles = DEFAULT_FILES,
 ) -> None:
     """Write ``config.json`` and the weights into a folder, which is made if it is missing, each file atomically.
 
     Weights of an earlier save there are removed. ``options``: ``head_norm_first`` and ``global_pool`` of a timm model.
     """
-    limit = size_in_bytes(max_shard_size)
+    directory = local_path(directory)
+    if directory.is_file():
+        raise ValueError(f"directory {directory} is a file: expected a folder")
     warn_of_losses(config, format, with_config=True)
     dtype = str(_common_dtype(tensors.values())).removeprefix("torch.")
-    writers = tensor_writers("model", tensors, limit if format == "transformers" else math.inf)
+    writers = files.writers(tensors, in_parts=format == "transformers")
     writers["config.json"] = json_writer(config_fields(config, format, tensors, dtype, options))
-    directory = local_path(directory)
-    write_files(directory, writers, _stale(directory, writers))
-
-
-def _stale(directory: Path, written: Mapping[str, Any]) -> list[str]:
-    """Weights of an earlier save in the folder, which a reader could mistake for the new ones."""
-    pattern = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    weights = [name for name in names if name in (SAFETENSORS, INDEX) or pattern.fullmatch(name)]
-    return [name for name in weights if name not in written]
+    write_files(directory, writers, files.stale(directory, writers))

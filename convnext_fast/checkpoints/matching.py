@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import ConvNextConfig
 from .formats import rename
@@ -37,17 +37,35 @@ class Loadable(Protocol):
     checkpoint_format: str
     config: ConvNextConfig
 
-    def initialise(self, layer: nn.Module) -> None:
-        """Give one of its layers the values that a new model starts with."""
+    def initialise(self, name: str) -> None:
+        """Give one of its parameters the values that a new model starts with."""
 
     def state_dict(self) -> dict[str, Any]:
         """As of `torch.nn.Module`."""
 
 
-def fit(
-    model: Loadable, checkpoint: Checkpoint, source: str, *, ignore_mismatched_sizes: bool = False
-) -> tuple[dict[str, Tensor | None], list[str]]:
-    """The checkpoint's tensors under the model's names, None for newly initialised ones, and the names of those.
+class Fit(NamedTuple):
+    """What of a checkpoint goes where in a model."""
+
+    state: dict[str, Tensor | None]  # under the model's names; None for what is newly initialised
+    missing: list[str]  # names of the model's that the checkpoint lacks
+    unexpected: list[str]  # names of the checkpoint's that the model lacks
+    resized: dict[str, tuple[Any, Any]]  # shapes in the checkpoint and in the model, where they differ
+
+    @property
+    def new(self) -> list[str]:
+        """The parameters that are newly initialised."""
+        return [*self.missing, *self.resized]
+
+    def info(self) -> dict[str, Any]:
+        """As transformers tells it with ``output_loading_info``."""
+        mismatched = {(name, *shapes) for name, shapes in self.resized.items()}
+        found = {"missing_keys": set(self.missing), "unexpected_keys": set(self.unexpected)}
+        return {**found, "mismatched_keys": mismatched, "error_msgs": []}
+
+
+def fit(model: Loadable, checkpoint: Checkpoint, source: str, *, ignore_mismatched_sizes: bool = False) -> Fit:
+    """The checkpoint's tensors under the model's names.
 
     Only the names and shapes of ``model`` matter, so it may be on the meta device. ``source``: the checkpoint's, for
     messages. See `load_model`.
@@ -72,16 +90,15 @@ def fit(
     for name in dropped:
         del state[name]
 
-    wrong = {}
+    wrong, resized = {}, {}
     for name, own in names.items():
         if name in state and not state[name].is_floating_point():
             wrong[name] = f"of {state[name].dtype}, expected a floating dtype"
         elif name in state and state[name].shape != expected[own].shape:
-            wrong[name] = f"{tuple(state[name].shape)}, expected {tuple(expected[own].shape)}"
-    resized = [name for name in wrong if _layer(name) == _CLASSIFIER]
-    if resized and ignore_mismatched_sizes:
-        changes = "; ".join(f"{names[name]} {wrong.pop(name)}" for name in resized)
-        new = [name for name in names if _layer(name) == _CLASSIFIER]
+            resized[name] = state[name].shape, expected[own].shape
+    changes = {n: f"{names[n]} {tuple(held)}, expected {tuple(wanted)}" for n, (held, wanted) in resized.items()}
+    if not ignore_mismatched_sizes:
+        wrong |= {name: text.removeprefix(f"{names[name]} ") for name, text in changes.items()}
     problems = {
         "missing": [own for name, own in names.items() if name not in state and name not in new],
         "unexpected": [rename(name, "timm", format) or name for name in state if name not in names],
@@ -90,16 +107,19 @@ def fit(
     if any(problems.values()):
         lines = [f"{source} does not fit {cls}; under the model's names:"]
         lines += [f"  {len(keys)} {kind}: {_listed(keys)}" for kind, keys in problems.items() if keys]
-        if wrong and set(wrong) == set(resized):
+        if wrong and {_layer(name) for name in wrong} == {_CLASSIFIER}:
             lines.append("for another number of classes pass num_labels= and ignore_mismatched_sizes=True")
         raise ValueError("\n".join(lines))
+    unexpected = [rename(name, "timm", checkpoint.format) or name for name in dropped]
     if resized:
-        warnings.warn(f"{cls} gets a new classifier: the one in {source} has another size: {changes}", stacklevel=4)
-    elif new:
+        text = _listed(list(changes.values()))
+        warnings.warn(f"{cls} newly initialises what has another size in {source}: {text}", stacklevel=4)
+    if new:
         text = f"{cls} newly initialises {_listed([names[n] for n in new])}, which {source} does not hold"
-        left = f"; {_listed(dropped)} of the checkpoint are not used" if dropped else ""
+        left = f"; {_listed(unexpected)} of the checkpoint are not used" if dropped else ""
         warnings.warn(text + left, stacklevel=4)
-    return {own: None if name in new else state[name] for name, own in names.items()}, [names[name] for name in new]
+    found = {own: None if name in new or name in resized else state[name] for name, own in names.items()}
+    return Fit(found, [names[name] for name in new], unexpected, {names[n]: shapes for n, shapes in resized.items()})
 
 
 def _optional(wanted: set[str], held: set[str]) -> tuple[set[str], set[str]]:

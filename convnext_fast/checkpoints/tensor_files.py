@@ -1,4 +1,4 @@
-"""Tensors in files: read without running what else is in them, and written for `files.write_files`."""
+"""Tensors in files: read without running what else is in them."""
 
 from __future__ import annotations
 
@@ -7,27 +7,31 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import find_file, json_writer, local_path, read_json
+from ..files import find_file, local_path, read_json
+from ..hub import ANYWHERE, Loading
 
-SAFETENSORS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # In the order of preference that transformers has.
-WEIGHT_FILES = (SAFETENSORS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json", "model.pth")
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.pth",
+)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 MOST_TENSORS = 1 << 16
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
 
 
-def read_weights(source: str | Path, *, use_ema: bool = False) -> dict[str, Tensor]:
+def read_weights(source: str | Path, *, use_ema: bool = False, loading: Loading = ANYWHERE) -> dict[str, Tensor]:
     """The tensors of a file, folder or hub id, on the CPU, under the names they have there; see `load_checkpoint`.
 
     Files are mapped into memory where their kind allows. Checkpoints of a training run are looked into (``model`` or
@@ -40,70 +44,24 @@ def read_weights(source: str | Path, *, use_ema: bool = False) -> dict[str, Tens
     if path.is_file():
         source, file = path.parent, path
     else:
-        file = find_file(source, *WEIGHT_FILES)
-    content = _read_shards(source, file) if file.name.endswith(".index.json") else _read_file(file)
+        file = find_file(source, *_weight_files(loading), loading=loading)
+    content = _read_shards(source, file, loading) if file.name.endswith(".index.json") else _read_file(file)
     return _state_dict(content, file, use_ema)
 
 
-def tensor_writers(name: str, tensors: Mapping[str, Tensor], max_bytes: float) -> dict[str, Callable[[Path], None]]:
-    """Writers of tensors as ``name``.safetensors or, beyond ``max_bytes``, as shards of at most that and an index.
-
-    A tensor larger than that gets a shard of its own.
-    """
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for key, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][key] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        return {f"{name}.safetensors": safetensors_writer(tensors)}
-    names = [f"{name}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    writers = {file: safetensors_writer(shard) for file, shard in zip(names, shards, strict=True)}
-    return writers | {f"{name}.safetensors.index.json": json_writer(index)}
+def with_variant(name: str, variant: str | None) -> str:
+    """The name of a weights file of a variant, before its last suffix."""
+    stem, _, suffix = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{suffix}"
 
 
-def safetensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
-    """A writer of a .safetensors file, for `write_files`."""
-    return lambda path: save_file(_packed(tensors), path, metadata={"format": "pt"})
+def _weight_files(loading: Loading) -> list[str]:
+    wanted = loading.use_safetensors
+    names = [name for name in _WEIGHT_FILES if wanted is None or wanted == (".safetensors" in name)]
+    return [with_variant(name, loading.variant) for name in names]
 
 
-def pickle_writer(tensors: Mapping[str, Tensor], key: str | None) -> Callable[[Path], None]:
-    """A writer of a .pth file, for `write_files`; the state dict nests under ``key`` where one is given."""
-    return lambda path: torch.save(_packed(tensors) if key is None else {key: _packed(tensors)}, path)
-
-
-def size_in_bytes(size: int | str) -> int:
-    """A number of bytes, given as one or as "5GB", "200MB", "1.5GiB"; K, M and G are powers of 1000, of 1024 with i."""
-    units = {"": 1, **{f"{u}{b}": base**p for p, u in enumerate("KMGT", 1) for b, base in (("", 1000), ("I", 1024))}}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(size).upper())
-    count = int(float(match[1]) * units[match[2]]) if match and match[2] in units else 0
-    if isinstance(size, bool) or count < 1:
-        raise ValueError(f"the size is {size!r}: expected a number of bytes, or such as '5GB' or '200MB'")
-    return count
-
-
-def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, each with its own storage: the formats refuse shared storage or write all of it."""
-    packed, storages = {}, set()
-    for key, tensor in tensors.items():
-        if tensor.device.type == "meta":
-            raise ValueError(f"{key} is on the meta device and has no values to write")
-        tensor = tensor.detach().contiguous()
-        storage = tensor.untyped_storage()
-        if tensor.numel() and (storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages):
-            tensor = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-        packed[key] = tensor
-    return packed
-
-
-def _read_shards(source: str | Path, index: Path) -> dict[str, Tensor]:
+def _read_shards(source: str | Path, index: Path, loading: Loading = ANYWHERE) -> dict[str, Tensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} is not an index of a sharded checkpoint: expected a 'weight_map' from keys to files")
@@ -116,7 +74,7 @@ def _read_shards(source: str | Path, index: Path) -> dict[str, Tensor]:
         promised.setdefault(name, []).append(key)
     for name, keys in sorted(promised.items()):
         try:
-            file = find_file(source, name)
+            file = find_file(source, name, loading=loading)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{index} names the shard {name}, which is missing: {error}") from error
         shard = _read_file(file)

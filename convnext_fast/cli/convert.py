@@ -8,7 +8,8 @@ from ..checkpoints.config_json import warn_of_losses
 from ..checkpoints.formats import from_timm
 from ..checkpoints.load_save import load_checkpoint, write_folder
 from ..checkpoints.matching import fit
-from ..checkpoints.tensor_files import WEIGHT_SUFFIXES, pickle_writer, safetensors_writer
+from ..checkpoints.tensor_files import WEIGHT_SUFFIXES
+from ..checkpoints.weight_files import pickle_writer, safetensors_writer
 from ..files import local_path, write_files
 from ..models.convnext import ConvNext
 
@@ -39,4 +40,4 @@ def convert_checkpoint(source: str | Path, destination: str | Path, to: str, *, 
         write_files(path.parent, {path.name: safetensors_writer(tensors) if plain else pickle_writer(tensors, nest)})
         return
     options = {"head_norm_first": checkpoint.head_norm_first, "global_pool": checkpoint.global_pool}
-    write_folder(path, config, to, tensors, options, "5GB")
+    write_folder(path, config, to, tensors, options)

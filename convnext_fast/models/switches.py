@@ -122,12 +122,18 @@ class ConvNextSwitches(nn.Module):
                 parameter.requires_grad_(True)
         return self
 
-    def initialise(self, layer: nn.Module) -> None:
-        """Give one of this model's layers the values that a new model starts with."""
-        if isinstance(layer, nn.LayerNorm):
-            layer.reset_parameters()
+    @torch.no_grad()
+    def initialise(self, name: str) -> None:
+        """Give one of this model's parameters the values that a new model starts with."""
+        path, _, kind = name.rpartition(".")
+        layer = self.get_submodule(path)
+        parameter = getattr(layer, kind)
+        if isinstance(layer, ConvNextBlockBase):
+            parameter.fill_(self.config.layer_scale_init_value)
+        elif kind == "weight" and isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.trunc_normal_(parameter, std=self.config.initializer_range, a=-2.0, b=2.0)
         else:
-            init_weights(layer, self.config.initializer_range)
+            parameter.fill_(float(kind == "weight" and isinstance(layer, nn.LayerNorm)))
 
     def train(self, mode: bool = True) -> Any:
         """As `torch.nn.Module.train`; training mode undoes freezing."""

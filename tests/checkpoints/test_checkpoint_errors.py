@@ -12,7 +12,7 @@ from checkpoint_cases import FIELDS, model_of, same
 
 from convnext_fast import ConvNext, ConvNextConfig, ConvNextForImageClassification
 from convnext_fast.checkpoints.load_save import load_checkpoint, load_model, save_model
-from convnext_fast.checkpoints.tensor_files import size_in_bytes
+from convnext_fast.checkpoints.weight_files import size_in_bytes
 from convnext_fast.cli.convert import convert_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")

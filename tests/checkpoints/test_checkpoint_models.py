@@ -43,7 +43,7 @@ def test_classifier_from_a_bare_model(cls, classifier, tmp_path):
 def test_backbone_from_a_classifier(tmp_path):
     source = model_of(ConvNextForImageClassification, fields={"out_features": ["stage2", "stage4"]})
     save_model(source, tmp_path)
-    with pytest.warns(UserWarning, match=r"hidden_states_norms\.stage2\.weight.*head\.fc\.weight.*not used"):
+    with pytest.warns(UserWarning, match=r"hidden_states_norms\.stage2\.weight.*classifier\.weight.*not used"):
         model = load_model(ConvNextBackbone, tmp_path)
     norm = model.hidden_states_norms["stage4"]
     assert torch.equal(norm.weight, torch.ones(15))
@@ -97,7 +97,7 @@ def test_another_number_of_classes(tmp_path):
     with pytest.raises(ValueError, match=r"2 of a wrong shape: classifier.weight \(5, 15\), expected \(300, 15\)") as e:
         load_model(ConvNextForImageClassification, tmp_path, num_labels=300)
     assert "ignore_mismatched_sizes=True" in str(e.value)
-    with pytest.warns(UserWarning, match=r"new classifier.*classifier.weight \(5, 15\), expected \(300, 15\)"):
+    with pytest.warns(UserWarning, match=r"another size.*classifier.weight \(5, 15\), expected \(300, 15\)"):
         model = load_model(ConvNextForImageClassification, tmp_path, num_labels=300, ignore_mismatched_sizes=True)
     assert model.config.num_labels == 300
     assert abs(model.classifier.weight.std().item() - 0.02) < 0.002
@@ -107,13 +107,29 @@ def test_another_number_of_classes(tmp_path):
     assert same(same_size.state_dict(), source.state_dict())
 
 
-def test_only_the_classifier_may_differ(tmp_path):
-    save_model(model_of(), tmp_path)
-    config = ConvNextConfig(**{**FIELDS, "hidden_sizes": [6, 9, 12, 16]}, num_labels=5)
-    with pytest.raises(
-        ValueError, match=r"stages\.3\.downsample\.1\.weight \(15, 12, 2, 2\), expected \(16, 12, 2, 2\)"
-    ):
-        load_model(ConvNext, tmp_path, config=config, ignore_mismatched_sizes=True)
+@pytest.mark.parametrize("cls", [ConvNext, ConvNextForImageClassification])
+def test_layers_of_another_size(cls, tmp_path):
+    source = model_of(cls)
+    save_model(source, tmp_path)
+    config = ConvNextConfig(**{**FIELDS, "hidden_sizes": [6, 9, 12, 16], "num_channels": 1}, num_labels=5)
+    with pytest.raises(ValueError, match=r"\(15, 12, 2, 2\), expected \(16, 12, 2, 2\)"):
+        load_model(cls, tmp_path, config=config)
+    with pytest.warns(UserWarning, match=r"\(15, 12, 2, 2\), expected \(16, 12, 2, 2\)"):
+        model, info = load_model(
+            cls, tmp_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
+        )
+    state, resized = model.state_dict(), {name for name, *_ in info["mismatched_keys"]}
+    for name, tensor in source.state_dict().items():
+        assert (tensor.shape != state[name].shape) == (name in resized), name
+        if name not in resized:
+            assert torch.equal(state[name], tensor), name
+        elif name.endswith(("gamma", "layer_scale_parameter")):
+            assert torch.all(state[name] == config.layer_scale_init_value), name
+        elif name.endswith("bias") or tensor.dim() == 1:
+            assert torch.all(state[name] == float(name.endswith("weight"))), name
+        else:
+            assert 0.01 < state[name].std() < 0.03, name
+    assert len(resized) == 15
 
 
 # How parameters come out
@@ -124,7 +140,7 @@ def test_dtype_and_device(tmp_path):
     assert {p.dtype for p in load_model(ConvNext, tmp_path).parameters()} == {torch.float16}
     wide = load_model(ConvNext, tmp_path, dtype=torch.float64, device="cpu")
     assert {p.dtype for p in wide.parameters()} == {torch.float64}
-    with pytest.warns(UserWarning, match="new classifier"):
+    with pytest.warns(UserWarning, match="newly initialises what has another size"):
         mixed = load_model(ConvNext, tmp_path, num_labels=2, ignore_mismatched_sizes=True)
     assert mixed.head.fc.weight.dtype == torch.float16
     state = model_of().half().state_dict()

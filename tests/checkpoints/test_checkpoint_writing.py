@@ -27,7 +27,7 @@ def test_a_failed_write_changes_nothing(tmp_path):
         write_files(tmp_path, {"model.safetensors": lambda path: path.write_bytes(b"new"), "config.json": fail})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     broken = model_of(seed=2)
-    broken.config.extra["unwritable"] = object()
+    broken.config.unwritable = object()
     with pytest.raises(TypeError):
         save_model(broken, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,0 +1,108 @@
+"""Tensors written to files: one or several, as .safetensors or pickles, for `files.write_files`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import json_writer
+from .tensor_files import with_variant
+
+
+class WeightFiles(NamedTuple):
+    """How the weights of a folder are kept; see `load_save.save_model`."""
+
+    variant: str | None = None
+    safe_serialization: bool = True
+    max_shard_size: int | str = "5GB"
+
+    def writers(self, tensors: Mapping[str, Tensor], in_parts: bool) -> dict[str, Callable[[Path], None]]:
+        """Writers of one file or, ``in_parts``, of files of at most ``max_shard_size`` and their index.
+
+        A tensor larger than that gets a file of its own.
+        """
+        limit = size_in_bytes(self.max_shard_size)
+        shards: list[dict[str, Tensor]] = [{}]
+        size = 0
+        for key, tensor in tensors.items():
+            if in_parts and shards[-1] and size + tensor.nbytes > limit:
+                shards.append({})
+                size = 0
+            shards[-1][key] = tensor
+            size += tensor.nbytes
+        stem, suffix = self._parts()
+        write = safetensors_writer if self.safe_serialization else _plain_pickle_writer
+        if len(shards) == 1:
+            return {f"{stem}{suffix}": write(tensors)}
+        names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}{suffix}" for i in range(len(shards))]
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        return {file: write(shard) for file, shard in zip(names, shards, strict=True)} | {
+            self._index(self.safe_serialization): json_writer(index)
+        }
+
+    def stale(self, directory: Path, written: Mapping[str, Any]) -> list[str]:
+        """Weights of an earlier save in the folder, which a reader could mistake for the new ones."""
+        found = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+        old: set[str] = set()
+        for safe in {True, self.safe_serialization}:
+            stem, suffix = self._replace(safe_serialization=safe)._parts()
+            pattern = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?{re.escape(suffix)}")
+            old |= {name for name in found if pattern.fullmatch(name) or name == self._index(safe)}
+        return sorted(old - written.keys())
+
+    def _parts(self) -> tuple[str, str]:
+        name, suffix = ("model", ".safetensors") if self.safe_serialization else ("pytorch_model", ".bin")
+        return (name if self.variant is None else f"{name}.{self.variant}"), suffix
+
+    def _index(self, safe: bool) -> str:
+        return with_variant(f"{'model.safetensors' if safe else 'pytorch_model.bin'}.index.json", self.variant)
+
+
+def safetensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
+    """A writer of a .safetensors file, for `write_files`."""
+    return lambda path: save_file(_packed(tensors), path, metadata={"format": "pt"})
+
+
+def pickle_writer(tensors: Mapping[str, Tensor], key: str | None) -> Callable[[Path], None]:
+    """A writer of a .pth file, for `write_files`; the state dict nests under ``key`` where one is given."""
+    return lambda path: torch.save(_packed(tensors) if key is None else {key: _packed(tensors)}, path)
+
+
+DEFAULT_FILES = WeightFiles()
+
+
+def size_in_bytes(size: int | str) -> int:
+    """A number of bytes, given as one or as "5GB", "200MB", "1.5GiB"; K, M and G are powers of 1000, of 1024 with i."""
+    units = {"": 1, **{f"{u}{b}": base**p for p, u in enumerate("KMGT", 1) for b, base in (("", 1000), ("I", 1024))}}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(size).upper())
+    count = int(float(match[1]) * units[match[2]]) if match and match[2] in units else 0
+    if isinstance(size, bool) or count < 1:
+        raise ValueError(f"the size is {size!r}: expected a number of bytes, or such as '5GB' or '200MB'")
+    return count
+
+
+def _plain_pickle_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
+    return pickle_writer(tensors, None)
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, each with its own storage: the formats refuse shared storage or write all of it."""
+    packed, storages = {}, set()
+    for key, tensor in tensors.items():
+        if tensor.device.type == "meta":
+            raise ValueError(f"{key} is on the meta device and has no values to write")
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage()
+        if tensor.numel() and (storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages):
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        packed[key] = tensor
+    return packed
