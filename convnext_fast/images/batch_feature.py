@@ -15,6 +15,11 @@ FRAMEWORKS = ("np", "pt", "jax", "tf")
 class BatchFeature(dict[str, Any]):
     """What the processor returns: a dictionary whose entries are also attributes, for ``model(**batch)``."""
 
+    @property
+    def data(self) -> BatchFeature:
+        """The dictionary itself, which transformers' batches keep under this name."""
+        return self
+
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
@@ -25,7 +30,7 @@ class BatchFeature(dict[str, Any]):
         """Move every tensor to a device and cast the floating ones to a dtype, in place; returns ``self``.
 
         Args:
-            *args: a device (``torch.device``, string or index), a ``torch.dtype``, or both.
+            *args: a device (``torch.device``, string or index), a ``torch.dtype``, or both in this order.
             device, dtype: the same by name.
             non_blocking: do not wait for copies from pinned memory.
 
@@ -35,10 +40,12 @@ class BatchFeature(dict[str, Any]):
         for arg in args:
             if isinstance(arg, torch.dtype):
                 dtype = arg
-            elif isinstance(arg, (str, int, torch.device)):
+            elif isinstance(arg, (str, int, torch.device)) and dtype is None:
                 device = arg
             else:
-                raise TypeError(f"cannot move a batch to {arg!r}: expected a device or a torch.dtype")
+                raise TypeError(
+                    f"cannot move a batch to {args}: expected a device, a torch.dtype, or both in this order"
+                )
         moved = []
 
         def move(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 import PIL.Image
+import torch
 
 from ..config import MOST_SIDE
 from .batch_feature import FRAMEWORKS
@@ -34,7 +35,7 @@ class ImageOptions(TypedDict, total=False):
             becomes ``int(side / crop_pct)`` and the middle square is cut out; from 384 on the image is warped to a
             square. Other keys that transformers knows are kept; a ``longest_edge`` is not used, as there.
         crop_pct: see ``size`` (default 224 / 256).
-        resample: a ``PIL.Image.Resampling`` or its number (default bicubic).
+        resample: a ``PIL.Image.Resampling``, its number or its name (default bicubic).
         do_center_crop, crop_size: cut out the middle, an integer, (height, width) or ``{"height": …, "width": …}``,
             zeros where the image is smaller (default: no).
         do_rescale, rescale_factor: multiply the values (default True and 1 / 255). An array of fractions in [0, 1]
@@ -44,12 +45,13 @@ class ImageOptions(TypedDict, total=False):
         return_tensors: None for a list of numpy arrays, one for each image; "np", "pt", "jax" or "tf" for one batch.
         data_format: "channels_first" or "channels_last", of the output (default "channels_first").
         input_data_format: the same, of 3-D input arrays; None infers it from their shape.
+        device: of the batch, with ``return_tensors="pt"`` (default: the CPU).
     """
 
     do_resize: bool | None
     size: int | Sequence[int] | Mapping[str, int] | None
     crop_pct: float | None
-    resample: PIL.Image.Resampling | int | None
+    resample: PIL.Image.Resampling | int | str | None
     do_center_crop: bool | None
     crop_size: int | Sequence[int] | Mapping[str, int] | None
     do_rescale: bool | None
@@ -61,6 +63,13 @@ class ImageOptions(TypedDict, total=False):
     return_tensors: str | None
     data_format: str | None
     input_data_format: str | None
+    device: torch.device | str | None
+
+
+_WITHOUT_EFFECT = {"default_to_square", "disable_grouping", "image_seq_length"}
+"""Options of a call that transformers takes for every model, and that change nothing here."""
+_NOT_SERVED = {"do_pad", "pad_size"}
+"""Others, which must be unset."""
 
 
 def check_option(name: str, value: Any) -> Any:
@@ -68,10 +77,12 @@ def check_option(name: str, value: Any) -> Any:
     return None if value is None else _OPTIONS[name][0](name, value)
 
 
-def check_names(names: Any) -> None:
-    """Raise a TypeError that names the first of ``names`` that is not an option."""
-    for name in names:
-        if name not in _OPTIONS:
+def check_names(options: Mapping[str, Any]) -> None:
+    """Raise an error that names the first of ``options`` that is not one, or asks for what this package does not do."""
+    for name, value in options.items():
+        if name in _NOT_SERVED and value:
+            raise ValueError(f"{name} is {value!r}: this processor pads nothing")
+        if name not in _OPTIONS and name not in _WITHOUT_EFFECT | _NOT_SERVED:
             raise TypeError(f"unknown option {name!r}: expected one of {', '.join(_OPTIONS)}")
 
 
@@ -129,6 +140,8 @@ def _size(name: str, value: Any) -> dict[str, int]:
 
 def _resample(name: str, value: Any) -> PIL.Image.Resampling:
     allowed = ", ".join(f"{filter.value} ({filter.name})" for filter in sorted(PIL.Image.Resampling))
+    if isinstance(value, str) and value.upper() in PIL.Image.Resampling.__members__:
+        return PIL.Image.Resampling[value.upper()]
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r}: expected a PIL.Image.Resampling or its number: {allowed}")
     try:
@@ -149,6 +162,13 @@ def _one_of(*allowed: str) -> Callable[[str, Any], str]:
     return check
 
 
+def _device(name: str, value: Any) -> torch.device:
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{name} is {value!r:.80}: expected one of PyTorch's devices") from None
+
+
 _LAYOUT = _one_of(CHANNELS_FIRST, CHANNELS_LAST)
 _OPTIONS: dict[str, tuple[Callable[[str, Any], Any], Any]] = {
     "do_resize": (_flag, True),
@@ -166,6 +186,7 @@ _OPTIONS: dict[str, tuple[Callable[[str, Any], Any], Any]] = {
     "return_tensors": (_one_of(*FRAMEWORKS), None),
     "data_format": (_LAYOUT, None),
     "input_data_format": (_LAYOUT, None),
+    "device": (_device, None),
 }
 """The check of each option, and its default."""
 DEFAULTS = {name: default for name, (_, default) in _OPTIONS.items()}

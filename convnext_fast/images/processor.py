@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
+import torch
 
 from ..config import MOST_SIDE
-from ..files import find_file, json_writer, local_path, read_json, write_files
 from .batch_feature import BatchFeature, to_framework
 from .options import DEFAULTS, ImageOptions, check_names, check_option
+from .saved_processor import TYPES, SavedProcessor
 from .transforms import (
     CHANNELS_LAST,
     Picture,
@@ -32,15 +30,8 @@ from .transforms import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-FILE_NAME = "preprocessor_config.json"
 WARP_EDGE = 384
 """From this size on an image is warped to a square; below it is resized by ``crop_pct`` and cropped."""
-_TYPES = (
-    "ConvNextImageProcessor",
-    "ConvNextFeatureExtractor",
-    "ConvNextImageProcessorFast",
-    "ConvNextImageProcessorPil",
-)
 _NEEDS = {
     "do_resize": ("size", "crop_pct", "resample"),
     "do_center_crop": ("crop_size",),
@@ -53,7 +44,7 @@ MOST_PIXELS = 1 << 26
 """Of a resized or cropped picture: 0.8 GB in float32. A narrow one, sized by its shorter edge, would take far more."""
 
 
-class ConvNextImageProcessor:
+class ConvNextImageProcessor(SavedProcessor):
     """Prepares images for a ConvNeXt: resize and crop, rescale, normalise.
 
     The pixels equal those of transformers' ``ConvNextImageProcessorPil``. Every option of `ImageOptions` is an
@@ -67,6 +58,7 @@ class ConvNextImageProcessor:
     """
 
     model_input_names = ("pixel_values",)
+    valid_kwargs = ImageOptions
 
     do_resize: bool
     size: dict[str, int]
@@ -83,14 +75,15 @@ class ConvNextImageProcessor:
     return_tensors: str | None
     data_format: str | None
     input_data_format: str | None
+    device: torch.device | None
 
     def __init__(self, /, **options: Unpack[ImageOptions]):
         extra: dict[str, Any] = {name: value for name, value in options.items() if name not in DEFAULTS}
         old_type = extra.pop("feature_extractor_type", None)
-        kind = extra.pop("image_processor_type", None) or old_type or _TYPES[0]
+        kind = extra.pop("image_processor_type", None) or old_type or TYPES[0]
         extra.pop("processor_class", None)
-        if kind not in _TYPES:
-            raise ValueError(f"image_processor_type is {kind!r}: expected one of {', '.join(_TYPES)}")
+        if kind not in TYPES:
+            raise ValueError(f"image_processor_type is {kind!r}: expected one of {', '.join(TYPES)}")
         for name, default in DEFAULTS.items():
             value = options.get(name)
             setattr(self, name, check_option(name, default if value is None else value))
@@ -140,8 +133,11 @@ class ConvNextImageProcessor:
         last = values["data_format"] == CHANNELS_LAST
         for array, by, output in zip(arrays, factors, outputs, strict=True):
             rescale_and_normalize(array, by, mean, std, output.transpose(2, 0, 1) if last else output)
-        framework = values["return_tensors"]
-        return BatchFeature(pixel_values=outputs if framework is None else to_framework(outputs, framework))
+        framework, device = values["return_tensors"], values["device"]
+        if device is not None and framework != "pt":
+            raise ValueError(f"device is {device}, return_tensors {framework!r}: expected 'pt', for tensors of PyTorch")
+        batch = outputs if framework is None else to_framework(outputs, framework)
+        return BatchFeature(pixel_values=batch if device is None else batch.to(device))
 
     def _resolve(self, options: ImageOptions) -> dict[str, Any]:
         check_names(options)
@@ -184,65 +180,11 @@ class ConvNextImageProcessor:
             picture = center_crop(picture, target)
         return picture, fractions
 
-    def to_dict(self) -> dict[str, Any]:
-        """All options that are not None, with the extra keys, as ``preprocessor_config.json`` holds them."""
-        fields = copy.deepcopy(self.extra)
-        fields["image_processor_type"] = _TYPES[0]
-        for name in DEFAULTS:
-            value = getattr(self, name)
-            if value is not None:
-                fields[name] = int(value) if name == "resample" else copy.deepcopy(value)
-        return fields
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any], **overrides: Unpack[ImageOptions]) -> ConvNextImageProcessor:
-        """The inverse of `to_dict`; ``overrides`` replace fields.
-
-        Raises:
-            TypeError, ValueError: ``fields`` is not a mapping, is of another processor, or holds an invalid value.
-        """
-        if not isinstance(fields, Mapping):
-            raise TypeError(f"fields is a {type(fields).__name__}: expected a mapping of option names to values")
-        check_names(overrides)
-        return cls(**{**copy.deepcopy(dict(fields)), **overrides})
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``preprocessor_config.json`` into ``directory``, which is made if it is missing."""
-        directory = local_path(directory)
-        if directory.is_file():
-            raise ValueError(f"directory {directory} is a file: expected a folder to write {FILE_NAME} into")
-        write_files(directory, {FILE_NAME: json_writer(self.to_dict())})
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, **overrides: Unpack[ImageOptions]) -> ConvNextImageProcessor:
-        """Read ``preprocessor_config.json`` of a folder or of a Hugging Face hub id; ``overrides`` replace options.
-
-        Raises:
-            FileNotFoundError: neither a folder nor a reachable hub repository with that file.
-            ImportError: ``source`` is a hub id and the extra ``convnext-fast[hub]`` is not installed.
-            TypeError: ``source`` is not a path, or an override is not an option.
-            ValueError: the file is not a JSON object, is of another processor, or holds an invalid value.
-        """
-        check_names(overrides)
-        path = find_file(source, FILE_NAME)
-        fields = {name: value for name, value in read_json(path).items() if name not in overrides}
-        try:
-            cls.from_dict(fields)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
-        return cls.from_dict(fields, **overrides)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ConvNextImageProcessor) and self.to_dict() == other.to_dict()
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"ConvNextImageProcessor {json.dumps(self.to_dict(), indent=2, default=str)}"
-
 
 ConvNextFeatureExtractor = ConvNextImageProcessor
 """The class's older name, which older checkpoints and scripts use."""
+ConvNextImageProcessorKwargs = ImageOptions
+"""transformers' name of the options."""
 
 
 def _check_pixels(size: tuple[int, int], where: str) -> None:

@@ -20,6 +20,7 @@ CHANNELS_FIRST = "channels_first"
 CHANNELS_LAST = "channels_last"
 _CHANNEL_COUNTS = (1, 3, 4)
 _BYTE_MODES = ("L", "LA", "RGB", "RGBA")
+_COLOUR_MODES = ("YCbCr", "HSV", "LAB")
 _WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -92,12 +93,14 @@ def _read_pil(image: PIL.Image.Image, where: str, to_rgb: bool) -> Picture:
             raise ValueError(
                 f"{where} has PIL mode {image.mode!r}, which pillow cannot turn into RGB: {error}"
             ) from None
+    if image.mode in _COLOUR_MODES:  # their channels are taken as they are
+        return PIL.Image.fromarray(np.asarray(image))
     if image.mode in _WIDE_MODES:
         return read_picture(np.asarray(image), where)
     if image.mode not in _BYTE_MODES:
+        allowed = ", ".join(_BYTE_MODES + _COLOUR_MODES + _WIDE_MODES)
         raise ValueError(
-            f"{where} has PIL mode {image.mode!r}: expected one of {', '.join(_BYTE_MODES + _WIDE_MODES)}; "
-            "do_convert_rgb=True converts it"
+            f"{where} has PIL mode {image.mode!r}: expected one of {allowed}; do_convert_rgb=True converts it"
         )
     return image
 

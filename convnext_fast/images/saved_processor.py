@@ -1,0 +1,130 @@
+"""`SavedProcessor`: an image processor's options as a JSON file, with transformers' methods."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..files import find_file, json_text, json_writer, local_path, read_json, write_files
+from ..hub import push, split_loading
+from ..virtual_subclass import VirtualSubclass
+from .options import DEFAULTS, check_names
+
+FILE_NAME = "preprocessor_config.json"
+TYPES = (
+    "ConvNextImageProcessor",
+    "ConvNextFeatureExtractor",
+    "ConvNextImageProcessorFast",
+    "ConvNextImageProcessorPil",
+)
+"""Classes whose files are read."""
+
+
+class SavedProcessor(VirtualSubclass):
+    """Reads, writes and compares the options, which are attributes; ``extra`` holds other keys of a file."""
+
+    transformers_base = "transformers.image_processing_utils", "BaseImageProcessor"
+    extra: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options that are set but ``device``, with the extra keys, as ``preprocessor_config.json`` holds them."""
+        fields = copy.deepcopy(self.extra)
+        fields["image_processor_type"] = TYPES[0]
+        for name in DEFAULTS:
+            value = getattr(self, name)
+            if value is not None and name != "device":
+                fields[name] = int(value) if name == "resample" else copy.deepcopy(value)
+        return fields
+
+    def to_json_string(self) -> str:
+        """`to_dict` as JSON."""
+        return json_text(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """Write `to_json_string` into a file."""
+        path = local_path(json_file_path)
+        write_files(path.parent, {path.name: json_writer(self.to_dict())})
+
+    @classmethod
+    def from_json_file(cls, json_file: str | Path) -> Any:
+        """The inverse of `to_json_file`."""
+        return cls.from_dict(read_json(local_path(json_file)))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], *, return_unused_kwargs: bool = False, **overrides: Any) -> Any:
+        """The inverse of `to_dict`; ``overrides`` replace fields.
+
+        Args:
+            fields: of a ``preprocessor_config.json``.
+            return_unused_kwargs: give out (processor, those of ``overrides`` that are no options).
+            **overrides: see `ImageOptions`.
+
+        Raises:
+            TypeError, ValueError: ``fields`` is not a mapping, is of another processor, or holds an invalid value.
+        """
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"fields is a {type(fields).__name__}: expected a mapping of option names to values")
+        unused = {name: overrides.pop(name) for name in [*overrides] if return_unused_kwargs and name not in DEFAULTS}
+        check_names(overrides)
+        made = cls(**{**copy.deepcopy(dict(fields)), **overrides})
+        return (made, unused) if return_unused_kwargs else made
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> list[str]:
+        """Write ``preprocessor_config.json`` into a folder, which is made if it is missing, and return its path.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub: then also `push_to_hub`, with **options; ``repo_id`` is the folder's name unless given.
+        """
+        directory = local_path(save_directory)
+        if directory.is_file():
+            raise ValueError(f"directory {directory} is a file: expected a folder to write {FILE_NAME} into")
+        write_files(directory, {FILE_NAME: json_writer(self.to_dict())})
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": directory.name, **options})
+        return [str(directory / FILE_NAME)]
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload ``preprocessor_config.json`` to a Hugging Face hub repository; see `hub.push`."""
+        return push(self.save_pretrained, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, return_unused_kwargs: bool = False, **options: Any
+    ) -> Any:
+        """Read ``preprocessor_config.json`` of a folder or of a Hugging Face hub id.
+
+        Args:
+            pretrained_model_name_or_path: folder, hub id or file.
+            return_unused_kwargs: see `from_dict`.
+            **options: those of `hub.Loading`, which say where to look; and of `ImageOptions`, to replace those read.
+
+        Raises:
+            FileNotFoundError: neither a folder nor a reachable hub repository with that file.
+            ImportError: it is a hub id, and the extra ``convnext-fast[hub]`` is not installed.
+            TypeError: it is not a path, or an override is not an option.
+            ValueError: the file is not a JSON object, is of another processor, or holds an invalid value.
+        """
+        loading, overrides = split_loading(options)
+        if not return_unused_kwargs:
+            check_names(overrides)
+        path = local_path(pretrained_model_name_or_path)
+        if not path.is_file():
+            path = find_file(pretrained_model_name_or_path, FILE_NAME, loading=loading)
+        fields = {name: value for name, value in read_json(path).items() if name not in overrides}
+        try:
+            cls.from_dict(fields)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        return cls.from_dict(fields, return_unused_kwargs=return_unused_kwargs, **overrides)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SavedProcessor) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, default=str)}"
