@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..checkpoints.load_save import load_model, save_model
 from ..config import ConvNextConfig
-from .fused_module import in_turn, layer_norm_2d, outputs_in_turn
-from .layers import ConvNextBlock, Downsample, Stage, Stem
+from .fused_module import outputs_in_turn
+from .layers import ConvNextBlock, Downsample, LayerNorm2d, Stage, Stem
 from .switches import ConvNextSwitches, check_image, init_weights
 
 POOLS = ("avg", "max", "")
@@ -61,7 +61,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(N, C, H, W) to (N, num_classes), or (N, C) before the classifier; (N, C, H, W) with no pooling."""
         if self.pool_type == "":
-            return layer_norm_2d(x, self.norm) if isinstance(self.norm, nn.LayerNorm) else x
+            return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = x.mean((2, 3)) if self.pool_type == "avg" else x.amax((2, 3))
         x = self.drop(self.norm(x))
         return x if pre_logits else self.fc(x)
@@ -142,9 +142,9 @@ class ConvNext(ConvNextSwitches):
         elif out_indices is not None:
             raise ValueError("out_indices chooses the maps of features_only=True: expected None without it")
         else:
-            norm = nn.LayerNorm(widths[-1], eps=config.layer_norm_eps, **factory)
-            self.norm_pre = norm if head_norm_first else nn.Identity()
-            inner = nn.Identity() if head_norm_first else norm
+            kind = LayerNorm2d if head_norm_first else nn.LayerNorm
+            norm = kind(widths[-1], eps=config.layer_norm_eps, **factory)
+            self.norm_pre, inner = (norm, nn.Identity()) if head_norm_first else (nn.Identity(), norm)
             self.head = Head(inner, widths[-1], self.num_classes, global_pool, drop_rate, **factory)
         init_weights(self, config.initializer_range)
 
@@ -261,7 +261,7 @@ class ConvNext(ConvNextSwitches):
         return f"fused={self.fused}, recompute={self.recompute}"
 
     def _final_norm(self, x: Tensor) -> Tensor:
-        return x if self.features_only else in_turn((self.norm_pre,), x)
+        return x if self.features_only else self.norm_pre(x)
 
     def _require_head(self, method: str) -> None:
         if self.features_only:

@@ -20,7 +20,7 @@ from ..ops import call
 from ..ops.views import as_nchw
 from .ahead import AHEAD
 from .freezing import State, fold_for_compilers, unfreeze
-from .layer_changes import changed
+from .layer_changes import changed, full_name
 from .plan import BlockPlan, ChainPlan, PatchPlan, Plan, calls_others, follow, recall
 from .records import Record
 from .run_plan import Read, read, run, run_following
@@ -103,7 +103,7 @@ def _read_if_it_holds(module: nn.Module, state: State, plan: Plan) -> Read | Non
         return seen[1]
     reason = changed(module, plan)
     if reason is not None:
-        kind = type(module).__name__
+        kind = full_name(type(module))
         warnings.warn(f"a fused {kind} calls its layers one by one: {reason}", RuntimeWarning, stacklevel=4)
         return None
     found = read(module, plan)
@@ -124,18 +124,6 @@ def _frozen_on_gpu(module: nn.Module, state: State, plan: BlockPlan | PatchPlan,
     return run_following(module, plan, y)
 
 
-def layer_norm_2d(x: Tensor, norm: nn.Module) -> Tensor:
-    """LayerNorm over the channels of (N, C, H, W)."""
-    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def in_turn(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """x (N, C, H, W) through ``layers`` one after another; a LayerNorm normalises the channels."""
-    for layer in layers:
-        x = layer_norm_2d(x, layer) if _is_over_channels_last(layer) else layer(x)
-    return x
-
-
 def outputs_in_turn(modules: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
     """The outputs of ``modules``, called one after another from x."""
     outputs = []
@@ -143,14 +131,3 @@ def outputs_in_turn(modules: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
         x = module(x)
         outputs.append(x)
     return outputs
-
-
-def _is_over_channels_last(layer: nn.Module) -> bool:
-    """Whether ``layer`` is PyTorch's own LayerNorm, or wraps one (as adapters and FullyShardedDataParallel do)."""
-    while type(layer).forward is not nn.LayerNorm.forward:
-        inner = getattr(layer, "original_module", None)
-        children = list(layer.children()) if inner is None else [inner]
-        if len(children) != 1:
-            return False
-        layer = children[0]
-    return True

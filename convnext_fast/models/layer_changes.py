@@ -22,7 +22,7 @@ def _watched_change(module: nn.Module, plan: Plan) -> str | None:
     for path, kind, names, values, children, biased in plan.watched:
         layer = follow(module, path)
         if type(layer) is not kind:
-            return f"{dotted(path)} is now {kind_of(layer)}, not {kind.__name__}"
+            return f"{dotted(path)} is now {full_name(type(layer))}, not {full_name(kind)}"
         if has_hooks(layer):
             return f"hooks on {dotted(path)}, which the fused forward does not call"
         now = layer.__dict__
@@ -42,7 +42,7 @@ def _weights_change(module: nn.Module, plan: BlockPlan | PatchPlan) -> str | Non
     for path, name in weights_of(plan):
         layer = follow(module, path)
         if type(layer._parameters.get(name)) is not nn.Parameter and not is_plain(getattr(layer, name)):
-            return f"the {name} of {dotted(path)} is now {kind_of(getattr(layer, name))}"
+            return f"the {name} of {dotted(path)} is now {full_name(type(getattr(layer, name)))}"
     gamma = None
     if isinstance(plan, BlockPlan):
         if plan.own:
@@ -97,6 +97,11 @@ def dotted(path: Path) -> str:
 def kind_of(value: Any) -> str:
     """The name of the class of ``value``."""
     return type(value).__name__
+
+
+def full_name(kind: type) -> str:
+    """The module and the name of a class; the name alone where it is built in."""
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ..backends.reference import ACTIVATION_FUNCTIONS, global_response_norm
 from .drop_path import DropPath
 from .freezing import set_plan, state_of
-from .fused_module import FusedModule, in_turn
+from .fused_module import FusedModule
 from .plan import BlockPlan, ChainPlan, PatchPlan, Path, watch
 
 KERNEL_SIZE = 7
@@ -195,6 +195,14 @@ class ConvNextBlock(ConvNextBlockBase):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class PatchLayer(OwnModule):
     """A convolution of patches that do not overlap and a LayerNorm, in either order."""
 
@@ -204,7 +212,9 @@ class PatchLayer(OwnModule):
         set_plan(self, PatchPlan((norm,), (conv,), stem, watched, fused=fused))
 
     def _plain_forward(self, x: Tensor) -> Tensor:
-        return in_turn(self._modules.values(), x)
+        for layer in self._modules.values():
+            x = layer(x)
+        return x
 
 
 class Stem(PatchLayer, nn.Sequential):
@@ -214,7 +224,7 @@ class Stem(PatchLayer, nn.Sequential):
         self, in_channels: int, channels: int, patch: tuple[int, int], eps: float, fused: bool, **factory: Any
     ):
         conv = nn.Conv2d(in_channels, channels, patch, stride=patch, **factory)
-        super().__init__(conv, nn.LayerNorm(channels, eps=eps, **factory))
+        super().__init__(conv, LayerNorm2d(channels, eps=eps, **factory))
         self.declare("0", "1", stem=True, fused=fused)
 
 
@@ -222,7 +232,7 @@ class Downsample(PatchLayer, nn.Sequential):
     """LayerNorm, then 2×2 convolution of stride 2: (N, C, H, W) to (N, C', ⌊H/2⌋, ⌊W/2⌋), channels_last."""
 
     def __init__(self, in_channels: int, channels: int, eps: float, fused: bool, **factory: Any):
-        norm = nn.LayerNorm(in_channels, eps=eps, **factory)
+        norm = LayerNorm2d(in_channels, eps=eps, **factory)
         super().__init__(norm, nn.Conv2d(in_channels, channels, 2, stride=2, **factory))
         self.declare("1", "0", stem=False, fused=fused)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import warnings
 
 import pytest
@@ -298,15 +299,15 @@ def replace_forward(block):
 
 CHANGES = {
     "hooks on pwconv1": lambda block: block.pwconv1.register_forward_hook(lambda *_: None),
-    "act is now Hardswish": replace_activation,
-    "dwconv is now Identity": lambda block: setattr(block, "dwconv", torch.nn.Identity()),
+    r"act is now \S*Hardswish": replace_activation,
+    r"dwconv is now \S*Identity": lambda block: setattr(block, "dwconv", torch.nn.Identity()),
     "its layer_scale_parameter is gone": lambda block: setattr(block, "layer_scale_parameter", None),
     "it has a tensor bias now": lambda block: setattr(block, "bias", torch.nn.Parameter(torch.zeros(8))),
-    "drop_path is now Dropout": lambda block: setattr(block, "drop_path", torch.nn.Dropout(0.5).eval()),
-    "dwconv is now ParametrizedConv2d": lambda block: torch.nn.utils.parametrizations.weight_norm(block.dwconv),
+    r"drop_path is now \S*Dropout": lambda block: setattr(block, "drop_path", torch.nn.Dropout(0.5).eval()),
+    r"dwconv is now \S*ParametrizedConv2d": lambda block: torch.nn.utils.parametrizations.weight_norm(block.dwconv),
     "padding of dwconv is now": lambda block: vars(block.dwconv).update(dilation=(2, 2), padding=(6, 6)),
     "the forward of pwconv1 was replaced": replace_forward,
-    "the weight of pwconv2 is now Odd": lambda block: setattr(
+    r"the weight of pwconv2 is now \S*Odd": lambda block: setattr(
         block.pwconv2, "weight", torch.nn.Parameter(block.pwconv2.weight.detach().as_subclass(Odd))
     ),
 }
@@ -325,7 +326,7 @@ def test_change_after_fusing_runs_the_hosts_forward(reason, image):
         outputs = model(image)
     assert fused_calls(outputs) == 1
     report = fuse(model)
-    assert reason in report.left_alone["convnext.encoder.stages.0.layers.0"]
+    assert re.search(reason, report.left_alone["convnext.encoder.stages.0.layers.0"])
     assert report.fused == ("convnext.encoder.stages.1.layers.0",)
     unfuse(model)
     assert relative_error(model(image).logits, outputs.logits) <= FLOAT32_BOUND

@@ -213,8 +213,8 @@ CHANGES = {
     "hooks on downsampling_layer.1, which": add_hook,
     r"stride of downsampling_layer.1 is now \(3, 3\)": change_stride,
     "downsampling_layer now holds 0, 1, 2, not 0, 1": append_layer,
-    "layers is now Sequential, not ModuleList": replace_blocks,
-    "weight of downsampling_layer.1 is now Odd": subclass_weight,
+    r"layers is now \S*Sequential, not \S*ModuleList": replace_blocks,
+    r"weight of downsampling_layer.1 is now \S*Odd": subclass_weight,
 }
 
 

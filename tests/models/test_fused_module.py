@@ -136,18 +136,18 @@ def wrap_downsampling_norm(model):
 changes = pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (adapt_fc1, "fc1 is now Adapted|pwconv1 is now Adapted"),
+        (adapt_fc1, r"fc1 is now \S*Adapted|pwconv1 is now \S*Adapted"),
         (dilate, "padding of (conv_dw|dwconv) is now"),
         (set_dilation, "padding of (conv_dw|dwconv) is now"),
-        (drop_norm, "norm is now Identity"),
-        (drop_drop_path, "drop_path is now Twice"),
+        (drop_norm, r"norm is now \S*Identity"),
+        (drop_drop_path, r"drop_path is now \S*Twice"),
         (widen_downsampling, "kernel_size of .*1 is now"),
         (append_downsampling, "it now holds 0, 1, 2, not 0, 1"),
         (hook_fc2, "hooks on (mlp.fc2|pwconv2)"),
         (replace_forward, "the forward of (mlp.fc2|pwconv2) was replaced"),
         (hook_stem, "hooks on (0|patch_embeddings)"),
-        (wrap_stem_norm, "(1|layernorm) is now Wrapped"),
-        (wrap_downsampling_norm, "0 is now Wrapped"),
+        (wrap_stem_norm, r"(1|layernorm) is now \S*Wrapped"),
+        (wrap_downsampling_norm, r"0 is now \S*Wrapped"),
     ],
 )
 
