@@ -5,37 +5,39 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import PROBLEM_TYPES
+from ..config import ConvNextConfig
 
 
-def problem_type_of(labels: Tensor, num_labels: int) -> str:
-    """The loss that follows from the labels: one label means regression, integers are classes, floats are multi-hot."""
-    if num_labels == 1:
-        return "regression"
-    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-
-
-def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+def classification_loss(logits: Tensor, labels: Tensor, config: ConvNextConfig) -> Tensor:
     """Mean squared error, cross-entropy or binary cross-entropy of logits (N, num_labels); a scalar.
+
+    ``config.problem_type`` chooses. Where it is None, the first labels decide what it is from then on: a single output
+    means regression, integers are classes, and floats are multi-hot. A compiled model is then compiled once more.
 
     Args:
         logits: (N, num_labels).
         labels: (N,) class indices for "single_label_classification", with −100 for images to leave out;
             (N, num_labels) of 0.0 or 1.0 for "multi_label_classification"; (N,) or (N, num_labels) floats for
             "regression".
-        problem_type: one of ``config.PROBLEM_TYPES``, or None for `problem_type_of`.
+        config: of the model.
 
     Raises:
         TypeError, ValueError: the labels' dtype, shape or values do not fit the loss.
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is a {type(labels).__name__}: expected a tensor")
-    count = logits.shape[1]
-    kind = problem_type_of(labels, count) if problem_type is None else problem_type
-    if kind not in PROBLEM_TYPES:
-        raise ValueError(f"problem_type is {kind!r}: expected one of {', '.join(PROBLEM_TYPES)}")
-    labels = labels.to(logits.device)
-    batch = logits.shape[0]
+    batch, count = logits.shape
+    kind = config.problem_type
+    if kind is None:
+        several = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        kind = "regression" if count == 1 else several
+    loss = _loss(logits, labels.to(logits.device), kind, batch, count)
+    if config.problem_type is None:
+        config.problem_type = kind
+    return loss
+
+
+def _loss(logits: Tensor, labels: Tensor, kind: str, batch: int, count: int) -> Tensor:
     if kind == "single_label_classification":
         if labels.is_floating_point():
             raise TypeError(f"labels are {labels.dtype}: expected integer class indices for {kind}")

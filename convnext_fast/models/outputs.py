@@ -1,17 +1,18 @@
-"""What the transformers-shaped models return: fields by attribute, by key and by index."""
+"""What the transformers-shaped models return: dictionaries whose entries are also attributes, and have an order."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..virtual_subclass import VirtualSubclass
 
 
-class ModelOutput(Mapping):
-    """Base of the outputs: a mapping of the fields that are not None, also reachable by index and attribute.
+class ModelOutput(VirtualSubclass, dict[str, Any]):
+    """Base of the outputs: a dictionary of the fields that are not None, also reachable by index and attribute.
 
     ``output.logits``, ``output["logits"]`` and ``output[0]`` are the same tensor if ``logits`` is the first field
     present; ``to_tuple()`` gives all fields present. Instead of the first field, the constructor also takes a mapping
@@ -19,49 +20,66 @@ class ModelOutput(Mapping):
     outputs.
     """
 
-    def __post_init__(self) -> None:
-        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
-        first = getattr(self, names[0])
-        if not isinstance(first, (Mapping, Iterator)):
-            return
-        given = dict(first)
-        unknown = [name for name in given if name not in names]
-        if unknown or any(getattr(self, name) is not None for name in names[1:]):
-            raise ValueError(
-                f"{type(self).__name__} of the fields {list(given)}: expected some of {names}, and no more"
-            )
-        for name in names:
-            setattr(self, name, given.get(name))
+    transformers_base = "transformers.utils.generic", "ModelOutput"
+    names: ClassVar[tuple[str, ...]]
 
-    def keys(self) -> list[str]:  # type: ignore[override]
-        """Names of the fields present, in order."""
-        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
-        return [name for name in names if getattr(self, name) is not None]
+    def __init__(self, *values: Any, **fields: Any):
+        names = type(self).names
+        if len(values) == 1 and isinstance(values[0], (Mapping, Iterator)):
+            fields = {**dict(values[0]), **fields}
+        elif values:
+            fields = {**dict(zip(names, values, strict=False)), **fields}
+        if len(values) > len(names) or any(name not in names for name in fields):
+            raise ValueError(f"{type(self).__name__} of the fields {list(fields)}: expected some of {list(names)}")
+        super().__init__()
+        for name in names:
+            if fields.get(name) is not None:
+                self[name] = fields[name]
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields present, in order."""
-        return tuple(getattr(self, name) for name in self.keys())
+        return tuple(self.values())
 
-    def __getitem__(self, key: str | int | slice) -> Any:
+    def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, str):
             return self.to_tuple()[key]
-        if key not in self.keys():
-            raise KeyError(f"{key!r}: this output holds {self.keys()}")
-        return getattr(self, key)
+        if key not in self:
+            raise KeyError(f"{key!r}: this output holds {list(self)}")
+        return super().__getitem__(key)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key not in [field.name for field in dataclasses.fields(self)]:  # type: ignore[arg-type]
-            raise KeyError(f"{key!r}: this output holds {self.keys()}")
-        setattr(self, key, value)
+        if key not in type(self).names:
+            raise KeyError(f"{key!r}: this output holds {list(self)}")
+        super().__setitem__(key, value)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).names:
+            return dict.get(self, name)
+        raise AttributeError(f"a {type(self).__name__} has no field {name!r}")
 
-    def __len__(self) -> int:
-        return len(self.keys())
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is None:
+            dict.pop(self, name, None)
+        else:
+            self[name] = value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(self), (dict(self),)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        if "__annotations__" not in vars(cls):
+            return
+        cls.names = tuple(cls.__annotations__)
+        cls.get = dict.get  # torch.jit.trace would compile a class whose methods are all written in Python
+        pytree.register_pytree_node(
+            cls,
+            lambda output: (list(output.values()), list(output)),
+            lambda values, names: cls(zip(names, values, strict=True)),
+            serialized_type_name=f"convnext_fast.{cls.__name__}",
+            flatten_with_keys_fn=lambda output: ([(pytree.MappingKey(k), v) for k, v in output.items()], list(output)),
+        )
 
 
-@dataclasses.dataclass(eq=False)
 class BaseModelOutput(ModelOutput):
     """Of `ConvNextModel`.
 
@@ -69,33 +87,28 @@ class BaseModelOutput(ModelOutput):
     hidden_states: after the stem and after each stage, (N, C, H, W) each; None unless asked for.
     """
 
-    last_hidden_state: Tensor | None = None
-    pooler_output: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    last_hidden_state: Tensor
+    pooler_output: Tensor
+    hidden_states: tuple[Tensor, ...] | None
 
 
-@dataclasses.dataclass(eq=False)
 class ImageClassifierOutput(ModelOutput):
     """Of `ConvNextForImageClassification`.
 
     loss: scalar, with labels. logits: (N, num_labels). hidden_states: as in `BaseModelOutput`.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    loss: Tensor | None
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None
 
 
-@dataclasses.dataclass(eq=False)
 class BackboneOutput(ModelOutput):
     """Of `ConvNextBackbone`.
 
-    feature_maps: (N, C, H, W) of each of ``out_features``. hidden_states: as in `BaseModelOutput`.
+    feature_maps: (N, C, H, W) of each of ``out_features``. hidden_states: as in `BaseModelOutput`. attentions: None.
     """
 
-    feature_maps: tuple[Tensor, ...] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-
-
-for _output in (BaseModelOutput, ImageClassifierOutput, BackboneOutput):
-    torch.export.register_dataclass(_output, serialized_type_name=f"convnext_fast.{_output.__name__}")
+    feature_maps: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: None

@@ -145,6 +145,49 @@ def test_losses(problem_type, num_labels, labels):
 
 
 @pytest.mark.parametrize(
+    ("num_labels", "labels"),
+    [
+        (1, torch.tensor([0.3, -1.0])),
+        (4, torch.tensor([3, 0])),
+        (4, torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])),
+        (4, torch.tensor([[0.25, 0.25, 0.5, 0.0], [0.1, 0.2, 0.3, 0.4]])),
+        (2, torch.tensor([1, 0], dtype=torch.int32)),
+    ],
+    ids=["regression", "classes", "one-hot floats", "soft labels", "int32"],
+)
+def test_the_problem_is_remembered(num_labels, labels, tmp_path):
+    """What is saved behaves as it was trained."""
+    fields = {"hidden_sizes": [8], "depths": [1], "num_stages": 1, "num_labels": num_labels}
+    theirs, ours = pair("ConvNextForImageClassification", fields, torch.float32, True)
+    x = torch.randn(2, 3, 32, 32)
+    with pytest.raises((TypeError, ValueError)):
+        ours(x, labels=torch.zeros(3, 7))
+    assert ours.config.problem_type is None
+    loss = ours(x, labels=labels).loss
+    expected = theirs(x, labels=labels if labels.dtype != torch.int32 else labels.long()).loss
+    assert relative_error(loss, expected) <= BOUNDS[torch.float32]
+    assert ours.config.problem_type == theirs.config.problem_type
+    ours.save_pretrained(tmp_path)
+    for library in (convnext_fast, transformers):
+        read = library.ConvNextForImageClassification.from_pretrained(tmp_path)
+        assert read.config.problem_type == theirs.config.problem_type
+        assert (
+            relative_error(
+                read(x, labels=labels.to(read.dtype) if labels.is_floating_point() else labels.long()).loss, loss
+            )
+            <= 1e-5
+        )
+
+
+def test_integer_labels_with_one_output_are_an_error():
+    config = convnext_fast.ConvNextConfig(hidden_sizes=[8], depths=[1], num_stages=1, num_labels=1)
+    with pytest.raises(TypeError, match=r"labels are torch.int64: expected floats for regression"):
+        convnext_fast.ConvNextForImageClassification(config)(torch.randn(2, 3, 32, 32), labels=torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match="single_label_classification"):
+        convnext_fast.ConvNextConfig(num_labels=1, problem_type="single_label_classification")
+
+
+@pytest.mark.parametrize(
     ("labels", "problem_type", "error", "message"),
     [
         (torch.tensor([1]), None, ValueError, r"labels have shape \(1,\): expected \(2,\)"),
@@ -216,7 +259,7 @@ def test_the_attributes_that_transformers_trainer_needs():
 def test_fields_of_a_configuration_behave_as_in_transformers():
     config = convnext_fast.ConvNextConfig(num_stages=1, hidden_sizes=[8], depths=[1], made_by="me")
     assert config.made_by == "me"
-    with pytest.raises(AttributeError, match="no field 'made_for'"):
+    with pytest.raises(AttributeError, match="made_for"):
         config.made_for  # noqa: B018
     config.num_labels = 3
     assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
@@ -235,7 +278,7 @@ def test_options_of_from_pretrained(tmp_path):
     theirs.save_pretrained(tmp_path)
     names = {0: "a", 1: "b", 2: "c"}
     labels = {"num_labels": 3, "id2label": names, "label2id": {"a": 0, "b": 1, "c": 2}}
-    with pytest.warns(UserWarning, match="new classifier"):
+    with pytest.warns(UserWarning, match="newly initialises what has another size"):
         model = convnext_fast.ConvNextForImageClassification.from_pretrained(
             tmp_path, ignore_mismatched_sizes=True, problem_type="multi_label_classification", **labels
         )
@@ -254,8 +297,6 @@ def test_options_of_from_pretrained(tmp_path):
         convnext_fast.ConvNextModel.from_pretrained(tmp_path, heads=3)
     with pytest.raises(ValueError, match="num_labels is 3 but id2label names 2 classes"):
         backbone.from_pretrained(tmp_path, num_labels=3, id2label={0: "a", 1: "b"})
-    with pytest.raises(ValueError, match="device_map is 'auto': expected the one device"):
-        backbone.from_pretrained(tmp_path, device_map="auto")
     with pytest.raises(TypeError, match="dtype is 'float12'"):
         convnext_fast.ConvNextModel.from_pretrained(tmp_path, dtype="float12")
 

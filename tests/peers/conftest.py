@@ -1,16 +1,18 @@
-"""These tests need torchvision, and so an environment of their own: ``.ci/run`` makes it in its fourth stage."""
+"""These tests need libraries that are heavy, and so an environment of their own: ``.ci/run`` makes it in stage 4."""
 
 import importlib.util
 
 import pytest
 
 NEEDED = ("timm", "torchvision")
+"""What a file here needs that has no ``NEEDED`` of its own."""
 
 
 def pytest_collection_modifyitems(items):
     """Skip, with the reason, where the libraries are missing."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        for item in items:
-            if "peers" in item.path.parts:
+    for item in items:
+        if "peers" in item.path.parts:
+            needed = getattr(item.module, "NEEDED", NEEDED)
+            missing = [name for name in needed if importlib.util.find_spec(name) is None]
+            if missing:
                 item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}: stage 4 of .ci/run has them"))
