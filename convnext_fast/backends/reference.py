@@ -33,7 +33,7 @@ def dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, dtype: torch.dtype | None = None) -> Tensor:
     """LayerNorm over the last dimension."""
     x, weight, bias = _cast(dtype, x, weight, bias)
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    return F.layer_norm(x, tuple(weight.shape), weight, bias, eps)
 
 
 def dwconv_layernorm(
