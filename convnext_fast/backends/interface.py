@@ -22,21 +22,14 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def like_inputs(grads: Iterable[Tensor | None], x: Tensor, weights: Iterable[Tensor | None]) -> Gradients:
-    """The gradients of x and of the weights in the dtypes, shapes and, of contiguous weights, strides of these.
-
-    A depthwise weight, (C, 1, k, k), is contiguous with several strides. DistributedDataParallel warns of others.
-    """
+    """The gradients of x and of the weights in the dtypes and shapes of these."""
     return tuple(map(_like, grads, (x, *weights)))
 
 
 def _like(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-    if grad is None or like is None:
-        return None
-    if grad.dtype != like.dtype or grad.shape != like.shape:
-        grad = grad.to(like.dtype).reshape(like.shape)
-    if grad.dim() == 4 and grad.stride() != like.stride() and grad.is_contiguous() and like.is_contiguous():
-        grad = grad.as_strided(like.shape, like.stride())
-    return grad
+    if grad is None or like is None or (grad.dtype == like.dtype and grad.shape == like.shape):
+        return grad if like is not None else None
+    return grad.to(like.dtype).reshape(like.shape)
 
 
 class Backend(Protocol):

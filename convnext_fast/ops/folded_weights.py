@@ -83,19 +83,9 @@ def flat_block(weights: BlockWeights) -> BlockWeights:
     *_, gamma, grn_weight, grn_bias = weights
     if weights.w1.dim() == 2 and all(t is None or t.dim() == 1 for t in (gamma, grn_weight, grn_bias)):
         return weights
-    w1, w2 = _matrix(weights.w1), _matrix(weights.w2)
+    w1, w2 = weights.w1.flatten(1), weights.w2.flatten(1)
     gamma, grn_weight, grn_bias = (None if t is None else t.reshape(-1) for t in (gamma, grn_weight, grn_bias))
     return weights._replace(w1=w1, w2=w2, gamma=gamma, grn_weight=grn_weight, grn_bias=grn_bias)
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    """The weight of a linear layer or a 1×1 convolution as (K, C).
-
-    Its gradient takes the same views back, to the strides of a convolution in channels_last memory.
-    """
-    if weight.dim() == 4 and weight.stride(3) == weight.shape[1]:
-        weight = weight.permute(0, 2, 3, 1)
-    return weight.flatten(1)
 
 
 _HOOKS: list[Any] = []
