@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,26 +14,54 @@ from .grn_mlp import ResponseNorm
 from .llvm import CompiledBlock, Kernel, dense, launchers
 
 
-class CompiledV2Block:
-    """A frozen block, for contiguous x (N, H, W, C) that `onednn.serves`; machine: what its weights are packed for."""
+class CompiledV2Block(Kernel):
+    """A frozen block."""
 
     def __init__(self, weights: FrozenBlock, machine: Any):
         kernels, (hidden, channels), side = launchers(), weights.w1.shape, weights.dwconv_weight.shape[2]
         first, second = CompiledBlock.packed(weights, machine)
-        self._first = Kernel(machine, first, partial(kernels.GrnHiddenSizes.of, channels, hidden, side))
-        self._second = Kernel(machine, second, lambda width: kernels.GrnOutputSizes(channels, hidden))
-        self._gamma = dense(weights.grn_weight.to(torch.float32, copy=True))
+        self.first = Kernel(machine, first, partial(kernels.GrnHiddenSizes.of, channels, hidden, side))
+        self.second = Kernel(machine, second, lambda width: kernels.GrnOutputSizes(channels, hidden))
+        self.gamma = dense(weights.grn_weight.to(torch.float32, copy=True))
+        super().__init__(machine, (), self.first.sizes)
 
-    def __call__(self, x: Tensor, eps: float) -> Tensor:
-        """A new tensor (N, H, W, C)."""
-        y, hidden = torch.empty_like(x), len(self._gamma)
-        grn = ResponseNorm(self._gamma, None, x.shape[1] * x.shape[2])
-        for samples, _ in grn.blocks(len(x) * grn.pixels, hidden * x.element_size(), False):
-            own = x[samples]
-            h, first = x.new_empty(*own.shape[:3], hidden), self._first.launch(own.shape, eps)
-            squares = x.new_empty(len(own), first.units // len(own), hidden)
-            first(own, h, (squares.data_ptr(), *self._first.addresses))
-            factors = grn.factors(squares.sum(1).sqrt_())
-            addresses = factors.data_ptr(), own.data_ptr(), *self._second.addresses
-            self._second.launch(own.shape, eps)(h, y[samples], addresses)
+    def launch(self, shape: Sequence[int], eps: float) -> V2Launch:
+        """As `Kernel.launch`."""
+        return V2Launch(self, shape, eps)
+
+
+class V2Launch:
+    """As `kernels.cpu.launching.Launch`, for blocks of samples whose hidden activations stay in the cache."""
+
+    def __init__(self, block: CompiledV2Block, shape: Sequence[int], eps: float):
+        samples, height, width, channels = shape
+        self.block, self.channels, hidden = block, channels, len(block.gamma)
+        self.grn = ResponseNorm(block.gamma, None, height * width)
+        self.parts = []
+        for part, _ in self.grn.blocks(samples * height * width, 4 * hidden, False):
+            count = min(part.stop, samples) - part.start
+            own = count, height, width, channels
+            self.parts.append((part.start, count, block.first.launch(own, eps), block.second.launch(own, eps)))
+        launches = [launch for *_, first, second in self.parts for launch in (first, second)]
+        self.scratch_size = max(launch.scratch_size for launch in launches)
+        self.wants_zeros = any(launch.wants_zeros for launch in launches)
+
+    def start(self, x: int, y: int, weights: Sequence[int], scratch: Tensor) -> Callable[[], None]:
+        """A function that runs the block; ``weights`` are the block's own."""
+        return partial(self._run, x, y, scratch)
+
+    def _run(self, x: int, y: int, scratch: Tensor) -> None:
+        block, pixels, hidden, new = self.block, self.grn.pixels, len(self.block.gamma), launchers().memory
+        h = new(max(count for _, count, *_ in self.parts) * pixels * hidden)
+        for begin, count, first, second in self.parts:
+            place = 4 * begin * pixels * self.channels
+            squares = new(first.units * hidden).view(count, -1, hidden)
+            first.start(x + place, h.data_ptr(), (squares.data_ptr(), *block.first.addresses), scratch)()
+            factors = self.grn.factors(squares.sum(1).sqrt_())
+            given = factors.data_ptr(), x + place, *block.second.addresses
+            second.start(h.data_ptr(), y + place, given, scratch)()
+
+    def __call__(self, x: Tensor, y: Tensor, weights: Sequence[int]) -> Tensor:
+        """y, filled, for x; both contiguous."""
+        launchers().run_in_turn([(self, weights)], [x.data_ptr(), y.data_ptr()])
         return y

@@ -36,7 +36,7 @@ def _kept(weight: Tensor, others: Weights, make: Callable[[], llvm.Kernel | None
     return kernel
 
 
-def prepared_block(weights: FrozenBlock, act: str) -> llvm.Kernel | CompiledV2Block | None:
+def prepared_block(weights: FrozenBlock, act: str) -> llvm.Kernel | None:
     """`ops.frozen_block_fwd` for these weights; None if not supported."""
     machine = llvm.machine_for(*weights.w1.shape) if act == "gelu" else None
     if machine is None:
@@ -57,7 +57,7 @@ def kernels_for(
     kernels = []
     for weights, act in reversed(list(zip(steps, acts, strict=True))):  # a stem, whose kernel is not kept, last
         if isinstance(weights, FrozenBlock):
-            kernel = None if weights.grn_weight is not None else prepared_block(weights, act)
+            kernel = prepared_block(weights, act)
         else:
             make = prepared_downsample if isinstance(weights, FrozenDownsample) else llvm.prepare_stem
             kernel = make(*weights)

@@ -72,9 +72,9 @@ def v2_block(machine, image, channels, hidden, side):
             launching.GrnHiddenSizes.of(channels, hidden, side, image[2]),
             x,
             h,
-            [torch.empty(units, hidden), *kept._first.weights],
+            [torch.empty(units, hidden), *kept.first.weights],
         ),
-        (launching.GrnOutputSizes(channels, hidden), h, x, [torch.randn(image[0], hidden), x, *kept._second.weights]),
+        (launching.GrnOutputSizes(channels, hidden), h, x, [torch.randn(image[0], hidden), x, *kept.second.weights]),
     ):
         launch = GuardedLaunch(machine, sizes, *shared)
         expected = launch(source, torch.empty_like(result), [weight.data_ptr() for weight in weights])
