@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 class VirtualSubclass:
     """Mix-in: ``isinstance(x, base)`` is true for a class of transformers, whether that is installed or not.
 
-    transformers' Trainer, pipelines and composite models ask so whether they may save, load or configure an object. To
-    inherit from its classes would take transformers, and seconds to import it. Instead, ``x.__class__`` is a class that
-    inherits from both where transformers is loaded, as in `unittest.mock`; ``type(x)`` stays the class itself.
+    transformers' Trainer, pipelines and composite models find out so whether they may save, load or configure an
+    object. To inherit from its classes would take transformers, and seconds to import it. Instead, ``x.__class__`` is
+    a class that inherits from both where transformers is loaded, as in `unittest.mock`; ``type(x)`` stays as it is.
     """
 
     transformers_base: ClassVar[tuple[str, str]]
@@ -28,7 +28,7 @@ class VirtualSubclass:
     __class__ = property(_seen_class, _set_class)  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
-        """What an object lacks is looked up in the class of transformers, where that is loaded: its code asks so."""
+        """Look up what an object lacks in the class of transformers, where that is loaded, for transformers' own code."""
         try:
             return super().__getattr__(name)  # type: ignore[misc] # that of torch.nn.Module
         except AttributeError:
@@ -40,7 +40,7 @@ class VirtualSubclass:
         return found.__get__(self, kind) if hasattr(found, "__get__") else found
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Nothing: what transformers does to its own subclasses is not for those here."""
+        """Leave out what transformers does to its own subclasses."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The pickler's own way refuses objects whose type is not their __class__.

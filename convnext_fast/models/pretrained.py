@@ -33,7 +33,7 @@ class ConvNextPreTrainedModel(VirtualSubclass, ConvNextSwitches):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = ("ConvNextEmbeddings", "ConvNextStage", "ConvNextLayer", "Downsample")
-    # What transformers' own code asks of a class of models: here it is all empty.
+    # transformers' own code reads these of every class of models. Here they are empty.
     model_tags = _keys_to_ignore_on_save = None
     _keep_in_fp32_modules = _keep_in_fp32_modules_strict = frozenset()
     all_tied_weights_keys: ClassVar[dict[str, str]] = {}
