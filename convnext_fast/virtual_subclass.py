@@ -28,7 +28,7 @@ class VirtualSubclass:
     __class__ = property(_seen_class, _set_class)  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
-        """Look up what an object lacks in the class of transformers, where that is loaded, for transformers' own code."""
+        """What an object lacks is taken from the class of transformers, where that is loaded, for its own code."""
         try:
             return super().__getattr__(name)  # type: ignore[misc] # that of torch.nn.Module
         except AttributeError:

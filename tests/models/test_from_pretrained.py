@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,3 +184,42 @@ def test_a_model_from_its_configuration():
     for made in (ConvNextBackbone._from_config(config), ConvNextBackbone._from_config(config, dtype="bfloat16")):
         assert made.dtype == made.config.dtype
     assert config.dtype == torch.float16
+
+
+def test_upload(monkeypatch):
+    seen = []
+
+    class Api:
+        def __init__(self, **options):
+            seen.append(options)
+
+        def create_repo(self, repo_id, **options):
+            return type("Url", (), {"repo_id": f"me/{repo_id}"})
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            seen.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir()), options["commit_message"]))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    our_model().push_to_hub("name", token="t", commit_message="first", variant="fp16")
+    convnext_fast.ConvNextImageProcessor().push_to_hub("name")
+    assert seen[:2] == [{"token": "t"}, ("me/name", ["config.json", "model.fp16.safetensors"], "first")]
+    assert seen[3] == ("me/name", ["preprocessor_config.json"], None)
+
+
+def test_members_that_callers_read(tmp_path):
+    theirs = their_model().double()
+    theirs.save_pretrained(tmp_path)
+    ours = ConvNextForImageClassification.from_pretrained(tmp_path)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for library, model in ((transformers, theirs), (convnext_fast, ours)):
+        assert type(model.base_model) is library.ConvNextModel
+        assert model.base_model.base_model is model.base_model
+        assert len(model(x, output_attentions=True, output_hidden_states=True).hidden_states) == 3
+        assert (model.config.num_hidden_layers, model.can_generate()) == (2, False)
+        assert model(x, output_attentions=False).logits.shape == (2, 3)
+    chosen = ours(x, output_hidden_states=[0, -1]).hidden_states  # transformers since 5.24, too
+    assert [state is None for state in chosen] == [False, True, False]
+    assert ours.get_memory_footprint() == theirs.get_memory_footprint() == sum(p.nbytes for p in ours.parameters())
+    assert ours.device == theirs.device
+    assert isinstance(ours, transformers.PreTrainedModel)
+    assert isinstance(ours(x), transformers.utils.ModelOutput)
