@@ -7,6 +7,10 @@ from .models.convnext import ConvNext
 from .models.graphed import graphed
 from .models.huggingface import ConvNextBackbone, ConvNextForImageClassification, ConvNextModel
 from .models.huggingface_v2 import ConvNextV2Backbone, ConvNextV2ForImageClassification, ConvNextV2Model
+from .triton_import import install
+
+install()
+del install
 
 __version__ = "0.1.0"
 

@@ -19,7 +19,10 @@ MAY_IMPORT = {
     "cli": {"training", "fusion", "models", "ops", "backends", "kernels", "checkpoints", "images"},
 }
 """What each folder may import besides itself and the files of the package's first level."""
-FIRST_LEVEL = {"config", "config_base", "config_checks", "files", "hub", "virtual_subclass", "console", "measuring"}
+FIRST_LEVEL = {
+    *("config", "config_base", "config_checks", "files", "hub", "virtual_subclass", "console", "measuring"),
+    "triton_import",
+}
 """Files that may import only one another."""
 
 
