@@ -37,8 +37,8 @@ def load_checkpoint(
 
     Args:
         source: folder or hub id with weights and, unless ``config`` is given, a ``config.json`` (of transformers, timm
-            or `save_model`); or file (.safetensors, .bin, .pth, .pt, or the index of shards), whose configuration is
-            inferred from the shapes. None if ``state_dict`` is given.
+            or `save_model`); or file (.safetensors, .bin, .pth, .pt, .h5, or the index of shards), whose configuration
+            is inferred from the shapes. None if ``state_dict`` is given.
         use_ema: take the averaged weights out of a training checkpoint.
         config: to be used instead of the checkpoint's; transformers' own, or where it is stored, will do.
         loading: where to look.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..files import find_file, local_path, read_json
 from ..hub import ANYWHERE, Loading
+from .tensorflow import MODEL_H5, from_tensorflow, pytorch_name, read_h5
 
 # In the order of preference that transformers has.
 _WEIGHT_FILES = (
@@ -25,8 +26,10 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "model.pth",
+    MODEL_H5,
+    f"{MODEL_H5}.index.json",
 )
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".h5")
 MOST_TENSORS = 1 << 16
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
 
@@ -78,7 +81,7 @@ def _read_shards(source: str | Path, index: Path, loading: Loading = ANYWHERE) -
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{index} names the shard {name}, which is missing: {error}") from error
         shard = _read_file(file)
-        absent = [key for key in keys if key not in shard]
+        absent = [key for key in keys if pytorch_name(key) not in shard]
         if absent:
             raise ValueError(f"{index} places {', '.join(absent[:5])} in {name}, which does not hold them")
         tensors.update(shard)
@@ -86,10 +89,13 @@ def _read_shards(source: str | Path, index: Path, loading: Loading = ANYWHERE) -
 
 
 def _read_file(path: Path) -> dict[str, Any]:
+    if path.suffix == ".h5":
+        return from_tensorflow(read_h5(path))
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not a mapping)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not a mapping)
+            return from_tensorflow(tensors)
         except (MemoryError, FileNotFoundError):
             raise
         except Exception as error:  # dtypes that PyTorch lacks raise as they please

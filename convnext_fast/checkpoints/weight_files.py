@@ -66,9 +66,9 @@ class WeightFiles(NamedTuple):
         return with_variant(f"{'model.safetensors' if safe else 'pytorch_model.bin'}.index.json", self.variant)
 
 
-def safetensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
-    """A writer of a .safetensors file, for `write_files`."""
-    return lambda path: save_file(_packed(tensors), path, metadata={"format": "pt"})
+def safetensors_writer(tensors: Mapping[str, Tensor], framework: str = "pt") -> Callable[[Path], None]:
+    """A writer of a .safetensors file, for `write_files`; transformers reads in it whose names these are."""
+    return lambda path: save_file(_packed(tensors), path, metadata={"format": framework})
 
 
 def pickle_writer(tensors: Mapping[str, Tensor], key: str | None) -> Callable[[Path], None]:

@@ -9,6 +9,7 @@ from ..checkpoints.formats import from_timm
 from ..checkpoints.load_save import load_checkpoint, write_folder
 from ..checkpoints.matching import fit
 from ..checkpoints.tensor_files import WEIGHT_SUFFIXES
+from ..checkpoints.tensorflow import h5_writer
 from ..checkpoints.weight_files import pickle_writer, safetensors_writer
 from ..files import local_path, write_files
 from ..models.convnext import ConvNext
@@ -17,9 +18,9 @@ from ..models.convnext import ConvNext
 def convert_checkpoint(source: str | Path, destination: str | Path, to: str, *, use_ema: bool = False) -> None:
     """Write the checkpoint ``source``, see `load_checkpoint`, to ``destination`` in the format ``to``.
 
-    ``destination``: a file, if it ends in .safetensors, .pth, .pt or .bin; it holds the tensors alone (under ``model``
-    in an official .pth). Otherwise a folder for ``config.json`` and ``model.safetensors``. A ValueError tells of
-    tensors that do not fit the configuration, or that ``to`` cannot hold.
+    ``destination``: a file, if it ends in .safetensors, .pth, .pt, .bin or, for transformers' TensorFlow models, .h5;
+    it holds the tensors alone (under ``model`` in an official .pth). Otherwise a folder for ``config.json`` and
+    ``model.safetensors``. A ValueError tells of tensors that do not fit the configuration, or that ``to`` cannot hold.
     """
     checkpoint = load_checkpoint(source, use_ema=use_ema)
     config, state = checkpoint.config, checkpoint.state_dict
@@ -35,9 +36,12 @@ def convert_checkpoint(source: str | Path, destination: str | Path, to: str, *, 
     path = local_path(destination)
     if path.suffix in WEIGHT_SUFFIXES:
         warn_of_losses(config, to, with_config=False)
+        if path.suffix == ".h5" and to != "transformers":
+            raise ValueError(f"{path} would hold the names of transformers' TensorFlow models: expected that format")
         nest = "model" if to == "official" else None
-        plain = path.suffix == ".safetensors"
-        write_files(path.parent, {path.name: safetensors_writer(tensors) if plain else pickle_writer(tensors, nest)})
+        writers = {".safetensors": safetensors_writer, ".h5": h5_writer}
+        writer = writers[path.suffix](tensors) if path.suffix in writers else pickle_writer(tensors, nest)
+        write_files(path.parent, {path.name: writer})
         return
     options = {"head_norm_first": checkpoint.head_norm_first, "global_pool": checkpoint.global_pool}
     write_folder(path, config, to, tensors, options)

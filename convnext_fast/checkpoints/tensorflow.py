@@ -1,0 +1,162 @@
+"""TensorFlow's checkpoints: ``tf_model.h5`` of transformers, its safetensors, and the files of keras.applications.
+
+TensorFlow keeps the kernel of a convolution as (height, width, in, out) and of a linear layer as (in, out), and calls
+LayerNorm's weight and bias gamma and beta. Readers give PyTorch's shapes, under transformers' names or, for
+keras.applications, the official repository's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..hub import how_to_install
+
+MODEL_H5 = "tf_model.h5"
+_NAME = re.compile(r"(?:.*/)?(convnext/(?:embeddings|encoder|layernorm)/.+|classifier/(?:kernel|bias)):0")
+_APPLICATION = re.compile(r"(?:.*/)?(?:convnext_\w+?_)?(\w+)/(kernel|bias|gamma|beta|[Vv]ariable\w*)(?::0)?")
+_LEAVES = {"kernel": "weight", "gamma": "weight", "beta": "bias"}
+# Layers of keras.applications after the model's name, and what the official repository calls them.
+_LAYERS = (
+    (r"stem_conv", "downsample_layers.0.0"),
+    (r"stem_layernorm", "downsample_layers.0.1"),
+    *((rf"downsampling_layernorm_{i - 1}", f"downsample_layers.{i}.0") for i in (1, 2, 3)),
+    *((rf"downsampling_conv_{i - 1}", f"downsample_layers.{i}.1") for i in (1, 2, 3)),
+    (r"stage_(\d+)_block_(\d+)_depthwise_conv", r"stages.\1.\2.dwconv"),
+    (r"stage_(\d+)_block_(\d+)_layernorm", r"stages.\1.\2.norm"),
+    (r"stage_(\d+)_block_(\d+)_pointwise_conv_([12])", r"stages.\1.\2.pwconv\3"),
+    (r"stage_(\d+)_block_(\d+)_layer_scale", r"stages.\1.\2.gamma"),
+    (r"head_layernorm|layer_normalization\w*", "norm"),
+    (r"head_dense", "head"),
+)
+_MOST_ATTRIBUTE_BYTES = 64_512  # HDF5's limit; Keras splits what is longer
+
+
+def pytorch_name(name: str) -> str:
+    """What PyTorch's model calls a tensor of a TensorFlow checkpoint; any other name as it is."""
+    found = _NAME.fullmatch(name)
+    if found is not None:
+        *layer, leaf = found[1].split("/")
+        return ".".join((*layer, _LEAVES.get(leaf, leaf)))
+    found = _APPLICATION.fullmatch(name)
+    for pattern, template in _LAYERS if found is not None else ():
+        match = re.fullmatch(pattern, found[1])
+        if match is not None:
+            layer = match.expand(template)
+            return layer if layer.endswith("gamma") else f"{layer}.{_LEAVES.get(found[2], found[2])}"
+    return name
+
+
+def from_tensorflow(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a TensorFlow checkpoint under PyTorch's names and in its shapes; others as they are."""
+    state = {}
+    for name, tensor in tensors.items():
+        key = pytorch_name(name)
+        is_kernel = key != name and re.fullmatch(r".*/kernel(:0)?", name)
+        state[key] = pytorch_layout(tensor).contiguous() if is_kernel else tensor
+    return state
+
+
+def to_tensorflow(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `from_tensorflow` for a state dict under transformers' names, with or without ``convnext.``."""
+    tensors = {}
+    for key, tensor in state.items():
+        layer, _, leaf = key.rpartition(".")
+        if leaf == "weight":
+            leaf = "kernel" if tensor.dim() > 1 else "gamma"
+        elif leaf == "bias" and state[f"{layer}.weight"].dim() == 1:
+            leaf = "beta"
+        # The dots before numbers stay: "encoder/stages.0/layers.0/dwconv".
+        path = re.sub(r"\.(?!\d)", "/", key if key.startswith(("convnext.", "classifier.")) else f"convnext.{key}")
+        tensors[f"{path.rpartition('/')[0]}/{leaf}:0"] = tensorflow_layout(tensor)
+    return tensors
+
+
+def pytorch_layout(kernel: Tensor) -> Tensor:
+    """A view of TensorFlow's kernel, (h, w, in, out) or (in, out), as (out, in, h, w) or (out, in)."""
+    return kernel.permute(3, 2, 0, 1) if kernel.dim() == 4 else kernel.t() if kernel.dim() == 2 else kernel
+
+
+def tensorflow_layout(weight: Tensor) -> Tensor:
+    """The inverse of `pytorch_layout`; vectors as they are."""
+    return weight.permute(2, 3, 1, 0) if weight.dim() == 4 else weight.t() if weight.dim() == 2 else weight
+
+
+def read_h5(path: Path) -> dict[str, Tensor]:
+    """Every tensor in an HDF5 file by its path there.
+
+    Each must lie in this file as it is: neither elsewhere nor compressed, so that a small file cannot stand for a large
+    amount of memory. A ValueError tells what is wrong with the file, an ImportError that h5py is missing.
+    """
+    h5py = _h5py()
+    tensors: dict[str, Tensor] = {}
+
+    def visit(group: Any, prefix: str) -> None:
+        for key in group:
+            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+                raise ValueError(f"{prefix}{key} is a link to another place")
+            item = group[key]
+            if not isinstance(item, h5py.Dataset):
+                visit(item, f"{prefix}{key}/")
+                continue
+            if item.external or item.is_virtual or item.id.get_storage_size() != item.nbytes or item.dtype.kind != "f":
+                raise ValueError(f"{prefix}{key} is not a plain array of floats: {item}")
+            tensors[prefix + key] = torch.from_numpy(item[()].reshape(item.shape))
+
+    try:
+        with h5py.File(path, "r") as file:
+            visit(file, "")
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{path} is not a Keras checkpoint, or is truncated or damaged: {error}") from error
+    return tensors
+
+
+def h5_writer(state: Mapping[str, Tensor]) -> Callable[[Path], None]:
+    """A writer of a ``tf_model.h5`` of a state dict under transformers' names, for `write_files`."""
+    if any(".grn." in name for name in state):
+        raise ValueError("a ConvNeXt V2 is not written as h5: expected safetensors")
+    h5py, tensors = _h5py(), to_tensorflow(state)
+    if any(tensor.dtype not in (torch.float16, torch.float32, torch.float64) for tensor in tensors.values()):
+        raise ValueError("HDF5 has no bfloat16: expected tensors of float32, or safetensors")
+    layers = dict.fromkeys(name.partition("/")[0] for name in tensors)
+    model = "tf_conv_next_for_image_classification" if "classifier" in layers else "tf_conv_next_model"
+
+    def write(path: Path) -> None:
+        with h5py.File(path, "w") as file:
+            file.attrs["backend"], file.attrs["keras_version"] = "tensorflow", "2.15.0"
+            _set_names(file, "layer_names", list(layers))
+            file.create_group("top_level_model_weights").attrs["weight_names"] = []
+            for layer in layers:
+                group = file.create_group(layer)
+                own = {f"{model}/{n}": t for n, t in tensors.items() if n.partition("/")[0] == layer}
+                _set_names(group, "weight_names", list(own))
+                for name, tensor in own.items():
+                    group.create_dataset(name, data=tensor.detach().cpu().numpy())
+
+    return write
+
+
+def _set_names(group: Any, attribute: str, names: list[str]) -> None:
+    """As Keras: fixed-length strings, in several attributes where one would be too long."""
+    width = max(map(len, names))
+    count = _MOST_ATTRIBUTE_BYTES // width
+    if len(names) <= count:
+        group.attrs[attribute] = [name.encode() for name in names]
+    else:
+        for i in range(0, len(names), count):
+            group.attrs[f"{attribute}{i // count}"] = [name.encode() for name in names[i : i + count]]
+
+
+def _h5py() -> Any:
+    try:
+        import h5py
+    except ImportError:
+        raise ImportError(f"files of Keras (.h5) need h5py: {how_to_install('keras')}") from None
+    return h5py
