@@ -1,5 +1,7 @@
 """convnext_fast: a drop-in ConvNeXt whose blocks run on fused Triton kernels."""
 
+from typing import TYPE_CHECKING, Any
+
 from .config import VARIANTS, ConvNextConfig, ConvNextV2Config
 from .fusion.apply import FuseReport, fuse, unfuse
 from .images.processor import ConvNextFeatureExtractor, ConvNextImageProcessor
@@ -11,6 +13,10 @@ from .triton_import import install
 
 install()
 del install
+
+if TYPE_CHECKING:
+    from .keras import TFConvNextForImageClassification as TFConvNextForImageClassification
+    from .keras import TFConvNextModel as TFConvNextModel
 
 __version__ = "0.1.0"
 
@@ -33,3 +39,12 @@ __all__ = [
     "graphed",
     "unfuse",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The Keras models, which import Keras, only when they are asked for; see ``keras/README.md``."""
+    if name in ("TFConvNextForImageClassification", "TFConvNextModel"):
+        from . import keras
+
+        return getattr(keras, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

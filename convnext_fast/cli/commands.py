@@ -149,7 +149,9 @@ def classify(arguments: argparse.Namespace) -> int:
 def _add_convert(commands: Any) -> None:
     command = new_command(commands, convert, "rewrite a checkpoint under another library's names", device=False)
     command.add_argument("source", metavar="IN", help=SOURCE)
-    command.add_argument("destination", metavar="OUT", help="folder, or file ending in .safetensors, .pth, .pt, .bin or .h5")
+    command.add_argument(
+        "destination", metavar="OUT", help="folder, or file ending in .safetensors, .pth, .pt, .bin or .h5"
+    )
     command.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
     command.add_argument("--ema", action="store_true", help="take the averaged weights of a training checkpoint")
 

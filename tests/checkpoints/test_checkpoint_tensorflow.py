@@ -118,7 +118,9 @@ def test_weights_of_keras_applications(tmp_path):
     model = model_of(ConvNext)
     layers = {"stem.0": "stem_conv", "stem.1": "stem_layernorm", "head.norm": "head_layernorm", "head.fc": "head_dense"}
     for i, stage in enumerate(model.stages):
-        layers |= {f"stages.{i}.downsample.{k}": f"downsampling_{n}_{i - 1}" for k, n in ((0, "layernorm"), (1, "conv"))}
+        layers |= {
+            f"stages.{i}.downsample.{k}": f"downsampling_{n}_{i - 1}" for k, n in ((0, "layernorm"), (1, "conv"))
+        }
         for j in range(len(stage.blocks)):
             names = {"conv_dw": "depthwise_conv", "norm": "layernorm", "mlp.fc1": "pointwise_conv_1"}
             names |= {"mlp.fc2": "pointwise_conv_2", "gamma": "layer_scale"}

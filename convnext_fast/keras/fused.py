@@ -1,0 +1,62 @@
+"""Keras's layers by the fused ops, where Keras runs on PyTorch.
+
+Keras keeps a kernel in TensorFlow's shape. Here its memory is in PyTorch's order (see `layers.initial`), so that the ops
+get views that are contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from ..ops import functions
+
+ON_TORCH = keras.backend.backend() == "torch"
+DWCONV, CONV, DENSE = (2, 3, 0, 1), (3, 2, 0, 1), (1, 0)
+"""The axes of Keras's kernels, (h, w, C, 1), (h, w, in, out) and (in, out), in PyTorch's order."""
+
+
+def order_of(layer: Any) -> tuple[int, ...]:
+    """The axes of the kernel of a layer in PyTorch's order."""
+    depthwise, dense = isinstance(layer, keras.layers.DepthwiseConv2D), isinstance(layer, keras.layers.Dense)
+    return DWCONV if depthwise else DENSE if dense else CONV
+
+
+def serves(*layers: Any) -> bool:
+    """Whether the ops compute what these layers do: on PyTorch, without LoRA and quantised weights."""
+    return ON_TORCH and not any(
+        getattr(layer, "lora_enabled", False) or layer.quantization_mode is not None for layer in layers
+    )
+
+
+def block(layer: Any, x: Any, drop_scale: Any) -> Any:
+    """A `layers.ConvNextLayer`, (N, H, W, C) to the same; ``drop_scale``: (N,) or None."""
+    dwconv, norm, fc1, fc2, gamma = layer.dwconv, layer.layernorm, layer.pwconv1, layer.pwconv2, layer.gamma
+    return functions.convnext_block(
+        x,
+        dwconv.kernel.value.permute(DWCONV),
+        *_values(dwconv.bias, norm.gamma, norm.beta),
+        *(fc1.kernel.value.permute(DENSE), fc1.bias.value),
+        *(fc2.kernel.value.permute(DENSE), fc2.bias.value),
+        None if gamma is None else gamma.value,
+        drop_scale,
+        eps=norm.epsilon,
+        act=layer.act,
+    )
+
+
+def stem(conv: Any, norm: Any, image: Any) -> Any:
+    """Convolution, then LayerNorm: (N, C, H, W) to (N, H', W', C')."""
+    weights = conv.kernel.value.permute(CONV), *_values(conv.bias, norm.gamma, norm.beta)
+    return functions.patchify_stem(image, *weights, eps=norm.epsilon)
+
+
+def downsample(norm: Any, conv: Any, x: Any) -> Any:
+    """LayerNorm, then convolution: (N, H, W, C) to (N, H', W', C')."""
+    weights = *_values(norm.gamma, norm.beta), conv.kernel.value.permute(CONV), conv.bias.value
+    return functions.downsample(x, *weights, eps=norm.epsilon)
+
+
+def _values(*variables: Any) -> list[Any]:
+    return [variable.value for variable in variables]

@@ -1,0 +1,130 @@
+"""Checkpoints of the Keras models: loaded from every format, saved as transformers 4 does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoints.config_json import config_fields, warn_of_losses
+from ..checkpoints.load_save import load_checkpoint, sorted_options, stale_weights
+from ..checkpoints.matching import fit
+from ..checkpoints.tensor_files import SAFETENSORS, safetensors_writer
+from ..checkpoints.tensorflow import MODEL_H5, h5_writer, to_tensorflow
+from ..config import ConvNextConfig
+from ..files import json_writer, local_path, write_files
+from .fused import order_of
+
+
+def load(
+    cls: type,
+    source: str | Path,
+    *,
+    config: ConvNextConfig | None = None,
+    num_labels: int | None = None,
+    ignore_mismatched_sizes: bool = False,
+    use_ema: bool = False,
+    from_pt: bool = False,
+    **options: Any,
+) -> Any:
+    """A model of class ``cls`` with the weights of a checkpoint; arguments and errors as of `load_save.load_model`.
+
+    Args:
+        cls: one of the TFConvNext classes.
+        source: folder, file or hub id: transformers' of TensorFlow (h5, safetensors, in parts) and PyTorch, timm's,
+            torchvision's, the official repository's, or an .h5 file of keras.applications.
+        from_pt: has no effect: the format is recognised.
+        **options: arguments of ``cls``, such as ``dtype``, a policy of Keras; and fields of `ConvNextConfig`.
+    """
+    model_options, fields = sorted_options(cls, options)
+    checkpoint = load_checkpoint(source, use_ema=use_ema, config=config)
+    config = checkpoint.config
+    if num_labels is not None and (num_labels != config.num_labels or "id2label" in fields):
+        fields = {"num_labels": num_labels} | fields
+    model = cls(config.amended(**fields) if fields else config, **model_options)
+    named = list(_named(model))
+    shapes = {name: torch.empty([v.shape[i] for i in order], device="meta") for name, order, v in named}
+    # What `fit` asks of a model; PyTorch's own `state_dict` of a Keras model has other names.
+    skeleton = type(cls.__name__, (SimpleNamespace,), {})(
+        checkpoint_format="transformers", config=model.config, state_dict=lambda: shapes
+    )
+    state, _ = fit(skeleton, checkpoint, str(source), ignore_mismatched_sizes=ignore_mismatched_sizes)
+    for name, order, variable in named:
+        if state[name] is not None:
+            variable.assign(state[name].float().permute(*np.argsort(order)).numpy())
+    return model
+
+
+def save(model: Any, directory: str | Path, *, safe_serialization: bool = False, saved_model: bool = False) -> None:
+    """Write ``config.json`` and the weights into a folder, each file atomically.
+
+    Args:
+        model: a TFConvNext model.
+        directory: made if it is missing; weights of an earlier save there are removed.
+        safe_serialization: write ``model.safetensors`` instead of ``tf_model.h5``, with TensorFlow's names.
+        saved_model: also write a program for TensorFlow as ``saved_model/1`` (TensorFlow and JAX backends).
+
+    Raises:
+        ValueError: the model is quantised, or h5 cannot hold its dtype.
+        ImportError: h5py is missing.
+    """
+    state = state_of(model)
+    warn_of_losses(model.config, "transformers", with_config=True)
+    writers = (
+        {SAFETENSORS: safetensors_writer(to_tensorflow(state), "tf")}
+        if safe_serialization
+        else {MODEL_H5: h5_writer(state)}
+    )
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    writers["config.json"] = json_writer(config_fields(model.config, "transformers", state, dtype, {}))
+    folder = local_path(directory)
+    write_files(folder, writers, stale_weights(folder, writers))
+    if saved_model:
+        model.export(str(folder / "saved_model" / "1"))
+
+
+def state_of(model: Any) -> dict[str, Tensor]:
+    """The weights as a state dict of the PyTorch model, on the CPU; of layers with LoRA, what they compute with."""
+    return {name: _value(variable).permute(order).contiguous() for name, order, variable in _named(model)}
+
+
+def _named(model: Any) -> Iterator[tuple[str, tuple[int, ...], Any]]:
+    """(name in transformers' PyTorch model, the axes in PyTorch's order, variable) of each weight."""
+    main = model.convnext
+    prefix = "" if getattr(model, "classifier", model) is model else "convnext."
+    layers = {
+        f"{prefix}embeddings.{name}": getattr(main.embeddings, name) for name in ("patch_embeddings", "layernorm")
+    }
+    for i, stage in enumerate(main.encoder.stages):
+        at = f"{prefix}encoder.stages.{i}"
+        layers |= {f"{at}.downsampling_layer.{k}": layer for k, layer in enumerate(stage.downsampling_layer)}
+        for j, block in enumerate(stage.layers):
+            for name in ("dwconv", "layernorm", "pwconv1", "pwconv2"):
+                layers[f"{at}.layers.{j}.{name}"] = getattr(block, name)
+            if block.gamma is not None:
+                yield f"{at}.layers.{j}.layer_scale_parameter", (0,), block.gamma
+    layers |= {} if main.layernorm is None else {f"{prefix}layernorm": main.layernorm}
+    layers |= {"classifier": model.classifier} if prefix and model.classifier is not None else {}
+    for name, layer in layers.items():
+        if layer.quantization_mode is not None:
+            raise ValueError(f"{name} is quantised ({layer.quantization_mode}): expected a model with plain weights")
+        if isinstance(layer, keras.layers.LayerNormalization):
+            yield f"{name}.weight", (0,), layer.gamma
+            yield f"{name}.bias", (0,), layer.beta
+        else:
+            yield f"{name}.weight", order_of(layer), layer.kernel
+            yield f"{name}.bias", (0,), layer.bias
+
+
+def _value(variable: Any) -> Tensor:
+    """On the CPU, in the variable's dtype and Keras's shape."""
+    array = keras.ops.convert_to_numpy(variable)
+    if array.dtype.name == "bfloat16":  # which NumPy and PyTorch do not exchange
+        return torch.from_numpy(array.astype("float32")).bfloat16()
+    return torch.from_numpy(array)
