@@ -1,7 +1,7 @@
 """Keras's layers by the fused ops, where Keras runs on PyTorch.
 
-Keras keeps a kernel in TensorFlow's shape. Here its memory is in PyTorch's order (see `layers.initial`), so that the ops
-get views that are contiguous.
+Keras keeps a kernel in TensorFlow's shape. Here its memory is in PyTorch's order (see `layers.initial`), so that the
+ops get contiguous views.
 """
 
 from __future__ import annotations

@@ -98,9 +98,8 @@ def _named(model: Any) -> Iterator[tuple[str, tuple[int, ...], Any]]:
     """(name in transformers' PyTorch model, the axes in PyTorch's order, variable) of each weight."""
     main = model.convnext
     prefix = "" if getattr(model, "classifier", model) is model else "convnext."
-    layers = {
-        f"{prefix}embeddings.{name}": getattr(main.embeddings, name) for name in ("patch_embeddings", "layernorm")
-    }
+    layers = {f"{prefix}embeddings.patch_embeddings": main.embeddings.patch_embeddings}
+    layers[f"{prefix}embeddings.layernorm"] = main.embeddings.layernorm
     for i, stage in enumerate(main.encoder.stages):
         at = f"{prefix}encoder.stages.{i}"
         layers |= {f"{at}.downsampling_layer.{k}": layer for k, layer in enumerate(stage.downsampling_layer)}
