@@ -113,7 +113,7 @@ class TFConvNextPreTrainedModel(keras.Model):
         size = self.config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         image = keras.Input((self.config.num_channels, height, width), name="pixel_values", dtype="float32")
-        program = keras.Model({"pixel_values": image}, dict(self(image, return_dict=True)))
+        program = keras.Model(image, dict(self(image, return_dict=True)))
         program.export(filepath, format, **options)
 
     def num_parameters(self, only_trainable: bool = False) -> int:

@@ -19,7 +19,7 @@ from ..checkpoints.tensor_files import SAFETENSORS, safetensors_writer
 from ..checkpoints.tensorflow import MODEL_H5, h5_writer, to_tensorflow
 from ..config import ConvNextConfig
 from ..files import json_writer, local_path, write_files
-from .fused import order_of
+from .fused import ON_TORCH, order_of
 
 
 def load(
@@ -71,9 +71,11 @@ def save(model: Any, directory: str | Path, *, safe_serialization: bool = False,
         saved_model: also write a program for TensorFlow as ``saved_model/1`` (TensorFlow and JAX backends).
 
     Raises:
-        ValueError: the model is quantised, or h5 cannot hold its dtype.
+        ValueError: the model is quantised, h5 cannot hold its dtype, or PyTorch's backend is to write a SavedModel.
         ImportError: h5py is missing.
     """
+    if saved_model and ON_TORCH:
+        raise ValueError("saved_model: Keras writes a SavedModel on TensorFlow or JAX, not on PyTorch")
     state = state_of(model)
     warn_of_losses(model.config, "transformers", with_config=True)
     writers = (
@@ -123,7 +125,7 @@ def _named(model: Any) -> Iterator[tuple[str, tuple[int, ...], Any]]:
 
 def _value(variable: Any) -> Tensor:
     """On the CPU, in the variable's dtype and Keras's shape."""
-    array = keras.ops.convert_to_numpy(variable)
+    array = keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
     if array.dtype.name == "bfloat16":  # which NumPy and PyTorch do not exchange
         return torch.from_numpy(array.astype("float32")).bfloat16()
     return torch.from_numpy(array)
