@@ -13,6 +13,7 @@ PAGES = (
     README,
     "kernels/README.md",
     "bench/README.md",
+    "convnext_fast/keras/README.md",
     "convnext_fast/training/README.md",
     ".github/CONTRIBUTING.md",
 )

@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "checkpoints": set(),
     "images": set(),
     "models": {"ops", "backends", "kernels", "checkpoints", "images"},
+    "keras": {"models", "ops", "checkpoints"},
     "fusion": {"models", "ops", "backends", "kernels"},
     "training": {"models", "checkpoints", "images"},
     "cli": {"training", "fusion", "models", "ops", "backends", "kernels", "checkpoints", "images"},

@@ -53,11 +53,18 @@ def test_import_loads_no_heavy_modules():
     code = (
         "import sys, convnext_fast\n"
         "heavy = ['triton', 'llvmlite', 'transformers', 'huggingface_hub', 'rich', 'sklearn', 'torchvision']\n"
-        "heavy += ['torch._dynamo']\n"
+        "heavy += ['torch._dynamo', 'keras', 'tensorflow', 'jax', 'h5py']\n"
         "print([name for name in heavy if name in sys.modules])"
     )
     result = python(code, CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_keras_classes_say_what_they_need():
+    code = "import sys; sys.modules['keras'] = None\nimport convnext_fast\nconvnext_fast.TFConvNextModel"
+    result = python(code)
+    assert "ImportError: the TFConvNext classes need Keras: pip install -e '.[tensorflow]'" in result.stderr
+    assert "KERAS_BACKEND=torch or jax" in result.stderr
 
 
 def test_no_top_level_kernels():

@@ -16,7 +16,7 @@ from .fused import ON_TORCH
 from .layers import ConvNextMainLayer, dense
 from .losses import mean_of, sample_losses
 from .outputs import BaseModelOutput, ImageClassifierOutput
-from .weights import load, save
+from .weights import load_pretrained, save_pretrained
 
 _INPUTS = ("pixel_values", "labels")
 
@@ -96,14 +96,14 @@ class TFConvNextPreTrainedModel(keras.Model):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Any:
-        """A model with the weights of a folder, file or hub id; see `weights.load`."""
-        return load(cls, source, **options)
+        """A model with the weights of a folder, file or hub id; see `weights.load_pretrained`."""
+        return load_pretrained(cls, source, **options)
 
     def save_pretrained(
         self, directory: str | Path, safe_serialization: bool = False, saved_model: bool = False
     ) -> None:
-        """Write ``config.json`` and ``tf_model.h5``, which transformers 4 reads; see `weights.save`."""
-        save(self, directory, safe_serialization=safe_serialization, saved_model=saved_model)
+        """Write ``config.json`` and ``tf_model.h5``, which transformers 4 reads; see `weights.save_pretrained`."""
+        save_pretrained(self, directory, safe_serialization=safe_serialization, saved_model=saved_model)
 
     def export(self, filepath: str | Path, format: str = "tf_saved_model", **options: Any) -> None:
         """Write a program for images of ``config.image_size``, as `keras.Model.export` does.

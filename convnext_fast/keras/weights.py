@@ -22,7 +22,7 @@ from ..files import json_writer, local_path, write_files
 from .fused import ON_TORCH, order_of
 
 
-def load(
+def load_pretrained(
     cls: type,
     source: str | Path,
     *,
@@ -61,7 +61,9 @@ def load(
     return model
 
 
-def save(model: Any, directory: str | Path, *, safe_serialization: bool = False, saved_model: bool = False) -> None:
+def save_pretrained(
+    model: Any, directory: str | Path, *, safe_serialization: bool = False, saved_model: bool = False
+) -> None:
     """Write ``config.json`` and the weights into a folder, each file atomically.
 
     Args:

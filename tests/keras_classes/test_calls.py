@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -15,6 +18,7 @@ from convnext_fast.images.batch_feature import BatchFeature
 from convnext_fast.models.outputs import ImageClassifierOutput
 
 LABELS = np.array([0, 4, 2])
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +139,10 @@ def test_number_of_parameters(model):
     model.classifier.trainable = False
     assert model.num_parameters() - model.num_parameters(only_trainable=True) == 16 * 5 + 5
     model.classifier.trainable = True
+
+
+def test_a_missing_backend_is_named():
+    code = f"import sys; sys.modules['{BACKEND}'] = None\nimport convnext_fast; convnext_fast.TFConvNextModel"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert f"ImportError: the TFConvNext classes need Keras's backend {BACKEND}" in result.stderr
+    assert "KERAS_BACKEND=torch or jax" in result.stderr
