@@ -56,8 +56,10 @@ def load_pretrained(
     )
     state, _ = fit(skeleton, checkpoint, str(source), ignore_mismatched_sizes=ignore_mismatched_sizes)
     for name, order, variable in named:
-        if state[name] is not None:
-            variable.assign(state[name].float().permute(*np.argsort(order)).numpy())
+        value = state[name]
+        if value is not None:
+            value = value.float() if value.dtype == torch.bfloat16 else value  # which NumPy has not
+            variable.assign(value.permute(*np.argsort(order)).numpy())
     return model
 
 

@@ -146,3 +146,30 @@ def test_a_missing_backend_is_named():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert f"ImportError: the TFConvNext classes need Keras's backend {BACKEND}" in result.stderr
     assert "KERAS_BACKEND=torch or jax" in result.stderr
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the examples are TensorFlow's")
+def test_examples_of_the_page(tmp_path):
+    """As transformers' page has them, from folders instead of the hub."""
+    import PIL.Image
+    import tensorflow as tf
+
+    from convnext_fast import ConvNextImageProcessor
+
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    ConvNextImageProcessor(size=32).save_pretrained(tmp_path)
+    TFConvNextForImageClassification(config_of()).save_pretrained(tmp_path)
+
+    image_processor = ConvNextImageProcessor.from_pretrained(tmp_path)
+    model = TFConvNextModel.from_pretrained(tmp_path)
+    inputs = image_processor(images=image, return_tensors="tf")
+    outputs = model(**inputs)
+    last_hidden_states = outputs.last_hidden_state
+    assert last_hidden_states.shape == (1, 16, 4, 4)
+
+    model = TFConvNextForImageClassification.from_pretrained(tmp_path)
+    inputs = image_processor(images=image, return_tensors="tf")
+    outputs = model(**inputs)
+    logits = outputs.logits
+    predicted_class_idx = tf.math.argmax(logits, axis=-1)[0]
+    assert model.config.id2label[int(predicted_class_idx)].startswith("LABEL_")

@@ -60,6 +60,13 @@ def test_a_step_of_training_is_pytorchs(data, options, tmp_path):
         assert result[name] == (array(keras_model(X).logits).argmax(1) == LABELS).mean()
 
 
+def test_a_loss_of_the_user(tmp_path):
+    _, model = twins(tmp_path)
+    model.compile(optimizer="sgd", loss=lambda labels, logits: keras.ops.sum(logits, axis=1))
+    expected = array(model(X).logits).sum(1).mean()
+    assert model.evaluate(X, LABELS, verbose=0) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
 def test_weights_of_samples(tmp_path):
     model, keras_model = twins(tmp_path)
     weight = np.array([1.0, 0.0, 2.0, 0.5], "float32")
