@@ -72,11 +72,12 @@ def test_saved_model_and_tflite(tmp_path):
     assert np.allclose(found["logits"], expected, rtol=1e-4, atol=1e-5)
     if not ON_TENSORFLOW:
         return
-    batches = [None, 3]
-    for batch in batches:
-        shape = tf.TensorSpec((batch, 3, 32, 32), tf.float32)
-        function = tf.function(lambda pixel_values: {"logits": model(pixel_values).logits}).get_concrete_function(shape)
-        converter = tf.lite.TFLiteConverter.from_concrete_functions([function], model)
+    shape = tf.TensorSpec(X.shape, tf.float32)
+    static = tf.function(lambda pixel_values: {"logits": model(pixel_values).logits}).get_concrete_function(shape)
+    for converter in (
+        tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "saved" / "saved_model" / "1")),
+        tf.lite.TFLiteConverter.from_concrete_functions([static]),
+    ):
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
         lite = tf.lite.Interpreter(model_content=converter.convert())
         lite.resize_tensor_input(lite.get_input_details()[0]["index"], X.shape)
