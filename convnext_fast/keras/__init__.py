@@ -2,7 +2,7 @@
 
 import os
 
-from ..files import how_to_install
+from ..hub import how_to_install
 
 try:
     import keras

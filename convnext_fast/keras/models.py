@@ -31,7 +31,7 @@ class TFConvNextPreTrainedModel(keras.Model):
 
     def __init__(self, config: ConvNextConfig, add_pooling_layer: bool, name: str | None, dtype: Any):
         super().__init__(name=name, dtype=dtype)
-        if not isinstance(config, ConvNextConfig):
+        if not isinstance(config, ConvNextConfig) or config.version != 1:
             raise TypeError(f"config is a {type(config).__name__}: expected a convnext_fast.ConvNextConfig")
         self.config = config
         self.add_pooling_layer = add_pooling_layer
@@ -51,7 +51,9 @@ class TFConvNextPreTrainedModel(keras.Model):
         if output_hidden_states is None:
             output_hidden_states = getattr(self.config, "output_hidden_states", False)
         hidden = tuple(map(_channels_first, states)) if output_hidden_states else None
-        return BaseModelOutput(_channels_first(states[-1]), pooled, hidden)
+        return BaseModelOutput(
+            last_hidden_state=_channels_first(states[-1]), pooler_output=pooled, hidden_states=hidden
+        )
 
     def _returned(self, output: Any, return_dict: bool | None) -> Any:
         if getattr(self.config, "return_dict", True) if return_dict is None else return_dict:
@@ -210,7 +212,8 @@ class TFConvNextForImageClassification(TFConvNextPreTrainedModel):
         base = self._run(pixel_values, output_hidden_states)
         logits = base.pooler_output if self.classifier is None else self.classifier(base.pooler_output)
         loss = None if labels is None else sample_losses(labels, logits, self.config.problem_type)[0]
-        return self._returned(ImageClassifierOutput(loss, logits, base.hidden_states), return_dict)
+        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=base.hidden_states)
+        return self._returned(output, return_dict)
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True

@@ -14,7 +14,7 @@ from ..models.outputs import BaseModelOutput, ImageClassifierOutput, ModelOutput
 
 def _register(cls: type[ModelOutput]) -> None:
     def flatten(output: ModelOutput) -> tuple[tuple[Any, ...], tuple[str, ...]]:
-        return output.to_tuple(), tuple(output.keys())
+        return tuple(output.values()), tuple(output.keys())
 
     def unflatten(keys: tuple[str, ...], values: Any) -> ModelOutput:
         return cls(**dict(zip(keys, values, strict=True)))

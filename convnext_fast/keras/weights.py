@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.config_json import config_fields, warn_of_losses
-from ..checkpoints.load_save import load_checkpoint, sorted_options, stale_weights
+from ..checkpoints.load_save import load_checkpoint
+from ..checkpoints.loading_options import sorted_options
 from ..checkpoints.matching import fit
-from ..checkpoints.tensor_files import SAFETENSORS, safetensors_writer
 from ..checkpoints.tensorflow import MODEL_H5, h5_writer, to_tensorflow
-from ..config import ConvNextConfig
+from ..checkpoints.weight_files import WeightFiles, safetensors_writer
 from ..files import json_writer, local_path, write_files
+from ..hub import split_loading
 from .fused import ON_TORCH, order_of
 
 
@@ -26,7 +27,7 @@ def load_pretrained(
     cls: type,
     source: str | Path,
     *,
-    config: ConvNextConfig | None = None,
+    config: Any = None,
     num_labels: int | None = None,
     ignore_mismatched_sizes: bool = False,
     use_ema: bool = False,
@@ -40,21 +41,23 @@ def load_pretrained(
         source: folder, file or hub id: transformers' of TensorFlow (h5, safetensors, in parts) and PyTorch, timm's,
             torchvision's, the official repository's, or an .h5 file of keras.applications.
         from_pt: has no effect: the format is recognised.
-        **options: arguments of ``cls``, such as ``dtype``, a policy of Keras; and fields of `ConvNextConfig`.
+        **options: arguments of ``cls``, such as ``dtype``, a policy of Keras; fields of `ConvNextConfig`; and those of
+            `hub.Loading`.
     """
-    model_options, fields = sorted_options(cls, options)
-    checkpoint = load_checkpoint(source, use_ema=use_ema, config=config)
-    config = checkpoint.config
+    loading, options = split_loading(options)
+    chosen = sorted_options(cls, options, None)
+    checkpoint = load_checkpoint(source, use_ema=use_ema, config=config, loading=loading)
+    config, fields = checkpoint.config, chosen.fields
     if num_labels is not None and (num_labels != config.num_labels or "id2label" in fields):
         fields = {"num_labels": num_labels} | fields
-    model = cls(config.amended(**fields) if fields else config, **model_options)
+    model = cls(config.amended(**fields) if fields else config, **chosen.model)
     named = list(_named(model))
     shapes = {name: torch.empty([v.shape[i] for i in order], device="meta") for name, order, v in named}
     # What `fit` asks of a model; PyTorch's own `state_dict` of a Keras model has other names.
     skeleton = type(cls.__name__, (SimpleNamespace,), {})(
         checkpoint_format="transformers", config=model.config, state_dict=lambda: shapes
     )
-    state, _ = fit(skeleton, checkpoint, str(source), ignore_mismatched_sizes=ignore_mismatched_sizes)
+    state = fit(skeleton, checkpoint, str(source), ignore_mismatched_sizes=ignore_mismatched_sizes).state
     for name, order, variable in named:
         value = state[name]
         if value is not None:
@@ -83,14 +86,15 @@ def save_pretrained(
     state = state_of(model)
     warn_of_losses(model.config, "transformers", with_config=True)
     writers = (
-        {SAFETENSORS: safetensors_writer(to_tensorflow(state), "tf")}
+        {"model.safetensors": safetensors_writer(to_tensorflow(state), "tf")}
         if safe_serialization
         else {MODEL_H5: h5_writer(state)}
     )
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     writers["config.json"] = json_writer(config_fields(model.config, "transformers", state, dtype, {}))
     folder = local_path(directory)
-    write_files(folder, writers, stale_weights(folder, writers))
+    stale = {MODEL_H5, *WeightFiles(safe_serialization=False).stale(folder, writers)} - writers.keys()
+    write_files(folder, writers, stale)
     if saved_model:
         model.export(str(folder / "saved_model" / "1"))
 
