@@ -109,6 +109,8 @@ def test_convert_writes_h5(tmp_path):
     assert same(ConvNext.from_pretrained(tmp_path / "tf_model.h5").state_dict(), model.state_dict())
     with pytest.raises(ValueError, match=r"tf_model\.h5 would hold the names of transformers"):
         convert_checkpoint(tmp_path / "timm", tmp_path / "tf_model.h5", "timm")
+    with pytest.raises(ValueError, match="V2 is not written as h5"):
+        h5_writer({"encoder.stages.0.layers.0.grn.weight": torch.ones(1, 1, 1, 8)})
     with pytest.raises(ValueError, match="bfloat16"):
         h5_writer(model_of(ConvNextModel).bfloat16().state_dict())
 

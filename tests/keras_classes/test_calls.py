@@ -13,7 +13,7 @@ import pytest
 import torch
 from keras_support import BACKEND, array, config_of, images
 
-from convnext_fast import TFConvNextForImageClassification, TFConvNextModel
+from convnext_fast import ConvNextV2Config, TFConvNextForImageClassification, TFConvNextModel
 from convnext_fast.images.batch_feature import BatchFeature
 from convnext_fast.models.outputs import ImageClassifierOutput
 
@@ -128,8 +128,9 @@ def test_bad_inputs_are_refused(model, inputs, kind, message):
 
 
 def test_bad_configuration_is_refused():
-    with pytest.raises(TypeError, match="config is a dict"):
-        TFConvNextModel({})
+    for config in ({}, ConvNextV2Config()):
+        with pytest.raises(TypeError, match=f"config is a {type(config).__name__}"):
+            TFConvNextModel(config)
     with pytest.raises(ValueError, match="hold labels: expected pixel_values"):
         TFConvNextModel(config_of())({"pixel_values": images(), "labels": LABELS})
 
