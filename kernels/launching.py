@@ -14,16 +14,16 @@ _NOTHING = contextlib.nullcontext()
 _ORDINARY = frozenset((*PLAIN, type(None), int, float))
 
 
-class _Listening(threading.local):
+class _LaunchHook(threading.local):
     """``listener``: this thread's hook, called with the compiled kernel, the grid and all parameters in order."""
 
     listener: Callable[[Any, tuple[int, ...], tuple], None] | None = None
 
 
-listening = _Listening()
+launch_hook = _LaunchHook()
 
 
-def traced(tensor: torch.Tensor) -> bool:
+def is_traced(tensor: torch.Tensor) -> bool:
     """Whether a compiler traces ``tensor``, such as a fake or functional tensor."""
     return type(tensor) not in PLAIN
 
@@ -37,16 +37,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """
     if 0 in grid:
         return
-    if not _ORDINARY.issuperset(map(type, args)) and any(isinstance(a, torch.Tensor) and traced(a) for a in args):
+    if not _ORDINARY.issuperset(map(type, args)) and any(isinstance(a, torch.Tensor) and is_traced(a) for a in args):
         torch.library.wrap_triton(kernel)[grid](*args, **meta)
         return
     # A kernel reads memory, where the numbers of a negative view have the other sign.
     args = tuple(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args)
     with current(args[0]):
         compiled = kernel[grid](*args, **meta)
-    if listening.listener is not None:
+    if launch_hook.listener is not None:
         constants = (meta.get(p.name, p.default) for p in kernel.params[len(args) :])
-        listening.listener(compiled, grid, (*args, *constants))
+        launch_hook.listener(compiled, grid, (*args, *constants))
 
 
 def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

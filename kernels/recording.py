@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
-from .launching import PLAIN, listening
+from .launching import PLAIN, launch_hook
 
 _ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default)
 _ALIGNMENT = 512  # bytes, as CUDA's allocator gives: no kernel asks for more
@@ -101,7 +101,7 @@ def tensors(args: tuple) -> list[Tensor]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Records what a call allocates and launches; ``faithful`` as long as the call does nothing else.
+    """Records what a call allocates and launches; ``recordable`` as long as the call does nothing else.
 
     Memory is numbered in order: the call's tensors, then each allocation. No tensor is kept alive, so an address may
     have been an earlier allocation's: it is the newest one's.
@@ -112,10 +112,10 @@ class _Recorder(TorchDispatchMode):
         self.spans: list[tuple[int, int]] = []
         self.starts: list[int] = []  # of the newest spans, in order, and their numbers
         self.numbers: list[int] = []
-        self.faithful = all(tensor.numel() for tensor in given)
+        self.recordable = all(tensor.numel() for tensor in given)
         for tensor in given:
             self.add(_span(tensor))
-        self.faithful &= len(self.starts) == len(given)  # they lie apart
+        self.recordable &= len(self.starts) == len(given)  # they lie apart
         self.allocations: dict[int, Allocation] = {}
         self.launches: list[Launch] = []
 
@@ -125,15 +125,15 @@ class _Recorder(TorchDispatchMode):
             self.allocations[len(self.spans)] = _allocation(out)
             self.add(_span(out))
         elif not func.is_view:
-            self.faithful = False
+            self.recordable = False
         return out
 
     def __enter__(self):
-        self.before, listening.listener = listening.listener, self.note
+        self.before, launch_hook.listener = launch_hook.listener, self.note
         return super().__enter__()
 
     def __exit__(self, *error):
-        listening.listener = self.before
+        launch_hook.listener = self.before
         return super().__exit__(*error)
 
     def note(self, kernel: Any, grid: tuple[int, ...], parameters: Iterable[Any]) -> None:
@@ -157,7 +157,7 @@ class _Recorder(TorchDispatchMode):
         number = self.numbers[at] if at >= 0 else -1
         if number >= 0 and address < self.spans[number][1]:
             return Place(number, address - self.spans[number][0])
-        self.faithful = False  # as with tensors that the call did not get and did not allocate
+        self.recordable = False  # as with tensors that the call did not get and did not allocate
         return Place(-1, address)
 
 
@@ -171,7 +171,7 @@ def record(function: Callable, args: tuple) -> tuple[Any, Plan | None]:
     if type(results) is not tuple:
         return outcome, None
     homes = [None if each is None else recorder.place(each.untyped_storage().data_ptr()).memory for each in results]
-    if not recorder.faithful or any(home is not None and home < len(given) for home in homes):
+    if not recorder.recordable or any(home is not None and home < len(given) for home in homes):
         return outcome, None
     return outcome, _plan(recorder, len(given), results, homes, single)
 

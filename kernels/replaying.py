@@ -20,7 +20,7 @@ from torch import Tensor
 from triton import knobs
 
 from . import native_plan
-from .launching import PLAIN, current, listening
+from .launching import PLAIN, current, launch_hook
 from .recording import Plan, leaves, record
 
 Function = TypeVar("Function", bound=Callable)
@@ -31,7 +31,7 @@ _RECORDING = threading.RLock()
 _VALUES = frozenset((type(None), int, float, str, bool, torch.dtype))
 
 
-def serves(tensor: Tensor) -> bool:
+def is_replayable(tensor: Tensor) -> bool:
     """Whether calls on ``tensor`` may be repeated: on NVIDIA, as AMD's kernels also depend on a storage's size."""
     return tensor.is_cuda and torch.version.hip is None and not torch._C._len_torch_dispatch_stack()
 
@@ -77,7 +77,7 @@ class Calls:
 
     def run(self, args: tuple) -> Any:
         """The results of any call."""
-        kind = kind_of(args) if serves(args[0]) else None
+        kind = kind_of(args) if is_replayable(args[0]) else None
         known = self.kinds.get(kind, "new") if kind is not None else None
         if isinstance(known, str):
             with _RECORDING:
@@ -119,14 +119,14 @@ class Calls:
 
 def description(args: tuple) -> Hashable | None:
     """As `kind_of`, from C where C is there; it tells no negative views apart."""
-    module = native_plan.library() if serves(next(arg for arg in leaves(args) if type(arg) in PLAIN)) else None
+    module = native_plan.library() if is_replayable(next(arg for arg in leaves(args) if type(arg) in PLAIN)) else None
     return kind_of(args) if module is None else module.key(args)
 
 
 def is_observed() -> bool:
     """Whether Triton's launch hooks, a profiler's, or a recording want to hear of each launch."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return listening.listener is not None or any(hook and getattr(hook, "calls", True) for hook in hooks)
+    return launch_hook.listener is not None or any(hook and getattr(hook, "calls", True) for hook in hooks)
 
 
 def kind_of(args: tuple) -> tuple[Hashable, ...] | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels import dwconv as kernels
 from ..kernels.integers import cdiv
-from ..kernels.launching import traced
+from ..kernels.launching import is_traced
 from ..kernels.replaying import replayed
 from ..kernels.statistics import stats_block
 
@@ -34,7 +34,7 @@ def dwconv_dgrad(du: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
 
 def _is_opaque(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a compiler traces a call on x that runs the form with explicit layouts."""
-    return dtype != torch.float32 and traced(x) and kernels.gluon_serves(x)
+    return dtype != torch.float32 and is_traced(x) and kernels.gluon_supports(x)
 
 
 _launch = replayed(kernels.dwconv)  # in a compiled model, our only call that still runs Python on the host

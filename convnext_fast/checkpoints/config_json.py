@@ -19,7 +19,7 @@ class SavedConfig(NamedTuple):
     """What a ``config.json`` says."""
 
     config: ConvNextConfig | None  # if it is complete; otherwise it is inferred from the tensors
-    amendments: dict[str, Any]  # fields that do not follow from the tensors, to replace the inferred ones
+    overrides: dict[str, Any]  # fields that do not follow from the tensors, to replace the inferred ones
     global_pool: str = "avg"  # of a timm model
 
 
@@ -72,7 +72,7 @@ def config_fields(
     return fields | _timm_fields(config, options) if format == "timm" else fields
 
 
-def warn_of_losses(config: ConvNextConfig, format: str, *, with_config: bool) -> None:
+def warn_of_lost_fields(config: ConvNextConfig, format: str, *, with_config: bool) -> None:
     """Warn where the code behind ``format`` computes with another activation or epsilon than the configuration's.
 
     Epsilons that differ by 1e-6 or less pass: logits then agree to float32's own accuracy.
@@ -97,7 +97,7 @@ def _timm_amendments(fields: Mapping[str, Any], arguments: Mapping[str, Any]) ->
     """What timm's configuration knows beyond the tensors' shapes."""
     pretrained = fields.get("pretrained_cfg")
     pretrained = pretrained if isinstance(pretrained, Mapping) else fields
-    amendments: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     stride, patch = arguments.get("output_stride", 32), arguments.get("patch_size", 4)
     if stride != 32:
         raise ValueError(f"the model was built with output_stride={stride}, which dilates: expected 32")
@@ -107,18 +107,18 @@ def _timm_amendments(fields: Mapping[str, Any], arguments: Mapping[str, Any]) ->
         )
     eps = arguments.get("norm_eps") or (1e-5 if fields["architecture"] == "convnext_xxlarge" else None)
     if eps is not None:
-        amendments |= {"norm_eps": eps, "layer_norm_eps": eps}
+        overrides |= {"norm_eps": eps, "layer_norm_eps": eps}
     if "act_layer" in arguments:
-        amendments["hidden_act"] = _TIMM_ACTIVATIONS.get(arguments["act_layer"], arguments["act_layer"])
+        overrides["hidden_act"] = _TIMM_ACTIVATIONS.get(arguments["act_layer"], arguments["act_layer"])
     size = pretrained.get("input_size")
     if isinstance(size, list) and len(size) == 3:
-        amendments["image_size"] = size[1] if size[1] == size[2] else size[1:]
+        overrides["image_size"] = size[1] if size[1] == size[2] else size[1:]
     names = fields.get("label_names", pretrained.get("label_names", pretrained.get("labels")))
     described = fields.get("label_descriptions", pretrained.get("label_descriptions"))
     if isinstance(names, list) and names:
         described = described if isinstance(described, Mapping) else {}
-        amendments["id2label"] = {i: str(described.get(name, name)) for i, name in enumerate(names)}
-    return amendments
+        overrides["id2label"] = {i: str(described.get(name, name)) for i, name in enumerate(names)}
+    return overrides
 
 
 def _timm_fields(config: ConvNextConfig, options: Mapping[str, Any]) -> dict[str, Any]:

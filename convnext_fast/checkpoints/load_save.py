@@ -13,10 +13,10 @@ from torch import Tensor
 from ..config import ConvNextConfig
 from ..files import json_writer, local_path, write_files
 from ..hub import ANYWHERE, Loading, split_loading
-from .config_json import SavedConfig, config_fields, read_config, warn_of_losses
+from .config_json import SavedConfig, config_fields, read_config, warn_of_lost_fields
 from .formats import from_sparse, from_timm, infer_config, recognise, to_timm
 from .loading_options import sorted_options, spread
-from .matching import Checkpoint, Loadable, fit
+from .matching import Checkpoint, Loadable, match_tensors
 from .tensor_files import WEIGHT_SUFFIXES, read_weights
 from .weight_files import DEFAULT_FILES, WeightFiles
 
@@ -33,7 +33,7 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Read the tensors and the configuration of a folder, a file or a Hugging Face hub id.
 
-    Tensors and configuration are not yet compared: `matching.fit` does that.
+    Tensors and configuration are not yet compared: `matching.match_tensors` does that.
 
     Args:
         source: folder or hub id with weights and, unless ``config`` is given, a ``config.json`` (of transformers, timm
@@ -64,9 +64,9 @@ def load_checkpoint(
         named, extra = to_timm(tensors, format)
         if saved.config is None:
             config = infer_config(named, format)
-            if len(saved.amendments.get("id2label", ())) != config.num_labels:
-                saved.amendments.pop("id2label", None)
-            config = config.amended(**saved.amendments)
+            if len(saved.overrides.get("id2label", ())) != config.num_labels:
+                saved.overrides.pop("id2label", None)
+            config = config.amended(**saved.overrides)
         else:
             config = saved.config
     except (TypeError, ValueError) as error:
@@ -143,7 +143,7 @@ def load_model(
         model_options = own | model_options
     model = cls(config, device="meta", dtype=chosen.dtype, **model_options)
     name = "state_dict" if source is None else str(source)
-    found = fit(model, checkpoint, name, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    found = match_tensors(model, checkpoint, name, ignore_mismatched_sizes=ignore_mismatched_sizes)
     dtype = config.dtype = chosen.dtype or _common_dtype(found.state.values())
     # Tensors of a mapped file are copied: they would change with the file, and are not aligned, which changes sums.
     filled = {
@@ -227,7 +227,7 @@ def write_folder(
     directory = local_path(directory)
     if directory.is_file():
         raise ValueError(f"directory {directory} is a file: expected a folder")
-    warn_of_losses(config, format, with_config=True)
+    warn_of_lost_fields(config, format, with_config=True)
     dtype = str(_common_dtype(tensors.values())).removeprefix("torch.")
     writers = files.writers(tensors, in_parts=format == "transformers")
     writers["config.json"] = json_writer(config_fields(config, format, tensors, dtype, options))

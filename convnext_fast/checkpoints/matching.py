@@ -64,7 +64,9 @@ class Fit(NamedTuple):
         return {**found, "mismatched_keys": mismatched, "error_msgs": []}
 
 
-def fit(model: Loadable, checkpoint: Checkpoint, source: str, *, ignore_mismatched_sizes: bool = False) -> Fit:
+def match_tensors(
+    model: Loadable, checkpoint: Checkpoint, source: str, *, ignore_mismatched_sizes: bool = False
+) -> Fit:
     """The checkpoint's tensors under the model's names.
 
     Only the names and shapes of ``model`` matter, so it may be on the meta device. ``source``: the checkpoint's, for

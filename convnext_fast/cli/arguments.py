@@ -106,7 +106,7 @@ def say(text: str) -> None:
     print(plain(text), flush=True)
 
 
-def complain(message: str, kind: str = "error") -> None:
+def print_error(message: str, kind: str = "error") -> None:
     """Print an error on standard error."""
     if sys.stderr is not None:  # closed: `print` would take standard output instead
         print(plain(f"{PROGRAM}: {kind}: {message}"), file=sys.stderr, flush=True)

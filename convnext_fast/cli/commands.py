@@ -33,10 +33,10 @@ from .arguments import (
     SOURCE,
     add_option,
     at_least,
-    complain,
     file_path,
     find_device,
     new_command,
+    print_error,
     say,
 )
 from .convert import convert_checkpoint
@@ -65,14 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError) as error:
-        complain(str(error))
+        print_error(str(error))
         return 1
     except (MemoryError, RuntimeError) as error:
         # What PyTorch says of the machine: no memory for a size, or a driver that fails.
-        complain(next(iter(str(error).splitlines()), "there is not enough memory"))
+        print_error(next(iter(str(error).splitlines()), "there is not enough memory"))
         return 1
     except KeyboardInterrupt:
-        complain("interrupted")
+        print_error("interrupted")
         return 130
 
 
@@ -124,17 +124,17 @@ def classify(arguments: argparse.Namespace) -> int:
     processor, own = load_processor(arguments.checkpoint, model.config)
     if not own:
         taken = f"size {processor.size['shortest_edge']}, mean {processor.image_mean}, std {processor.image_std}"
-        complain(f"{arguments.checkpoint} has no preprocessor_config.json; using {taken}", "note")
+        print_error(f"{arguments.checkpoint} has no preprocessor_config.json; using {taken}", "note")
     classifier = classifying.Classifier(model, processor)
     pictures = classifying.sources(arguments.images, None if sys.stdin is None else sys.stdin.buffer)
     failed = False
     for result in classifying.classify(classifier, pictures, top_k=arguments.top_k, batch_size=arguments.batch_size):
         if result.error is not None:
-            complain(f"{result.name or repr('')}: {result.error}")
+            print_error(f"{result.name or repr('')}: {result.error}")
             failed = True
             continue
         if not all(math.isfinite(prediction.score) for prediction in result.predictions):
-            complain(f"{result.name}: the model's scores are not all finite numbers", "warning")
+            print_error(f"{result.name}: the model's scores are not all finite numbers", "warning")
         if console is None:
             predictions = [prediction._asdict() for prediction in result.predictions]
             say(json_text({"image": result.name, "predictions": predictions}))

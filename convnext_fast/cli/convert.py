@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoints.config_json import warn_of_losses
+from ..checkpoints.config_json import warn_of_lost_fields
 from ..checkpoints.formats import from_timm
 from ..checkpoints.load_save import load_checkpoint, write_folder
-from ..checkpoints.matching import fit
+from ..checkpoints.matching import match_tensors
 from ..checkpoints.tensor_files import WEIGHT_SUFFIXES
 from ..checkpoints.tensorflow import h5_writer
 from ..checkpoints.weight_files import pickle_writer, safetensors_writer
@@ -31,11 +31,11 @@ def convert_checkpoint(source: str | Path, destination: str | Path, to: str, *, 
         features_only=not layers & {"head.fc", "head.norm", "norm_pre"},
         device="meta",
     )
-    fit(skeleton, checkpoint, str(source))
+    match_tensors(skeleton, checkpoint, str(source))
     tensors = from_timm(state, to, checkpoint.extra, checkpoint.global_pool)
     path = local_path(destination)
     if path.suffix in WEIGHT_SUFFIXES:
-        warn_of_losses(config, to, with_config=False)
+        warn_of_lost_fields(config, to, with_config=False)
         if path.suffix == ".h5" and to != "transformers":
             raise ValueError(f"{path} would hold the names of transformers' TensorFlow models: expected that format")
         nest = "model" if to == "official" else None

@@ -23,10 +23,10 @@ from .arguments import (
     add_option,
     at_least,
     between,
-    complain,
     file_path,
     find_device,
     new_command,
+    print_error,
     say,
 )
 
@@ -107,7 +107,7 @@ def train(arguments: argparse.Namespace) -> int:
         checkpoint = find_checkpoint(arguments.output)
         if checkpoint is None:
             raise
-        complain(f"interrupted; the same command with --resume continues from {checkpoint}")
+        print_error(f"interrupted; the same command with --resume continues from {checkpoint}")
         return 130
     return 0
 
@@ -131,7 +131,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     device = find_device(arguments.device)
     score, count = evaluate_checkpoint(arguments.data, arguments.checkpoint, device=device, **options)
     if not math.isfinite(score.loss):
-        complain(f"the loss is {score.loss}", "warning")
+        print_error(f"the loss is {score.loss}", "warning")
     if arguments.json:
         say(json_text({"images": count, **score._asdict()}))
     else:

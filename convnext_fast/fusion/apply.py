@@ -70,7 +70,7 @@ def fuse(model: nn.Module, *, recompute: int | None = None, strict: bool = False
     known: dict[Any, str | None] = {}
     found: list[tuple[str, nn.Module, PatchLayer | None]] = [(name, block, None) for name, block in blocks.items()]
     found += [(layer.name, layer.runner, layer) for layer in patch_layers]
-    found += _unlike_before(model, [module for _, module, _ in found])
+    found += _changed_since_fusing(model, [module for _, module, _ in found])
     for name, module, layer in found:
         try:
             plan = _plan_of(module, layer, known)
@@ -197,7 +197,7 @@ def _own_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {name: block for name, block in model.named_modules() if isinstance(block, ConvNextBlockBase)}
 
 
-def _unlike_before(model: nn.Module, found: list[nn.Module]) -> list[tuple[str, nn.Module, PatchLayer | None]]:
+def _changed_since_fusing(model: nn.Module, found: list[nn.Module]) -> list[tuple[str, nn.Module, PatchLayer | None]]:
     """The fused modules of ``model``, this package's own too, that do not look like blocks or patch layers any more."""
     seen = {id(module) for module in found}
     others: list[tuple[str, nn.Module, PatchLayer | None]] = []

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints.config_json import config_fields, warn_of_losses
+from ..checkpoints.config_json import config_fields, warn_of_lost_fields
 from ..checkpoints.load_save import load_checkpoint
 from ..checkpoints.loading_options import sorted_options
 from ..checkpoints.matching import fit
@@ -84,7 +84,7 @@ def save_pretrained(
     if saved_model and ON_TORCH:
         raise ValueError("saved_model: Keras writes a SavedModel on TensorFlow or JAX, not on PyTorch")
     state = state_of(model)
-    warn_of_losses(model.config, "transformers", with_config=True)
+    warn_of_lost_fields(model.config, "transformers", with_config=True)
     writers = (
         {"model.safetensors": safetensors_writer(to_tensorflow(state), "tf")}
         if safe_serialization

@@ -137,7 +137,7 @@ class ConvNext(ConvNextSwitches):
         self.features_only = features_only
         if features_only:
             self.out_indices = self._stage_indices(out_indices)
-            self._cut(max(self.out_indices) + 1)
+            self._remove_stages_from(max(self.out_indices) + 1)
             self.feature_info = FeatureInfo(self.feature_info[i] for i in self.out_indices)
         elif out_indices is not None:
             raise ValueError("out_indices chooses the maps of features_only=True: expected None without it")
@@ -148,7 +148,7 @@ class ConvNext(ConvNextSwitches):
             self.head = Head(inner, widths[-1], self.num_classes, global_pool, drop_rate, **factory)
         init_weights(self, config.initializer_range)
 
-    def _cut(self, count: int) -> None:
+    def _remove_stages_from(self, count: int) -> None:
         """Remove the stages from ``count`` on, in the configuration too."""
         del self.stages[count:]
         self.config = self.config.amended(

@@ -96,8 +96,8 @@ class _Forward:
         self._own: list[Tensor | None] = [None] * len(self._parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        serves = self._model.training and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        if not serves or _kind_of(args[0]) != self._kind or torch.cuda.is_current_stream_capturing():
+        takes = self._model.training and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        if not takes or _kind_of(args[0]) != self._kind or torch.cuda.is_current_stream_capturing():
             return self._plain(*args, **kwargs)
         (held, *others), (seen, *before) = self._state(), self._seen
         if len(held) != len(seen) or not all(map(operator.is_, held, seen)) or others != before:

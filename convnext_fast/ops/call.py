@@ -122,10 +122,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def wants_values(x: Tensor) -> bool:
     """Whether a call on x only needs its value."""
-    return not torch.is_grad_enabled() and is_unseen(x)
+    return not torch.is_grad_enabled() and is_unobserved(x)
 
 
-def is_unseen(x: Tensor) -> bool:
+def is_unobserved(x: Tensor) -> bool:
     """Whether nothing but autograd observes a call on x or changes its dtype."""
     return type(x) is Tensor and not autocasts(x) and not torch.jit.is_tracing() and is_plain(x)
 

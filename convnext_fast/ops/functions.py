@@ -280,8 +280,8 @@ def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1
     weights = FrozenDownsample(weight, bias)
     dtype = arguments.check_frozen_downsample(x, weights)
     backend = choose.select(x.device, dtype)
-    serves = backend == "triton" or (backend != "reference" and call.wants_values(x))
-    if weight.dtype != dtype or call.wants_gradient(x, *weights) or not serves:
+    takes_values = backend == "triton" or (backend != "reference" and call.wants_values(x))
+    if weight.dtype != dtype or call.wants_gradient(x, *weights) or not takes_values:
         return downsample(x, *_affine(x, None, None), weight, bias.to(weight.dtype), eps=eps)
     return call.run("frozen_downsample_fwd", backend, x.contiguous(), weights, eps, dtype)
 

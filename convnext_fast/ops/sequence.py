@@ -77,7 +77,7 @@ class FrozenSequence:
         shapes = self._checked(x)
         # No mode observes what is done to x.
         plain = type(x) is Tensor and call.is_plain(x) and not call.wants_gradient(x, *self._stem)
-        if plain and backend == "cpu" and onednn.serves(x):
+        if plain and backend == "cpu" and onednn.supports(x):
             kernels = self._kernels_for()
             if kernels is not None:
                 eps = [step.eps for step in self._steps]

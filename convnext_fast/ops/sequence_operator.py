@@ -42,7 +42,7 @@ def _steps(
     """
     steps = _cut(weights, tokens, kinds, eps, act)
     shapes, ready = shapes_after(steps, x.shape), list(map(folded, steps))
-    if x.dtype == torch.float32 and onednn.serves(x):
+    if x.dtype == torch.float32 and onednn.supports(x):
         kernels = kernels_for(ready, [step.act for step in steps])
         if kernels is not None:
             return llvm.run(kernels, eps, shapes, x.contiguous(), ends)

@@ -48,7 +48,7 @@ def process_group(device: torch.device) -> Iterator[Process]:
         device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.accelerator.set_device_index(device.index)
     store, rank, world = next(dist.rendezvous("env://"))
-    store = _part_of_this_start(store, rank, world)
+    store = _store_of_this_start(store, rank, world)
     dist.init_process_group(_BACKENDS.get(device.type, "gloo"), store=store, rank=rank, world_size=world)
     try:
         yield Process(dist.get_rank(), dist.get_world_size(), device)
@@ -64,7 +64,7 @@ def process_group(device: torch.device) -> Iterator[Process]:
         dist.destroy_process_group()
 
 
-def _part_of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
+def _store_of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
     """A part of ``store`` that only processes started together use.
 
     torchrun keeps one store through all restarts of a run: a process started again would find the addresses, or the
@@ -133,13 +133,13 @@ def from_all_processes(value: object) -> list:
     return values
 
 
-def raise_together(fault: Exception | None, device: torch.device) -> None:
+def raise_on_all(fault: Exception | None, device: torch.device) -> None:
     """Raise the error of the first process that has one on all of them, so that none waits forever."""
     if largest_over_processes(int(fault is not None), device):
         raise next(fault for fault in from_all_processes(fault) if fault is not None)
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """A barrier: return when every process has called this."""
     if dist.is_initialized():
         dist.barrier()

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from ..models.convnext import ConvNext
 from .data import batches
-from .distributed import largest_over_processes, raise_together, sum_over_processes
+from .distributed import largest_over_processes, raise_on_all, sum_over_processes
 
 
 class Score(NamedTuple):
@@ -68,7 +68,7 @@ def evaluate(
     # batch.
     for _ in range(largest_over_processes(len(loader), device)):
         batch = next(feed, loader.collate_fn.nothing)
-        raise_together(batch if isinstance(batch, Exception) else None, device)
+        raise_on_all(batch if isinstance(batch, Exception) else None, device)
         for text in batch.unreadable if reporter else ():
             reporter.warn(f"left out {text}")
         pixels = batch.pixels.to(device, memory_format=torch.channels_last)

@@ -30,11 +30,11 @@ from .data import Batch, EpochSampler, batches, dead_worker, evaluation_loader, 
 from .distributed import (
     STRATEGIES,
     Process,
+    barrier,
     from_all_processes,
-    raise_together,
+    raise_on_all,
     shard,
     sum_over_processes,
-    wait_for_all,
 )
 from .ema import Ema
 from .evaluation import Reporter, autocast, evaluate
@@ -45,10 +45,10 @@ from .pictures import PICTURES, ImageSet, changed_files
 from .state import (
     HISTORY,
     find_checkpoint,
-    hold,
     load_facts,
     load_tensors,
-    remove_remains,
+    lock_folder,
+    remove_temporary_files,
     save_sharded_state,
     save_state,
 )
@@ -133,7 +133,7 @@ class Trainer:
             "pictures": training.fingerprint(),
         }
         self.output.mkdir(parents=True, exist_ok=True)
-        self._lock = self._hold()
+        self._lock = self._lock_output()
         checkpoint = find_checkpoint(self.output)
         if checkpoint is not None:
             if not resume:
@@ -143,20 +143,20 @@ class Trainer:
             with contextlib.suppress(OSError):  # only a message needs it, and a full disk shows at the first checkpoint
                 write_files(self.output, {PICTURES: json_writer(files)})
         self.saved = self.step
-        wait_for_all()
+        barrier()
         if process.rank == 0:
-            remove_remains(self.output)
-            remove_remains(self.output / MODEL)
-        wait_for_all()
+            remove_temporary_files(self.output)
+            remove_temporary_files(self.output / MODEL)
+        barrier()
 
-    def _hold(self) -> IO[str] | None:
+    def _lock_output(self) -> IO[str] | None:
         """Lock the folder in the first process; all raise if it cannot."""
         lock = fault = None
         try:
-            lock = hold(self.output) if self.process.rank == 0 else None
+            lock = lock_folder(self.output) if self.process.rank == 0 else None
         except (OSError, ValueError) as error:
             fault = error
-        raise_together(fault, self.process.device)
+        raise_on_all(fault, self.process.device)
         return lock
 
     @property
@@ -185,13 +185,13 @@ class Trainer:
             )
         reporter.start(self.step, self.steps)
         while len(self.history) < self.options.epochs:
-            with self._saving_faults():
+            with self._saving_on_errors():
                 self._train_epoch(model, reporter)
         self.export(self.output / MODEL)
         return self.history
 
     @contextlib.contextmanager
-    def _saving_faults(self) -> Iterator[None]:
+    def _saving_on_errors(self) -> Iterator[None]:
         """Save the finished steps before an error, which all processes raise together, ends the run."""
         try:
             yield
@@ -220,7 +220,7 @@ class Trainer:
 
     def _checked(self, batch: Batch | Exception, reporter: Reporter) -> tuple[Tensor, Tensor]:
         """The batch, if no process has an error instead."""
-        raise_together(batch if isinstance(batch, Exception) else None, self.process.device)
+        raise_on_all(batch if isinstance(batch, Exception) else None, self.process.device)
         for text in batch.unreadable:
             if text not in self._warned:
                 self._warned.add(text)
@@ -240,7 +240,7 @@ class Trainer:
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=options.label_smoothing)
         value = float(sum_over_processes(loss.detach().clone()) / self.process.world)
         if not math.isfinite(value):
-            self._skip_or_raise(f"the loss is {value}", self._blame(model, pixels), lr, reporter)
+            self._skip_or_raise(f"the loss is {value}", self._first_bad_layer(model, pixels), lr, reporter)
             return value, lr
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -271,7 +271,7 @@ class Trainer:
         key = np.random.SeedSequence([self.options.seed, self.step, self.process.rank])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
-    def _blame(self, model: nn.Module, pixels: Tensor) -> str:
+    def _first_bad_layer(self, model: nn.Module, pixels: Tensor) -> str:
         """The first layer of any process with a NaN or infinite output for this step's batch."""
         self._seed()
         with autocast(self.process.device, self.dtype):
@@ -315,7 +315,7 @@ class Trainer:
             write_files(self.output, {HISTORY: json_writer({"epochs": self.history})})
             result.save_pretrained(directory, format="transformers")
             self.processor.save_pretrained(directory)
-        wait_for_all()
+        barrier()
 
     def _tensors(self) -> dict[str, Any]:
         return {
@@ -332,7 +332,7 @@ class Trainer:
         elif self.process.rank == 0:
             save_state(self.output, self._tensors(), facts)
         self.saved = self.step
-        wait_for_all()
+        barrier()
 
     def _restore(self, checkpoint: Path) -> None:
         facts = load_facts(checkpoint)

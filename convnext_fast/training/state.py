@@ -24,11 +24,11 @@ from torch import Tensor
 
 from ..checkpoints.tensor_files import read_pickle
 from ..files import json_writer, read_json, write_files
-from .distributed import from_all_processes, wait_for_all
+from .distributed import barrier, from_all_processes
 
 CHECKPOINT, HISTORY, FACTS, LOCK = "checkpoint.pt", "history.json", "run.json", ".lock"
 FOLDER = re.compile(r"checkpoint-\d{8}(-2)?")
-_REMAINS = re.compile(
+_TEMPORARY = re.compile(
     rf"\.((checkpoint\.pt|(history|pictures|config|preprocessor_config)\.json|model[\w.-]*)\.[0-9a-f]{{8}}|{FOLDER.pattern})"
     r"\.tmp"
 )
@@ -76,7 +76,7 @@ def save_sharded_state(directory: Path, tensors: Tree, facts: Mapping[str, Any])
     temporary = directory / f".{target.name}.tmp"
     if first:
         shutil.rmtree(temporary, ignore_errors=True)
-    wait_for_all()
+    barrier()
     try:
         dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
     except dcp.api.CheckpointException as error:
@@ -88,7 +88,7 @@ def save_sharded_state(directory: Path, tensors: Tree, facts: Mapping[str, Any])
         os.replace(temporary, target)
         write_files(directory, {HISTORY: json_writer({"epochs": facts["history"]})}, stale=[CHECKPOINT])
         _remove_folders(directory, but=target)
-    wait_for_all()
+    barrier()
 
 
 def load_facts(path: Path) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def load_tensors(path: Path, tensors: Tree) -> None:
         raise ValueError(f"{path} is not a complete checkpoint: {_reason(error)}") from error
 
 
-def hold(directory: Path) -> IO[str]:
+def lock_folder(directory: Path) -> IO[str]:
     """Lock a run's folder against other runs until this process ends or closes a handle of the lock file.
 
     A ValueError if another process has locked it. Has no effect on file systems without locks.
@@ -146,10 +146,10 @@ def hold(directory: Path) -> IO[str]:
     return file
 
 
-def remove_remains(directory: Path) -> None:
+def remove_temporary_files(directory: Path) -> None:
     """Delete temporary files that killed processes left in a run's folder."""
     for path in directory.glob(".*.tmp"):
-        if _REMAINS.fullmatch(path.name):
+        if _TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -19,7 +19,7 @@ from llvmlite import ir
 
 from .llvm_builder import I64, POINTER, Emitter, define
 from .machine import Machine
-from .work_sharing import GROUP, Team
+from .work_sharing import GROUP, ParallelKernel
 
 
 def group(
@@ -63,7 +63,7 @@ def choose_group(e: Emitter, w: ir.Value, pixels: int, pad: int, width: ir.Value
     return e.plus(e.times(left, pad + 1), right)
 
 
-class Convolving(Team):
+class Convolving(ParallelKernel):
     """A kernel with a depthwise convolution, of the arguments x, dwconv_weight and dwconv_bias."""
 
     def __init__(self, machine: Machine, sizes: Any):

@@ -2,9 +2,8 @@
 
     z[r, j] = Σ_k a[r, k]·w[j, k] + bias[j]
 
-for ``rows`` rows r and ``vectors``·lanes columns j; the product's epilogue (`End`) consumes z. Each step k loads the
-panel's vectors, broadcasts a[r, k] for each r, and multiplies each by each: with AVX-512, 28 FMA for 2 vectors and 14
-numbers read.
+for ``rows`` rows r and ``vectors``·lanes columns j; an `Epilogue` consumes z. Each step k loads the panel's vectors,
+broadcasts a[r, k] for each r, and multiplies each by each: with AVX-512, 28 FMA for 2 vectors and 14 numbers read.
 
 One chain of thousands of additions would err several times as much as BLAS does. So sums of ``CHUNK`` products each are
 added up on the stack, for 1 to 3 % of the time.
@@ -31,7 +30,7 @@ CHUNK = 96
 UNROLL = 4
 LINE = 16  # numbers of a cache line
 
-End = Callable[[Emitter, ir.Value, Sequence[ir.Value]], None]
+Epilogue = Callable[[Emitter, ir.Value, Sequence[ir.Value]], None]
 """The epilogue of a product: emits what is done with a vector of z, given its addresses in the epilogue's arrays."""
 
 
@@ -58,7 +57,7 @@ def pack(weight: Tensor, machine: Machine) -> Tensor:
 
 
 def tile(
-    module: ir.Module, machine: Machine, name: str, rows: int, vectors: int, depth: int, end: End, arrays: int
+    module: ir.Module, machine: Machine, name: str, rows: int, vectors: int, depth: int, end: Epilogue, arrays: int
 ) -> ir.Function:
     """``f(a, lda, panel, bias, valid, *places)`` for one tile of the product ``name``.
 

@@ -17,7 +17,7 @@ from .dwconv import Convolving
 from .gemm import store_gelu, store_sum
 from .layernorm import normalise
 from .machine import Machine
-from .work_sharing import GROUP, PADDING, Team
+from .work_sharing import GROUP, PADDING, ParallelKernel
 
 
 class GrnHiddenSizes(NamedTuple):
@@ -101,7 +101,7 @@ class GrnOutputSizes(NamedTuple):
         return GrnOutput(machine, self).emit()
 
 
-class GrnOutput(Team):
+class GrnOutput(ParallelKernel):
     """Emits the kernel of `GrnOutputSizes`."""
 
     def __init__(self, machine: Machine, sizes: GrnOutputSizes):

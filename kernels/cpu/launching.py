@@ -113,9 +113,9 @@ def memory(count: int) -> Tensor:
 
 def run_rows(machine: Machine, sizes: Any, rows: int, eps: float, *addresses: int) -> None:
     """Run a kernel on independent rows; ``addresses``: all except that of the scratch buffer, which comes last."""
-    team, chunk = torch.get_num_threads(), rows_of_chunk(machine, sizes.channels * sizes.hidden, rows)
-    given = numbers_of_rows(rows, chunk, eps, team)
-    scratch = memory(team * scratch_rows(machine, chunk, 1) * sizes.row)
+    threads, chunk = torch.get_num_threads(), rows_of_chunk(machine, sizes.channels * sizes.hidden, rows)
+    given = numbers_of_rows(rows, chunk, eps, threads)
+    scratch = memory(threads * scratch_rows(machine, chunk, 1) * sizes.row)
     run(machine, sizes, *addresses, scratch.data_ptr(), *(given[name] for name in NUMBERS))
 
 
@@ -126,12 +126,14 @@ class Launch:
     whole result (`work_sharing`).
     """
 
-    def __init__(self, machine: Machine, sizes: Any, samples: int, image: tuple, result: tuple, eps: float, team: int):
-        given = numbers(samples, image, result, eps, team)
+    def __init__(
+        self, machine: Machine, sizes: Any, samples: int, image: tuple, result: tuple, eps: float, threads: int
+    ):
+        given = numbers(samples, image, result, eps, threads)
         self.units = given["rows"] * given["pieces"]
-        self.kernel, self.team, self.run = _kernel(machine, sizes), team, _threads().GOMP_parallel
+        self.kernel, self.threads, self.run = _kernel(machine, sizes), threads, _threads().GOMP_parallel
         self.numbers = tuple(given[name] for name in NUMBERS)
-        self.scratch_size = team * scratch_rows(machine, given["unit"], given["units"]) * sizes.row
+        self.scratch_size = threads * scratch_rows(machine, given["unit"], given["units"]) * sizes.row
         # A tile's rows beyond the last pixel are computed too: on zeros, because leftover values can be slow.
         self.wants_zeros = bool(result[1] % (machine.rows // 2))
         self.argument = ctypes.c_int64 * (len(sizes.addresses) + len(NUMBERS))
@@ -139,15 +141,15 @@ class Launch:
     def start(self, x: int, y: int, weights: Sequence[int], scratch: Tensor) -> Callable[[], None]:
         """A function that runs the kernel; ``weights``: the addresses between those of y and of the scratch buffer."""
         argument = self.argument(x, y, *weights, scratch.data_ptr(), *self.numbers)
-        return functools.partial(self.run, self.kernel.address, argument, self.team, 0)
+        return functools.partial(self.run, self.kernel.address, argument, self.threads, 0)
 
     def __call__(self, x: Tensor, y: Tensor, weights: Sequence[int]) -> Tensor:
         """y, filled, for x; both contiguous."""
-        run_in_turn([(self, weights)], [x.data_ptr(), y.data_ptr()])
+        run_sequence([(self, weights)], [x.data_ptr(), y.data_ptr()])
         return y
 
 
-def run_in_turn(launches: Sequence[tuple[Launch, Sequence[int]]], places: Sequence[int]) -> None:
+def run_sequence(launches: Sequence[tuple[Launch, Sequence[int]]], places: Sequence[int]) -> None:
     """Run kernels, given the addresses of their weights: each reads one of ``places`` and writes the next."""
     new = torch.zeros if any(launch.wants_zeros for launch, _ in launches) else torch.empty
     scratch = new(max(launch.scratch_size for launch, _ in launches), dtype=torch.float32, device="cpu")

@@ -17,7 +17,7 @@ from .gemm import store, store_gelu, store_sum
 from .layernorm import normalise
 from .llvm_builder import Emitter
 from .machine import Machine
-from .work_sharing import PADDING, Team
+from .work_sharing import PADDING, ParallelKernel
 
 
 class MlpSizes(NamedTuple):
@@ -48,7 +48,7 @@ def store_both(e: Emitter, z: ir.Value, places: Sequence[ir.Value]) -> None:
     e.store(z, places[1])
 
 
-class Mlp(Team):
+class Mlp(ParallelKernel):
     """Emits the kernel of `MlpSizes`; its pixels are one image row, see `work_sharing.numbers_of_rows`."""
 
     def __init__(self, machine: Machine, sizes: MlpSizes):

@@ -18,7 +18,7 @@ from .gelu import gelu, gelu_derivative
 from .layernorm import normalise, statistics
 from .llvm_builder import F32, POINTER, Emitter, define
 from .machine import Machine
-from .work_sharing import PADDING, Team
+from .work_sharing import PADDING, ParallelKernel
 
 _SUMMED = 8
 """Rows in one chain of additions."""
@@ -57,7 +57,7 @@ def through_gelu(e: Emitter, dh: ir.Value, places: Sequence[ir.Value]) -> None:
     e.store(gelu(e, a), places[1])
 
 
-class MlpBwd(Team):
+class MlpBwd(ParallelKernel):
     """Emits the kernel of `MlpBwdSizes`; its pixels are one image row, see `work_sharing.numbers_of_rows`."""
 
     def __init__(self, machine: Machine, sizes: MlpBwdSizes):
@@ -114,7 +114,7 @@ class MlpBwd(Team):
         self.barrier()
 
     def _sum(self, array: ir.Value, ld: int, columns: int, count: ir.Value, out: ir.Value) -> None:
-        """This member's columns of the sums over a chunk's rows."""
+        """This thread's columns of the sums over a chunk's rows."""
         e = self.e
 
         def vector(v: ir.Value) -> None:

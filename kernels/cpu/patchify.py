@@ -18,7 +18,7 @@ from llvmlite import ir
 
 from .layernorm import normalise
 from .machine import Machine
-from .work_sharing import PADDING, Team
+from .work_sharing import PADDING, ParallelKernel
 
 Work = Callable[[ir.Value, ir.Value, ir.Value, ir.Value], None]
 
@@ -52,7 +52,7 @@ class PatchSizes(NamedTuple):
         return Patches(machine, self).emit()
 
 
-class Patches(Team):
+class Patches(ParallelKernel):
     """Emits the kernel of `PatchSizes`."""
 
     def __init__(self, machine: Machine, sizes: PatchSizes):

@@ -1,4 +1,4 @@
-"""How the threads of a team share the rows of an image, and a matrix product over what one of them holds.
+"""How threads share the rows of an image, and a matrix product over what one of them holds.
 
 An image row is cut into units, so that a chunk of a wide image is a part of a row, and of a narrow one several rows; a
 chunk has about 56 pixels. Threads share the units where there are enough of them, and none waits for another; else all
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 
-from .gemm import End, store, tile
+from .gemm import Epilogue, store, tile
 from .llvm_builder import I32, I64, POINTER, VOID, Emitter, define
 from .machine import Machine
 
@@ -98,7 +98,7 @@ def thread_and_threads(e: Emitter) -> tuple[ir.Value, ir.Value]:
 def entry(
     module: ir.Module, machine: Machine, addresses: int, integers: int = 0
 ) -> tuple[Emitter, tuple[ir.Value, ...]]:
-    """Begins ``kernel(argument)``, which every thread of a team runs: also the argument's fields, 64 bits each."""
+    """Begins ``kernel(argument)``, which every thread runs: also the argument's fields, 64 bits each."""
     function = define(module, ENTRY, POINTER, local=False)
     e = Emitter(function, machine.lanes)
     kinds = [POINTER] * addresses + [I64] * integers
@@ -123,7 +123,7 @@ class Product(NamedTuple):
     tiles: dict[tuple[int, int], ir.Function]  # by rows and vectors
 
 
-class Team:
+class ParallelKernel:
     """Emits the kernel of ``sizes``; subclasses say what is done with a chunk.
 
     The argument's fields are ``sizes.addresses``, "scratch" among them, and ``NUMBERS``; ``sizes.row``: numbers of a
@@ -146,7 +146,7 @@ class Team:
         self.epsilon = b.bitcast(b.trunc(given["eps"], I32), e.vector.element)
         thread, threads = thread_and_threads(e)
         split = self.split = b.icmp_signed("!=", given["split_columns"], e.index(0))
-        self.member, self.members = e.choose(split, thread, 0), e.choose(split, threads, 1)
+        self.thread, self.threads = e.choose(split, thread, 0), e.choose(split, threads, 1)
         everything, units = e.times(given["rows"], given["pieces"]), given["units"]
         first, last = share(e, everything, thread, threads)
         first, last = e.choose(split, 0, first), e.choose(split, everything, last)
@@ -168,8 +168,8 @@ class Team:
             self.e.builder.call(self._wait, [])
 
     def mine(self, first: int | ir.Value, last: ir.Value, work: Callable[[ir.Value], None]) -> None:
-        """``work(i)`` for this member's units or rows of a chunk."""
-        self.e.loop(self.e.plus(first, self.member), last, self.members, work)
+        """``work(i)`` for this thread's units or rows of a chunk."""
+        self.e.loop(self.e.plus(first, self.thread), last, self.threads, work)
 
     def row_and_left(self, unit: ir.Value) -> tuple[ir.Value, ir.Value]:
         """A unit's image row and first column."""
@@ -185,7 +185,9 @@ class Team:
         row, left = self.row_and_left(unit)
         return self.e.plus(self.e.times(row, self.given["width"]), left)
 
-    def product(self, weight: str, bias: str, depth: int, columns: int, end: End = store, arrays: int = 1) -> Product:
+    def product(
+        self, weight: str, bias: str, depth: int, columns: int, end: Epilogue = store, arrays: int = 1
+    ) -> Product:
         """A product of ``depth`` by ``columns`` whose epilogue ``end`` accesses ``arrays``."""
         machine = self.machine
         widths = {machine.vectors if columns >= machine.panel else 0, columns % machine.panel // machine.lanes} - {0}
@@ -199,7 +201,7 @@ class Team:
     def multiply(
         self, product: Product, a: ir.Value, count: ir.Value, *arrays: tuple[ir.Value, int], whole: bool = False
     ) -> None:
-        """This member's panels of a product, for ``count`` rows of a, which are ``depth`` + PADDING apart.
+        """This thread's panels of a product, for ``count`` rows of a, which are ``depth`` + PADDING apart.
 
         arrays: those of the product's epilogue, each with its row stride. ``whole``: the epilogue also runs for the
         rows of the last tile beyond ``count``, because another product reads them.
@@ -242,4 +244,4 @@ class Team:
                 with e.builder.if_then(e.less(wide - 1, p)):
                     all_rows(narrow)
 
-        e.loop(*share(e, wide + bool(narrow), self.member, self.members), 1, panel)
+        e.loop(*share(e, wide + bool(narrow), self.thread, self.threads), 1, panel)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from .gluon import dwconv_gluon
-from .gluon import serves as gluon_serves
+from .gluon import supports as gluon_supports
 from .scalar import dwconv_scalar
 from .tensor_core import dwconv_tensor_core
 from .wgrad import dwconv_wgrad as dwconv_wgrad
@@ -55,6 +55,6 @@ def dwconv(
 
     ``dtype`` is T; ``flip`` mirrors the taps, which makes it the data gradient.
     """
-    form = dwconv_scalar if dtype == torch.float32 else dwconv_gluon if gluon_serves(x) else dwconv_tensor_core
+    form = dwconv_scalar if dtype == torch.float32 else dwconv_gluon if gluon_supports(x) else dwconv_tensor_core
     given = {} if form is dwconv_scalar else {"dtype": dtype}
     return form(x, weight, bias, residual, out_dtype=out_dtype, flip=flip, statistics=statistics, **given)

@@ -20,7 +20,7 @@ import torch
 
 from ..autotuning import fastest
 from ..integers import cdiv
-from ..launching import launch, traced
+from ..launching import is_traced, launch
 from ..statistics import stats_block
 from ..targets import target_of
 from .tuning import GluonConfig, gluon_config, residual_early, segment_candidates
@@ -374,7 +374,7 @@ def _layouts(warps: int, itemsize: int, statistics: bool) -> dict[str, object]:
     return {"COPY": copy, "SHARED": shared, "READ": read, "STORE": store, "ENDS": ends}
 
 
-def serves(x: torch.Tensor) -> bool:
+def supports(x: torch.Tensor) -> bool:
     """Whether this form supports ``x`` (N, H, W, C); a tensor without an address is assumed to be aligned."""
     nvidia = x.device.type != "xpu" and target_of(x).startswith("sm_")
     return AVAILABLE and nvidia and x.shape[3] % 8 == 0 and _aligned(x)
@@ -382,13 +382,13 @@ def serves(x: torch.Tensor) -> bool:
 
 def _aligned(x: torch.Tensor | None) -> bool:
     """Whether ``x`` is given and is aligned for copies of 16 bytes."""
-    return x is not None and (traced(x) or x.is_meta or x.data_ptr() % 16 == 0)
+    return x is not None and (is_traced(x) or x.is_meta or x.data_ptr() % 16 == 0)
 
 
 def dwconv_gluon(
     x, weight, bias, residual, *, dtype, out_dtype, flip, statistics, config=None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As ``dwconv_tensor_core``, where ``serves(x)``."""
+    """As ``dwconv_tensor_core``, where ``supports(x)``."""
     batch, height, width, channels = x.shape
     taps = weight.shape[-1]
     block = stats_block(channels, dtype)

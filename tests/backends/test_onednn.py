@@ -17,7 +17,7 @@ from convnext_fast.backends.cpu import llvm, mlp, onednn, row_blocks
 from convnext_fast.backends.cpu import ops as cpu
 
 ACTIVATIONS = {None: lambda t: t, "gelu": F.gelu, "gelu_new": lambda t: F.gelu(t, approximate="tanh"), "silu": F.silu}
-needs_onednn = pytest.mark.skipif(not onednn.serves(torch.empty(1)), reason="PyTorch here has no oneDNN on x86")
+needs_onednn = pytest.mark.skipif(not onednn.supports(torch.empty(1)), reason="PyTorch here has no oneDNN on x86")
 
 
 @needs_onednn

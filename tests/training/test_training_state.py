@@ -15,7 +15,7 @@ from convnext_fast.training.state import (
     hold,
     load_facts,
     load_tensors,
-    remove_remains,
+    remove_temporary_files,
     save_sharded_state,
     save_state,
 )
@@ -116,7 +116,7 @@ def test_only_temporary_files_of_a_run_are_removed(tmp_path):
         (tmp_path / name).write_text("x")
     for name in (".checkpoint-00000005.tmp", ".checkpoint-00000005-2.tmp", ".mine.tmp"):
         (tmp_path / name / "inside").mkdir(parents=True)
-    remove_remains(tmp_path)
+    remove_temporary_files(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*theirs, ".mine.tmp"}
 
 

@@ -37,14 +37,14 @@ _BACKWARDS = {
 
 def activation(a: Tensor, act: str) -> Tensor:
     """act(a), a new tensor."""
-    if act == "gelu" and onednn.serves(a) and llvm.serves_gelu(a):
+    if act == "gelu" and onednn.supports(a) and llvm.supports_gelu(a):
         return llvm.gelu(a)
     return ACTIVATION_FUNCTIONS[act](a)
 
 
 def activation_and_bwd_(dh: Tensor, a: Tensor, act: str, h: Tensor) -> tuple[Tensor, Tensor]:
     """dh·act'(a) in the place of dh, and act(a) in h, which may be a."""
-    if act == "gelu" and onednn.serves(a) and llvm.serves_gelu(a):
+    if act == "gelu" and onednn.supports(a) and llvm.supports_gelu(a):
         llvm.gelu_bwd_(dh, a, h)
         return dh, h
     if act == "selu":
@@ -107,7 +107,13 @@ class Mlp(NamedTuple):
     def second(self, h: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
         """The same from h on."""
         gamma = self.gamma
-        if residual is not None and gamma is None and scale is None and onednn.serves(h) and onednn.serves(residual):
+        if (
+            residual is not None
+            and gamma is None
+            and scale is None
+            and onednn.supports(h)
+            and onednn.supports(residual)
+        ):
             return onednn.linear_add(h, self.w2, self.b2, residual)
         z = linear(h, self.w2, self.b2)
         if scale is not None:
@@ -122,7 +128,7 @@ class Mlp(NamedTuple):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str | None = None) -> Tensor:
     """act(x·weightᵀ + bias) in the dtype of x."""
     inside = None
-    if onednn.serves(x):
+    if onednn.supports(x):
         inside = act if act is not None and onednn.fuses(act) else None
         y = onednn.linear(x, weight, bias, inside)
     else:

@@ -70,7 +70,7 @@ def _launch(*arguments: Any) -> Any:
 
 
 class Kernel:
-    """A step as one kernel, for contiguous x (N, H, W, C), a stem's (N, C, H, W), that `onednn.serves`.
+    """A step as one kernel, for contiguous x (N, H, W, C), a stem's (N, C, H, W), that `onednn.supports`.
 
     machine: what its weights are packed for; weights: the copies that its addresses point to, because PyTorch may move
     a tensor's memory (`Module.share_memory`); sizes: what the kernel is compiled for, given the width of x; patch: the
@@ -155,7 +155,7 @@ def run(
     spare = x.new_empty(2, max(between, default=0))
     turns = cycle(row.data_ptr() for row in spare)
     places = [results[i].data_ptr() if i in results else next(turns) for i in range(len(kernels))]
-    launchers().run_in_turn(launches, [x.data_ptr(), *places])
+    launchers().run_sequence(launches, [x.data_ptr(), *places])
     return [results[end] for end in ends]
 
 
@@ -175,7 +175,7 @@ def prepare_stem(weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias
 
 
 def dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Depthwise convolution of x (N, H, W, C) that `onednn.serves`, the same shape; None if not supported."""
+    """Depthwise convolution of x (N, H, W, C) that `onednn.supports`, the same shape; None if not supported."""
     samples, height, width, channels = x.shape
     machine = machine_for(channels)
     if machine is None:
@@ -189,7 +189,7 @@ def dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 
 
 def dwconv_weight_grad(x: Tensor, du: Tensor, side: int) -> Tensor | None:
-    """(C, 1, side, side) for x and du (N, H, W, C) that `onednn.serves`; None if not supported."""
+    """(C, 1, side, side) for x and du (N, H, W, C) that `onednn.supports`; None if not supported."""
     samples, height, width, channels = x.shape
     machine = machine_for(channels)
     if machine is None:
@@ -201,8 +201,8 @@ def dwconv_weight_grad(x: Tensor, du: Tensor, side: int) -> Tensor | None:
     return dw.t().contiguous().view(channels, 1, side, side)
 
 
-def serves_gelu(a: Tensor) -> bool:
-    """Whether `gelu` and `gelu_bwd_` support a tensor a that `onednn.serves`."""
+def supports_gelu(a: Tensor) -> bool:
+    """Whether `gelu` and `gelu_bwd_` support a tensor a that `onednn.supports`."""
     return a.is_contiguous() and machine_for(a.shape[-1]) is not None
 
 

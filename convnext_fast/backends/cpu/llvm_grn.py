@@ -63,5 +63,5 @@ class V2Launch:
 
     def __call__(self, x: Tensor, y: Tensor, weights: Sequence[int]) -> Tensor:
         """y, filled, for x; both contiguous."""
-        launchers().run_in_turn([(self, weights)], [x.data_ptr(), y.data_ptr()])
+        launchers().run_sequence([(self, weights)], [x.data_ptr(), y.data_ptr()])
         return y

@@ -29,7 +29,7 @@ def machine_for(rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None) ->
     """The machine of the kernels; None if not supported. rows: x, and the residual or dy and a."""
     if norm is None or mlp.act != "gelu":
         return None
-    served = all(t is None or (onednn.serves(t) and t.is_contiguous()) for t in rows)
+    served = all(t is None or (onednn.supports(t) and t.is_contiguous()) for t in rows)
     parameters = (*mlp[:5], norm.weight, norm.bias)
     served = served and all(t is None or t.dtype == torch.float32 for t in parameters)
     return llvm.machine_for(*mlp.w1.shape) if served else None

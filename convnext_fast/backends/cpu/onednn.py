@@ -28,7 +28,7 @@ _LARGEST_FILTER = 56
 _X86 = platform.machine() in ("x86_64", "AMD64")
 
 
-def serves(x: Tensor) -> bool:
+def supports(x: Tensor) -> bool:
     """Whether oneDNN computes for tensors like x: float32 on an x86 CPU, unless ``torch.backends.mkldnn`` is off.
 
     It takes no empty tensors and none with the negative bit. A compiler traces these calls only if it has given up on

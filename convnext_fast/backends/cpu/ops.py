@@ -27,7 +27,7 @@ def _dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
     bias = None if bias is None else bias.to(dtype)
     x, weight = x.to(dtype), weight.to(dtype)
     groups, padding = weight.shape[0], [weight.shape[2] // 2, weight.shape[3] // 2]
-    u = llvm.dwconv(x, weight, bias) if onednn.serves(x) else None
+    u = llvm.dwconv(x, weight, bias) if onednn.supports(x) else None
     if u is None:
         u = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=groups).permute(0, 2, 3, 1)
     return u.reshape(-1, groups)
@@ -42,7 +42,7 @@ def _dwconv_bwd(
         dx = _dwconv(du.view(x.shape), weight.flip(2, 3), None, du.dtype).view(x.shape)
     if needs_weight:
         du_map, side = du.view(x.shape), weight.shape[3]
-        alike = onednn.serves(x) and onednn.serves(du)
+        alike = onednn.supports(x) and onednn.supports(du)
         dweight = llvm.dwconv_weight_grad(x, du_map, side) if alike else None
         dweight = onednn.dwconv_weight_grad(x, du_map, side) if dweight is None else dweight
     if needs_bias:
@@ -98,7 +98,7 @@ def _response_norm(weights: BlockWeights | FrozenBlock, x: Tensor) -> ResponseNo
 
 def frozen_block_fwd(x: Tensor, weights: FrozenBlock, eps: float, act: str, dtype: torch.dtype) -> Tensor:
     """The block on folded weights."""
-    if dtype == torch.float32 and onednn.serves(x):
+    if dtype == torch.float32 and onednn.supports(x):
         kernel = prepared_block(weights, act)
         if kernel is not None:
             return kernel(x, eps)
@@ -151,7 +151,7 @@ def patchify_stem_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dty
     oneDNN's convolution of an image with three channels is slower, and its result is not NHWC.
     """
     weight, bias, ln_weight, ln_bias = weights
-    if dtype == torch.float32 and onednn.serves(x):
+    if dtype == torch.float32 and onednn.supports(x):
         stem = llvm.prepare_stem(*weights)
         if stem is not None:
             return stem(x.contiguous(), eps)
@@ -202,7 +202,7 @@ def downsample_bwd(dy, x, weights, eps, dtype, needs_norm, needs_weight, needs_b
 def frozen_downsample_fwd(x: Tensor, weights: FrozenDownsample, eps: float, dtype: torch.dtype) -> Tensor:
     """Patch convolution of x̂ by folded weights."""
     weight, bias = weights
-    if dtype == torch.float32 and onednn.serves(x):
+    if dtype == torch.float32 and onednn.supports(x):
         kernel = prepared_downsample(weight, bias)
         if kernel is not None:
             return kernel(x.contiguous(), eps)

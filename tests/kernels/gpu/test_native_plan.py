@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from convnext_fast.kernels import native_plan, recording, replaying
-from convnext_fast.kernels.launching import listening
+from convnext_fast.kernels.launching import launch_hook
 from convnext_fast.kernels.recording import Place, Plan, record
 from native_support import StandIn
 from triton import knobs
@@ -50,8 +50,8 @@ class Kernel:
 
 def launched(kernel, grid, *parameters):
     """As `launching.launch` tells of a launch."""
-    if listening.listener is not None:
-        listening.listener(kernel, grid, parameters)
+    if launch_hook.listener is not None:
+        launch_hook.listener(kernel, grid, parameters)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def device(monkeypatch):
     stand_in = StandIn(launch)
     stand_in.launches, stand_in.fails, stand_in.seconds = [], False, 0
     monkeypatch.setattr(native_plan, "cuda", lambda: stand_in.driver)
-    monkeypatch.setattr(replaying, "serves", lambda tensor: True)
+    monkeypatch.setattr(replaying, "is_replayable", lambda tensor: True)
     return stand_in
 
 
@@ -254,7 +254,7 @@ def test_modes_that_dispatch_hear_of_allocations(device):
     call(X, WEIGHT)
     with (
         torch.utils._python_dispatch.TorchDispatchMode(),
-        mock.patch.object(replaying, "serves", return_value=False),
+        mock.patch.object(replaying, "is_replayable", return_value=False),
         mock.patch.object(call.calls, "function", return_value="as written"),
     ):
         assert call(X, WEIGHT) == "as written"

@@ -124,7 +124,7 @@ def repeating(request, emulating, monkeypatch):
         monkeypatch.setattr(native_plan, "build", lambda plan, tensor: None)
     monkeypatch.setattr(emulation, "run", with_tensors)
     monkeypatch.setattr(environment, "REQUEST", "triton")
-    monkeypatch.setattr(replaying, "serves", lambda tensor: True)
+    monkeypatch.setattr(replaying, "is_replayable", lambda tensor: True)
     forget()
     with (
         emulating(arch=80),
@@ -175,7 +175,7 @@ def function_of(name):
 
 def as_written(name, arguments):
     with (
-        mock.patch.object(replaying, "serves", return_value=False),
+        mock.patch.object(replaying, "is_replayable", return_value=False),
         mock.patch.object(calls_of(name), "repeat", None),
     ):
         return function_of(name)(*arguments)
