@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checkpoints.config_json import config_fields, warn_of_lost_fields
 from ..checkpoints.load_save import load_checkpoint
 from ..checkpoints.loading_options import sorted_options
-from ..checkpoints.matching import fit
+from ..checkpoints.matching import match_tensors
 from ..checkpoints.tensorflow import MODEL_H5, h5_writer, to_tensorflow
 from ..checkpoints.weight_files import WeightFiles, safetensors_writer
 from ..files import json_writer, local_path, write_files
@@ -57,7 +57,7 @@ def load_pretrained(
     skeleton = type(cls.__name__, (SimpleNamespace,), {})(
         checkpoint_format="transformers", config=model.config, state_dict=lambda: shapes
     )
-    state = fit(skeleton, checkpoint, str(source), ignore_mismatched_sizes=ignore_mismatched_sizes).state
+    state = match_tensors(skeleton, checkpoint, str(source), ignore_mismatched_sizes=ignore_mismatched_sizes).state
     for name, order, variable in named:
         value = state[name]
         if value is not None:
