@@ -193,8 +193,9 @@ def weight_grad_config(
     lean = not (saved or wide)
     if weights_apart(channels) or (target == "sm_90" and channels == 96 and not (saved or half or grn)):
         config = FusedConfig(BLOCK_M=32 if grn else 64, BLOCK_K=128, num_warps=8, num_stages=2)
-    elif target in WARP_GROUPS and narrow and not (grn and (channels > 48 or target == "sm_100")):
-        config = FusedConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2 if lean else 1)
+    elif target in WARP_GROUPS and narrow and not (grn and channels > 48):
+        stages = 2 if lean and not (grn and target == "sm_100") else 1
+        config = FusedConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=stages)
     elif target in WARP_GROUPS or target == "gfx942" or (channels <= 64 and lean and not narrow):
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2)
     elif channels == 96 and lean and target not in ("sm_86", "sm_120"):
