@@ -12,9 +12,9 @@ from training_support import Quiet, new_trainer, pictures, start, stored
 from convnext_fast.training.state import (
     TENSORS,
     find_checkpoint,
-    hold,
     load_facts,
     load_tensors,
+    lock_folder,
     remove_temporary_files,
     save_sharded_state,
     save_state,
@@ -132,7 +132,7 @@ def test_only_one_run_at_a_time_writes_to_a_folder(tmp_path):
 
 
 def _hold_for_a_while(directory):
-    lock = hold(directory)
+    lock = lock_folder(directory)
     (directory / "held").touch()
     time.sleep(60)
     lock.close()
