@@ -38,6 +38,8 @@ NARROW = {
     ("dwconv_wgrad_tensor_core_kernel", "du_ptr"): 8,  # 8 channels a program, one a warp: half a sector a thread
     ("_weight_kernel", "u_ptr", 80): 8,  # without warp groups: parts of 16 channels, of which 32 rows would spill
     ("_weight_kernel", "dy_ptr", 80): 8,
+    ("_weight_kernel", "u_ptr", 160): 8,  # with a global response norm, of which 64 rows would spill
+    ("_weight_kernel", "dy_ptr", 160): 8,
 }
 
 
