@@ -12,7 +12,7 @@ SOURCES = [*sorted((ROOT / "convnext_fast").rglob("*.py")), *sorted((ROOT / "ker
 WRITES = {"write_text", "write_bytes", "save", "save_file", "savefig", "tofile", "dump", "touch"}
 
 ELSEWHERE = {
-    "convnext_fast/training/state.py": {"hold", "save_sharded_state"},  # an empty lock; a folder that is renamed
+    "convnext_fast/training/state.py": {"lock_folder", "save_sharded_state"},  # an empty lock; a folder that is renamed
     "kernels/cpu/code_cache.py": {"_write", "_read"},  # by handle, below a folder's handle
 }
 

@@ -30,10 +30,14 @@ def dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0]).permute(0, 2, 3, 1)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, dtype: torch.dtype | None = None) -> Tensor:
-    """LayerNorm over the last dimension."""
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """LayerNorm over the last dimension; its affine may be None."""
     x, weight, bias = _cast(dtype, x, weight, bias)
-    return F.layer_norm(x, tuple(weight.shape), weight, bias, eps)
+    # The exporter to ONNX that traces takes a weight's shape for a constant, not an activation's.
+    shape = x.shape[-1:] if weight is None else weight.shape
+    return F.layer_norm(x, tuple(shape), weight, bias, eps)
 
 
 def dwconv_layernorm(

@@ -12,6 +12,7 @@ import contextlib
 import random
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -144,42 +145,56 @@ def confirm_chain(container: nn.Module) -> None:
                 raise Unfusable("its forward does more than call what it holds")
 
 
-class _Witness(nn.Module):
-    """A stand-in for a part, which writes down its calls: its number, the input, the output, the random state."""
+class _Call(NamedTuple):
+    """A call of a part: its number, the input and what that held, the output, and `_surroundings`."""
 
-    def __init__(self, number: int, calls: list[tuple[int, Tensor, Tensor, Tensor]]):
+    number: int
+    x: Tensor
+    held: Tensor
+    y: Tensor
+    surroundings: tuple[Any, ...]
+
+
+class _Witness(nn.Module):
+    """A stand-in for a part, which writes down its calls."""
+
+    def __init__(self, number: int, calls: list[_Call]):
         super().__init__()
         self.number, self.calls = number, calls
 
     def forward(self, x: Tensor, **_: object) -> Tensor:
         y = x + 1
-        self.calls.append((self.number, x, y, torch.get_rng_state()))
+        self.calls.append(_Call(self.number, x, x.detach().clone(), y, _surroundings(x)))
         return y
 
 
-@torch.no_grad()
+def _surroundings(x: Tensor) -> tuple[Any, ...]:
+    """What may not differ from call to call: random numbers drawn, autograd's modes, hooks on what it saves."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return torch.get_rng_state().tolist(), torch.is_grad_enabled(), x.requires_grad, hooks
+
+
 def calls_in_turn(module: nn.Module, parts: Sequence[nn.Module]) -> bool:
     """Whether ``module`` calls each of these parts once, in this order, on what the one before gave out.
 
     It runs with a stand-in for each. An error after the last call does not count, for the stand-ins' results have
-    other shapes. Between the calls it may neither change a result nor draw random numbers.
+    other shapes. Between the calls it may neither change a result nor draw random numbers, nor checkpoint a part.
     """
     if len(set(map(id, parts))) < len(parts):
         return False
-    with _trial():
+    with _trial(), torch.enable_grad():
         for training in (False, True):
-            calls: list[tuple[int, Tensor, Tensor, Tensor]] = []
+            calls: list[_Call] = []
             copies: dict[int, object] = {id(part): _Witness(i, calls) for i, part in enumerate(parts)}
             copy = probe_copy(module, copies).train(training)
-            x, state = torch.randn(SAMPLES, 3, HEIGHT, WIDTH, device="cpu"), torch.get_rng_state()
+            x = torch.randn(SAMPLES, 3, HEIGHT, WIDTH, device="cpu", requires_grad=True)
+            values, surroundings = x.detach().clone(), _surroundings(x)
             with contextlib.suppress(Exception):
                 type(module).forward(copy, x)
-            if [number for number, *_ in calls] != list(range(len(parts))):
+            if [call.number for call in calls] != list(range(len(parts))):
                 return False
-            for _, given, y, drawn in calls:
-                if given is not x or not torch.equal(drawn, state):
+            for call in calls:
+                if call.x is not x or call.surroundings != surroundings or not torch.equal(call.held, values):
                     return False
-                x = y
-            if any(y._version for _, _, y, _ in calls):
-                return False
+                x, values = call.y, values + 1
     return True

@@ -37,10 +37,10 @@ class BatchFeature(dict[str, Any]):
         Raises:
             TypeError: an argument is neither, or no entry holds a torch tensor, so there is nothing to move.
         """
-        for arg in args:
+        for number, arg in enumerate(args):
             if isinstance(arg, torch.dtype):
                 dtype = arg
-            elif isinstance(arg, (str, int, torch.device)) and dtype is None:
+            elif isinstance(arg, (str, int, torch.device)) and number == 0:
                 device = arg
             else:
                 raise TypeError(

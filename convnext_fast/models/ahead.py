@@ -1,7 +1,8 @@
 """Outputs of parts that a host calls one after another, computed as one sequence before the host's own forward runs.
 
 Such a host does other things, too (see `ChainPlan.parts`), so its forward runs as it is. Each part gives out what was
-computed ahead only if it is called with the very tensor that the part before gave out, and nothing changed that since.
+computed ahead only if it is called with the very tensor that the part before gave out, and PyTorch saw no change of
+that since. If it is not, neither is any part after it.
 """
 
 from __future__ import annotations
@@ -15,30 +16,40 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import call
-from .layer_changes import changed
+from .layer_changes import changed, has_hooks
 from .plan import follow
 from .records import STATE
 from .whole_runs import outputs_of
+
+Known = dict[int, tuple[Tensor, Any, Tensor]]
 
 
 class Ahead(threading.local):
     """What was computed ahead in this thread.
 
     Attributes:
-        known: of a module, by its ``id``, the input, its version, and the output.
+        known: of a module, by its ``id``, the input, its `_state`, and the output.
         how: under which modes.
     """
 
     def __init__(self) -> None:
-        self.known: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self.known: Known = {}
         self.how: Any = None
 
     def output(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """What ``module`` makes of x, if that is known; from then on it is not."""
-        known = self.known.pop(id(module), None)
-        if known is None or known[0] is not x or known[1] != x._version or self.how != _modes(x):
+        if id(module) not in self.known:
             return None
-        return known[2]
+        given, state, y = self.known.pop(id(module))
+        if given is x and state == _state(x) and self.how == _modes(x):
+            return y
+        self.known.clear()  # what follows was computed of y: let go of it, and of autograd's graph
+        return None
+
+
+def _state(x: Tensor) -> Any:
+    """What PyTorch knows of changes to x."""
+    return x._version, x.requires_grad, x.is_leaf
 
 
 def _modes(x: Tensor) -> Any:
@@ -71,17 +82,20 @@ def computed_ahead(module: nn.Module, given: Sequence[Any]) -> Iterator[None]:
         AHEAD.known, AHEAD.how = before
 
 
-def _compute_ahead(module: nn.Module, x: Tensor) -> dict[int, tuple[Tensor, int, Tensor]]:
+def _compute_ahead(module: nn.Module, x: Tensor) -> Known:
     state = module.__dict__.get(STATE)
     if state is None or not state.plan.fused or changed(module, state.plan) is not None:
         return {}
     parts = [follow(module, path) for path in state.plan.parts]
+    between = {path[:i] for path in state.plan.parts for i in range(1, len(path))}
+    if None in parts or any(has_hooks(follow(module, path)) for path in between):  # hooks may do anything to a map
+        return {}
     try:
-        outputs = None if None in parts else outputs_of(state.whole, None, parts, x)
+        outputs = outputs_of(state.whole, None, parts, x)
     except (TypeError, ValueError):  # the host has words of its own for bad input
         outputs = None
-    known = {}
+    known: Known = {}
     for part, y in zip(parts, outputs or (), strict=False):
-        known[id(part)] = (x, x._version, y)
+        known[id(part)] = (x, _state(x), y)
         x = y
     return known

@@ -14,6 +14,7 @@ from fuse_support import one_thread  # noqa: F401
 from support import randomise
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 from transformers import ConvNextConfig
 from transformers.models.convnext.modeling_convnext import ConvNextLayer, ConvNextLayerNorm
 
@@ -261,3 +262,71 @@ def test_modes_between_the_body_and_its_parts(image):
         with computed_ahead(body, (x,)), mode:
             assert AHEAD.output(body.stem, x) is None
     assert not AHEAD.known
+
+
+class ByData(Body):
+    """Writes where no version counts."""
+
+    def forward(self, x):
+        y = self.inner[0](self.stem(x))
+        y.data.mul_(2)
+        return self.last(y).mean((2, 3))
+
+
+class Leaf(Body):
+    def forward(self, x):
+        return self.last(self.inner[0](self.stem(x)).requires_grad_()).mean((2, 3))
+
+
+class Checkpointing(Body):
+    reentrant = False
+
+    def forward(self, x):
+        y = checkpoint(self.inner[0], self.stem(x), use_reentrant=self.reentrant)
+        return self.last(y).mean((2, 3))
+
+
+class Reentrant(Checkpointing):
+    reentrant = True
+
+
+@pytest.mark.parametrize("kind", [ByData, Checkpointing, Reentrant])
+@pytest.mark.filterwarnings("ignore")
+def test_a_body_that_touches_a_map_or_checkpoints_a_part_is_left_as_it_is(kind, image):
+    model = host(kind)
+    fuse(model).freeze()
+    assert type(model[0]) is kind
+    check(model, image)
+
+
+def test_gradients_to_a_map_between_the_parts(image):
+    """As for Grad-CAM: the model takes no gradient, a map in it does."""
+    model = host(Nested)
+    model.requires_grad_(False)
+    plain = copy.deepcopy(model)
+    fuse(model).freeze()
+    grads = []
+    for each in (plain, model):
+        maps = []
+        each[0].body.register_forward_hook(lambda module, args, y, maps=maps: maps.append(y.requires_grad_()))
+        each(image).square().sum().backward()
+        grads.append(maps[0].grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_body_that_makes_a_map_take_gradients(image):
+    model = host(Leaf).requires_grad_(False)
+    plain = copy.deepcopy(model)
+    fuse(model).freeze()
+    assert plain(image).requires_grad
+    assert model(image).requires_grad
+
+
+def test_what_follows_a_miss_is_let_go(image):
+    model = host()
+    fuse(model).freeze()
+    body, x = model[0], image.clone()
+    with torch.no_grad(), computed_ahead(body, (x,)):
+        assert len(AHEAD.known) == 3
+        assert AHEAD.output(body.stem, x.clone()) is None
+        assert not AHEAD.known
