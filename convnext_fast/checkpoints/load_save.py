@@ -155,6 +155,8 @@ def load_model(
     model.load_state_dict(filled, strict=True, assign=True)
     for name in found.new:
         model.initialise(name)
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # or the post_init of a model of transformers that holds it overwrites it
     model.eval()
     if chosen.device_map is not None:
         spread(model, chosen.device_map, chosen.max_memory)

@@ -169,3 +169,5 @@ def init_weights(model: nn.Module, std: float) -> None:
             nn.init.trunc_normal_(module.weight, std=std, a=-2.0, b=2.0)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # or the post_init of a model of transformers that holds it overwrites it

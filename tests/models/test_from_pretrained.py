@@ -224,3 +224,28 @@ def test_members_that_callers_read(tmp_path):
     assert ours.device == theirs.device
     assert isinstance(ours, transformers.PreTrainedModel)
     assert isinstance(ours(x), transformers.utils.ModelOutput)
+
+
+@pytest.mark.parametrize("kind", ["Model", "ForImageClassification", "Backbone", "new"])
+def test_a_model_of_transformers_that_holds_ours_keeps_its_weights(kind, tmp_path):
+    our_model().save_pretrained(tmp_path)
+    if kind == "new":
+        body = ConvNextForImageClassification(ConvNextConfig(**SIZES))
+    elif kind == "Backbone":
+        with pytest.warns(UserWarning, match="newly initialises"):
+            body = ConvNextBackbone.from_pretrained(tmp_path)
+    else:
+        body = getattr(convnext_fast, f"ConvNext{kind}").from_pretrained(tmp_path)
+    before = {name: tensor.clone() for name, tensor in body.state_dict().items()}
+
+    class Holder(transformers.PreTrainedModel):
+        config_class = transformers.ConvNextConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.body = body
+            self.post_init()
+
+    Holder(transformers.ConvNextConfig(**SIZES))
+    body.init_weights()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in body.state_dict().items())
