@@ -31,21 +31,22 @@ def classification_loss(logits: Tensor, labels: Tensor, config: ConvNextConfig) 
     if kind is None:
         several = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
         kind = "regression" if count == 1 else several
-    loss = _loss(logits, labels.to(logits.device), kind, batch, count)
+    why = "" if config.problem_type is None else ", the config.problem_type, which the first labels set where it was None"
+    loss = _loss(logits, labels.to(logits.device), kind, batch, count, why)
     if config.problem_type is None:
         config.problem_type = kind
     return loss
 
 
-def _loss(logits: Tensor, labels: Tensor, kind: str, batch: int, count: int) -> Tensor:
+def _loss(logits: Tensor, labels: Tensor, kind: str, batch: int, count: int, why: str) -> Tensor:
     if kind == "single_label_classification":
         if labels.is_floating_point():
-            raise TypeError(f"labels are {labels.dtype}: expected integer class indices for {kind}")
+            raise TypeError(f"labels are {labels.dtype}: expected integer class indices for {kind}{why}")
         if labels.numel() != batch:
             raise ValueError(f"labels have shape {tuple(labels.shape)}: expected ({batch},) for {kind}")
         return F.cross_entropy(logits, labels.view(-1).long())
     if not labels.is_floating_point():
-        raise TypeError(f"labels are {labels.dtype}: expected floats for {kind}")
+        raise TypeError(f"labels are {labels.dtype}: expected floats for {kind}{why}")
     shapes = [(batch, count)] + ([(batch,)] if count == 1 else [])
     if tuple(labels.shape) not in shapes:
         raise ValueError(f"labels have shape {tuple(labels.shape)}: expected {shapes[0]} for {kind}")
