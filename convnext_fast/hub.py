@@ -82,6 +82,7 @@ def push(
     repo_id: str,
     *,
     commit_message: str | None = None,
+    commit_description: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -100,9 +101,13 @@ def push(
     except ImportError:
         raise ImportError(f"push_to_hub needs the extra: {how_to_install('hub')}") from None
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder))
+        write(Path(folder))  # first: where it fails, no repository is made
         return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision, create_pr=create_pr
+            repo_id=api.create_repo(repo_id, private=private, exist_ok=True).repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
         )

@@ -81,8 +81,10 @@ class ConvNextPreTrainedModel(VirtualSubclass, ConvNextSwitches):
             save_directory: made if it is missing.
             is_main_process: False writes nothing, for all processes but one.
             push_to_hub: then also `push_to_hub`; ``repo_id`` is the folder's name unless given.
-            **options: those of `save_model`, such as ``max_shard_size``, and of `hub.push`.
+            **options: those of `save_model`, such as ``max_shard_size``, and of `hub.push`. ``save_function``,
+                ``save_peft_format`` and ``save_original_format``, from transformers, have no effect.
         """
+        options = {name: value for name, value in options.items() if name not in _NO_EFFECT_ON_SAVING}
         upload = {name: options.pop(name) for name in UPLOAD if name in options}
         if not is_main_process:
             return
@@ -188,5 +190,6 @@ class ConvNextPreTrainedModel(VirtualSubclass, ConvNextSwitches):
         return output if wanted else output.to_tuple()
 
 
-UPLOAD = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+_NO_EFFECT_ON_SAVING = ("save_function", "save_peft_format", "save_original_format")
+UPLOAD = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
 """The options of `hub.push`."""

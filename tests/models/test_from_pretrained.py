@@ -174,7 +174,9 @@ def test_saving_other_tensors_and_on_one_process(tmp_path):
     doubled = {name: 2 * tensor for name, tensor in ours.state_dict().items()}
     ours.save_pretrained(tmp_path / "none", is_main_process=False)
     assert not (tmp_path / "none").exists()
-    ours.save_pretrained(tmp_path, state_dict=doubled)
+    ours.save_pretrained(
+        tmp_path, state_dict=doubled, save_function=torch.save, save_peft_format=True, save_original_format=True
+    )
     read = transformers.ConvNextForImageClassification.from_pretrained(tmp_path)
     assert all(torch.equal(tensor, doubled[name]) for name, tensor in read.state_dict().items())
 
@@ -187,20 +189,28 @@ def test_a_model_from_its_configuration():
 
 
 def test_upload(monkeypatch):
-    seen = []
+    seen, created = [], []
 
     class Api:
         def __init__(self, **options):
             seen.append(options)
 
         def create_repo(self, repo_id, **options):
+            created.append(repo_id)
             return type("Url", (), {"repo_id": f"me/{repo_id}"})
 
         def upload_folder(self, repo_id, folder_path, **options):
             seen.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir()), options["commit_message"]))
+            assert options["commit_description"] == described
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    our_model().push_to_hub("name", token="t", commit_message="first", variant="fp16")
+    with pytest.raises(TypeError, match="shards"):
+        our_model().push_to_hub("name", token="t", shards=3)
+    assert not created
+    seen.clear()
+    described = "all of it"
+    our_model().push_to_hub("name", token="t", commit_message="first", commit_description=described, variant="fp16")
+    described = None
     convnext_fast.ConvNextImageProcessor().push_to_hub("name")
     assert seen[:2] == [{"token": "t"}, ("me/name", ["config.json", "model.fp16.safetensors"], "first")]
     assert seen[3] == ("me/name", ["preprocessor_config.json"], None)
