@@ -138,7 +138,7 @@ class ConvNextConfig(ConfigBase):
         self.hidden_act = hidden_act
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
-        self.layer_scale_init_value = layer_scale_init_value if self.version == 1 else 0.0
+        self.layer_scale_init_value = layer_scale_init_value
         self.drop_path_rate = drop_path_rate
         self.image_size = image_size
         self.norm_eps = norm_eps
@@ -336,6 +336,9 @@ class ConvNextV2Config(ConvNextConfig):
 
     model_type = "convnextv2"
     version = 2
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, 0.0 if name == "layer_scale_init_value" else value)
 
     def to_dict(self) -> dict[str, Any]:
         """As `ConvNextConfig.to_dict`, without a layer scale."""

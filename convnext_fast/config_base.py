@@ -42,7 +42,7 @@ class ConfigBase(VirtualSubclass):
 
     def __init_subclass__(cls, **options: Any) -> None:
         if "model_type" in vars(cls):
-            ConfigBase.kinds[cls.model_type] = cls
+            ConfigBase.kinds.setdefault(cls.model_type, cls)  # a user's subclass does not replace ours
 
     def validate(self) -> None:
         """Raise a ValueError where fields contradict each other."""
@@ -57,7 +57,8 @@ class ConfigBase(VirtualSubclass):
 
     def _keep(self, extra: dict[str, Any]) -> None:
         """Take what the constructor was given besides fields as attributes."""
-        extra.pop("stage_names", None)  # follows from the fields
+        for name in ("stage_names", *_OF_CLASS, *(key for key in vars(self) if key.startswith("_"))):
+            extra.pop(name, None)  # follows from the fields, or is not a file's to say
         dtype = extra.pop("torch_dtype", None)
         if dtype is not None:
             extra.setdefault("dtype", dtype)
@@ -118,21 +119,22 @@ class ConfigBase(VirtualSubclass):
 
         Raises:
             TypeError, ValueError: ``fields`` is not a mapping, describes another architecture, or holds an invalid
-            value; or an override is no field.
+            value; or an override is nearly the name of a field. Others that are no fields are left out.
         """
         if not isinstance(fields, Mapping):
             raise TypeError(f"a configuration is a mapping of field names to values, not a {type(fields).__name__}")
         fields = dict(fields)
         if fields.get("id2label") is not None:
             fields.pop("num_labels", None)
-        kind = cls.kinds.get(fields.get("model_type"), cls)
+        kind = cls.kinds.get(str(fields.get("model_type")), cls)
         return (kind if issubclass(kind, cls) else cls)(**fields)._with(overrides, return_unused_kwargs)
 
     def _with(self, overrides: Mapping[str, Any], return_unused: bool) -> Any:
         known = fields_of(type(self)).union(vars(self), dir(type(self)))
         unused = {name: value for name, value in overrides.items() if name not in known}
-        if unused and not return_unused:
-            raise TypeError("; ".join(unknown_field(type(self), name) for name in unused))
+        misspelt = [name for name, value in unused.items() if value is not None and near_fields(type(self), name)]
+        if misspelt and not return_unused:
+            raise TypeError("; ".join(unknown_field(type(self), name) for name in misspelt))
         used = {name: value for name, value in overrides.items() if name not in unused}
         config = self.amended(**used) if used else self
         return (config, unused) if return_unused else config
@@ -169,7 +171,7 @@ class ConfigBase(VirtualSubclass):
 
         Raises:
             FileNotFoundError: the folder has no ``config.json``.
-            TypeError, ValueError: an option is unknown or invalid.
+            TypeError, ValueError: an option is invalid, or nearly the name of a field.
             ValueError: the file is no JSON, holds an invalid value, or describes another architecture.
         """
         loading, overrides = split_loading(options)
@@ -211,6 +213,8 @@ class ConfigBase(VirtualSubclass):
         return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, default=str)}"
 
 
+_OF_CLASS = ("version", "kinds", "sub_configs", "transformers_base", "config_class")
+"""Attributes of the classes, which no file overwrites."""
 _COMMON = ("id2label", "label2id", "problem_type", "transformers_version")
 """Fields that every configuration of transformers has, and that are written here even where they are as usual."""
 

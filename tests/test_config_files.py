@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from convnext_fast import ConvNextConfig
+from convnext_fast import ConvNextConfig, ConvNextV2Config
 from convnext_fast.hub import Loading, split_loading
 
 LOADING = {
@@ -206,3 +206,38 @@ def test_upload(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match="push_to_hub needs the extra"):
         config.push_to_hub("name")
+
+
+@pytest.mark.parametrize(
+    "key", ["version", "kinds", "sub_configs", "transformers_base", "config_class", "_id2label", "_out_features"]
+)
+def test_keys_of_a_file_leave_the_class_alone(key):
+    read = ConvNextConfig.from_dict({**ConvNextConfig(num_labels=3).to_dict(), key: "1.0"})
+    assert getattr(read, key) == getattr(ConvNextConfig(num_labels=3), key)
+    assert read.num_labels == 3
+
+
+def test_a_subclass_of_ours_replaces_nothing():
+    class Mine(ConvNextConfig):
+        model_type = "convnext"
+
+    fields = ConvNextConfig().to_dict()
+    assert type(ConvNextConfig.from_dict(fields)) is ConvNextConfig
+    assert type(Mine.from_dict(fields)) is Mine
+
+
+def test_v2_has_no_layer_scale_to_assign():
+    config = ConvNextV2Config()
+    config.layer_scale_init_value = 0.5
+    assert config.layer_scale_init_value == 0
+
+
+def test_options_of_other_configurations_are_left_out(tmp_path):
+    ConvNextConfig().save_pretrained(tmp_path)
+    options = {"finetuning_task": "x", "proxies": None, "use_auth_token": None, "user_agent": {}}
+    assert ConvNextConfig.from_pretrained(tmp_path, **options) == ConvNextConfig()
+
+
+def test_a_model_type_that_is_no_name():
+    with pytest.raises(ValueError, match=r"model_type is \['a'\]: expected 'convnext'"):
+        ConvNextConfig.from_dict({"model_type": ["a"]})
