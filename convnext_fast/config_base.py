@@ -213,7 +213,7 @@ class ConfigBase(VirtualSubclass):
         return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, default=str)}"
 
 
-_OF_CLASS = ("version", "kinds", "sub_configs", "transformers_base", "config_class")
+_OF_CLASS = ("version", "kinds", "sub_configs", "transformers_base")
 """Attributes of the classes, which no file overwrites."""
 _COMMON = ("id2label", "label2id", "problem_type", "transformers_version")
 """Fields that every configuration of transformers has, and that are written here even where they are as usual."""
