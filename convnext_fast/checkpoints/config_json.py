@@ -67,7 +67,8 @@ def config_fields(
         if "classifier.weight" in keys:
             cls = "ForImageClassification"
         version = "V2" if config.version == 2 else ""
-        return fields | {"architectures": [f"ConvNext{version}{cls}"], "dtype": dtype}
+        named = {"architectures": [f"ConvNext{version}{cls}"]} if keys else {}
+        return fields | named | {"dtype": dtype}
     fields = {SECTION: config.to_dict(), "checkpoint_format": format}
     return fields | _timm_fields(config, options) if format == "timm" else fields
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,7 +142,11 @@ def load_model(
     if cls.checkpoint_format == "timm":
         own = {"head_norm_first": checkpoint.head_norm_first, "global_pool": checkpoint.global_pool}
         model_options = own | model_options
-    model = cls(config, device="meta", dtype=chosen.dtype, **model_options)
+    if "device" in inspect.signature(cls).parameters:
+        model = cls(config, device="meta", dtype=chosen.dtype, **model_options)
+    else:  # a user's subclass, in transformers' style
+        with torch.device("meta"):
+            model = cls(config, **model_options)
     name = "state_dict" if source is None else str(source)
     found = match_tensors(model, checkpoint, name, ignore_mismatched_sizes=ignore_mismatched_sizes)
     dtype = config.dtype = chosen.dtype or _common_dtype(found.state.values())
@@ -230,7 +235,8 @@ def write_folder(
     if directory.is_file():
         raise ValueError(f"directory {directory} is a file: expected a folder")
     warn_of_lost_fields(config, format, with_config=True)
-    dtype = str(_common_dtype(tensors.values())).removeprefix("torch.")
+    found = _common_dtype(tensors.values()) if tensors else config.dtype or torch.get_default_dtype()
+    dtype = str(found).removeprefix("torch.")
     writers = files.writers(tensors, in_parts=format == "transformers")
     writers["config.json"] = json_writer(config_fields(config, format, tensors, dtype, options))
     write_files(directory, writers, files.stale(directory, writers))

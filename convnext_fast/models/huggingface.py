@@ -41,7 +41,7 @@ class ConvNextModel(ConvNextPreTrainedModel):
         self.embeddings = ConvNextEmbeddings(config, fused, **factory)
         self.encoder = ConvNextEncoder(config, fused, **factory)
         self.layernorm = nn.LayerNorm(config.hidden_sizes[-1], eps=config.layer_norm_eps, **factory)
-        self._post_init()
+        self.post_init()
 
     def forward(
         self,
@@ -145,7 +145,7 @@ class ConvNextBackbone(ConvNextPreTrainedModel):
                 for name, width in zip(self.out_features, self.channels, strict=True)
             }
         )
-        self._post_init()
+        self.post_init()
 
     stage_names = property(lambda self: self.config.stage_names)
 

@@ -47,8 +47,8 @@ class ConvNextPreTrainedModel(VirtualSubclass, ConvNextSwitches):
         config.validate()
         self.config = config
 
-    def _post_init(self) -> None:
-        """Initialise the weights, and enable checkpointing where the configuration says so."""
+    def post_init(self) -> None:
+        """Initialise what is not loaded yet, and enable checkpointing where the configuration says so."""
         init_weights(self, self.config.initializer_range)
         if vars(self.config).get("gradient_checkpointing"):
             self.gradient_checkpointing_enable()

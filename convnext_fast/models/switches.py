@@ -163,9 +163,12 @@ def check_image(image: Any, config: ConvNextConfig, name: str) -> None:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, std: float) -> None:
-    """Weights of convolutions and linear layers from N(0, std²) cut at ±2, biases 0 (the official code's)."""
+    """Weights of convolutions and linear layers from N(0, std²) cut at ±2, biases 0 (the official code's).
+
+    What is initialised or loaded already stays.
+    """
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not hasattr(module.weight, "_is_hf_initialized"):
             nn.init.trunc_normal_(module.weight, std=std, a=-2.0, b=2.0)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

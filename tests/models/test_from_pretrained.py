@@ -259,3 +259,30 @@ def test_a_model_of_transformers_that_holds_ours_keeps_its_weights(kind, tmp_pat
     Holder(transformers.ConvNextConfig(**SIZES))
     body.init_weights()
     assert all(torch.equal(tensor, before[name]) for name, tensor in body.state_dict().items())
+
+
+def test_saving_no_tensors(tmp_path):
+    """As where another library writes the weights."""
+    our_model().save_pretrained(tmp_path, state_dict={})
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["dtype"] == "float32"
+    assert "architectures" not in written
+
+
+def test_a_subclass_in_the_style_of_transformers(tmp_path):
+    class Mine(ConvNextForImageClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            self.post_init()
+
+    ours = our_model()
+    ours.save_pretrained(tmp_path)
+    assert same(Mine.from_pretrained(tmp_path), ours)
+
+    class Around(ConvNextModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.body = ConvNextForImageClassification.from_pretrained(tmp_path)
+            self.post_init()
+
+    assert same(Around(ours.config).body, ours)
