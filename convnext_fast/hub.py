@@ -33,7 +33,18 @@ class Loading(NamedTuple):
 
 
 ANYWHERE = Loading()
-_NO_EFFECT = {"trust_remote_code", "code_revision", "adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"}
+_NO_EFFECT = {
+    "_commit_hash",
+    "_from_auto",
+    "_from_pipeline",
+    "adapter_kwargs",
+    "code_revision",
+    "proxies",
+    "resume_download",
+    "trust_remote_code",
+    "use_fast",
+    "user_agent",
+}
 """What transformers' own callers pass besides. No code of a repository ever runs here."""
 
 

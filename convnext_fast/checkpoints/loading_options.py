@@ -14,7 +14,15 @@ from ..config_base import near_fields
 from ..config_checks import floating
 
 _COMMON_FIELDS = {"output_hidden_states", "output_attentions", "return_dict"}
-_WITHOUT_EFFECT = {"low_cpu_mem_usage", "offload_state_dict", "attn_implementation"}
+_WITHOUT_EFFECT = {
+    "_fast_init",
+    "adapter_name",
+    "attn_implementation",
+    "generation_config",
+    "low_cpu_mem_usage",
+    "offload_buffers",
+    "offload_state_dict",
+}
 """What changes nothing here: loading copies each tensor once anyway, and there is no attention."""
 _NOT_SERVED = {
     "from_flax",
@@ -67,7 +75,8 @@ def sorted_options(
     if not options.get("weights_only", True):
         raise ValueError("weights_only is False: expected True, for nothing in a file is run")
     known = {"torch_dtype", "device_map", "max_memory", "weights_only", *_WITHOUT_EFFECT, *_NOT_SERVED}
-    unknown = sorted(options.keys() - of_model - of_config - known)
+    given = {name for name, value in options.items() if value is not None}
+    unknown = sorted(given - of_model - of_config - known)
     if unknown:
         near = [field for name in unknown for field in near_fields(ConvNextConfig, name)]
         raise TypeError(

@@ -109,6 +109,7 @@ class SavedProcessor(VirtualSubclass):
             ValueError: the file is not a JSON object, is of another processor, or holds an invalid value.
         """
         loading, overrides = split_loading(options)
+        overrides = {name: value for name, value in overrides.items() if value is not None or name in DEFAULTS}
         if not return_unused_kwargs:
             check_names(overrides)
         path = local_path(pretrained_model_name_or_path)

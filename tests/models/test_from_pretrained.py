@@ -14,6 +14,8 @@ from support import randomise
 import convnext_fast
 from convnext_fast import ConvNextBackbone, ConvNextConfig, ConvNextForImageClassification, ConvNextModel
 
+OLD = ("adapter_name", "anything_else", "_fast_init", "offload_buffers", "resume_download")
+"""Options that transformers takes no more."""
 SIZES = {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
 
 
@@ -36,7 +38,9 @@ def same(a, b):
         {"revision": "main", "token": "hf_x", "local_files_only": True, "trust_remote_code": False},
         {"low_cpu_mem_usage": True, "use_safetensors": True, "weights_only": True, "device_map": "cpu"},
         {"device_map": {"": torch.device("cpu")}, "quantization_config": None, "attn_implementation": "eager"},
-        {"force_download": False, "max_memory": None, "key_mapping": None},
+        {"force_download": False, "max_memory": None, "key_mapping": None, "anything_else": None},
+        {"proxies": None, "resume_download": None, "_fast_init": True, "offload_buffers": False},
+        {"adapter_name": "default", "generation_config": None},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -45,7 +49,7 @@ def test_options_that_change_nothing(options, tmp_path):
     theirs.save_pretrained(tmp_path)
     for library in (transformers, convnext_fast):
         if library is transformers:  # which needs accelerate for it
-            taken = {name: value for name, value in options.items() if name != "device_map"}
+            taken = {name: value for name, value in options.items() if name not in ("device_map", *OLD)}
         else:
             taken = options
         model = library.ConvNextForImageClassification.from_pretrained(tmp_path, **taken)
@@ -286,3 +290,10 @@ def test_a_subclass_in_the_style_of_transformers(tmp_path):
             self.post_init()
 
     assert same(Around(ours.config).body, ours)
+
+
+@pytest.mark.parametrize("options", [{"use_fast": True}, {"use_fast": False}, {"proxies": None, "anything_else": None}])
+def test_options_of_an_image_processor_that_change_nothing(options, tmp_path):
+    made = convnext_fast.ConvNextImageProcessor(size=32)
+    made.save_pretrained(tmp_path)
+    assert convnext_fast.ConvNextImageProcessor.from_pretrained(tmp_path, **options) == made
