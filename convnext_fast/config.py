@@ -11,7 +11,19 @@ from typing import Any
 import torch
 
 from .config_base import ConfigBase
-from .config_checks import MOST_LABELS, MOST_STAGES, floating, integer, integers, labels, mapping, one_of, real, size
+from .config_checks import (
+    MOST_LABELS,
+    MOST_STAGES,
+    floating,
+    integer,
+    integers,
+    labels,
+    mapping,
+    one_of,
+    real,
+    size,
+    states,
+)
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "selu")
 _ACTIVATION_ALIASES = {"swish": "silu"}
@@ -59,6 +71,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "norm_eps": functools.partial(real, least=0),
     "problem_type": lambda name, value: None if value is None else one_of(name, value, PROBLEM_TYPES),
     "label2id": mapping,
+    "output_hidden_states": states,
     "dtype": floating,
     "name_or_path": lambda name, value: str(value),
 }

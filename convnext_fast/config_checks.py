@@ -102,3 +102,12 @@ def floating(name: str, value: Any) -> torch.dtype | None:
     if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise TypeError(f"{name} is {value!r}: expected a floating torch.dtype, or None to keep the checkpoint's")
     return found
+
+
+def states(name: str, value: Any) -> Any:
+    """Which hidden states are returned: True, False (also given as None), or indices."""
+    if value is None or isinstance(value, int):
+        return False if value is None else value
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} is {value!r:.80}: expected True, False or indices of states")
+    return integers(name, value, -MOST_STAGES - 1, MOST_STAGES)

@@ -110,7 +110,9 @@ def _timm_amendments(fields: Mapping[str, Any], arguments: Mapping[str, Any]) ->
     if eps is not None:
         overrides |= {"norm_eps": eps, "layer_norm_eps": eps}
     if "act_layer" in arguments:
-        overrides["hidden_act"] = _TIMM_ACTIVATIONS.get(arguments["act_layer"], arguments["act_layer"])
+        activation = arguments["act_layer"]
+        known = isinstance(activation, str) and _TIMM_ACTIVATIONS.get(activation)
+        overrides["hidden_act"] = known or activation
     size = pretrained.get("input_size")
     if isinstance(size, list) and len(size) == 3:
         overrides["image_size"] = size[1] if size[1] == size[2] else size[1:]
@@ -118,7 +120,9 @@ def _timm_amendments(fields: Mapping[str, Any], arguments: Mapping[str, Any]) ->
     described = fields.get("label_descriptions", pretrained.get("label_descriptions"))
     if isinstance(names, list) and names:
         described = described if isinstance(described, Mapping) else {}
-        overrides["id2label"] = {i: str(described.get(name, name)) for i, name in enumerate(names)}
+        overrides["id2label"] = {
+            i: str(described.get(name, name)) if isinstance(name, str) else name for i, name in enumerate(names)
+        }
     return overrides
 
 

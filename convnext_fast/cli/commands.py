@@ -183,7 +183,10 @@ def export(arguments: argparse.Namespace) -> int:
     """Writes a checkpoint as ONNX with standard operators only, for any number of images of one size; runs the file
     with onnxruntime, and prints how closely it agrees with the model.
     """
-    model = ConvNext.from_pretrained(arguments.checkpoint, device=find_device("cpu"))
+    model, found = ConvNext.from_pretrained(arguments.checkpoint, device=find_device("cpu"), output_loading_info=True)
+    if found["missing_keys"]:
+        lacking = ", ".join(found["missing_keys"])
+        raise ValueError(f"{arguments.checkpoint} lacks {lacking}: expected a checkpoint with a classifier")
     size = arguments.image_size or model.config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     error = export_onnx(model, arguments.destination, height, width)

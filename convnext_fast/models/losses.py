@@ -31,7 +31,9 @@ def classification_loss(logits: Tensor, labels: Tensor, config: ConvNextConfig) 
     if kind is None:
         several = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
         kind = "regression" if count == 1 else several
-    why = "" if config.problem_type is None else ", the config.problem_type, which the first labels set where it was None"
+    why = (
+        "" if config.problem_type is None else ", the config.problem_type, which the first labels set where it was None"
+    )
     loss = _loss(logits, labels.to(logits.device), kind, batch, count, why)
     if config.problem_type is None:
         config.problem_type = kind

@@ -225,6 +225,32 @@ def test_any_device(run, checkpoint, pictures, device):
         assert "is not available" in err
 
 
+@pytest.mark.parametrize("wrong", [{"model_args": {"act_layer": ["gelu"]}}, {"label_names": [["a"], ["b"], ["c"]]}])
+def test_lists_in_a_configuration_of_timm(run, checkpoint, pictures, tmp_path, wrong):
+    bad = copy_of(checkpoint, tmp_path / "bad", config=json.dumps({"architecture": "convnext_tiny"} | wrong))
+    for argv in commands_on(bad, pictures, tmp_path)[:3]:
+        status, _, err = run(*argv)
+        assert status == 1
+        assert str(bad) in err
+
+
+def test_hidden_states_that_are_none(run, checkpoint, pictures, tmp_path):
+    fields = json.loads((checkpoint / "config.json").read_text())
+    bad = copy_of(checkpoint, tmp_path / "bad", config=json.dumps(fields | {"output_hidden_states": "abc"}))
+    status, _, err = run("info", bad)
+    assert status == 1
+    assert "output_hidden_states is 'abc': expected True, False or indices" in err
+
+
+@pytest.mark.filterwarnings("ignore:.*newly initialises")
+def test_no_classifier_to_export(run, checkpoint, tmp_path):
+    ConvNextForImageClassification.from_pretrained(checkpoint).convnext.save_pretrained(tmp_path / "base")
+    status, _, err = run("export", tmp_path / "base", tmp_path / "out.onnx")
+    assert status == 1
+    assert "head.fc.weight" in err
+    assert "expected a checkpoint with a classifier" in err
+
+
 def test_standard_input(run, checkpoint, pictures):
     good = str(pictures / "ant" / "0.png").encode()
     classify = ("classify", "-", "--checkpoint", checkpoint)
