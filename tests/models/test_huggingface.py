@@ -167,7 +167,7 @@ def test_the_problem_is_remembered(num_labels, labels, tmp_path):
     expected = theirs(x, labels=labels if labels.dtype != torch.int32 else labels.long()).loss
     assert relative_error(loss, expected) <= BOUNDS[torch.float32]
     assert ours.config.problem_type == theirs.config.problem_type
-    with pytest.raises(TypeError, match="config.problem_type, which the first labels set"):
+    with pytest.raises(TypeError, match=r"config\.problem_type, which the first labels set"):
         ours(x, labels=labels.long() if labels.is_floating_point() else labels.float())
     ours.save_pretrained(tmp_path)
     for library in (convnext_fast, transformers):
