@@ -10,6 +10,8 @@ from typing import Any
 
 import keras
 
+from ..models.layer_changes import has_hooks
+from ..models.layers import KERNEL_SIZE
 from ..ops import functions
 
 ON_TORCH = keras.backend.backend() == "torch"
@@ -23,10 +25,38 @@ def order_of(layer: Any) -> tuple[int, ...]:
     return DWCONV if depthwise else DENSE if dense else CONV
 
 
-def serves(*layers: Any) -> bool:
-    """Whether the ops compute what these layers do: on PyTorch, without LoRA and quantised weights."""
-    return ON_TORCH and not any(
-        getattr(layer, "lora_enabled", False) or layer.quantization_mode is not None for layer in layers
+_AFFINE = {"use_bias": True, "activation": keras.activations.linear}
+_CONV = {"data_format": "channels_last", "dilation_rate": (1, 1), **_AFFINE}
+_DEPTHWISE = {"kernel_size": (KERNEL_SIZE,) * 2, "padding": "same", "strides": (1, 1), "depth_multiplier": 1, **_CONV}
+_SETTINGS: dict[type, dict[str, Any]] = {
+    keras.layers.DepthwiseConv2D: _DEPTHWISE,
+    keras.layers.Conv2D: {"padding": "valid", "groups": 1, "lora_enabled": False, **_CONV},
+    keras.layers.Dense: {"lora_enabled": False, **_AFFINE},
+    keras.layers.LayerNormalization: {"axis": [-1], "center": True, "scale": True, "rms_scaling": False},
+}
+"""The layers that the ops know, and what they take for granted of each."""
+
+
+def serves(owner: Any, *layers: Any) -> bool:
+    """Whether the ops compute what these layers of ``owner`` do.
+
+    They do on PyTorch, for Keras's own layers with the settings that this package gives them: without LoRA, quantised
+    weights, hooks, a replaced call or activation, a regulariser of the output, or another policy than the owner's.
+    """
+    return ON_TORCH and all(_is_known(layer, owner.dtype_policy) for layer in layers)
+
+
+def _is_known(layer: Any, policy: Any) -> bool:
+    settings = _SETTINGS.get(type(layer))
+    return (
+        settings is not None
+        and all(getattr(layer, name) == value for name, value in settings.items())
+        and (not isinstance(layer, keras.layers.Conv2D) or layer.strides == layer.kernel_size)
+        and layer.dtype_policy == policy
+        and layer.quantization_mode is None
+        and layer.activity_regularizer is None
+        and not layer.__dict__.keys() & {"call", "forward"}
+        and not has_hooks(layer)
     )
 
 

@@ -94,7 +94,7 @@ class ConvNextLayer(keras.layers.Layer):
     def call(self, x: Any, training: bool | None = None) -> Any:
         """x: (N, H, W, C)."""
         scale = self._drop_scale(x) if training and self.rate else None
-        if fused.serves(self.dwconv, self.layernorm, self.pwconv1, self.pwconv2):
+        if fused.serves(self, self.dwconv, self.layernorm, self.pwconv1, self.pwconv2):
             return fused.block(self, x, scale)
         y = self.pwconv2(ACTIVATIONS[self.act](self.pwconv1(self.layernorm(self.dwconv(x)))))
         if self.gamma is not None:
@@ -125,7 +125,7 @@ class ConvNextEmbeddings(keras.layers.Layer):
     def call(self, image: Any) -> Any:
         """image: (N, C, H, W)."""
         conv, norm = self.patch_embeddings, self.layernorm
-        if fused.serves(conv, norm):
+        if fused.serves(self, conv, norm):
             return fused.stem(conv, norm, image)
         return norm(conv(ops.transpose(image, (0, 2, 3, 1))))
 
@@ -156,7 +156,7 @@ class ConvNextStage(keras.layers.Layer):
         """x: (N, H, W, C); returns (N, ⌊H/2⌋, ⌊W/2⌋, C'), in the first stage the same shape."""
         if self.downsampling_layer:
             norm, conv = self.downsampling_layer
-            x = fused.downsample(norm, conv, x) if fused.serves(norm, conv) else conv(norm(x))
+            x = fused.downsample(norm, conv, x) if fused.serves(self, norm, conv) else conv(norm(x))
         for layer in self.layers:
             x = layer(x)
         return x
