@@ -104,6 +104,8 @@ def read_h5(path: Path) -> dict[str, Tensor]:
             if not isinstance(item, h5py.Dataset):
                 visit(item, f"{prefix}{key}/")
                 continue
+            if item.shape is None:
+                raise ValueError(f"{prefix}{key} is an empty dataset: expected an array of floats")
             if item.external or item.is_virtual or item.id.get_storage_size() != item.nbytes or item.dtype.kind != "f":
                 raise ValueError(f"{prefix}{key} is not a plain array of floats: {item}")
             tensors[prefix + key] = torch.from_numpy(item[()].reshape(item.shape))
@@ -122,6 +124,8 @@ def h5_writer(state: Mapping[str, Tensor]) -> Callable[[Path], None]:
     """A writer of a ``tf_model.h5`` of a state dict under transformers' names, for `write_files`."""
     if any(".grn." in name for name in state):
         raise ValueError("a ConvNeXt V2 is not written as h5: expected safetensors")
+    if any(name.startswith("hidden_states_norms.") for name in state):
+        raise ValueError("hidden_states_norms, a backbone's, are not written as h5: expected safetensors")
     h5py, tensors = _h5py(), to_tensorflow(state)
     if any(tensor.dtype not in (torch.float16, torch.float32, torch.float64) for tensor in tensors.values()):
         raise ValueError("HDF5 has no bfloat16: expected tensors of float32, or safetensors")

@@ -111,6 +111,8 @@ def test_convert_writes_h5(tmp_path):
         convert_checkpoint(tmp_path / "timm", tmp_path / "tf_model.h5", "timm")
     with pytest.raises(ValueError, match="V2 is not written as h5"):
         h5_writer({"encoder.stages.0.layers.0.grn.weight": torch.ones(1, 1, 1, 8)})
+    with pytest.raises(ValueError, match=r"hidden_states_norms.*not written as h5"):
+        h5_writer({"hidden_states_norms.stage1.weight": torch.ones(8)})
     with pytest.raises(ValueError, match="bfloat16"):
         h5_writer(model_of(ConvNextModel).bfloat16().state_dict())
 
@@ -171,6 +173,13 @@ def test_strange_h5_is_refused(spoil, tmp_path):
     with h5py.File(tmp_path / "tf_model.h5", "w") as file:
         spoil(file)
     with pytest.raises(ValueError, match=r"tf_model\.h5 is not a Keras checkpoint"):
+        load_checkpoint(tmp_path / "tf_model.h5")
+
+
+def test_an_empty_dataset_is_named(tmp_path):
+    with h5py.File(tmp_path / "tf_model.h5", "w") as file:
+        file["convnext/a"] = h5py.Empty("float32")
+    with pytest.raises(ValueError, match="convnext/a is an empty dataset"):
         load_checkpoint(tmp_path / "tf_model.h5")
 
 
