@@ -97,15 +97,15 @@ class TFConvNextPreTrainedModel(keras.Model):
         return cls(**{**config, "config": ConvNextConfig.from_dict(config["config"])})
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
         """A model with the weights of a folder, file or hub id; see `weights.load_pretrained`."""
-        return load_pretrained(cls, source, **options)
+        return load_pretrained(cls, pretrained_model_name_or_path, **options)
 
     def save_pretrained(
-        self, directory: str | Path, safe_serialization: bool = False, saved_model: bool = False
+        self, save_directory: str | Path, *, safe_serialization: bool = False, saved_model: bool = False
     ) -> None:
         """Write ``config.json`` and ``tf_model.h5``, which transformers 4 reads; see `weights.save_pretrained`."""
-        save_pretrained(self, directory, safe_serialization=safe_serialization, saved_model=saved_model)
+        save_pretrained(self, save_directory, safe_serialization=safe_serialization, saved_model=saved_model)
 
     def export(self, filepath: str | Path, format: str = "tf_saved_model", **options: Any) -> None:
         """Write a program for images of ``config.image_size``, as `keras.Model.export` does.

@@ -43,7 +43,13 @@ def load_pretrained(
         from_pt: has no effect: the format is recognised.
         **options: arguments of ``cls``, such as ``dtype``, a policy of Keras; fields of `ConvNextConfig`; and those of
             `hub.Loading`.
+
+    Raises:
+        ValueError: also for ``torch_dtype``, ``device_map`` and ``max_memory``, which are of the PyTorch models.
     """
+    for name in ("torch_dtype", "device_map", "max_memory"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name} is {options[name]!r:.80}: expected Keras's own dtype or device scope")
     loading, options = split_loading(options)
     chosen = sorted_options(cls, options, None)
     checkpoint = load_checkpoint(source, use_ema=use_ema, config=config, loading=loading)

@@ -86,6 +86,22 @@ def test_options(tmp_path):
         TFConvNextForImageClassification.from_pretrained(tmp_path / "missing")
 
 
+@pytest.mark.parametrize("option", [{"torch_dtype": "float16"}, {"device_map": "auto"}, {"max_memory": {"cpu": 1}}])
+def test_options_of_the_pytorch_models_are_refused(option, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        TFConvNextForImageClassification.from_pretrained(tmp_path, **option)
+
+
+def test_arguments_have_transformers_names(tmp_path):
+    model, keras_model = twins(tmp_path)
+    keras_model.save_pretrained(save_directory=tmp_path / "saved")
+    assert same(
+        TFConvNextForImageClassification.from_pretrained(pretrained_model_name_or_path=tmp_path / "saved"), model
+    )
+    with pytest.raises(TypeError, match="positional"):
+        keras_model.save_pretrained(tmp_path / "saved", True)
+
+
 def test_weights_of_keras_applications(tmp_path):
     """Keras's own model on this backend, with its weights in the form in which it downloads them."""
     h5py = pytest.importorskip("h5py")
