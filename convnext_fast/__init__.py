@@ -1,4 +1,4 @@
-"""convnext_fast: a drop-in ConvNeXt whose blocks run on fused Triton kernels."""
+"""convnext_fast: a drop-in ConvNeXt on fused kernels, of Triton for GPUs and compiled for x86 CPUs."""
 
 from typing import TYPE_CHECKING, Any
 
