@@ -40,7 +40,7 @@ def timm_model(variant: str, rate: float) -> nn.Module:
     """timm's ConvNeXt; ``rate``: of its drop path."""
     import timm
 
-    return timm.create_model(f"convnext_{variant}", drop_path_rate=rate)
+    return timm.create_model(f"convnext_{variant}".replace("_v2", "v2"), drop_path_rate=rate)
 
 
 def transformers_model(variant: str, rate: float) -> nn.Module:
@@ -50,10 +50,11 @@ def transformers_model(variant: str, rate: float) -> nn.Module:
     from convnext_fast.config import VARIANTS
 
     depths, widths = VARIANTS[variant][:2]
-    config = transformers.ConvNextConfig(
+    name = "ConvNextV2" if variant.startswith("v2_") else "ConvNext"
+    config = getattr(transformers, f"{name}Config")(
         depths=list(depths), hidden_sizes=list(widths), num_labels=1000, drop_path_rate=rate
     )
-    return transformers.ConvNextForImageClassification(config)
+    return getattr(transformers, f"{name}ForImageClassification")(config)
 
 
 def fused(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ class Loading(NamedTuple):
         token: of the hub; True is the one stored, False none.
         cache_dir: where the hub's files are kept.
         local_files_only: take what is kept there, without a network.
-        force_download: fetch it anew.
+        force_download: fetch it again.
         variant: such as "fp16", of ``model.fp16.safetensors``.
         use_safetensors: only such weights, or with False only others.
     """

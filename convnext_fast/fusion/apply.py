@@ -9,6 +9,8 @@ since it was fused; if so, it runs the host's own forward and warns.
 from __future__ import annotations
 
 import functools
+import inspect
+from itertools import islice
 from typing import Any
 
 import torch
@@ -175,13 +177,14 @@ def _is_plainly_fused(module: FusedHost) -> bool:
 
 
 def _with_parts_ahead(forward: Any) -> Any:
-    """A host's forward; what its parts give out is computed before, as one sequence."""
+    """A host's forward; what its parts give out is computed before, as one sequence, from its first argument."""
+    first = next(islice(inspect.signature(forward).parameters, 1, None), "")
 
     @functools.wraps(forward)
     def ahead(self: FusedHost, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
-        with computed_ahead(self, (*args, *kwargs.values())):
+        with computed_ahead(self, args[0] if args else kwargs.get(first)):
             return forward(self, *args, **kwargs)
 
     return ahead

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,14 +62,13 @@ AHEAD = Ahead()
 
 
 @contextlib.contextmanager
-def computed_ahead(module: nn.Module, given: Sequence[Any]) -> Iterator[None]:
-    """While ``module`` runs its own forward on ``given``, the parts of its plan have their outputs already.
+def computed_ahead(module: nn.Module, x: Any) -> Iterator[None]:
+    """While ``module`` runs its own forward on x, the parts of its plan have their outputs already.
 
     Each gives its own out only if it is called with the very tensor that the part before gave out.
     """
     before, AHEAD.known = (AHEAD.known, AHEAD.how), {}
     try:
-        x = given[0] if given else None
         if type(x) is Tensor and not x.is_inference():  # for these have no version
             AHEAD.how = _modes(x)
             if torch.is_inference_mode_enabled():

@@ -131,7 +131,7 @@ class ConvNextPreTrainedModel(VirtualSubclass, ConvNextSwitches):
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
         """Raise an error that names PEFT's own way to add an adapter, which works with these models."""
-        raise NotImplementedError("add_adapter is not served: use peft.get_peft_model(model, adapter_config)")
+        raise NotImplementedError("add_adapter is not supported: use peft.get_peft_model(model, adapter_config)")
 
     def gradient_checkpointing_enable(
         self,

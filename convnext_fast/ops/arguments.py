@@ -191,7 +191,8 @@ def check_mlp(
 def check_norm(h: Tensor, weight: Tensor, bias: Tensor) -> torch.dtype:
     """Of `functions.global_response_norm`."""
     check_activation(h, "h")
-    check_grn(h, weight, bias, h.shape[3])
+    for name, value in (("weight", weight), ("bias", bias)):
+        check_tensor(h, name, value, (h.shape[3],))
     return check_dtypes(h)
 
 

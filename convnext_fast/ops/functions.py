@@ -59,8 +59,7 @@ def convnext_block(
         eps: epsilon of the LayerNorm.
         act: one of ``config.ACTIVATIONS``.
         recompute: what the backward pass recomputes instead of saving. 0 saves x, the convolution's output and the
-        hidden
-            activations; 1 does not save the hidden activations; 2 saves only x.
+            hidden activations; 1 does not save the hidden activations; 2 saves only x.
 
     Returns:
         (N, H, W, C), contiguous.

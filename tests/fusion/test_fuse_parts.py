@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from fuse_support import one_thread  # noqa: F401
-from support import randomise
+from support import FLOAT32_BOUND, no_worse, randomise, relative_error
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -101,11 +101,12 @@ def runs(monkeypatch):
 
 @torch.no_grad()
 def check(model, image, *rest):
-    """Against the host's own forward."""
+    """Against the host's own forward, and that one's error."""
     plain = copy.deepcopy(model)
     unfuse(plain)
-    body, head = model
-    torch.testing.assert_close(head(body(image, *rest)), plain[1](plain[0](image, *rest)), rtol=1e-4, atol=1e-4)
+    got, eager = (head(body(image, *rest)) for body, head in (model, plain))
+    body, head = plain.double()
+    assert no_worse(got, head(body(image.double(), *(each.double() for each in rest))), eager)
 
 
 def test_the_parts_are_one_run(image, runs):
@@ -148,6 +149,15 @@ def test_an_input_made_in_inference_mode(image):
     fuse(model).freeze()
     with torch.inference_mode():
         check(model, image.clone())
+
+
+def test_the_input_by_name_in_any_place(image, runs):
+    model = host()
+    fuse(model).freeze()
+    with torch.no_grad():
+        expected = model[0](image)
+        assert torch.equal(model[0](mask=None, x=image), expected)
+    assert runs == [4, 4]
 
 
 def test_hooks_between_the_body_and_its_parts(image):
@@ -256,10 +266,10 @@ def test_modes_between_the_body_and_its_parts(image):
     body = model[0]
     x = image.clone().requires_grad_()
     for known, how in ((True, contextlib.nullcontext()), (False, saved_tensors_hooks(saved.append, torch.neg))):
-        with computed_ahead(body, (x,)), how:
+        with computed_ahead(body, x), how:
             assert (AHEAD.output(body.stem, x) is not None) is known
     for mode in (torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
-        with computed_ahead(body, (x,)), mode:
+        with computed_ahead(body, x), mode:
             assert AHEAD.output(body.stem, x) is None
     assert not AHEAD.known
 
@@ -311,7 +321,7 @@ def test_gradients_to_a_map_between_the_parts(image):
         each[0].body.register_forward_hook(lambda module, args, y, maps=maps: maps.append(y.requires_grad_()))
         each(image).square().sum().backward()
         grads.append(maps[0].grad)
-    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
+    assert relative_error(grads[1], grads[0]) <= FLOAT32_BOUND
 
 
 def test_a_body_that_makes_a_map_take_gradients(image):
@@ -326,7 +336,7 @@ def test_what_follows_a_miss_is_let_go(image):
     model = host()
     fuse(model).freeze()
     body, x = model[0], image.clone()
-    with torch.no_grad(), computed_ahead(body, (x,)):
+    with torch.no_grad(), computed_ahead(body, x):
         assert len(AHEAD.known) == 3
         assert AHEAD.output(body.stem, x.clone()) is None
         assert not AHEAD.known

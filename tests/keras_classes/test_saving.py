@@ -12,7 +12,8 @@ import keras
 import numpy as np
 import pytest
 import torch
-from keras_support import BACKEND, ON_TENSORFLOW, ON_TORCH, array, images, twins
+from keras_support import BACKEND, ON_TENSORFLOW, ON_TORCH, array, error, images, twins
+from support import FLOAT32_BOUND
 
 ROOT = Path(__file__).resolve().parents[2]
 X = images(3, size=(32, 32))
@@ -54,7 +55,7 @@ def test_keras_files_open_on_another_backend(backend, tmp_path):
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "KERAS_BACKEND": backend}, cwd=ROOT, check=True
     )
-    assert np.allclose(np.load(tmp_path / "y.npy"), array(model(X).logits), rtol=1e-4, atol=1e-5)
+    assert error(np.load(tmp_path / "y.npy"), model(X).logits) < FLOAT32_BOUND
 
 
 @pytest.mark.skipif(ON_TORCH or not HAS_TENSORFLOW, reason="on PyTorch, Keras writes no SavedModel")
@@ -69,7 +70,7 @@ def test_saved_model_and_tflite(tmp_path):
     assert list(serve.structured_input_signature[1]) == ["pixel_values"]
     found = serve(pixel_values=tf.constant(X))
     assert list(found) == ["logits"]
-    assert np.allclose(found["logits"], expected, rtol=1e-4, atol=1e-5)
+    assert error(found["logits"], expected) < FLOAT32_BOUND
     if not ON_TENSORFLOW:
         return
     shape = tf.TensorSpec(X.shape, tf.float32)
@@ -84,7 +85,7 @@ def test_saved_model_and_tflite(tmp_path):
         lite.allocate_tensors()
         lite.set_tensor(lite.get_input_details()[0]["index"], X)
         lite.invoke()
-        assert np.allclose(lite.get_tensor(lite.get_output_details()[0]["index"]), expected, rtol=1e-3, atol=1e-4)
+        assert error(lite.get_tensor(lite.get_output_details()[0]["index"]), expected) < FLOAT32_BOUND
 
 
 @pytest.mark.skipif(not ON_TORCH, reason="only on PyTorch does Keras write PyTorch's programs")
@@ -95,7 +96,7 @@ def test_programs_of_pytorch(tmp_path):
     program = torch.export.load(tmp_path / "model.pt2").module()
     found = program(torch.from_numpy(X))
     assert list(found) == ["logits"]
-    assert np.allclose(array(found["logits"]), array(model(X).logits), rtol=1e-4, atol=1e-5)
+    assert error(found["logits"], model(X).logits) < FLOAT32_BOUND
 
 
 @pytest.mark.skipif(not ON_TORCH, reason="PyTorch")

@@ -208,5 +208,5 @@ def test_bad_arguments_of_the_norm_are_named():
     h, weight, bias = torch.randn(2, 5, 4, 6), torch.randn(6), torch.randn(6)
     with pytest.raises(ValueError, match=r"h has shape \(5, 4, 6\): expected 4 dimensions"):
         ops.global_response_norm(h[0], weight, bias)
-    with pytest.raises(ValueError, match=r"grn_bias has shape \(5,\): expected \(6,\)"):
+    with pytest.raises(ValueError, match=r"bias has shape \(5,\): expected \(6,\)"):
         ops.global_response_norm(h, weight, bias[:5])

@@ -35,14 +35,6 @@ pytestmark = pytest.mark.skipif(not launching.has(AVX2), reason="these kernels n
 sizes = st.one_of(st.integers(1, 16), st.sampled_from([28, 57, 65, 130]))
 
 
-@pytest.fixture
-def threads():
-    """A function that sets the number of threads until the test ends."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def check(got, expected, eager):
     assert got.is_contiguous()
     assert no_worse(got, expected, eager)

@@ -14,25 +14,12 @@ from convnext_fast import ConvNext, ConvNextV2Config
 from convnext_fast.backends.cpu import grn_mlp, packed_weights
 
 launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
-from convnext_fast.kernels.cpu.machine import AVX2, AVX512  # noqa: E402
+from convnext_fast.kernels.cpu.machine import AVX2  # noqa: E402
+from test_llvm import MACHINES, sizes  # noqa: E402
 
 from convnext_fast.backends.cpu.llvm_grn import CompiledV2Block  # noqa: E402
 
-MACHINES = [
-    pytest.param(machine, id=name, marks=pytest.mark.skipif(not launching.has(machine), reason=f"no {name} here"))
-    for name, machine in (("AVX2", AVX2), ("AVX512", AVX512))
-]
 pytestmark = pytest.mark.skipif(not launching.has(AVX2), reason="these kernels need x86, Linux and AVX2")
-
-sizes = st.one_of(st.integers(1, 16), st.sampled_from([28, 57, 65, 130]))
-
-
-@pytest.fixture
-def threads():
-    """A function that sets the number of threads until the test ends."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("machine", MACHINES)

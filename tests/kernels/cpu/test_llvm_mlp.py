@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import no_worse, relative_error
-from test_llvm import MACHINES, threads  # noqa: F401
+from test_llvm import MACHINES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convnext_fast.backends.cpu import llvm, llvm_mlp
@@ -140,7 +140,7 @@ def test_blocks_of_rows_add_up(machine, saves, monkeypatch):
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize(("channels", "rows"), [(48, 30), (96, 700), (512, 450)])
-def test_equal_bits_for_every_number_of_threads_and_level(machine, channels, rows, threads):  # noqa: F811
+def test_equal_bits_for_every_number_of_threads_and_level(machine, channels, rows, threads):
     given_ = *torch.randn(3, rows, channels), *parameters(channels, 4 * channels), torch.rand(rows, 1)
     threads(1)
     expected = ours(machine, *given_, True)
