@@ -1,8 +1,8 @@
 """Depthwise convolution with LayerNorm's statistics, forward and backward: the launchers that choose the form.
 
 float16 and bfloat16 run on tensor cores: on NVIDIA in the form with explicit layouts where supported (gluon.py),
-elsewhere in the portable one (tensor_core.py). float32 runs on scalar multiply-adds (scalar.py). The weight gradient is
-wgrad.py. All tensors are contiguous and NHWC; k is 3, 5 or 7, stride 1, padding k//2. The compute dtype T and the dtype
+elsewhere in the portable one (tensor_core.py). float32 runs on scalar multiply-adds (scalar.py). The weight gradient
+likewise: gluon_wgrad.py, wgrad.py. All tensors are contiguous and NHWC; k is 3, 5 or 7, stride 1, padding k//2. The compute dtype T and the dtype
 R of the residual stream may differ: under autocast x and y are float32.
 """
 

@@ -343,6 +343,15 @@ if AVAILABLE:
             ends._keep_alive()
 
 
+def row_layouts(warps: int, itemsize: int) -> tuple[object, object]:
+    """How threads copy rows of 4·warps channels to shared memory, 16 bytes each, and how these are swizzled there."""
+    block = warps * 4
+    vec = 16 // itemsize  # channels of a 16-byte copy
+    copy = gl.BlockedLayout([1, vec], [32 * vec // block, block // vec], [warps, 1], [1, 0])
+    banks = max(128 // (block * itemsize), 1)  # rows of shared memory side by side in the 32 banks
+    return copy, gl.SwizzledSharedLayout(vec, banks, block // vec, [1, 0])
+
+
 @functools.cache
 def _layouts(warps: int, itemsize: int, statistics: bool) -> dict[str, object]:
     """How threads copy rows (COPY), how shared memory is swizzled, who reads (READ) and who stores (STORE) what.
@@ -351,10 +360,7 @@ def _layouts(warps: int, itemsize: int, statistics: bool) -> dict[str, object]:
     lanes that read together into different banks: see _operands.
     """
     block = warps * 4
-    vec = 16 // itemsize  # channels of a 16-byte copy
-    copy = gl.BlockedLayout([1, vec], [32 * vec // block, block // vec], [warps, 1], [1, 0])
-    banks = max(128 // (block * itemsize), 1)  # rows of shared memory side by side in the 32 banks
-    shared = gl.SwizzledSharedLayout(vec, banks, block // vec, [1, 0])
+    copy, shared = row_layouts(warps, itemsize)
     # Bits of a pixel's index: the lanes' pair bits 0, 1, 2 and k bits 1, 2, then pair + 8, k + 1, k + 8 in registers.
     lane_k, lane_pair = ([2, 4], [1, 8, 16]) if itemsize == 4 else ([4, 8], [1, 2, 16])
     registers = [[0, 1], [0, 2], [64, 0], [32, 0], [128, 0]]

@@ -165,3 +165,37 @@ def wgrad_config(shape: tuple[int, int, int, int], dtype: torch.dtype, target: s
     splits = max(1, programs // cdiv(channels, block))
     split = cdiv(cdiv(batch * cdiv(width, tile_width), splits), 16) * 16
     return WgradConfig(tile_width, block, max(split, 16), 1, warps, ahead)
+
+
+@dataclasses.dataclass(frozen=True)
+class GluonWgradConfig:
+    """Pairs (image, tile) of a program, warps of 4 channels, rows in shared memory at a time, rows unrolled."""
+
+    split: int
+    num_warps: int
+    stages: int
+    unroll: int
+
+
+@remembered
+def gluon_wgrad_config(shape: tuple[int, int, int, int], itemsize: int, target: str) -> GluonWgradConfig:
+    """Configuration of gluon_wgrad.py for x of ``shape`` (N, H, W, C), ``itemsize`` bytes an element, and du of 16 bits.
+
+    A thread takes nearly 255 registers, so 8 warps fill a processor: one program of 32 channels, whose reads are whole
+    sectors, or two of 16 where 32 would leave channels idle. Programs are as large as leaves one for each place. Four
+    rows are in shared memory where they fit, else two. A multiple of them is unrolled: 8, of whose ends the ring is
+    turned by one row alone, unless 4 leave fewer rows beyond the last one or, with float32 rows, fewer spills.
+    """
+    batch, height, width, channels = shape
+    num_warps = 8 if channels % 32 == 0 else 4
+    groups = cdiv(batch * cdiv(width, 8), 16)
+    places = PROCESSORS[target] * (8 // num_warps)
+    split = 16 * max(1, cdiv(groups * cdiv(channels, 4 * num_warps), places))
+    fits = 4 * (256 * itemsize + 128 * 2) * 32 <= SHARED_BYTES[target]
+    unroll = 8 if -height % 8 < 4 and itemsize == 2 else 4
+    return GluonWgradConfig(split, num_warps, 4 if fits else 2, unroll)
+
+
+def gluon_wgrad_candidates(config: GluonWgradConfig) -> tuple[GluonWgradConfig, ...]:
+    """``config``, and half the channels a program; partial sums keep their shape."""
+    return tuple(dict.fromkeys((config, dataclasses.replace(config, num_warps=4))))

@@ -13,7 +13,9 @@ dw[c, ky, kx] = Σ_j dT[c, ky][j + kx, j]. The last padding row of A is set to 1
 Scalar form (float32). A program owns one kernel row ky: TW gradients and TW + k − 1 pixels of a row sit in registers
 and give k·TW multiply-adds; nothing is rounded to TF32.
 
-Both write one partial sum a program, (splits, k, 8, C) float32 with kx in 0 … k − 1 and the bias at [k//2, 7], and a
+gluon_wgrad.py has the first form with explicit layouts, for NVIDIA.
+
+All write one partial sum a program, (splits, k, 8, C) float32 with kx in 0 … k − 1 and the bias at [k//2, 7], and a
 second launch adds them in a fixed order: no atomics, so two runs are equal to the bit.
 """
 
@@ -30,10 +32,9 @@ from ..autotuning import SHARES, Share, fastest
 from ..integers import cdiv
 from ..launching import launch
 from ..targets import target_of
+from .gluon_wgrad import SLOTS, dwconv_wgrad_gluon, supports_wgrad
 from .tensor_core import TL_DTYPES
 from .tuning import WgradConfig, wgrad_config
-
-SLOTS = 8  # taps of a kernel row, padded: the last holds the bias gradient
 
 
 @triton.jit
@@ -266,8 +267,11 @@ def dwconv_wgrad_partials(
     """Partial sums of the gradients, (splits, k, SLOTS, C) float32 with k = ``taps``, for ``add_taps``.
 
     ``x`` (N, H, W, C) is of any float dtype, ``du`` (N, H, W, C) of the compute dtype: float16 and bfloat16 round x to
-    it and multiply on tensor cores, float32 does not. ``config`` replaces the configuration of tuning.py.
+    it and multiply on tensor cores, on NVIDIA in gluon_wgrad.py where it supports them, float32 does not. ``config``
+    replaces the configuration of tuning.py for the forms of this file.
     """
+    if config is None and supports_wgrad(x, du):
+        return dwconv_wgrad_gluon(x, du, taps)
     batch, height, width, channels = x.shape
     candidates = SHARES[:1] if config else SHARES
     config = config or wgrad_config(tuple(x.shape), du.dtype, target_of(x), x.element_size() == 4)
