@@ -1,8 +1,8 @@
 """The depthwise convolution as the GPU's ops call it: a launch, or in a compiler's graph an operator.
 
-Inductor rewrites the Triton kernels in a graph as ``triton.jit`` functions, which a Gluon kernel is not. So the form
-with explicit layouts enters a traced graph as the operator ``convnext_fast::dwconv``, which Inductor calls as it is:
-compiled models run the kernel that eager ones run.
+Inductor rewrites the Triton kernels in a graph as ``triton.jit`` functions, which a Gluon kernel is not. So the forms
+with explicit layouts enter a traced graph as the operators ``convnext_fast::dwconv`` and ``dwconv_wgrad_sums``, which
+Inductor calls as they are: compiled models run the kernels that eager ones run.
 """
 
 from __future__ import annotations
@@ -32,12 +32,25 @@ def dwconv_dgrad(du: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
     return kernels.dwconv_dgrad(du, weight, residual)
 
 
+def dwconv_wgrad_partials(x: Tensor, du: Tensor, taps: int) -> Tensor:
+    """`kernels.dwconv.dwconv_wgrad_partials`."""
+    if _is_opaque(x, du.dtype):
+        return dwconv_wgrad_sums(x, du, taps)
+    return kernels.dwconv_wgrad_partials(x, du, taps)
+
+
+def dwconv_wgrad(x: Tensor, du: Tensor, taps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`kernels.dwconv.dwconv_wgrad`."""
+    return kernels.add_partials(dwconv_wgrad_partials(x, du, taps), dtype)
+
+
 def _is_opaque(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a compiler traces a call on x that runs the form with explicit layouts."""
     return dtype != torch.float32 and is_traced(x) and kernels.gluon_supports(x)
 
 
-_launch = replayed(kernels.dwconv)  # in a compiled model, our only call that still runs Python on the host
+_launch = replayed(kernels.dwconv)  # in a compiled model, our only calls that still run Python on the host
+_launch_wgrad = replayed(kernels.dwconv_wgrad_partials)
 
 
 @torch.library.custom_op("convnext_fast::dwconv", mutates_args=())
@@ -63,3 +76,15 @@ def _(x, weight, bias, residual, dtype, out_dtype, flip, statistics):
     u = x.new_empty(x.shape, dtype=out_dtype)
     shape = (blocks, batch * height * width, 2) if statistics else (0,)
     return u, x.new_empty(shape, dtype=torch.float32 if statistics else x.dtype)
+
+
+@torch.library.custom_op("convnext_fast::dwconv_wgrad_sums", mutates_args=())
+def dwconv_wgrad_sums(x: Tensor, du: Tensor, taps: int) -> Tensor:
+    """`kernels.dwconv.dwconv_wgrad_partials` in the form whose shape was promised: what is not aligned is copied."""
+    x, du = (t if kernels.gluon_supports(t) else t.clone() for t in (x, du))
+    return _launch_wgrad(x, du, taps)
+
+
+@dwconv_wgrad_sums.register_fake
+def _(x, du, taps):
+    return x.new_empty(kernels.dwconv_wgrad_shape(x, taps), dtype=torch.float32)

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from ..kernels import patchify
-from ..kernels.dwconv import dwconv_wgrad, dwconv_wgrad_partials
 from ..kernels.folding import fold_bwd, fold_fwd
 from ..kernels.layernorm import layernorm_bwd, layernorm_fwd
 from ..kernels.mlp import mlp_bwd, mlp_fwd
 from ..kernels.mlp.grn import Grn
 from ..kernels.replaying import description, is_observed, replayed
 from ..kernels.weights import BlockWeights, ConvNorm, FrozenBlock, FrozenDownsample, MlpWeights, NormConv, Saved
-from .dwconv import dwconv_dgrad, dwconv_fwd
+from .dwconv import dwconv_dgrad, dwconv_fwd, dwconv_wgrad, dwconv_wgrad_partials
 from .interface import Gradients, like_inputs
 
 __all__ = ["description", "is_observed"]  # and the functions of `interface.Backend`
@@ -176,7 +175,7 @@ def dwconv_layernorm_bwd(
     weight, _, ln_weight, _ = _dense(weights)
     du, dg, dbeta = layernorm_bwd(dn, u, statistics, ln_weight, _above_zero(eps))
     dx = dwconv_dgrad(du, weight, None)
-    dweight, dbias = dwconv_wgrad(x, du, weight.shape[3], dtype=weight.dtype)
+    dweight, dbias = dwconv_wgrad(x, du, weight.shape[3], weight.dtype)
     return dx, dweight, dbias, dg, dbeta
 
 

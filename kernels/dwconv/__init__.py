@@ -2,8 +2,8 @@
 
 float16 and bfloat16 run on tensor cores: on NVIDIA in the form with explicit layouts where supported (gluon.py),
 elsewhere in the portable one (tensor_core.py). float32 runs on scalar multiply-adds (scalar.py). The weight gradient
-likewise: gluon_wgrad.py, wgrad.py. All tensors are contiguous and NHWC; k is 3, 5 or 7, stride 1, padding k//2. The compute dtype T and the dtype
-R of the residual stream may differ: under autocast x and y are float32.
+likewise: gluon_wgrad.py and wgrad.py. All tensors are contiguous and NHWC; k is 3, 5 or 7, stride 1, padding k//2. The
+compute dtype T and the dtype R of the residual stream may differ: under autocast x and y are float32.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import torch
 
 from .gluon import dwconv_gluon
 from .gluon import supports as gluon_supports
+from .gluon_wgrad import dwconv_wgrad_shape as dwconv_wgrad_shape
 from .scalar import dwconv_scalar
 from .tensor_core import dwconv_tensor_core
+from .wgrad import add_partials as add_partials
 from .wgrad import dwconv_wgrad as dwconv_wgrad
 from .wgrad import dwconv_wgrad_partials as dwconv_wgrad_partials
 

@@ -23,7 +23,7 @@ from ..integers import cdiv
 from ..launching import launch
 from ..targets import target_of
 from .gluon import AVAILABLE, row_layouts, supports
-from .tuning import GluonWgradConfig, gluon_wgrad_candidates, gluon_wgrad_config
+from .tuning import GluonWgradConfig, gluon_wgrad_candidates, gluon_wgrad_config, gluon_wgrad_split
 
 SLOTS = 8  # taps of a kernel row, padded: the last holds the bias gradient
 
@@ -256,20 +256,26 @@ def supports_wgrad(x: torch.Tensor, du: torch.Tensor) -> bool:
     return du.dtype != torch.float32 and supports(x) and supports(du)
 
 
+def dwconv_wgrad_shape(x: torch.Tensor, taps: int, split: int | None = None) -> tuple[int, ...]:
+    """Of the partial sums that this form gives, which do not depend on ``du``, nor on autotuning."""
+    batch, _, width, channels = x.shape
+    split = split or gluon_wgrad_split(tuple(x.shape), target_of(x))
+    return cdiv(batch * cdiv(width, 8), split), taps, SLOTS, channels
+
+
 def dwconv_wgrad_gluon(
     x: torch.Tensor, du: torch.Tensor, taps: int, config: GluonWgradConfig | None = None
 ) -> torch.Tensor:
     """As ``dwconv_wgrad_partials``, where ``supports_wgrad(x, du)``."""
     batch, height, width, channels = x.shape
     default = config or gluon_wgrad_config(tuple(x.shape), x.element_size(), target_of(x))
+    partial = torch.empty(dwconv_wgrad_shape(x, taps, default.split), dtype=torch.float32, device=x.device)
     tiles = cdiv(width, 8)
-    splits = cdiv(batch * tiles, default.split)
-    partial = torch.empty((splits, taps, SLOTS, channels), dtype=torch.float32, device=x.device)
     images = 16 // tiles + 2
 
     def run(config: GluonWgradConfig) -> None:
         launch(
-            dwconv_wgrad_gluon_kernel, (cdiv(channels, 4 * config.num_warps) * splits,),
+            dwconv_wgrad_gluon_kernel, (cdiv(channels, 4 * config.num_warps) * partial.shape[0],),
             x, du, partial, batch, height, width, tiles, batch * tiles, config.split, cdiv(height, config.unroll),
             C=channels, TAPS=taps, WARPS=config.num_warps, STAGES=config.stages, UNROLL=config.unroll,
             WIDE=images * height * width * channels >= 2**31, SLOTS=SLOTS,

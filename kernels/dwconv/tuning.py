@@ -177,23 +177,29 @@ class GluonWgradConfig:
     unroll: int
 
 
-@remembered
 def gluon_wgrad_config(shape: tuple[int, int, int, int], itemsize: int, target: str) -> GluonWgradConfig:
-    """Configuration of gluon_wgrad.py for x of ``shape`` (N, H, W, C), ``itemsize`` bytes an element, and du of 16 bits.
+    """Configuration of gluon_wgrad.py for x of ``shape`` (N, H, W, C), ``itemsize`` bytes an element.
 
     A thread takes nearly 255 registers, so 8 warps fill a processor: one program of 32 channels, whose reads are whole
-    sectors, or two of 16 where 32 would leave channels idle. Programs are as large as leaves one for each place. Four
-    rows are in shared memory where they fit, else two. A multiple of them is unrolled: 8, of whose ends the ring is
-    turned by one row alone, unless 4 leave fewer rows beyond the last one or, with float32 rows, fewer spills.
+    sectors, or two of 16 where 32 would leave channels idle. Four rows are in shared memory where they fit, else two.
+    A multiple of them is unrolled: 8, after which the ring has turned by one row alone, unless 4 leave fewer rows
+    beyond the last one or, with float32 rows, fewer spills.
     """
-    batch, height, width, channels = shape
-    num_warps = 8 if channels % 32 == 0 else 4
-    groups = cdiv(batch * cdiv(width, 8), 16)
-    places = PROCESSORS[target] * (8 // num_warps)
-    split = 16 * max(1, cdiv(groups * cdiv(channels, 4 * num_warps), places))
     fits = 4 * (256 * itemsize + 128 * 2) * 32 <= SHARED_BYTES[target]
-    unroll = 8 if -height % 8 < 4 and itemsize == 2 else 4
-    return GluonWgradConfig(split, num_warps, 4 if fits else 2, unroll)
+    unroll = 8 if itemsize == 2 and -shape[1] % 8 < 4 else 4
+    return GluonWgradConfig(gluon_wgrad_split(shape, target), _wgrad_warps(shape[3]), 4 if fits else 2, unroll)
+
+
+def _wgrad_warps(channels: int) -> int:
+    return 8 if channels % 32 == 0 else 4
+
+
+def gluon_wgrad_split(shape: tuple[int, int, int, int], target: str) -> int:
+    """Pairs of a program: as few as leave one program for each place, for each writes its own partial sums."""
+    batch, _, width, channels = shape
+    warps = _wgrad_warps(channels)
+    programs = cdiv(batch * cdiv(width, 8), 16) * cdiv(channels, 4 * warps)
+    return 16 * (cdiv(programs, PROCESSORS[target] * (8 // warps)) or 1)
 
 
 def gluon_wgrad_candidates(config: GluonWgradConfig) -> tuple[GluonWgradConfig, ...]:

@@ -317,10 +317,14 @@ def dwconv_wgrad(
 
     The other arguments as in ``dwconv_wgrad_partials``.
     """
-    partial = dwconv_wgrad_partials(x, du, taps, config)
-    splits, _, _, channels = partial.shape
-    dw = torch.empty((channels, 1, taps, taps), dtype=dtype, device=x.device)
-    db = torch.empty((channels,), dtype=dtype, device=x.device)
+    return add_partials(dwconv_wgrad_partials(x, du, taps, config), dtype)
+
+
+def add_partials(partial: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dweight (C, 1, k, k), dbias (C,)) in ``dtype``, from the partial sums of ``dwconv_wgrad_partials``."""
+    splits, taps, _, channels = partial.shape
+    dw = torch.empty((channels, 1, taps, taps), dtype=dtype, device=partial.device)
+    db = torch.empty((channels,), dtype=dtype, device=partial.device)
     launch(
         dwconv_wgrad_sum_kernel, (cdiv(channels, 32), taps * SLOTS),
         partial, dw, db, channels, splits, TAPS=taps, SLOTS=SLOTS, CB=32, BS=4, num_warps=1,

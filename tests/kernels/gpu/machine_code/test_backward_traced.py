@@ -2,19 +2,20 @@
 
 import pytest
 import torch
-from convnext_fast.kernels.dwconv import dwconv_wgrad
 from convnext_fast.kernels.folding import fold_fwd
 from convnext_fast.kernels.mlp import mlp_bwd
 from convnext_fast.kernels.patchify.bwd import downsample_bwd, stem_bwd
 from convnext_fast.kernels.weights import BlockWeights
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from convnext_fast.backends.dwconv import dwconv_wgrad
+
 C, K, EPS = 24, 32, 1e-6
 
 
 def weight_gradient(g, batch):
     x, du = (torch.randn(batch, 9, 10, C, generator=g).half() for _ in range(2))
-    return lambda x, du: dwconv_wgrad(x, du, 7), (x, du)
+    return lambda x, du: dwconv_wgrad(x, du, 7, torch.float32), (x, du)
 
 
 def stem(g, batch):

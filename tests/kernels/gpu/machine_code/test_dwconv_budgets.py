@@ -8,10 +8,18 @@ import dataclasses
 import pytest
 import torch
 from convnext_fast.kernels.dwconv.gluon import AVAILABLE, dwconv_gluon
+from convnext_fast.kernels.dwconv.gluon_wgrad import dwconv_wgrad_gluon
 from convnext_fast.kernels.dwconv.scalar import dwconv_scalar
 from convnext_fast.kernels.dwconv.tensor_core import dwconv_tensor_core
-from convnext_fast.kernels.dwconv.tuning import GluonConfig, TensorCoreConfig, WgradConfig, gluon_config
-from convnext_fast.kernels.dwconv.wgrad import dwconv_wgrad
+from convnext_fast.kernels.dwconv.tuning import (
+    GluonConfig,
+    TensorCoreConfig,
+    WgradConfig,
+    gluon_config,
+    gluon_wgrad_config,
+)
+from convnext_fast.kernels.dwconv.wgrad import add_partials, dwconv_wgrad
+from convnext_fast.kernels.integers import cdiv
 from convnext_fast.kernels.statistics import stats_block
 from dwconv_cases import check_statistics, draw
 from kernel_support import assert_as_good_as_eager, dwconv_reference
@@ -93,19 +101,31 @@ def test_forward_in_float32(emulating, shape):
     assert forward.launches[0].thread_instructions <= 100 * u.numel()
 
 
+@needs_gluon
 @pytest.mark.parametrize(
-    ("shape", "items"),
-    [
-        ((16, 56, 56, 16), 112),
-        ((32, 28, 28, 16), 128),
-        ((64, 14, 14, 16), 128),
-        ((64, 14, 14, 40), 128),
-        ((64, 7, 7, 64), 64),
-    ],
+    ("shape", "channels", "budget"),
+    [((14, 56, 56, 32), 96, 14), ((8, 28, 28, 32), 192, 14), ((16, 14, 14, 32), 384, 14), ((32, 7, 7, 32), 768, 30)],
 )
-def test_weight_gradient_in_bfloat16(emulating, shape, items):
+def test_weight_gradient_in_bfloat16(emulating, shape, channels, budget):
     """With as many (image, tile) pairs a program as 128 images of the models' widths leave it, reduction included."""
     x, _, _, du, _ = draw(shape, 7, BF16)
+    config = gluon_wgrad_config((128, *shape[1:3], channels), 2, "sm_80")
     with emulating(arch=80, detect_races="rw") as emulation:
-        dwconv_wgrad(x, du, 7, WgradConfig(8, 8, items, 1, 8))
+        partials = dwconv_wgrad_gluon(x, du, 7, config)
+        add_partials(partials, torch.float32)
+    assert sum(launch.thread_instructions for launch in emulation.launches) <= budget * x.numel()
+    launch = emulation.launches[0]
+    assert launch.unique_bytes_read == x.nbytes + du.nbytes
+    copies = launch.traffic()["LDGSTS.128"]
+    assert copies.efficiency == 1  # whole sectors
+    assert launch.static_spills == 0
+    programs = partials.shape[0] * config.num_warps
+    steps = config.split // 16 * (cdiv(shape[1], config.unroll) * config.unroll + 3 + 1)
+    assert launch.by_class()["barrier"] <= programs * (steps + 1)
+
+
+def test_portable_weight_gradient(emulating):
+    x, _, _, du, _ = draw((32, 28, 28, 16), 7, BF16)
+    with emulating(arch=80, detect_races="rw") as emulation:
+        dwconv_wgrad(x, du, 7, WgradConfig(8, 8, 128, 1, 8))
     assert sum(launch.thread_instructions for launch in emulation.launches) <= 24 * x.numel()

@@ -1,6 +1,8 @@
 import pytest
 import torch
-from convnext_fast.kernels.dwconv import dwconv_fwd
+from convnext_fast.kernels.dwconv import dwconv_fwd, gluon_wgrad
+from convnext_fast.kernels.dwconv.gluon import AVAILABLE
+from convnext_fast.kernels.dwconv.tuning import GluonWgradConfig
 from convnext_fast.kernels.statistics import stats_block
 from dwconv_cases import (
     check_data_gradient,
@@ -34,9 +36,23 @@ def test_forward_and_data_gradient(shape, taps, dtype, stream):
 
 
 @pytest.mark.parametrize(("dtype", "stream"), DTYPES)
-@pytest.mark.parametrize(("shape", "taps"), SHAPES)
+@pytest.mark.parametrize(("shape", "taps"), [*SHAPES, ((5, 3, 2, 8), 3), ((2, 13, 17, 24), 5), ((9, 5, 12, 32), 7)])
 def test_weight_gradient(shape, taps, dtype, stream):
     check_weight_gradient(shape, taps, dtype, stream)
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs Gluon as Triton has it from 3.6 on")
+def test_weight_gradient_in_explicit_layouts_whatever_the_configuration(monkeypatch):
+    """Each gives the same sums, also where a program takes several times 16 pairs, and with offsets of 64 bits."""
+    x, _, _, du, _ = draw((9, 9, 17, 40), 7, torch.bfloat16)
+    splits = [gluon_wgrad.dwconv_wgrad_gluon(x, du, 7, GluonWgradConfig(16, *rest)) for rest in ((4, 4, 8), (8, 2, 4))]
+    taps = [partial[..., :7, :] for partial in splits]
+    assert torch.equal(*taps)
+    launch = gluon_wgrad.launch
+    monkeypatch.setattr(gluon_wgrad, "launch", lambda *a, WIDE, **k: launch(*a, WIDE=True, **k))
+    whole = gluon_wgrad.dwconv_wgrad_gluon(x, du, 7, GluonWgradConfig(32, 4, 4, 8))
+    assert whole.shape[0] == 1
+    torch.testing.assert_close(whole[0, :, :7], taps[0].sum(0), rtol=0, atol=1e-5 * taps[0].abs().max().item())
 
 
 @pytest.mark.parametrize(("dtype", "exact"), [(torch.float32, True), (torch.bfloat16, False)])
