@@ -7,7 +7,7 @@ from dwconv_cases import draw
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from convnext_fast.backends.dwconv import dwconv, dwconv_dgrad, dwconv_fwd
+from convnext_fast.backends.dwconv import dwconv, dwconv_dgrad, dwconv_fwd, dwconv_wgrad_sums
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Gluon as Triton has it from 3.6 on")
 SHAPE = (2, 9, 10, 40)
@@ -59,6 +59,17 @@ def test_a_tensor_that_is_not_aligned_takes_the_portable_form(emulating):
         wanted, _ = dwconv_fwd(x, weight, bias, x.dtype)
     assert [launch.kernel for launch in emulation.launches] == ["dwconv_tensor_core_kernel", "dwconv_gluon_kernel"]
     assert (u - wanted).abs().max() <= 4 * torch.finfo(x.dtype).eps * wanted.abs().max()
+
+
+def test_weight_gradient_of_tensors_that_are_not_aligned(emulating):
+    """They are copied, for the shape of the sums is promised to the compiler."""
+    x, _, _, du, _ = draw(SHAPE, 7, torch.float16)
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(SHAPE).copy_(x)
+    with emulating(arch=80) as emulation:
+        torch.library.opcheck(dwconv_wgrad_sums, (x, du, 7), test_utils=("test_schema", "test_faketensor"))
+        wanted, got = (dwconv_wgrad_sums(t, du, 7)[..., :7, :] for t in (x, shifted))
+    assert {launch.kernel for launch in emulation.launches} == {"dwconv_wgrad_gluon_kernel"}
+    assert torch.equal(got, wanted)
 
 
 def test_channels_that_are_no_multiple_of_8_are_traced_in_the_portable_form():
