@@ -81,6 +81,41 @@ def swap_tensors(holder, name):
     torch.utils.swap_tensors(weight, nn.Parameter(random_like(weight), requires_grad=False))
 
 
+def into_data(holder, name):
+    getattr(holder, name).weight.data.mul_(-1)
+
+
+def into_an_element_of_data(holder, name):
+    getattr(holder, name).bias.data[0] = 3
+
+
+def through_an_alias(holder, name):
+    getattr(holder, name).state_dict()["weight"].mul_(-1)
+
+
+@torch.no_grad()
+def foreach(holder, name):
+    parameters = list(getattr(holder, name).parameters())
+    torch._foreach_lerp_(parameters, list(map(random_like, parameters)), 0.5)
+
+
+@torch.no_grad()
+def set_memory(holder, name):
+    weight = getattr(holder, name).weight
+    weight.set_(random_like(weight))
+
+
+def a_buffer_instead(holder, name):
+    layer = getattr(holder, name)
+    value = random_like(layer.weight)
+    del layer.weight
+    layer.register_buffer("weight", value)
+
+
+def reset(holder, name):
+    getattr(holder, name).reset_parameters()
+
+
 def step(kind, **options):
     """A step of an optimizer on all parameters of the layer."""
 
@@ -110,6 +145,13 @@ LAYER_CHANGES = {
     "inference mode": multiply_in_inference_mode,
     "through a view": through_a_view,
     "data assigned": assign_data,
+    "into data": into_data,
+    "into an element of data": into_an_element_of_data,
+    "through an alias": through_an_alias,
+    "foreach": foreach,
+    "set_": set_memory,
+    "a buffer instead": a_buffer_instead,
+    "reset_parameters": reset,
     "swap_tensors": swap_tensors,
     "SGD": step(torch.optim.SGD, foreach=False),
     "SGD, foreach": step(torch.optim.SGD, foreach=True),

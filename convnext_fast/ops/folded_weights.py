@@ -1,9 +1,11 @@
 """What frozen parts of a model compute with: folded copies of their weights, made once and kept until these change.
 
 A change is noticed by the identity, the version and the address of each weight. PyTorch counts a version up wherever
-autograd could miss a change in place. Some ways to write leave no trace: in place into ``weight.data``, into the memory
-of a NumPy array that a weight shares, by a kernel of one's own. Tensors made under `torch.inference_mode` have no
-version, so that they are folded anew on every call.
+autograd could miss a change in place, but not for fused optimizers and for writes into ``weight.data``: `count_writes`
+has it count these too. Some ways to write leave no trace: into the memory of a NumPy array or a storage that a weight
+shares, by a kernel of one's own, by collectives of `torch.distributed`, and into a ``weight.data`` that was read before
+the weight was folded. Weights that are no parameters (`torch.func.functional_call`) or were made under
+`torch.inference_mode` are folded anew on every call.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..backends.steps import Kind, Step
@@ -25,6 +27,9 @@ Folded = FrozenBlock | FrozenDownsample | ConvNorm
 Signature = tuple[list[int], list[int]] | None
 
 _NAME = "_convnext_fast_kept"
+_FOLDED = "_convnext_fast_folded"
+"""An attribute of the parameters that something was folded of."""
+_DATA = torch.Tensor.data
 _version = operator.attrgetter("_version")
 
 
@@ -58,7 +63,8 @@ def folded(step: Step) -> Folded:
     if kept is not None and kept.signature == now and all(map(operator.is_, kept.weights, step.weights)):
         return kept.folded
     made = _fold(step)
-    if now is not None and type(made[0]) is Tensor:  # not of a mode that is on for the moment
+    # Not of a mode that is on for the moment.
+    if now is not None and type(made[0]) is Tensor and watch_data(step.weights):
         setattr(step.token, _NAME, _Kept(tuple(step.weights), now, made))
     return made
 
@@ -92,14 +98,29 @@ _HOOKS: list[Any] = []
 _LOCK = threading.Lock()
 
 
-def notice_fused_optimizers() -> None:
-    """Have the fused optimizers of PyTorch, which change weights without a new version, give them one."""
+def count_writes() -> None:
+    """Have PyTorch count the versions of weights where its fused optimizers or their ``data`` change them."""
     with _LOCK:
         if not _HOOKS:
             _HOOKS.append(register_optimizer_step_post_hook(_count_up))
+            nn.Parameter.data = property(_data, _DATA.__set__)
 
 
 def _count_up(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         if group.get("fused"):
             torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
+
+
+def watch_data(weights: Iterable[Tensor | None]) -> bool:
+    """Have writes into the ``data`` of these weights counted; whether that can be, for it takes parameters."""
+    weights = [weight for weight in weights if weight is not None]
+    for weight in weights:
+        setattr(weight, _FOLDED, True)
+    return all(isinstance(weight, nn.Parameter) for weight in weights)
+
+
+def _data(parameter: nn.Parameter) -> Tensor:
+    """``parameter.data``; of a folded one, the same memory with the parameter's own count of versions."""
+    folded = not parameter.requires_grad and _FOLDED in vars(parameter)
+    return parameter.detach() if folded else _DATA.__get__(parameter)

@@ -22,7 +22,7 @@ from ..backends.steps import Kind, Step, shapes_after
 from . import call, functions
 from .arguments import check_block, check_downsample, check_stem
 from .cuda_graphs import Graphs
-from .folded_weights import Folded, Signature, flat_block, folded, signature
+from .folded_weights import Folded, Signature, flat_block, folded, signature, watch_data
 from .views import as_nchw
 
 MOST_SHAPES = 256
@@ -102,7 +102,8 @@ class FrozenSequence:
             self._plan = tuple(
                 (weights, step.eps, step.act) for weights, step in zip(self._folded, self._steps, strict=True)
             )
-            self._signature, self._kernels, self._shapes = now, None, {}
+            self._signature = now if watch_data(self._weights) else None
+            self._kernels, self._shapes = None, {}
 
     def _checked(self, x: Tensor) -> list[tuple[int, ...]]:
         """`steps.shapes_after`; raises what the ops raise. Tensors like those that passed are not checked again."""
