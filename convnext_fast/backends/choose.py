@@ -24,14 +24,14 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
     """Whether `torch.export` traces the call."""
     return torch.compiler.is_exporting()
 
 
 # Asked while a compiler traces, for PyTorch 2.9 takes the one for a part of the graph, and the other for yes.
 _is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def select(device: torch.device, dtype: torch.dtype) -> Name:
@@ -72,11 +72,11 @@ def select(device: torch.device, dtype: torch.dtype) -> Name:
         served = dtype in KERNEL_DTYPES and (torch.compiler.is_compiling() or not _is_old(device))
         return "triton" if served else "reference"
     if kind != "cpu":
-        return "reference" if _is_exporting() or kind == "meta" else "aten"
+        return "reference" if is_exporting() or kind == "meta" else "aten"
     if environment.INTERPRETS and dtype in KERNEL_DTYPES:
         return "triton"
     if torch.compiler.is_compiling():
-        return "reference" if _is_exporting() else "aten"
+        return "reference" if is_exporting() else "aten"
     return "cpu" if dtype == torch.float32 and llvm.machine_for() is not None else "aten"
 
 

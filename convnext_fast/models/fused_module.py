@@ -71,7 +71,7 @@ class FusedModule(nn.Module):
 def fused_forward(module: FusedModule, x: Tensor) -> Tensor | None:
     """What the plan of ``module`` makes of x; None where the plain forward has to run."""
     state = module._convnext_fast
-    if state is None:  # a slice of a fused `torch.nn.Sequential`
+    if state is None or call.sees_layers(x):  # without a state: a slice of a fused `torch.nn.Sequential`
         return None
     compiles = torch.compiler.is_compiling()
     if not compiles and AHEAD.known:

@@ -6,7 +6,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
 from .. import ops
@@ -90,10 +89,6 @@ def drop_scale(drop_path: nn.Module, rate: str, gamma: Tensor | None, x: Tensor)
     return drop_path(branch_ones(x, gamma)).flatten()
 
 
-# `torch.fx` does not trace into the functions below, which ask for dtypes and shapes that its proxies do not have.
-
-
-@torch.fx.wrap
 def branch_ones(x: Tensor, gamma: Tensor | None) -> Tensor:
     """Ones (N, 1, 1, 1) in the dtype of the residual branch, the one in which a host draws."""
     dtype = torch.get_autocast_dtype(x.device.type) if call.autocasts(x) else x.dtype
@@ -102,7 +97,6 @@ def branch_ones(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x.new_ones((x.shape[0], 1, 1, 1), dtype=dtype)
 
 
-@torch.fx.wrap
 def convnext_block(
     x: Tensor,
     weights: tuple[Tensor | None, ...],
@@ -120,7 +114,6 @@ def convnext_block(
     return as_nchw(reference.convnext_block(x, *plain, scale, eps, act, grn_weight, grn_bias))
 
 
-@torch.fx.wrap
 def patchify_stem(image: Tensor, weights: tuple[Tensor | None, ...], eps: float, fused: bool) -> Tensor:
     """`ops.patchify_stem` or `reference.patchify_stem`, (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
     channels = weights[0].shape[1]
@@ -132,7 +125,6 @@ def patchify_stem(image: Tensor, weights: tuple[Tensor | None, ...], eps: float,
     return y.float() if call.autocasts(image) and image.device.type != "cpu" else y
 
 
-@torch.fx.wrap
 def downsample(x: Tensor, weights: tuple[Tensor | None, ...], eps: float, fused: bool) -> Tensor:
     """`ops.downsample` or `reference.downsample`, (N, C, H, W) to (N, C', ⌊H/kh⌋, ⌊W/kw⌋)."""
     function = ops.downsample if fused else reference.downsample

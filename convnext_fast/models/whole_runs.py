@@ -93,7 +93,8 @@ def outputs_of(
         last: give out the last one's alone.
     """
     state = parts[0].__dict__.get(STATE)
-    backend = None if state is None or not state.plan.fused else sequence.backend_for(x)
+    fused = state is not None and state.plan.fused and not call.sees_layers(x)
+    backend = sequence.backend_for(x) if fused else None
     if backend is None:
         return None
     frozen = state.trainable is not None and not call.autocasts(x)

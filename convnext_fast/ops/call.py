@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as _modes
 
 from ..backends import choose
 from ..backends.interface import Gradients
@@ -98,6 +100,21 @@ def _run_backward(ctx: Any, name: str, dy: Tensor, *arguments: Any) -> Any:
 
 
 _APPLY = {name: _apply(name) for name in autograd.FORMULAS}
+
+
+def sees_layers(x: Any) -> bool:
+    """Whether x (N, C, H, W) belongs to something that is to see the layers of a module called, not a fused op.
+
+    That is tracing by `torch.fx` or `torch.jit.trace`, export to ONNX, `torch.export` but on a GPU, and a mode that
+    counts FLOPs.
+    """
+    if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
+        return True
+    if torch.compiler.is_compiling():
+        exports = choose.is_exporting() and x.device.type not in choose.KERNEL_DEVICES
+        return exports or torch.onnx.is_in_onnx_export()
+    modes = [type(mode).__name__ for mode in _modes()] if torch._C._len_torch_dispatch_stack() else []
+    return any("Flop" in name or name == "ProxyTorchDispatchMode" for name in modes)
 
 
 def is_plain(*arguments: object) -> bool:

@@ -7,7 +7,6 @@ under ``no_grad``. So the result of what users see as one layer is returned as a
 from __future__ import annotations
 
 import torch
-import torch.fx
 from torch import Tensor
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -18,7 +17,6 @@ def unlinked(y: Tensor) -> Tensor:
     return _unsafe_view(y, y.shape) if y._is_view() else y
 
 
-@torch.fx.wrap
 def as_nchw(y: Tensor) -> Tensor:
     """(N, H, W, C) seen as (N, C, H, W); the same memory."""
     seen = y.permute(0, 3, 1, 2)

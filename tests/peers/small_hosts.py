@@ -1,10 +1,8 @@
-"""Whatever gives a frozen host of timm or torchvision other parameters is honoured."""
+"""Small models of timm and torchvision, by name."""
 
 from __future__ import annotations
 
 import pytest
-from fuse_support import one_thread  # noqa: F401
-from other_parameters import WAYS, check_way
 
 SIZES = {"depths": (2, 1, 1, 1), "dims": (16, 24, 32, 40), "num_classes": 5}
 
@@ -25,10 +23,3 @@ MODELS = {
     "timm, V2": lambda: of_timm(use_grn=True, ls_init_value=None),
     "torchvision": of_torchvision,
 }
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("name", WAYS)
-@pytest.mark.parametrize("made", MODELS.values(), ids=MODELS)
-def test_other_parameters_are_honoured(made, name):
-    check_way(name, made)
