@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .files import find_file, json_text, json_writer, local_path, read_json, write_files
-from .hub import push, split_loading
+from .files import find_file, json_text, local_path, read_json, write_files
+from .hub import split_loading
+from .saved_json import SavedJson
 from .virtual_subclass import VirtualSubclass
 
 if TYPE_CHECKING:
@@ -24,10 +24,11 @@ SECTION = "convnext_fast"
 """Key of a ``config.json`` under which folders of other formats than transformers' keep the whole configuration."""
 
 
-class ConfigBase(VirtualSubclass):
+class ConfigBase(SavedJson, VirtualSubclass):
     """Reads, writes and compares a configuration. Its fields are the arguments of the constructor, and attributes."""
 
     transformers_base = "transformers.configuration_utils", "PretrainedConfig"
+    file_name = "config.json"
     model_type: str
     sub_configs: ClassVar[dict[str, Any]] = {}
     kinds: ClassVar[dict[str, type[ConfigBase]]] = {}
@@ -43,13 +44,6 @@ class ConfigBase(VirtualSubclass):
     def __init_subclass__(cls, **options: Any) -> None:
         if "model_type" in vars(cls):
             ConfigBase.kinds.setdefault(cls.model_type, cls)  # a user's subclass does not replace ours
-
-    def validate(self) -> None:
-        """Raise a ValueError where fields contradict each other."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON can hold them."""
-        raise NotImplementedError
 
     def amended(self, **fields: Any) -> Self:
         """This configuration with other fields, checked as by the constructor."""
@@ -139,25 +133,6 @@ class ConfigBase(VirtualSubclass):
         config = self.amended(**used) if used else self
         return (config, unused) if return_unused else config
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
-        """Write ``config.json`` into a folder, which is made if it is missing.
-
-        Args:
-            save_directory: the folder.
-            push_to_hub: then also `push_to_hub`, with **options; ``repo_id`` is the folder's name unless given.
-        """
-        directory = local_path(save_directory)
-        if directory.is_file():
-            raise ValueError(f"directory {directory} is a file: expected a folder to write config.json into")
-        self.validate()
-        write_files(directory, {"config.json": json_writer(self.to_dict())})
-        if push_to_hub:
-            self.push_to_hub(**{"repo_id": directory.name, **options})
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload ``config.json`` to a Hugging Face hub repository; see `hub.push`."""
-        return push(self.save_pretrained, repo_id, **options)
-
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, return_unused_kwargs: bool = False, **options: Any
@@ -209,11 +184,8 @@ class ConfigBase(VirtualSubclass):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, default=str)}"
 
-
-_OF_CLASS = ("version", "kinds", "sub_configs", "transformers_base")
+_OF_CLASS = ("version", "file_name", "kinds", "sub_configs", "transformers_base")
 """Attributes of the classes, which no file overwrites."""
 _COMMON = ("id2label", "label2id", "problem_type", "transformers_version")
 """Fields that every configuration of transformers has, and that are written here even where they are as usual."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,8 +98,11 @@ def push(
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    tags: Sequence[str] | None = None,
 ) -> Any:
     """Upload what ``write`` writes into a folder to a hub repository, which is made if it is missing.
+
+    tags: to add to those of the repository's model card, which is made if it is missing.
 
     Returns:
         huggingface_hub's ``CommitInfo``.
@@ -114,11 +117,25 @@ def push(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))  # first: where it fails, no repository is made
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if tags:
+            _tagged_card(repo_id, tags, token).save(Path(folder, "README.md"))
         return api.upload_folder(
-            repo_id=api.create_repo(repo_id, private=private, exist_ok=True).repo_id,
+            repo_id=repo_id,
             folder_path=folder,
             commit_message=commit_message,
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
         )
+
+
+def _tagged_card(repo_id: str, tags: Sequence[str], token: str | bool | None) -> Any:
+    from huggingface_hub import ModelCard, errors
+
+    try:
+        card = ModelCard.load(repo_id, token=token)
+    except errors.EntryNotFoundError:
+        card = ModelCard("---\nlibrary_name: transformers\n---\n")
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))
+    return card

@@ -27,6 +27,14 @@ class VirtualSubclass:
 
     __class__ = property(_seen_class, _set_class)  # type: ignore[assignment]
 
+    @classmethod
+    def for_transformers(cls) -> type:
+        """This class as transformers' registries take it, which demand a real subclass of their base class.
+
+        It makes objects of this class. Where transformers is not loaded, it is this class.
+        """
+        return seen_class(cls)
+
     def __getattr__(self, name: str) -> Any:
         """What an object lacks is taken from the class of transformers, where that is loaded, for its own code."""
         try:

@@ -208,7 +208,9 @@ def test_upload(monkeypatch, tmp_path):
         config.push_to_hub("name")
 
 
-@pytest.mark.parametrize("key", ["version", "kinds", "sub_configs", "transformers_base", "_id2label", "_out_features"])
+@pytest.mark.parametrize(
+    "key", ["version", "file_name", "kinds", "sub_configs", "transformers_base", "_id2label", "_out_features"]
+)
 def test_keys_of_a_file_leave_the_class_alone(key):
     read = ConvNextConfig.from_dict({**ConvNextConfig(num_labels=3).to_dict(), key: "1.0"})
     assert getattr(read, key) != "1.0"

@@ -22,7 +22,7 @@ MAY_IMPORT = {
 """What each folder may import besides itself and the files of the package's first level."""
 FIRST_LEVEL = {
     *("config", "config_base", "config_checks", "files", "hub", "virtual_subclass", "console", "measuring"),
-    "triton_import",
+    *("saved_json", "triton_import"),
 }
 """Files that may import only one another."""
 

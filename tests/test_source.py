@@ -12,6 +12,7 @@ SOURCES = [*sorted((ROOT / "convnext_fast").rglob("*.py")), *sorted((ROOT / "ker
 WRITES = {"write_text", "write_bytes", "save", "save_file", "savefig", "tofile", "dump", "touch"}
 
 ELSEWHERE = {
+    "convnext_fast/hub.py": {"push"},  # a temporary folder
     "convnext_fast/training/state.py": {"lock_folder", "save_sharded_state"},  # an empty lock; a folder that is renamed
     "kernels/cpu/code_cache.py": {"_write", "_read"},  # by handle, below a folder's handle
 }
@@ -67,12 +68,13 @@ def test_a_write_in_place_is_seen():
 CONFIG = {"config", "config_base", "config_checks"}
 USES = {
     "checkpoints": {"checkpoints", *CONFIG, "files", "hub"},
-    "images": {"images", *CONFIG, "files", "hub", "virtual_subclass"},
+    "images": {"images", *CONFIG, "files", "hub", "saved_json", "virtual_subclass"},
     "virtual_subclass": set(),
     "hub": set(),
     "files": {"hub"},
     "config_checks": set(),
-    "config_base": {"files", "hub", "virtual_subclass"},
+    "saved_json": {"files", "hub"},
+    "config_base": {"files", "hub", "saved_json", "virtual_subclass"},
     "config": {*CONFIG},
     "console": {"hub"},
     "training": {"training", "checkpoints", "images", "models", *CONFIG, "files", "hub", "console"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
+import urllib.request
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,8 @@ FORMATS = tuple(name for name in _RASTERS.split() if name in PIL.Image.OPEN)
 for. For others pillow starts programs (Ghostscript for EPS), or knows little more than their names."""
 MOST_BYTES = 1 << 30
 """Of an image file."""
+_TIMEOUT = 60
+"""Seconds that a server may take to answer."""
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
@@ -45,19 +49,41 @@ def find_images(folder: Path, on_error: Callable[[OSError], None] = _fail) -> li
     return sorted(found)
 
 
-def open_image(source: Path | bytes, channels: int) -> PIL.Image.Image:
+def fetch_image(source: str) -> PIL.Image.Image:
+    """The picture in RGB of a URL, a path or base64 text, as transformers' ``load_image`` gives it.
+
+    Raises:
+        ValueError: none of these, or as of `open_image`.
+        OSError: it cannot be fetched or read.
+    """
+    if source.startswith(("http://", "https://")):
+        request = urllib.request.Request(source, headers={"User-Agent": "convnext_fast"})
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+            return open_image(answer.read(MOST_BYTES + 1)).convert("RGB")
+    if os.path.isfile(source):
+        return open_image(Path(source)).convert("RGB")
+    try:
+        data = base64.b64decode(source.split(",")[1] if source.startswith("data:image/") else source, validate=True)
+    except (ValueError, IndexError):
+        raise ValueError(f"{source[:200]!r} is no file, no http:// or https:// URL and no base64 text") from None
+    return open_image(data).convert("RGB")
+
+
+def open_image(source: Path | bytes, channels: int | None = None) -> PIL.Image.Image:
     """The decoded picture, upright by its EXIF orientation, in the mode that has ``channels`` channels.
 
     Args:
         source: a file, or the bytes of one.
-        channels: 1 for grey, 2 for grey and alpha, 3 for RGB (transparency over white), 4 for RGBA.
+        channels: 1 for grey, 2 for grey and alpha, 3 for RGB (transparency over white), 4 for RGBA; None for whatever
+            it has.
 
     Raises:
         ValueError: not a picture of one of ``FORMATS``, a broken one, one of too many pixels or bytes, or ``channels``
             is not 1 to 4.
         OSError: the file cannot be read.
     """
-    _mode(channels)
+    if channels is not None:
+        _mode(channels)
     data = source
     if not isinstance(source, bytes):
         with open(source, "rb") as file:
@@ -72,7 +98,8 @@ def open_image(source: Path | bytes, channels: int) -> PIL.Image.Image:
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
-            return to_channels(_upright(image), channels)
+            upright = _upright(image)
+            return upright if channels is None else to_channels(upright, channels)
     except PIL.UnidentifiedImageError:
         raise ValueError(f"not an image of a format that is read ({', '.join(FORMATS)})") from None
     except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError) as error:

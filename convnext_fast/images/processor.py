@@ -11,6 +11,7 @@ import torch
 
 from ..config import MOST_SIDE
 from .batch_feature import BatchFeature, to_framework
+from .files import fetch_image
 from .options import DEFAULTS, ImageOptions, check_names, check_option
 from .saved_processor import TYPES, SavedProcessor
 from .transforms import (
@@ -99,7 +100,8 @@ class ConvNextImageProcessor(SavedProcessor):
         Args:
             images: a PIL image; a numpy array or torch tensor, (height, width), (channels, height, width) or
                 (height, width, channels), or a batch of the latter two in 4 dimensions; or a list of any of those, or
-                of lists of them. Values are 0 to 255. The caller opens files.
+                of lists of them. Values are 0 to 255. A string is the path, the URL or the base64 text of an image
+                file, which is read in RGB.
             **options: see `ImageOptions`; for this call, in place of the processor's own.
 
         Returns:
@@ -110,12 +112,14 @@ class ConvNextImageProcessor(SavedProcessor):
             TypeError: an unknown option, or something that is not an image.
             ValueError: an option's value, an image that cannot be processed (the message names which one and why), or
                 images of different sizes for one batch.
+            OSError: a string's image cannot be fetched or read.
             ImportError: ``return_tensors`` asks for a framework that is not installed.
         """
         values = self._resolve(options)
         arrays, factors = [], []
         for i, image in enumerate(flatten_images(images)):
             where = f"image {i}"
+            image = _fetched(image, where) if isinstance(image, str) else image
             picture = read_picture(image, where, values["input_data_format"], bool(values["do_convert_rgb"]))
             picture, fractions = self._shape(picture, values, where)
             array = to_array(picture)
@@ -185,6 +189,13 @@ ConvNextFeatureExtractor = ConvNextImageProcessor
 """The class's older name, which older checkpoints and scripts use."""
 ConvNextImageProcessorKwargs = ImageOptions
 """transformers' name of the options."""
+
+
+def _fetched(source: str, where: str) -> PIL.Image.Image:
+    try:
+        return fetch_image(source)
+    except (ValueError, OSError) as error:
+        raise (ValueError if isinstance(error, ValueError) else OSError)(f"{where}: {error}") from error
 
 
 def _check_pixels(size: tuple[int, int], where: str) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..files import find_file, json_text, json_writer, local_path, read_json, write_files
-from ..hub import push, split_loading
+from ..hub import split_loading
+from ..saved_json import SavedJson
 from ..virtual_subclass import VirtualSubclass
 from .options import DEFAULTS, check_names
 
-FILE_NAME = "preprocessor_config.json"
 TYPES = (
     "ConvNextImageProcessor",
     "ConvNextFeatureExtractor",
@@ -23,10 +22,11 @@ TYPES = (
 """Classes whose files are read."""
 
 
-class SavedProcessor(VirtualSubclass):
+class SavedProcessor(SavedJson, VirtualSubclass):
     """Reads, writes and compares the options, which are attributes; ``extra`` holds other keys of a file."""
 
     transformers_base = "transformers.image_processing_utils", "BaseImageProcessor"
+    file_name = "preprocessor_config.json"
     extra: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,25 +72,6 @@ class SavedProcessor(VirtualSubclass):
         made = cls(**{**copy.deepcopy(dict(fields)), **overrides})
         return (made, unused) if return_unused_kwargs else made
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> list[str]:
-        """Write ``preprocessor_config.json`` into a folder, which is made if it is missing, and return its path.
-
-        Args:
-            save_directory: the folder.
-            push_to_hub: then also `push_to_hub`, with **options; ``repo_id`` is the folder's name unless given.
-        """
-        directory = local_path(save_directory)
-        if directory.is_file():
-            raise ValueError(f"directory {directory} is a file: expected a folder to write {FILE_NAME} into")
-        write_files(directory, {FILE_NAME: json_writer(self.to_dict())})
-        if push_to_hub:
-            self.push_to_hub(**{"repo_id": directory.name, **options})
-        return [str(directory / FILE_NAME)]
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload ``preprocessor_config.json`` to a Hugging Face hub repository; see `hub.push`."""
-        return push(self.save_pretrained, repo_id, **options)
-
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, return_unused_kwargs: bool = False, **options: Any
@@ -114,7 +95,7 @@ class SavedProcessor(VirtualSubclass):
             check_names(overrides)
         path = local_path(pretrained_model_name_or_path)
         if not path.is_file():
-            path = find_file(pretrained_model_name_or_path, FILE_NAME, loading=loading)
+            path = find_file(pretrained_model_name_or_path, cls.file_name, loading=loading)
         fields = {name: value for name, value in read_json(path).items() if name not in overrides}
         try:
             cls.from_dict(fields)
@@ -126,6 +107,3 @@ class SavedProcessor(VirtualSubclass):
         return isinstance(other, SavedProcessor) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, default=str)}"

@@ -27,6 +27,8 @@ _WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 def flatten_images(images: Any, where: str = "images", depth: int = 0) -> list[Any]:
     """A list of single images out of one image, a batch (an array or tensor of 4 dimensions), or a list of those.
 
+    A string, which says where an image is, counts as one.
+
     A list may hold lists, one level deep, as for pictures grouped by sample; they are joined in order. ``where``: what
     an error message calls the images; ``depth``: the lists around them.
     """
@@ -34,10 +36,12 @@ def flatten_images(images: Any, where: str = "images", depth: int = 0) -> list[A
         if depth == 2:
             raise ValueError(f"{where} is a {type(images).__name__}: lists of images nest at most one level deep")
         flat = [image for i, item in enumerate(images) for image in flatten_images(item, f"{where}[{i}]", depth + 1)]
-    elif isinstance(images, PIL.Image.Image):
+    elif isinstance(images, (PIL.Image.Image, str)):
         return [images]
     elif not isinstance(images, (np.ndarray, torch.Tensor)):
-        raise TypeError(f"{where} is a {type(images).__name__}: expected a PIL image, a numpy array or a torch tensor")
+        raise TypeError(
+            f"{where} is a {type(images).__name__}: expected a PIL image, a numpy array, a torch tensor or a string"
+        )
     elif images.ndim in (2, 3, 4):
         flat = list(images) if images.ndim == 4 else [images]
     else:

@@ -191,5 +191,5 @@ class ConvNextPreTrainedModel(VirtualSubclass, ConvNextSwitches):
 
 
 _NO_EFFECT_ON_SAVING = ("save_function", "save_peft_format", "save_original_format")
-UPLOAD = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
+UPLOAD = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 """The options of `hub.push`."""

@@ -73,7 +73,11 @@ def truncated_photo():
 @pytest.mark.parametrize(
     ("images", "error", "words"),
     [
-        ("photo.jpg", TypeError, "images is a str: expected a PIL image, a numpy array or a torch tensor"),
+        (b"photo.jpg", TypeError, "images is a bytes: expected a PIL image, a numpy array, a torch tensor or a string"),
+        ("a photo.jpg", ValueError, "image 0: 'a photo.jpg' is no file, no http:// or https:// URL and no base64 text"),
+        ("data:image/png", ValueError, "image 0: 'data:image/png' is no file"),
+        ("aGVsbG8=", ValueError, "image 0: not an image of a format that is read"),
+        (["http://127.0.0.1:9/a.png"], OSError, "image 0: .*refused"),
         ([photo(), None], TypeError, r"images\[1\] is a NoneType"),
         ([[photo(), 3]], TypeError, r"images\[0\]\[1\] is a int"),
         ([[[photo()]]], ValueError, r"images\[0\]\[0\] is a list.*one level"),

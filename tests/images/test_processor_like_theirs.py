@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import http.server
 import json
+import threading
 
 import numpy as np
 import PIL.Image
@@ -40,6 +44,29 @@ def test_modes_of_three_channels(mode):
 @pytest.mark.parametrize("mode", ["L", "I;16"])
 def test_modes_of_one_channel(mode):
     assert same({"image_mean": 0.5, "image_std": 0.5}, image(mode))
+
+
+@pytest.fixture
+def address(tmp_path):
+    """Of a server of files in ``tmp_path``."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA"])
+def test_paths_addresses_and_text(mode, tmp_path, address):
+    path, exif = tmp_path / "a.png", PIL.Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    picture = image(mode)
+    if mode in ("RGBA", "LA"):
+        picture.putalpha(100)
+    picture.save(path, exif=exif)
+    text = base64.b64encode(path.read_bytes()).decode()
+    for source in (str(path), f"{address}/a.png", text, f"data:image/png;base64,{text}", [str(path), text]):
+        assert same({}, source), source
 
 
 @pytest.mark.parametrize("name", ["bicubic", "BICUBIC", "lanczos", "nearest"])

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -218,6 +219,37 @@ def test_upload(monkeypatch):
     convnext_fast.ConvNextImageProcessor().push_to_hub("name")
     assert seen[:2] == [{"token": "t"}, ("me/name", ["config.json", "model.fp16.safetensors"], "first")]
     assert seen[3] == ("me/name", ["preprocessor_config.json"], None)
+
+
+@pytest.mark.parametrize("before", [None, "---\ntags:\n- mine\n---\n# A card\n"])
+def test_tags_go_into_the_card(before, monkeypatch):
+    cards = []
+
+    class Api:
+        def __init__(self, **_):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return type("Url", (), {"repo_id": f"me/{repo_id}"})
+
+        def upload_folder(self, folder_path, **_):
+            path = Path(folder_path, "README.md")
+            cards.append(path.read_text() if path.exists() else None)
+
+    def load(repo_id, **_):
+        assert repo_id == "me/name"
+        if before is None:
+            raise huggingface_hub.errors.EntryNotFoundError("none")
+        return huggingface_hub.ModelCard(before)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.ModelCard.load", load)
+    our_model().push_to_hub("name", tags=["first", "mine"])
+    our_model().push_to_hub("name")
+    found = huggingface_hub.ModelCard(cards[0])
+    assert found.data.tags == (["first", "mine"] if before is None else ["mine", "first"])
+    assert before is None or found.text.strip() == "# A card"
+    assert cards[1] is None
 
 
 def test_members_that_callers_read(tmp_path):

@@ -27,8 +27,12 @@ def registered():
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     maps = [getattr(transformers, auto)._model_mapping for auto in AUTO]
+    maps.append(transformers.models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING)
     before = [dict(mapping._extra_content) for mapping in (CONFIG_MAPPING, *maps)]
     assert all(isinstance(mapping, _LazyAutoMapping) for mapping in maps)
+    ours = dict.fromkeys(["pil", "torchvision"], convnext_fast.ConvNextImageProcessor.for_transformers())
+    register = transformers.AutoImageProcessor.register
+    register(convnext_fast.ConvNextConfig, image_processor_classes=ours, exist_ok=True)
     transformers.AutoConfig.register("convnext", convnext_fast.ConvNextConfig, exist_ok=True)
     for auto, name in AUTO.items():
         ours = getattr(convnext_fast, name)
@@ -56,6 +60,16 @@ def test_auto_classes(auto, registered, tmp_path):
         assert read.dtype == getattr(torch, options.get("dtype", "float32"))
         assert read.config.drop_path_rate == options.get("drop_path_rate", 0.0)
         assert all(torch.equal(t, model.state_dict()[n].to(t.dtype)) for n, t in read.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "pil"}, {"backend": "torchvision"}])
+def test_auto_image_processor(options, registered, tmp_path):
+    made = convnext_fast.ConvNextImageProcessor(size=40)
+    made.save_pretrained(tmp_path)
+    convnext_fast.ConvNextConfig().save_pretrained(tmp_path)
+    read = transformers.AutoImageProcessor.from_pretrained(tmp_path, **options)
+    assert type(read) is convnext_fast.ConvNextImageProcessor
+    assert read == made
 
 
 def upernet(backbone):

@@ -28,9 +28,6 @@ KNOWN = {
     "test_training_gradient_checkpointing": _OWN_CHECKPOINTING,
     "test_training_gradient_checkpointing_use_reentrant_false": _OWN_CHECKPOINTING,
     "test_training_gradient_checkpointing_use_reentrant_true": _OWN_CHECKPOINTING,
-    "test_image_processor_save_load_with_autoimageprocessor": (
-        "AutoImageProcessor takes only subclasses of its own base class, and so loads transformers' own processor"
-    ),
 }
 """The tests that fail, and why."""
 # What the common tests import that the source distribution lacks; our classes need none of it.

@@ -20,6 +20,8 @@ transformers.AutoConfig.register("convnext", ConvNextConfig, exist_ok=True)
 transformers.AutoModel.register(ConvNextConfig, ConvNextModel, exist_ok=True)
 transformers.AutoModelForImageClassification.register(ConvNextConfig, ConvNextForImageClassification, exist_ok=True)
 transformers.AutoBackbone.register(ConvNextConfig, ConvNextBackbone, exist_ok=True)
+PROCESSORS = {"pil": convnext_fast.ConvNextImageProcessor.for_transformers()}
+transformers.AutoImageProcessor.register(ConvNextConfig, image_processor_classes=PROCESSORS, exist_ok=True)
 
 
 class OurModels:
