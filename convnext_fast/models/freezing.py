@@ -28,7 +28,6 @@ class State:
         key: what stands for the plan in this process.
         trainable: None, or of a frozen module the paths of the parameters that took gradients before.
         token: of a frozen module, what its folded weights are kept with.
-        folded: of a frozen module on a GPU, the copies of its weights that a compiled model computes with.
         seen: what the plan read, and the record by which it still holds; None if that is to be found out.
         whole: the steps that stand for its forward, once found.
         cuda_graph: of a frozen module, whether these steps are to be captured and replayed as CUDA graphs.
@@ -38,7 +37,6 @@ class State:
         self.plan, self.trainable, self.cuda_graph = plan, trainable, cuda_graph
         self.key = remember(plan)
         self.token = None if trainable is None else new_token()
-        self.folded: Folded | None = None
         self.seen: tuple[Record, Read] | None = None
         self.whole = WholeRuns()
 
@@ -57,7 +55,7 @@ def state_of(module: nn.Module) -> State | None:
 def set_plan(module: nn.Module, plan: Plan) -> None:
     """Give a `FusedModule` its plan, or another one."""
     state = state_of(module)
-    _replace(module, State(plan) if state is None else State(plan, state.trainable, state.cuda_graph))
+    setattr(module, STATE, State(plan) if state is None else State(plan, state.trainable, state.cuda_graph))
 
 
 def can_freeze(module: nn.Module) -> bool:
@@ -80,7 +78,7 @@ def freeze(module: nn.Module, cuda_graph: bool = False) -> None:
             before.add(path)
             parameter.requires_grad_(False)
     count_writes()
-    _replace(module, State(state.plan, tuple(sorted(before)), cuda_graph))
+    setattr(module, STATE, State(state.plan, tuple(sorted(before)), cuda_graph))
 
 
 def check_has_graphs(model: nn.Module) -> None:
@@ -95,7 +93,7 @@ def unfreeze(module: nn.Module) -> None:
     if not is_frozen(module):
         return
     state = state_of(module)
-    _replace(module, State(state.plan))
+    setattr(module, STATE, State(state.plan))
     for *path, name in state.trainable:
         parameter = getattr(follow(module, tuple(path)), name, None)
         if isinstance(parameter, nn.Parameter):
@@ -106,21 +104,6 @@ def folded_weights(module: nn.Module) -> Folded | None:
     """What a frozen block or downsampling layer computes with; None of any other module, or where its plan fails."""
     step = _step(module) if is_frozen(module) else None
     return None if step is None else folded(step)
-
-
-def fold_for_compilers(module: nn.Module) -> None:
-    """Fold at once what a compiled model on a GPU reads: a compiler cannot ask whether weights changed."""
-    state = state_of(module)
-    if state is None or state.trainable is None:
-        return
-    step = _step(module)
-    on_gpu = step is not None and step.weights[0].device.type not in ("cpu", "meta")
-    state.folded = folded(step) if on_gpu else None
-
-
-def _replace(module: nn.Module, state: State) -> None:
-    setattr(module, STATE, state)
-    fold_for_compilers(module)
 
 
 def _step(module: nn.Module) -> Step | None:

@@ -9,21 +9,19 @@ Frozen modules run as steps (see `whole_runs`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..ops import call
-from ..ops.views import as_nchw
 from .ahead import AHEAD
-from .freezing import State, fold_for_compilers, unfreeze
+from .freezing import State, unfreeze
 from .layer_changes import changed, full_name
-from .plan import BlockPlan, ChainPlan, PatchPlan, Plan, calls_others, follow, recall
+from .plan import ChainPlan, Plan, calls_others, follow, recall
 from .records import Record
-from .run_plan import Read, read, run, run_following
+from .run_plan import Read, read, run
 from .whole_runs import outputs_of, runs_as_steps
 
 
@@ -62,11 +60,6 @@ class FusedModule(nn.Module):
         unfreeze(self)
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        fold_for_compilers(self)
-        return self
-
 
 def fused_forward(module: FusedModule, x: Tensor) -> Tensor | None:
     """What the plan of ``module`` makes of x; None where the plain forward has to run."""
@@ -90,8 +83,6 @@ def fused_forward(module: FusedModule, x: Tensor) -> Tensor | None:
     found = _read_if_it_holds(module, state, plan)
     if found is None:
         return None
-    if state.folded is not None and torch.compiler.is_compiling() and not call.autocasts(x):
-        return _frozen_on_gpu(module, state, plan, found, x)
     return run(module, plan, found, x)
 
 
@@ -110,18 +101,6 @@ def _read_if_it_holds(module: nn.Module, state: State, plan: Plan) -> Read | Non
     record = Record(module, [follow(module, watched.path) for watched in plan.watched])
     state.seen = (record, found) if record.sees(found.weights) else None
     return found
-
-
-def _frozen_on_gpu(module: nn.Module, state: State, plan: BlockPlan | PatchPlan, found: Read, x: Tensor) -> Tensor:
-    """A frozen block or downsampling layer in a compiler's graph."""
-    stem = isinstance(plan, PatchPlan) and plan.stem
-    if stem or call.wants_gradient(x, *found.weights):
-        return run(module, plan, found, x)
-    nhwc = x.permute(0, 2, 3, 1)
-    if isinstance(plan, BlockPlan):
-        return as_nchw(ops.frozen_block(nhwc, *state.folded, eps=found.eps, act=plan.act))
-    y = as_nchw(ops.frozen_downsample(nhwc, *state.folded, eps=found.eps))
-    return run_following(module, plan, y)
 
 
 def outputs_in_turn(modules: Iterable[nn.Module], x: Tensor) -> list[Tensor]:

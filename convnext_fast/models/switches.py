@@ -84,9 +84,8 @@ class ConvNextSwitches(nn.Module):
         of the weights: each block's LayerNorm affine and layer scale are folded into its linear layers, and the affine
         of a downsampling layer into its convolution. The copies follow the parameters: where a parameter or a layer is
         replaced, changed in place, moved or converted, the next call folds anew (see `ops.folded_weights` for the few
-        ways to write that leave no trace; after those, freeze again). So does a compiled model on a CPU; one on a GPU
-        sees replaced layers and settings, and new weights after another `freeze`. `train` and `load_state_dict` undo
-        freezing.
+        ways to write that leave no trace; after those, freeze again). So does a compiled model. `train` and
+        `load_state_dict` undo freezing.
 
         Args:
             cuda_graph: on NVIDIA GPUs, capture what runs between the image and the last feature map as a CUDA graph at

@@ -35,14 +35,15 @@ kind_of = operator.attrgetter("shape", "dtype", "device")
 def backend_for(x: Tensor) -> choose.Name | None:
     """Where steps on x (N, C, H, W) run; None where they cannot.
 
-    Where a compiler traces, steps are only what the kernels for CPUs compute.
+    Where a compiler traces, they are frozen ones, and not for export.
     """
     if not isinstance(x, Tensor) or x.dim() != 4 or _hooks_everywhere():
         return None
     backend = choose.select(x.device, call.compute_dtype(x))
     if torch.compiler.is_compiling():
-        plain = x.dtype == torch.float32 and x.device.type == "cpu" and not call.wants_gradient(x)
-        return backend if plain and not call.autocasts(x) and backend in ("cpu", "aten") else None
+        served = backend == "triton" or (x.dtype == torch.float32 and x.device.type == "cpu" and backend == "aten")
+        plain = not (call.wants_gradient(x) or call.autocasts(x) or choose.is_exporting())
+        return backend if plain and served else None
     return None if backend == "reference" else backend
 
 

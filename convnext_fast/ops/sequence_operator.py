@@ -1,8 +1,9 @@
-"""What a compiled frozen model calls on a CPU: one operator for many steps.
+"""What a compiled frozen model calls, on a CPU or a GPU: one operator for many steps.
 
 It takes the model's own parameters, which are folded once, and again where they changed: a compiled model notices
 changes as any other does. An operator of `torch.library.custom_op` takes 0.1 ms and more a call, for it prepares for
-gradients, too. This one has none, and is registered with the dispatcher directly.
+gradients, too. This one has none, and is registered with the dispatcher directly. It stays outside of a compiler's CUDA
+graphs, which would replay the weights that were folded when they were captured.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from ..backends import choose
 from ..backends.cpu import llvm, onednn
 from ..backends.cpu import ops as cpu
 from ..backends.cpu.packed_weights import kernels_for
@@ -41,6 +43,10 @@ def _steps(
     x: (N, H, W, C), or a stem's (N, C, H, W); weights: of all steps; tokens, kinds: of each.
     """
     steps = _cut(weights, tokens, kinds, eps, act)
+    if choose.select(x.device, x.dtype) == "triton":
+        x = x if kinds[0] == Kind.STEM else x.contiguous()
+        plan = tuple([(folded(step), step.eps, step.act) for step in steps])
+        return list(choose.module("triton").steps(x, plan, tuple(ends), x.dtype))
     shapes, ready = shapes_after(steps, x.shape), list(map(folded, steps))
     if x.dtype == torch.float32 and onednn.supports(x):
         kernels = kernels_for(ready, [step.act for step in steps])
@@ -67,13 +73,16 @@ def _cut(
     return steps
 
 
-_LIBRARY.define("frozen_steps_cpu" + torch.library.infer_schema(_steps, mutates_args=()))
-_LIBRARY.impl("frozen_steps_cpu", _steps, "CPU")
-frozen_steps = torch.ops.convnext_fast.frozen_steps_cpu
+_LIBRARY.define(
+    "frozen_steps" + torch.library.infer_schema(_steps, mutates_args=()), tags=(torch.Tag.cudagraph_unsafe,)
+)
+for _key in ("CPU", "CUDA", "XPU"):
+    _LIBRARY.impl("frozen_steps", _steps, _key)
+frozen_steps = torch.ops.convnext_fast.frozen_steps
 """`_steps`, as an operator."""
 
 
-@torch.library.register_fake("convnext_fast::frozen_steps_cpu", lib=_LIBRARY)
+@torch.library.register_fake("convnext_fast::frozen_steps", lib=_LIBRARY)
 def _(
     x: Tensor,
     weights: list[Tensor | None],

@@ -38,3 +38,20 @@ def test_a_frozen_model_is_one_call_with_the_bits_of_its_steps(monkeypatch):
     assert torch.equal(model(x), logits)
     again = model.forward_intermediates(x)
     assert all(map(torch.equal, (again[0], *again[1]), (last, *maps)))
+
+
+@torch.no_grad()
+def test_a_compiled_frozen_model_is_one_call_and_notices_changes(monkeypatch):
+    calls, steps_as_one = [], gpu.steps
+    monkeypatch.setattr(gpu, "steps", lambda *arguments: calls.append(arguments[2]) or steps_as_one(*arguments))
+    torch.compiler.reset()
+    model, x = small_model(torch.float32).eval().freeze(), torch.randn(2, 3, 40, 28)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    before = compiled(x)
+    assert calls == [(3,)]
+    for change in (lambda w: w.mul_(-1), lambda w: w.data.add_(1)):
+        change(model.stages[0].blocks[0].mlp.fc1.weight)
+        after = compiled(x)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, model(x))
+        before = after
