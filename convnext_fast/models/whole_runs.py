@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..backends.steps import Kind, Step
 from ..ops import call, live_sequence, sequence
 from .layer_changes import changed, has_hooks
-from .plan import ChainPlan, PatchPlan, called_by, follow, recall
+from .plan import BlockPlan, ChainPlan, PatchPlan, called_by, follow, recall
 from .records import STATE, Record
 from .run_plan import read, step_of
 
@@ -98,16 +98,14 @@ def outputs_of(
     if backend is None:
         return None
     frozen = state.trainable is not None and not call.autocasts(x)
-    if torch.compiler.is_compiling():
-        steps = _steps_of_parts(True, root, parts, None) if frozen else None
-        ends = [] if steps is None else [count - 1 for count in accumulate(map(len, steps))]
-        return (
-            None
-            if steps is None
-            else sequence.compiled(list(chain.from_iterable(steps)), x, ends[-1:] if last else ends)
-        )
     if not frozen and backend != "triton":
         return None
+    if torch.compiler.is_compiling():
+        steps = _steps_of_parts(frozen, root, parts, None)
+        if steps is None:
+            return None
+        ends = [count - 1 for count in accumulate(map(len, steps))]
+        return sequence.compiled(list(chain.from_iterable(steps)), x, ends[-1:] if last else ends, frozen)
     run = _run_that_holds(runs, frozen, state.cuda_graph, root, parts)
     if run is None or (frozen and torch.is_grad_enabled() and any(map(_wants_gradient, run.weights))):
         return None
@@ -181,15 +179,16 @@ def _steps(module: nn.Module, frozen: bool, layers: list[nn.Module] | None) -> l
     step = step_of(module, plan, read(module, plan), state.token)
     if not _are_plain(step.weights):
         return None
-    if (
-        torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
-        and any(w is not None and w.requires_grad for w in step.weights)
-    ):
+    if torch.compiler.is_compiling() and (call.wants_gradient(*step.weights) or (not frozen and _drops(module, plan))):
         return None
     following = isinstance(plan, PatchPlan) and plan.following is not None
     rest = _joined(follow(module, plan.following), frozen, layers) if following else []
     return None if rest is None else [step, *rest]
+
+
+def _drops(module: nn.Module, plan: BlockPlan | PatchPlan) -> bool:
+    drop_path = plan.drop_path if isinstance(plan, BlockPlan) else None
+    return drop_path is not None and follow(module, drop_path).training
 
 
 def _reason(root: nn.Module | None, parts: Sequence[nn.Module]) -> str:

@@ -35,7 +35,7 @@ kind_of = operator.attrgetter("shape", "dtype", "device")
 def backend_for(x: Tensor) -> choose.Name | None:
     """Where steps on x (N, C, H, W) run; None where they cannot.
 
-    Where a compiler traces, they are frozen ones, and not for export.
+    Where a compiler traces, they are not for export, and need no gradient.
     """
     if not isinstance(x, Tensor) or x.dim() != 4 or _hooks_everywhere():
         return None
@@ -128,18 +128,22 @@ class FrozenSequence:
         return None if first is None else [first, *self._kernels]
 
 
-def compiled(steps: Sequence[Step], x: Tensor, ends: Sequence[int]) -> list[Tensor] | None:
-    """As `FrozenSequence` in a compiler's graph, where one operator runs all; None where that cannot be."""
+def compiled(steps: Sequence[Step], x: Tensor, ends: Sequence[int], frozen: bool) -> list[Tensor] | None:
+    """As `FrozenSequence` in a compiler's graph, where one operator runs all; None where that cannot be.
+
+    frozen: False for weights as they are.
+    """
     acts = {step.act for step in steps if step.act}
-    if len(acts) > 1:
+    weights = list(chain.from_iterable(step.weights for step in steps))
+    if len(acts) > 1 or (not frozen and any(w is not None and w.dtype != x.dtype for w in weights)):
         return None
-    from .sequence_operator import frozen_steps  # when it is needed: it imports PyTorch's compiler
+    from . import sequence_operator  # when it is needed: it imports PyTorch's compiler
 
     x = x if steps[0].kind == Kind.STEM else x.permute(0, 2, 3, 1)
     check_steps(steps, x)
-    weights, kinds, eps = [step.weights for step in steps], [int(step.kind) for step in steps], [s.eps for s in steps]
-    tokens = [step.token for step in steps]
-    results = frozen_steps(x, list(chain.from_iterable(weights)), tokens, kinds, eps, "".join(acts), list(ends))
+    kinds, eps, tokens = [int(step.kind) for step in steps], [s.eps for s in steps], [step.token for step in steps]
+    run = sequence_operator.frozen_steps if frozen else sequence_operator.live_steps
+    results = run(x, weights, tokens, kinds, eps, "".join(acts), list(ends))
     return [y.permute(0, 3, 1, 2) for y in results]
 
 

@@ -1,15 +1,15 @@
-"""What a compiled frozen model calls, on a CPU or a GPU: one operator for many steps.
+"""What compiled frozen models call, and on a GPU others without gradients: one operator for many steps.
 
 It takes the model's own parameters, which are folded once, and again where they changed: a compiled model notices
 changes as any other does. An operator of `torch.library.custom_op` takes 0.1 ms and more a call, for it prepares for
-gradients, too. This one has none, and is registered with the dispatcher directly. It stays outside of a compiler's CUDA
-graphs, which would replay the weights that were folded when they were captured.
+gradients, too. These have none, and are registered with the dispatcher directly. That of frozen models stays outside of
+a compiler's CUDA graphs, which would replay the weights that were folded when they were captured.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..backends.cpu import llvm, onednn
 from ..backends.cpu import ops as cpu
 from ..backends.cpu.packed_weights import kernels_for
 from ..backends.steps import WEIGHTS, Kind, Step, shapes_after
-from .folded_weights import folded
+from .folded_weights import flat_block, folded
 
 _LIBRARY = torch.library.Library("convnext_fast", "FRAGMENT")
 _IN_CALLS = {
@@ -45,7 +45,7 @@ def _steps(
     steps = _cut(weights, tokens, kinds, eps, act)
     if choose.select(x.device, x.dtype) == "triton":
         x = x if kinds[0] == Kind.STEM else x.contiguous()
-        plan = tuple([(folded(step), step.eps, step.act) for step in steps])
+        plan = tuple([(_weights(step), step.eps, step.act) for step in steps])
         return list(choose.module("triton").steps(x, plan, tuple(ends), x.dtype))
     shapes, ready = shapes_after(steps, x.shape), list(map(folded, steps))
     if x.dtype == torch.float32 and onednn.supports(x):
@@ -61,6 +61,12 @@ def _steps(
     return results
 
 
+def _weights(step: Step) -> Any:
+    if step.token is not None or step.kind == Kind.STEM:
+        return folded(step)
+    return flat_block(step.weights) if step.kind == Kind.BLOCK else step.weights
+
+
 def _cut(
     weights: list[Tensor | None], tokens: list[Tensor | None], kinds: list[int], eps: list[float], act: str
 ) -> list[Step]:
@@ -73,17 +79,15 @@ def _cut(
     return steps
 
 
-_LIBRARY.define(
-    "frozen_steps" + torch.library.infer_schema(_steps, mutates_args=()), tags=(torch.Tag.cudagraph_unsafe,)
-)
-for _key in ("CPU", "CUDA", "XPU"):
-    _LIBRARY.impl("frozen_steps", _steps, _key)
-frozen_steps = torch.ops.convnext_fast.frozen_steps
-"""`_steps`, as an operator."""
+def _register(name: str, *tags: torch.Tag) -> Any:
+    _LIBRARY.define(name + torch.library.infer_schema(_steps, mutates_args=()), tags=tags)
+    for key in ("CPU", "CUDA", "XPU"):
+        _LIBRARY.impl(name, _steps, key)
+    torch.library.register_fake(f"convnext_fast::{name}", _shapes, lib=_LIBRARY)
+    return getattr(torch.ops.convnext_fast, name)
 
 
-@torch.library.register_fake("convnext_fast::frozen_steps", lib=_LIBRARY)
-def _(
+def _shapes(
     x: Tensor,
     weights: list[Tensor | None],
     tokens: list[Tensor | None],
@@ -94,3 +98,9 @@ def _(
 ) -> list[Tensor]:
     shapes = shapes_after(_cut(weights, tokens, kinds, eps, act), x.shape)
     return [x.new_empty(shapes[end]) for end in ends]
+
+
+frozen_steps = _register("frozen_steps", torch.Tag.cudagraph_unsafe)
+"""`_steps`, as an operator."""
+live_steps = _register("live_steps")
+"""The same by the Triton kernels, on weights as they are, without tokens."""

@@ -17,11 +17,11 @@ from convnext_fast.backends import reference
 def test_every_registered_operator_is_checked():
     """Here or, through the kernels, in kernels/machine_code: test_operators_executed.py, and dwconv in its own file.
 
-    That of sequence_operator.py in test_sequence.py.
+    Those of sequence_operator.py in test_sequence_operator.py and in the interpreter's test_model_interpreted.py.
     """
     for module in ("backends.dwconv", "ops.sequence_operator"):
         importlib.import_module(f"convnext_fast.{module}")
-    elsewhere = "dwconv", "frozen_steps"
+    elsewhere = "dwconv", "frozen_steps", "live_steps"
     assert registered() == {*ON_CPU, *(f"{name}_cpu" for name in ON_CPU), *KERNELS_ALONE, *elsewhere}
 
 

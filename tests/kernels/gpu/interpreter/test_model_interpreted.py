@@ -41,11 +41,14 @@ def test_a_frozen_model_is_one_call_with_the_bits_of_its_steps(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_compiled_frozen_model_is_one_call_and_notices_changes(monkeypatch):
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_compiled_model_is_one_call_and_notices_changes(frozen, monkeypatch):
     calls, steps_as_one = [], gpu.steps
     monkeypatch.setattr(gpu, "steps", lambda *arguments: calls.append(arguments[2]) or steps_as_one(*arguments))
     torch.compiler.reset()
-    model, x = small_model(torch.float32).eval().freeze(), torch.randn(2, 3, 40, 28)
+    model, x = small_model(torch.float32).eval(), torch.randn(2, 3, 40, 28)
+    if frozen:
+        model.freeze()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     before = compiled(x)
     assert calls == [(3,)]
