@@ -1,36 +1,45 @@
-"""A frozen ConvNeXt V2 block in two parallel regions, for its global response norm is over all pixels of a sample.
+"""A frozen ConvNeXt V2 block in one parallel region, which takes its pixels twice: the global response norm is over all
+pixels of a sample.
 
     h = GELU(w1·n + b1),   n = LayerNorm(dwconv(x)) without its affine, which w1 and b1 hold (`folding`)
-    y = x + w2·(h∘f) + b2, f: the factor of each hidden unit of a sample, from the norms of h
+    G_k = (Σ_p h²)^½      f_k = 1 + γ_k·G_k/(mean G + ε)      y = x + w2·(h∘f) + b2
 
-n and h∘f of a chunk stay in the L2 cache. The first region also leaves Σ h² of each unit (`work_sharing`), to be added
-up for the norms; the units are the same for every number of threads.
+First h of all chunks, and Σ h² of each unit (`work_sharing`); then f of each sample; then h∘f, in the place of h, and y
+of all chunks. n of a chunk stays in the L2 cache. Units are the same for every number of threads, so sums are, too.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from llvmlite import ir
 
+from ..weights import GRN_EPS
 from .dwconv import Convolving
 from .gemm import store_gelu, store_sum
 from .layernorm import normalise
+from .llvm_builder import F32
 from .machine import Machine
-from .work_sharing import GROUP, PADDING, ParallelKernel
+from .work_sharing import GROUP, PADDING, share
 
 
-class GrnHiddenSizes(NamedTuple):
-    """The kernel for h (N, H, W, K) and squares (units, K), the rest as of `frozen_block.BlockSizes`."""
+class GrnBlockSizes(NamedTuple):
+    """The kernel for a block, as `frozen_block.BlockSizes`; gamma (K,).
+
+    Two buffers of its own: h (N·H·W and a tile's rows, K + ``PADDING``), and squares (units, K), in which f of a sample
+    takes the place of its first unit.
+    """
 
     channels: int
     hidden: int
     side: int
     group: int
-    addresses = ("x", "h", "squares", "dwconv_weight", "dwconv_bias", "w1", "b1", "scratch")
+    addresses = (*("x", "y", "dwconv_weight", "dwconv_bias", "w1", "b1", "gamma", "w2", "b2"), "h", "squares", "scratch")
 
     @classmethod
-    def of(cls, channels: int, hidden: int, side: int, width: int) -> GrnHiddenSizes:
+    def of(cls, channels: int, hidden: int, side: int, width: int) -> GrnBlockSizes:
         """For images of a width."""
         return cls(channels, hidden, side, min(width, GROUP))
 
@@ -41,86 +50,113 @@ class GrnHiddenSizes(NamedTuple):
 
     def emit(self, machine: Machine) -> ir.Module:
         """The module."""
-        return GrnHidden(machine, self).emit()
+        return GrnBlock(machine, self).emit()
 
 
-class GrnHidden(Convolving):
-    """Emits the kernel of `GrnHiddenSizes`."""
+class GrnBlock(Convolving):
+    """Emits the kernel of `GrnBlockSizes`."""
 
-    def __init__(self, machine: Machine, sizes: GrnHiddenSizes):
+    def __init__(self, machine: Machine, sizes: GrnBlockSizes):
         super().__init__(machine, sizes)
-        self.normalise = normalise(self.module, machine, sizes.channels)
-        self.fc1 = self.product("w1", "b1", sizes.channels, sizes.hidden, store_gelu)
+        channels, self.hidden, *_ = sizes
+        self.ldh = self.hidden + PADDING
+        self.vectors = math.gcd(4, self.hidden // machine.lanes)  # that are added up side by side
+        self.normalise = normalise(self.module, machine, channels)
+        self.fc1 = self.product("w1", "b1", channels, self.hidden, store_gelu)
+        self.fc2 = self.product("w2", "b2", self.hidden, channels, store_sum, arrays=2)
 
-    def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
-        """h of the units from ``first`` up to ``last``."""
-        e, n, hidden = self.e, self.scratch, self.sizes.hidden
+    def work(self) -> None:
+        """Both passes, and f between them."""
+        samples = self.e.over(self.given["rows"], self.given["height"])
+        self.chunks(self._hidden_chunk)
+        self.wait()
+        self.e.loop(*share(self.e, samples, *self.place), 1, self._factors)
+        self.wait()
+        self.chunks(self._output_chunk)
+
+    def _hidden_chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
+        """h of the units from ``first`` up to ``last``, and Σ h² of each."""
+        e, n = self.e, self.scratch
 
         def normalise_in_place(u: ir.Value) -> None:
             e.builder.call(self.normalise, [u, u, self.epsilon])
 
         self.mine(first, last, lambda unit: self.convolve(unit, start, n, self.sizes.row, normalise_in_place))
         self.barrier()
-        self.multiply(self.fc1, n, count, (e.at(self.given["h"], e.times(start, hidden)), hidden))
+        self.multiply(self.fc1, n, count, (self._row_of_h(start), self.ldh))
         self.barrier()
         self.mine(first, last, self._add_squares)
         self.barrier()
 
+    def _row_of_h(self, pixel: ir.Value) -> ir.Value:
+        return self.e.at(self.given["h"], self.e.times(pixel, self.ldh))
+
+    def _sums(
+        self, rows: ir.Value, ld: int, count: ir.Value, add: Callable[[ir.Value, ir.Value], ir.Value]
+    ) -> Sequence[ir.Value]:
+        """Sums over ``count`` rows, ``ld`` apart, of ``vectors`` vectors, by ``add(value, sum)``."""
+        e = self.e
+
+        def row(r: ir.Value, *sums: ir.Value) -> list[ir.Value]:
+            here = e.at(rows, e.times(r, ld))
+            return [add(e.load(here, j * e.lanes), total) for j, total in enumerate(sums)]
+
+        return e.loop(0, count, 1, row, *[e.spread(0.0)] * self.vectors)
+
     def _add_squares(self, unit: ir.Value) -> None:
-        """Σ h² over the pixels of a unit."""
-        e, given, hidden = self.e, self.given, self.sizes.hidden
-        start, end = self.first_pixel(unit), self.first_pixel(e.plus(unit, 1))
-        out = e.at(given["squares"], e.times(unit, hidden))
+        e, start = self.e, self.first_pixel(unit)
+        count = e.minus(self.first_pixel(e.plus(unit, 1)), start)
+        h, out = self._row_of_h(start), e.at(self.given["squares"], e.times(unit, self.hidden))
 
-        def vector(k: ir.Value) -> None:
-            column = e.at(given["h"], k)
+        def columns(k: ir.Value) -> None:
+            for j, total in enumerate(self._sums(e.at(h, k), self.ldh, count, lambda v, total: e.fma(v, v, total))):
+                e.store(total, e.at(out, k), j * e.lanes)
 
-            def add(pixel: ir.Value, total: ir.Value) -> list[ir.Value]:
-                value = e.load(column, e.times(pixel, hidden))
-                return [e.fma(value, value, total)]
+        e.loop(0, self.hidden, self.vectors * e.lanes, columns)
 
-            e.store(*e.loop(start, end, 1, add, e.spread(0.0)), out, k)
+    def _factors(self, sample: ir.Value) -> None:
+        e, b, hidden = self.e, self.e.builder, self.hidden
+        units = e.times(self.given["height"], self.given["pieces"])
+        squares = e.at(self.given["squares"], e.times(e.times(sample, units), hidden))
 
-        e.loop(0, hidden, e.lanes, vector)
+        def norms(k: ir.Value, total: ir.Value) -> list[ir.Value]:
+            here = e.at(squares, k)
+            for j, square in enumerate(self._sums(here, hidden, units, b.fadd)):
+                norm = e.sqrt(square)
+                e.store(norm, here, j * e.lanes)
+                total = b.fadd(total, norm)
+            return [total]
 
+        (total,) = e.loop(0, hidden, self.vectors * e.lanes, norms, e.spread(0.0))
+        mean = b.fmul(e.sum_of_lanes(total), ir.Constant(F32, 1 / hidden))
+        mean = b.fadd(mean, ir.Constant(F32, GRN_EPS))
+        inverse = b.fdiv(e.spread(1.0), e.spread(mean))
 
-class GrnOutputSizes(NamedTuple):
-    """The kernel for h (N, H, W, K), factors (N, K), x and y (N, H, W, C), w2 packed (`gemm.pack`)."""
+        def factor(k: ir.Value) -> None:
+            relative = b.fmul(e.load(squares, k), inverse)
+            e.store(e.fma(e.load(self.given["gamma"], k), relative, e.spread(1.0)), squares, k)
 
-    channels: int
-    hidden: int
-    addresses = ("h", "y", "factors", "x", "w2", "b2", "scratch")
+        e.loop(0, hidden, e.lanes, factor)
 
-    @property
-    def row(self) -> int:
-        """Numbers of a row of scratch memory: h∘f."""
-        return self.hidden + PADDING
-
-    def emit(self, machine: Machine) -> ir.Module:
-        """The module."""
-        return GrnOutput(machine, self).emit()
-
-
-class GrnOutput(ParallelKernel):
-    """Emits the kernel of `GrnOutputSizes`."""
-
-    def __init__(self, machine: Machine, sizes: GrnOutputSizes):
-        super().__init__(machine, sizes)
-        self.fc2 = self.product("w2", "b2", sizes.hidden, sizes.channels, store_sum, arrays=2)
-
-    def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
+    def _output_chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
         """y of the units from ``first`` up to ``last``."""
-        e, given, (channels, hidden) = self.e, self.given, self.sizes
-        pixels = e.times(given["height"], given["width"])
+        e, given, channels = self.e, self.given, self.channels
+        units = e.times(given["height"], given["pieces"])
         x, y = (e.at(given[name], e.times(start, channels)) for name in ("x", "y"))
 
-        def scale_row(r: ir.Value) -> None:
-            pixel = e.plus(start, r)
-            factors = e.at(given["factors"], e.times(e.over(pixel, pixels), hidden))
-            row, out = e.at(given["h"], e.times(pixel, hidden)), e.at(self.scratch, e.times(r, self.sizes.row))
-            e.loop(0, hidden, e.lanes, lambda k: e.store(e.builder.fmul(e.load(row, k), e.load(factors, k)), out, k))
+        def scale_unit(unit: ir.Value) -> None:
+            factors = e.at(given["squares"], e.times(e.times(e.over(unit, units), units), self.hidden))
 
-        self.mine(0, count, scale_row)
+            def scale_row(pixel: ir.Value) -> None:
+                row = self._row_of_h(pixel)
+                e.loop(
+                    *(0, self.hidden, e.lanes),
+                    lambda k: e.store(e.builder.fmul(e.load(row, k), e.load(factors, k)), row, k),
+                )
+
+            e.loop(self.first_pixel(unit), self.first_pixel(e.plus(unit, 1)), 1, scale_row)
+
+        self.mine(first, last, scale_unit)
         self.barrier()
-        self.multiply(self.fc2, self.scratch, count, (y, channels), (x, channels))
+        self.multiply(self.fc2, self._row_of_h(start), count, (y, channels), (x, channels))
         self.barrier()

@@ -28,8 +28,7 @@ from .frozen_block import BlockSizes as BlockSizes
 from .gelu_rows import ElementwiseSizes as ElementwiseSizes
 from .gemm import UNROLL as UNROLL
 from .gemm import pack as pack
-from .grn_block import GrnHiddenSizes as GrnHiddenSizes
-from .grn_block import GrnOutputSizes as GrnOutputSizes
+from .grn_block import GrnBlockSizes as GrnBlockSizes
 from .layer_scale_bwd import LayerScaleSizes as LayerScaleSizes
 from .machine import AVX2, AVX512, NEEDED, Machine, compile_for, host_features, identity, load
 from .mlp import MlpSizes as MlpSizes

@@ -144,28 +144,41 @@ class ParallelKernel:
         self.e, b = e, e.builder
         self.given = given = dict(zip((*addresses, *NUMBERS), fields, strict=True))
         self.epsilon = b.bitcast(b.trunc(given["eps"], I32), e.vector.element)
-        thread, threads = thread_and_threads(e)
+        self.place = thread, threads = thread_and_threads(e)
         split = self.split = b.icmp_signed("!=", given["split_columns"], e.index(0))
         self.thread, self.threads = e.choose(split, thread, 0), e.choose(split, threads, 1)
-        everything, units = e.times(given["rows"], given["pieces"]), given["units"]
-        first, last = share(e, everything, thread, threads)
-        first, last = e.choose(split, 0, first), e.choose(split, everything, last)
-        self.scratch_rows = e.plus(e.times(given["unit"], units), self.machine.rows)
+        self.scratch_rows = e.plus(e.times(given["unit"], given["units"]), self.machine.rows)
         size = e.times(self.scratch_rows, self.sizes.row)
         self.scratch = e.at(given["scratch"], e.choose(split, 0, e.times(size, thread)))
+        self.work()
+        b.ret_void()
+        return self.module
+
+    def work(self) -> None:
+        """Emit all of the work."""
+        self.chunks(self.chunk)
+
+    def chunks(self, chunk: Callable[[ir.Value, ir.Value, ir.Value, ir.Value], None]) -> None:
+        """``chunk``, with the arguments of the method of that name, for every chunk of this thread."""
+        e, given = self.e, self.given
+        everything, units = e.times(given["rows"], given["pieces"]), given["units"]
+        first, last = share(e, everything, *self.place)
+        first, last = e.choose(self.split, 0, first), e.choose(self.split, everything, last)
 
         def chunk_from(unit: ir.Value) -> None:
             end, start = e.smaller(e.plus(unit, units), last), self.first_pixel(unit)
-            self.chunk(unit, end, start, e.minus(self.first_pixel(end), start))
+            chunk(unit, end, start, e.minus(self.first_pixel(end), start))
 
         e.loop(first, last, units, chunk_from)
-        b.ret_void()
-        return self.module
+
+    def wait(self) -> None:
+        """Wait for all other threads."""
+        self.e.builder.call(self._wait, [])
 
     def barrier(self) -> None:
         """Wait for the others, where they work on the same chunk."""
         with self.e.builder.if_then(self.split):
-            self.e.builder.call(self._wait, [])
+            self.wait()
 
     def mine(self, first: int | ir.Value, last: ir.Value, work: Callable[[ir.Value], None]) -> None:
         """``work(i)`` for this thread's units or rows of a chunk."""

@@ -114,12 +114,16 @@ def fused_configs(channels: int, hidden: int, lean: bool, target: str, grn: bool
 
     Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
     as 8 warps would. Else 16 rows a warp, half of them where a wide residual would spill. Steps of 64 hidden units, or
-    32 where a step of 64 would be half empty or would spill. sm_90 has the shared memory for a third stage.
+    32 where a step of 64 would be half empty or would spill. sm_90 has the shared memory for a third stage. With a
+    norm, but without warp groups, steps of 32, and beyond 160 channels 4 warps and steps of 16.
     """
+    if grn and target not in WARP_GROUPS:
+        norm = FusedConfig(BLOCK_M=128, BLOCK_K=32, num_warps=4 if target == "gfx942" else 8, num_stages=2)
+        small = FusedConfig(BLOCK_M=64, BLOCK_K=16, num_warps=4, num_stages=2)
+        return (norm, small) if channels <= 160 else (small,)
     shallow = hidden % 64 != 0 or (channels > 160 and (grn or not lean)) or (channels > 128 and target == "gfx942")
     deep = 32 if shallow else 64
     stages = 3 if target == "sm_90" and channels > 96 else 2
-    lean = lean and not (grn and channels > 160 and target in ("sm_80", "sm_86", "sm_120"))
     wide = FusedConfig(BLOCK_M=128 if lean or channels <= 160 else 64, BLOCK_K=deep, num_warps=8, num_stages=stages)
     others = (
         dataclasses.replace(wide, BLOCK_K=32, num_stages=4 if deep == 32 else 3),
@@ -198,11 +202,11 @@ def weight_grad_config(
         config = FusedConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=stages)
     elif target in WARP_GROUPS or target == "gfx942" or (channels <= 64 and lean and not narrow):
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2)
-    elif channels == 96 and lean and target not in ("sm_86", "sm_120"):
+    elif channels == 96 and lean and not grn and target == "sm_80":
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=1)
     elif channels <= 96:
         block_rows = 32 if narrow and channels <= 48 else 16
-        stages = 1 if wide and (saved or channels == 96) else 2
+        stages = 1 if wide and (saved or channels == 96) else 3 if grn and block_rows == 32 else 2
         config = FusedConfig(BLOCK_M=block_rows, BLOCK_K=32, num_warps=2, num_stages=stages)
     else:
         config = FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3)

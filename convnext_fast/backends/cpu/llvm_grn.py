@@ -1,4 +1,4 @@
-"""Frozen blocks of ConvNeXt V2 by two kernels of our own for an x86 CPU, the norms of the hidden units between them."""
+"""Frozen blocks of ConvNeXt V2 by a kernel of our own for an x86 CPU."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ class CompiledV2Block(Kernel):
     """A frozen block."""
 
     def __init__(self, weights: FrozenBlock, machine: Any):
-        kernels, (hidden, channels), side = launchers(), weights.w1.shape, weights.dwconv_weight.shape[2]
+        (self.hidden, channels), side = weights.w1.shape, weights.dwconv_weight.shape[2]
         first, second = CompiledBlock.packed(weights, machine)
-        self.first = Kernel(machine, first, partial(kernels.GrnHiddenSizes.of, channels, hidden, side))
-        self.second = Kernel(machine, second, lambda width: kernels.GrnOutputSizes(channels, hidden))
-        self.gamma = dense(weights.grn_weight.to(torch.float32, copy=True))
-        super().__init__(machine, (), self.first.sizes)
+        held = *first, dense(weights.grn_weight.to(torch.float32, copy=True)), *second
+        super().__init__(machine, held, partial(launchers().GrnBlockSizes.of, channels, self.hidden, side))
 
     def launch(self, shape: Sequence[int], eps: float) -> V2Launch:
         """As `Kernel.launch`."""
@@ -35,31 +33,26 @@ class V2Launch:
 
     def __init__(self, block: CompiledV2Block, shape: Sequence[int], eps: float):
         samples, height, width, channels = shape
-        self.block, self.channels, hidden = block, channels, len(block.gamma)
-        self.grn = ResponseNorm(block.gamma, None, height * width)
-        self.parts = []
-        for part, _ in self.grn.blocks(samples * height * width, 4 * hidden, False):
-            count = min(part.stop, samples) - part.start
-            own = count, height, width, channels
-            self.parts.append((part.start, count, block.first.launch(own, eps), block.second.launch(own, eps)))
-        launches = [launch for *_, first, second in self.parts for launch in (first, second)]
-        self.scratch_size = max(launch.scratch_size for launch in launches)
-        self.wants_zeros = any(launch.wants_zeros for launch in launches)
+        pixels, self.parts, counts = height * width, [], []
+        for part, _ in ResponseNorm(block.weights[4], None, pixels).blocks(samples * pixels, 4 * block.hidden, False):
+            counts.append(min(part.stop, samples) - part.start)
+            launch = Kernel.launch(block, (counts[-1], height, width, channels), eps)
+            self.parts.append((4 * part.start * pixels * channels, launch))
+        largest = self.parts[0][1]
+        self.scratch_size, self.wants_zeros = largest.scratch_size, largest.wants_zeros
+        self.row, self.tail = block.hidden + launchers().PADDING, block.machine.rows
+        self.rows, self.squares = counts[0] * pixels + self.tail, largest.units * block.hidden
 
     def start(self, x: int, y: int, weights: Sequence[int], scratch: Tensor) -> Callable[[], None]:
         """A function that runs the block; ``weights`` are the block's own."""
-        return partial(self._run, x, y, scratch)
+        return partial(self._run, x, y, weights, scratch)
 
-    def _run(self, x: int, y: int, scratch: Tensor) -> None:
-        block, pixels, hidden, new = self.block, self.grn.pixels, len(self.block.gamma), launchers().memory
-        h = new(max(count for _, count, *_ in self.parts) * pixels * hidden)
-        for begin, count, first, second in self.parts:
-            place = 4 * begin * pixels * self.channels
-            squares = new(first.units * hidden).view(count, -1, hidden)
-            first.start(x + place, h.data_ptr(), (squares.data_ptr(), *block.first.addresses), scratch)()
-            factors = self.grn.factors(squares.sum(1).sqrt_())
-            given = factors.data_ptr(), x + place, *block.second.addresses
-            second.start(h.data_ptr(), y + place, given, scratch)()
+    def _run(self, x: int, y: int, weights: Sequence[int], scratch: Tensor) -> None:
+        new = launchers().memory
+        h, squares = new(self.rows * self.row).view(self.rows, self.row), new(self.squares)
+        h[-self.tail :].zero_()  # as of `Launch.wants_zeros`
+        for place, launch in self.parts:
+            launch.start(x + place, y + place, (*weights, h.data_ptr(), squares.data_ptr()), scratch)()
 
     def __call__(self, x: Tensor, y: Tensor, weights: Sequence[int]) -> Tensor:
         """y, filled, for x; both contiguous."""
