@@ -1,47 +1,38 @@
-"""A frozen ConvNeXt V2 block in one parallel region, which takes its pixels twice: the global response norm is over all
-pixels of a sample.
+"""A frozen ConvNeXt V2 block in one parallel region, in two passes: its global response norm is over all pixels of a
+sample.
 
     h = GELU(w1·n + b1),   n = LayerNorm(dwconv(x)) without its affine, which w1 and b1 hold (`folding`)
     G_k = (Σ_p h²)^½      f_k = 1 + γ_k·G_k/(mean G + ε)      y = x + w2·(h∘f) + b2
 
-First h of all chunks, and Σ h² of each unit (`work_sharing`); then f of each sample; then h∘f, in the place of h, and y
-of all chunks. n of a chunk stays in the L2 cache. Units are the same for every number of threads, so sums are, too.
+The first pass leaves h, and Σ h² of each unit (`work_sharing`). Then f of each sample follows. The second pass writes
+h∘f in the place of h, and y. The units are the same for every number of threads, and so are the sums.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from llvmlite import ir
 
 from ..weights import GRN_EPS
 from .dwconv import Convolving
+from .frozen_block import BlockSizes
 from .gemm import store_gelu, store_sum
 from .layernorm import normalise
 from .llvm_builder import F32
 from .machine import Machine
-from .work_sharing import GROUP, PADDING, share
+from .work_sharing import PADDING, share
 
 
-class GrnBlockSizes(NamedTuple):
-    """The kernel for a block, as `frozen_block.BlockSizes`; gamma (K,).
+class GrnBlockSizes(BlockSizes):
+    """The kernel for a block, as `BlockSizes`; gamma: (K,).
 
     Two buffers of its own: h (N·H·W and a tile's rows, K + ``PADDING``), and squares (units, K), in which f of a sample
     takes the place of its first unit.
     """
 
-    channels: int
-    hidden: int
-    side: int
-    group: int
-    addresses = (*("x", "y", "dwconv_weight", "dwconv_bias", "w1", "b1", "gamma", "w2", "b2"), "h", "squares", "scratch")
-
-    @classmethod
-    def of(cls, channels: int, hidden: int, side: int, width: int) -> GrnBlockSizes:
-        """For images of a width."""
-        return cls(channels, hidden, side, min(width, GROUP))
+    addresses = (*BlockSizes.addresses[:-1], "gamma", "h", "squares", "scratch")
 
     @property
     def row(self) -> int:

@@ -275,14 +275,14 @@ def fused_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, factors=
     shape = {"C": C, "K": K, "PARTS": split_width_bwd(C, target), "CB": CB, "NB": NB, "UNIT": b1g.shape[0] == 3}
     shape |= {"ACT": act, "FORM": gelu_form(u.dtype), "PRECISION": dot_precision(u)}
     du = torch.empty_like(u)
-    config = input_grad_config(C, u.dtype, target)
+    half, grn = u.dtype == torch.float16, factors is not None
+    config = input_grad_config(C, u.dtype, target, grn)
     programs = row_tiles(P, samples, config.BLOCK_M)
     dz_sum = torch.empty((programs, C), dtype=torch.float32, device=u.device)
     launch(
         _input_kernel, (programs,),
         dy, u, stats, a, w1g, b1g, w2g, drop_scale, values, du, dz_sum, P, per_sample, eps, **shape, **config.__dict__,
     )  # fmt: skip
-    half, grn = u.dtype == torch.float16, factors is not None
     config, share = weight_grad_config(P, C, K, target, a is not None, dy.dtype != u.dtype, half, grn)
     apart = weights_apart(C)
 

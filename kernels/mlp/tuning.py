@@ -171,13 +171,19 @@ def statistics_first(channels: int, target: str) -> bool:
     return target in WARP_GROUPS or (target in ("sm_80", "sm_86") and channels > 768)
 
 
-def input_grad_config(channels: int, dtype: torch.dtype, target: str) -> FusedConfig:
+def input_grad_config(channels: int, dtype: torch.dtype, target: str, grn: bool) -> FusedConfig:
     """Configuration of the backward kernel that owns pixels: 16 rows a warp, which hold x̂, dz' and dx̂.
 
     float16's GELU takes more registers than bfloat16's: beside more than 96 channels it spills on sm_120.
     """
     shallow = dtype == torch.float16 and channels > 96 and target == "sm_120"
-    return FusedConfig(BLOCK_M=64, BLOCK_K=16 if shallow else 32, num_warps=4, num_stages=2)
+    stages = 3 if grn and _third_stage(channels, target) else 2
+    return FusedConfig(BLOCK_M=64, BLOCK_K=16 if shallow else 32, num_warps=4, num_stages=stages)
+
+
+def _third_stage(channels: int, target: str) -> bool:
+    """Whether a third stage takes fewer registers beside a global response norm."""
+    return channels <= 48 and target in ("sm_80", "sm_86")
 
 
 def weight_grad_config(
@@ -185,28 +191,27 @@ def weight_grad_config(
 ) -> tuple[FusedConfig, int]:
     """(configuration, rows of a share) of the backward kernel that owns hidden units.
 
-    ``saved``: a was; ``wide``: dy is float32; lean: neither; ``half``: u is float16. The sums take 2·C registers-worth
-    a hidden unit. Without warp-group MMA fewer loads ahead (96 channels), or 2 warps of half the rows and hidden
-    units, or beyond 96 channels fewer hidden units keep them from spilling. Parts of 16 channels take twice the rows,
-    for loads of 16 bytes, where these do not spill. As many shares as give every processor about two programs, or one
-    of 8 warps; a share is a multiple of BLOCK_M. Programs that share the sums take 128 hidden units, for every program
-    reads its pixels anew; with 96 channels on sm_90 that takes 86 to 89 % of the whole backward's time, but in float16
-    it spills. A global response norm, ``grn``, takes registers too.
+    ``saved``: a was; ``wide``: dy is float32; ``grn``: with a global response norm; lean: none of these; ``half``: u is
+    float16. The sums take 2·C registers-worth a hidden unit. Without warp-group MMA fewer loads ahead (96 channels), or
+    2 warps of half the rows and hidden units, or beyond 96 channels fewer hidden units keep them from spilling. Parts
+    of 16 channels take twice the rows, for loads of 16 bytes, where these do not spill. As many shares as give every
+    processor about two programs, or one of 8 warps; a share is a multiple of BLOCK_M. Programs that share the sums take
+    128 hidden units, for every program reads its pixels anew; with 96 channels on sm_90 that takes 86 to 89 % of the
+    whole backward's time, but in float16 it spills.
     """
     narrow = split_width(channels, target)[-1][1] == 16
-    lean = not (saved or wide)
+    lean = not (saved or wide or grn)
     if weights_apart(channels) or (target == "sm_90" and channels == 96 and not (saved or half or grn)):
         config = FusedConfig(BLOCK_M=32 if grn else 64, BLOCK_K=128, num_warps=8, num_stages=2)
     elif target in WARP_GROUPS and narrow and not (grn and channels > 48):
-        stages = 2 if lean and not (grn and target == "sm_100") else 1
-        config = FusedConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=stages)
+        config = FusedConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2 if lean else 1)
     elif target in WARP_GROUPS or target == "gfx942" or (channels <= 64 and lean and not narrow):
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2)
-    elif channels == 96 and lean and not grn and target == "sm_80":
+    elif channels == 96 and lean and target == "sm_80":
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=1)
     elif channels <= 96:
         block_rows = 32 if narrow and channels <= 48 else 16
-        stages = 1 if wide and (saved or channels == 96) else 3 if grn and block_rows == 32 else 2
+        stages = 1 if wide and (saved or channels == 96) else 3 if grn and _third_stage(channels, target) else 2
         config = FusedConfig(BLOCK_M=block_rows, BLOCK_K=32, num_warps=2, num_stages=stages)
     else:
         config = FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3)

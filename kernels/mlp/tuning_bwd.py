@@ -66,8 +66,9 @@ def weight_grad_config(
 def stem_bwd_config(rows: int, channels: int, depth: int, target: str) -> tuple[GemmConfig, int, int]:
     """(configuration, elements of a patch of a program, patches of a share) of the stem's backward.
 
-    All channels in a program, as in ``stem_config``, and of the weight's gradient what spills no register: up to 64
-    channels 8 warps would. 32 rows give 8 warps two pixels a load; beyond 512 channels they would not fit the shared memory of every target.
+    All channels in a program, as in ``stem_config``, and of the weight's gradient what spills no register: 8 warps
+    would up to 64 channels. 32 rows give 8 warps two pixels a load; beyond 512 channels they would not fit the shared
+    memory of every target.
     """
     width = max(16, next_power_of_2(channels))
     amd = target == "gfx942"

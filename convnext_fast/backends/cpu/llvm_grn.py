@@ -20,7 +20,7 @@ class CompiledV2Block(Kernel):
     def __init__(self, weights: FrozenBlock, machine: Any):
         (self.hidden, channels), side = weights.w1.shape, weights.dwconv_weight.shape[2]
         first, second = CompiledBlock.packed(weights, machine)
-        held = *first, dense(weights.grn_weight.to(torch.float32, copy=True)), *second
+        held = *first, *second, dense(weights.grn_weight.to(torch.float32, copy=True))
         super().__init__(machine, held, partial(launchers().GrnBlockSizes.of, channels, self.hidden, side))
 
     def launch(self, shape: Sequence[int], eps: float) -> V2Launch:
@@ -34,7 +34,8 @@ class V2Launch:
     def __init__(self, block: CompiledV2Block, shape: Sequence[int], eps: float):
         samples, height, width, channels = shape
         pixels, self.parts, counts = height * width, [], []
-        for part, _ in ResponseNorm(block.weights[4], None, pixels).blocks(samples * pixels, 4 * block.hidden, False):
+        row_bytes = 8 * block.hidden  # twice h: smaller blocks take 0.95 of the time at 8 images
+        for part, _ in ResponseNorm(block.weights[-1], None, pixels).blocks(samples * pixels, row_bytes, False):
             counts.append(min(part.stop, samples) - part.start)
             launch = Kernel.launch(block, (counts[-1], height, width, channels), eps)
             self.parts.append((4 * part.start * pixels * channels, launch))
