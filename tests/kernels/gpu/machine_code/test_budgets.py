@@ -119,7 +119,7 @@ def test_every_two_of_model_dtype_target_and_level_meet_in_training():
 
 @pytest.mark.thorough
 def test_training_under_autocast():
-    check(passes(("tiny",), ("autocast-bf16",), ("training",), (1,), ("sm_90",)))
+    check(passes(("tiny", "v2_tiny"), ("autocast-bf16",), ("training",), (1,), ("sm_90",)))
 
 
 @pytest.mark.exhaustive
