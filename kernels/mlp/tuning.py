@@ -140,7 +140,8 @@ def gemm_configs(
 ) -> tuple[GemmConfig, ...]:
     """Configurations of a GEMM of ``columns`` columns with a fused epilogue, the default first.
 
-    ``sample_rows``: where every sample has tiles of its own, its rows. Up to 64 a tile of 128 would be half empty.
+    ``sample_rows``: where every sample has tiles of its own, its rows. Up to 64 a tile of 128 would be half empty, and
+    on sm_100 4 warps would spill beyond 8,192 columns.
 
     On sm_90 4 warps, two programs a processor, take 71 to 89 % of the time of 8 warps; beyond 3,072 columns, or where
     it is ``heavy`` (a is saved beside h, or there is a global response norm), they would spill.
@@ -148,7 +149,8 @@ def gemm_configs(
     if dtype == torch.float32:
         return (GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),)
     if sample_rows is not None and sample_rows <= 64:
-        short = GemmConfig(BLOCK_M=64, BLOCK_N=128 if columns > 64 else 64, BLOCK_K=64, num_warps=4, num_stages=3)
+        warps = 8 if columns > 8192 and target == "sm_100" else 4
+        short = GemmConfig(BLOCK_M=64, BLOCK_N=128 if columns > 64 else 64, BLOCK_K=64, num_warps=warps, num_stages=3)
         return short, dataclasses.replace(short, BLOCK_K=32, num_stages=4)
     narrow = GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)
     if columns <= 64:
