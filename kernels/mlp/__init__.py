@@ -30,7 +30,6 @@ from .fused_bwd import fused_mlp_bwd
 from .gemm import gemm_mlp_fwd
 from .gemm_bwd import gemm_mlp_bwd
 from .grn import Grn
-from .grn_bwd import grn_factors
 from .tuning import is_fused, is_fused_backward
 
 
@@ -87,8 +86,5 @@ def mlp_bwd(
         products, db1, dz = (torch.empty(shape, dtype=torch.float32, device=u.device) for shape in shapes)
         grads = None if grn is None else torch.empty((0, 2, K), dtype=torch.float32, device=u.device)
         return torch.empty_like(u), Sums(products, db1, None, dz, grads)
-    given = dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act
-    factors, grads = (None, None) if grn is None else grn_factors(*given, grn)
     backward = fused_mlp_bwd if is_fused_backward(C, u.dtype, target_of(u)) else gemm_mlp_bwd
-    du, sums = backward(*given, factors)
-    return du, sums._replace(grn=grads)
+    return backward(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, grn)

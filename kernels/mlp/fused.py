@@ -28,7 +28,7 @@ from ..gelu import gelu_form, twice_gelu
 from ..launching import launch
 from ..statistics import merge_statistics
 from ..targets import target_of
-from .gemm import fc1
+from .gemm import fc1, halves
 from .grn import bias_at, factor_at, inverse_mean, row_tiles, rows_of_tile
 from .tuning import FusedConfig, dot_precision, fused_configs, norm_blocks, split_width
 
@@ -106,18 +106,27 @@ def normalise(u, mean, rstd, NORM: tl.constexpr):
 @triton.jit
 def _finish(
     z, residual_ptr, gamma_ptr, s, y_ptr, rows, rows_ok,
-    TIMES: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    TIMES: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Store y = residual + s·γ·z/TIMES for channels FIRST … FIRST + WIDTH."""
-    if gamma_ptr is not None:
-        z *= (load_vector(gamma_ptr, C, FIRST, WIDTH) * (1.0 / TIMES))[None, :]
-    elif TIMES != 1:
-        z *= 1.0 / TIMES
-    if s is not None:
-        z *= s[:, None]
-    if residual_ptr is not None:
-        z += load_rows(residual_ptr, rows, rows_ok, C, FIRST, WIDTH).to(tl.float32)
-    store_rows(y_ptr, z, rows, rows_ok, C, FIRST, WIDTH)
+    """Store y = residual + s·γ·z/TIMES for channels FIRST … FIRST + WIDTH.
+
+    A residual of 32 bits comes in parts of 32 channels, so that a whole one is not in registers beside the sums.
+    """
+    if WIDTH > 32 and y_ptr.dtype.element_ty == tl.float32:
+        left, right = halves(z, BLOCK_M, WIDTH)
+        HALF: tl.constexpr = WIDTH // 2
+        _finish(left, residual_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, TIMES, C, FIRST, HALF, BLOCK_M)
+        _finish(right, residual_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, TIMES, C, FIRST + HALF, HALF, BLOCK_M)
+    else:
+        if gamma_ptr is not None:
+            z *= (load_vector(gamma_ptr, C, FIRST, WIDTH) * (1.0 / TIMES))[None, :]
+        elif TIMES != 1:
+            z *= 1.0 / TIMES
+        if s is not None:
+            z *= s[:, None]
+        if residual_ptr is not None:
+            z += load_rows(residual_ptr, rows, rows_ok, C, FIRST, WIDTH).to(tl.float32)
+        store_rows(y_ptr, z, rows, rows_ok, C, FIRST, WIDTH)
 
 
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
@@ -175,7 +184,7 @@ def _mlp_fwd_kernel(
     if residual_ptr is not None:
         residual_ptr += first * C
     for i in tl.static_range(len(PARTS)):
-        _finish(z[i], residual_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, TIMES, C, PARTS[i][0], PARTS[i][1])
+        _finish(z[i], residual_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, TIMES, C, PARTS[i][0], PARTS[i][1], BLOCK_M)
 
 
 def fused_mlp_fwd(
@@ -191,7 +200,7 @@ def fused_mlp_fwd(
     scaling = None if grn is None else fc1(u, stats, w1g, b1g, eps, act, False, grn, keeps=False)[2]
     samples = None if grn is None else grn.samples
     parts = samples or (1 if drop_scale is None else drop_scale.numel())
-    lean = not save_hidden and y.dtype == u.dtype
+    lean = not save_hidden
     CB, NB = norm_blocks(stats, C, u.dtype)
 
     def run(config: FusedConfig) -> None:

@@ -31,7 +31,9 @@ from ..launching import launch
 from ..statistics import merge_statistics
 from ..targets import target_of
 from .fused import load_fc1, load_fc2, load_rows, normalise, store_rows
-from .grn import bias_at, factors_at, row_tiles, rows_of_tile
+from .grn import Grn, bias_at, factors_at, row_tiles, rows_of_tile
+from .grn_bwd import grn_factors
+from .output_grad import output_grad
 from .tuning import dot_precision, input_grad_config, norm_blocks, split_width_bwd, weight_grad_config, weights_apart
 
 
@@ -43,7 +45,7 @@ def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _scaled(dy_ptr, s, rows, rows_ok, dtype: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """(dz' as float32, dz' in the compute dtype) of rows of dy."""
+    """(dz' in float32, dz' in the compute dtype) of rows of dy."""
     dz = load_rows(dy_ptr, rows, rows_ok, C, FIRST, WIDTH).to(tl.float32)
     if s is not None:
         dz *= s[:, None]
@@ -76,13 +78,13 @@ def _along(dx, u_ptr, mean, rstd, rows, rows_ok, C: tl.constexpr, FIRST: tl.cons
 
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
 def _input_kernel(
-    dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, factors_ptr, du_ptr, dz_sum_ptr,
+    dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, factors_ptr, du_ptr, dz_ptr, dz_sum_ptr,
     P, rows_per_sample, eps,
     C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr,
     UNIT: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """UNIT: b1 holds q; factors (N, 2, K) of GRN or None."""
+    """UNIT: b1 holds q; factors (N, 2, K) of GRN or None; dz (P, C) dz', or None where dy is that already."""
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, BLOCK_M)
@@ -101,6 +103,8 @@ def _input_kernel(
     for i in tl.static_range(len(PARTS)):
         wide, narrow = _scaled(dy_ptr, s, rows, rows_ok, dtype, C, PARTS[i][0], PARTS[i][1])
         _store_column_sums(dz_sum_ptr, wide, C, PARTS[i][0], PARTS[i][1])
+        if dz_ptr is not None:
+            store_rows(dz_ptr + first * C, narrow, rows, rows_ok, C, PARTS[i][0], PARTS[i][1])
         dz += (narrow,)
         x += (normalise(load_rows(u_ptr, rows, rows_ok, C, PARTS[i][0], PARTS[i][1]), mean, rstd, NB > 0),)
         dx += (_zeros(BLOCK_M, PARTS[i][1]),)
@@ -155,7 +159,7 @@ def _store_weights(ptr, value, k, K: tl.constexpr, C: tl.constexpr, FIRST: tl.co
 
 @triton.jit
 def _share_of_weights(
-    dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, factors_ptr, grn_bias_ptr,
+    dz_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, factors_ptr, grn_bias_ptr,
     D_ptr, E_ptr, db1_ptr, P, rows_per_sample, share, eps, k, split,
     C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, UNIT: tl.constexpr,
     ACT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -176,17 +180,13 @@ def _share_of_weights(
         first = split * share + start
         first, rows_ok, sample = rows_of_tile(first, rows, P, rows_per_sample, factors_ptr is not None, BLOCK_M)
         u = u_ptr + first * C
-        dy = dy_ptr + first * C
-        mean, rstd, s = None, None, None
+        mean, rstd = None, None
         if NB > 0:
             mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
-        if drop_scale_ptr is not None:
-            s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
         x, dz = (), ()
         for i in tl.static_range(len(PARTS)):
             x += (normalise(load_rows(u, rows, rows_ok, C, PARTS[i][0], PARTS[i][1]), mean, rstd, NB > 0),)
-            _, narrow = _scaled(dy, s, rows, rows_ok, dtype, C, PARTS[i][0], PARTS[i][1])
-            dz += (narrow,)
+            dz += (load_rows(dz_ptr + first * C, rows, rows_ok, C, PARTS[i][0], PARTS[i][1]),)
         if a_ptr is not None:
             at = first * K + rows[:, None] * K + k[None, :]
             a = tl.load(a_ptr + at, mask=rows_ok[:, None] & (k < K)[None, :], other=0.0).T.to(tl.float32)
@@ -230,7 +230,7 @@ def _share_of_weights(
 
 @triton.jit(do_not_specialize=["P", "rows_per_sample", "share"])
 def _weight_kernel(
-    dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, factors_ptr, grn_bias_ptr,
+    dz_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, factors_ptr, grn_bias_ptr,
     D_ptr, E_ptr, db1_ptr, P, rows_per_sample, share, eps,
     C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, UNIT: tl.constexpr,
     ACT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -244,46 +244,51 @@ def _weight_kernel(
         k = tl.program_id(0) // 2 * BLOCK_K + tl.arange(0, BLOCK_K)
         if tl.program_id(0) % 2 == 0:
             _share_of_weights(
-                dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, factors_ptr, grn_bias_ptr,
+                dz_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, factors_ptr, grn_bias_ptr,
                 D_ptr, E_ptr, db1_ptr, P, rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, UNIT, ACT, FORM,
                 PRECISION, BLOCK_M, BLOCK_K, True, False,
             )  # fmt: skip
         else:
             _share_of_weights(
-                dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, factors_ptr, grn_bias_ptr,
+                dz_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, factors_ptr, grn_bias_ptr,
                 D_ptr, E_ptr, db1_ptr, P, rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, UNIT, ACT, FORM,
                 PRECISION, BLOCK_M, BLOCK_K, False, True,
             )  # fmt: skip
     else:
         k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
         _share_of_weights(
-            dy_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, drop_scale_ptr, factors_ptr, grn_bias_ptr,
+            dz_ptr, u_ptr, stats_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, factors_ptr, grn_bias_ptr,
             D_ptr, E_ptr, db1_ptr, P, rows_per_sample, share, eps, k, split, C, K, PARTS, CB, NB, UNIT, ACT, FORM,
             PRECISION, BLOCK_M, BLOCK_K, True, True,
         )  # fmt: skip
 
 
-def fused_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, factors=None) -> tuple[Tensor, Sums]:
+def fused_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, grn: Grn | None = None) -> tuple[Tensor, Sums]:
     """``mlp_bwd``, whose arguments it takes, in two kernels, whatever the width; P > 0."""
     P, C = u.shape
     K = w1g.shape[0]
     target = target_of(u)
     CB, NB = norm_blocks(stats, C, u.dtype)
-    samples = None if factors is None else factors.values.shape[0]
+    factors, grads, samples = None, None, None
+    if grn is not None:
+        dy, drop_scale, samples = output_grad(dy, drop_scale, u.dtype)[0], None, grn.samples
+        factors, grads = grn_factors(dy, u, stats, a, w1g, b1g, w2g, eps, act, grn)
     per_sample = P // (samples or (1 if drop_scale is None else drop_scale.numel()))
     values, grn_bias = factors or (None, None)
     shape = {"C": C, "K": K, "PARTS": split_width_bwd(C, target), "CB": CB, "NB": NB, "UNIT": b1g.shape[0] == 3}
     shape |= {"ACT": act, "FORM": gelu_form(u.dtype), "PRECISION": dot_precision(u)}
     du = torch.empty_like(u)
-    half, grn = u.dtype == torch.float16, factors is not None
-    config = input_grad_config(C, u.dtype, target, grn)
+    dz, half = None if drop_scale is None and dy.dtype == u.dtype else torch.empty_like(u), u.dtype == torch.float16
+    config = input_grad_config(C, u.dtype, target, grn is not None)
     programs = row_tiles(P, samples, config.BLOCK_M)
     dz_sum = torch.empty((programs, C), dtype=torch.float32, device=u.device)
     launch(
         _input_kernel, (programs,),
-        dy, u, stats, a, w1g, b1g, w2g, drop_scale, values, du, dz_sum, P, per_sample, eps, **shape, **config.__dict__,
+        dy, u, stats, a, w1g, b1g, w2g, drop_scale, values, du, dz, dz_sum, P, per_sample, eps,
+        **shape, **config.__dict__,
     )  # fmt: skip
-    config, share = weight_grad_config(P, C, K, target, a is not None, dy.dtype != u.dtype, half, grn)
+    dz = dy if dz is None else dz
+    config, share = weight_grad_config(P, C, K, target, a is not None, half, grn is not None)
     apart = weights_apart(C)
 
     def weights(part: Share) -> Sums:
@@ -293,9 +298,9 @@ def fused_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, factors=
         db1 = torch.empty((splits, K), dtype=torch.float32, device=u.device)
         launch(
             _weight_kernel, (cdiv(K, config.BLOCK_K) * (2 if apart else 1), splits),
-            dy, u, stats, a, w1g, b1g, w2g, drop_scale, values, grn_bias, *products, db1, P, per_sample, rows, eps,
+            dz, u, stats, a, w1g, b1g, w2g, values, grn_bias, *products, db1, P, per_sample, rows, eps,
             APART=apart, **shape, **config.__dict__,
         )  # fmt: skip
-        return Sums(products, db1, None, dz_sum)
+        return Sums(products, db1, None, dz_sum, grads)
 
-    return du, weights(fastest(_weight_kernel, weights, SHARES, u, P, (C, K, act, a is None, dy.dtype)))
+    return du, weights(fastest(_weight_kernel, weights, SHARES, u, P, (C, K, act, a is None)))

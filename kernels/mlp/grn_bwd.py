@@ -1,13 +1,13 @@
 """The global response norm of ConvNeXt V2, backward: sums over the pixels, and what follows from them.
 
-With dz' = s·(dy·w2) the gradient at GRN(h) = f·h + bias, s the drop-path factor, of a sample and a hidden unit k:
+With dg = dz'·w2 the gradient at GRN(h) = f·h + bias, of a sample and a hidden unit k:
 
-    r_k = Σ_p dz'·h      dN_k = weight_k·r_k      m = mean G + ε
-    dG_k = dN_k/m − Σ_j dN_j·G_j/(K·m²)           dh = dz'·f + h·t,  t_k = dG_k/G_k, 0 where G_k is 0
-    dweight_k = Σ_n N_k·r_k                       dbias_k = Σ_n Σ_p dz'
+    r_k = Σ_p dg·h      dN_k = weight_k·r_k      m = mean G + ε
+    dG_k = dN_k/m − Σ_j dN_j·G_j/(K·m²)           dh = dg·f + h·t,  t_k = dG_k/G_k, 0 where G_k is 0
+    dweight_k = Σ_n N_k·r_k                       dbias_k = Σ_n Σ_p dg
 
-One pass over the pixels makes h and dz' and leaves partial sums of h², dz'·h and dz' in float32; a program a sample
-then makes f, t and the sample's part of the parameters' gradients. The kernels of the MLP's backward make h and dz'
+One pass over the pixels makes h and dg and leaves partial sums of h², dg·h and dg in float32; a program a sample
+then makes f, t and the sample's part of the parameters' gradients. The kernels of the MLP's backward make h and dg
 again: 2 products more, and 2 units of P·C elements to read, where keeping both in memory would move 16.
 """
 
@@ -23,34 +23,55 @@ from ..gelu import gelu_form
 from ..integers import cdiv
 from ..launching import launch
 from ..targets import target_of
-from .gemm import tile_of_program
-from .gemm_bwd import hidden_tile
+from .gemm import halves, tile_of_program
 from .grn import EPS, Factors, Grn, count_row_tiles, few_tiles, row_tiles, rows_of_tile, sum_of_tiles
+from .hidden_grad import finish_hidden, hidden_products
 from .tuning import dot_precision, norm_blocks
 from .tuning_bwd import hidden_grad_config
 
 
+@triton.jit
+def _store_sums(
+    a, dg, a_ptr, b1_ptr, mean, rstd, sums_ptr, rows, rows_ok, n,
+    K: tl.constexpr, SUBTRACTED: tl.constexpr, UNIT: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """Finish the columns ``n`` of the products and store their sums over the rows."""
+    a, dg = finish_hidden(a, dg, a_ptr, b1_ptr, mean, rstd, rows, rows_ok, n, K, SUBTRACTED, UNIT)
+    h = tl.where(rows_ok[:, None], activation(a, ACT, FORM), 0.0)
+    sums_ptr += n
+    tl.store(sums_ptr, tl.sum(h * h, axis=0), mask=n < K)
+    tl.store(sums_ptr + K, tl.sum(dg * h, axis=0), mask=n < K)
+    tl.store(sums_ptr + 2 * K, tl.sum(dg, axis=0), mask=n < K)
+
+
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
 def _grn_sums_kernel(
-    u_ptr, stats_ptr, dy_ptr, drop_scale_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, sums_ptr, P, rows_per_sample, depth, eps,
+    u_ptr, stats_ptr, dz_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, sums_ptr, P, rows_per_sample, depth, eps,
     C: tl.constexpr, K: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, UNIT: tl.constexpr, ACT: tl.constexpr,
     FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """sums: (row tiles, 3, K), of h², dz'·h and dz'."""
+    """sums: (row tiles, 3, K), of h², dg·h and dg."""
+    SUBTRACTED: tl.constexpr = u_ptr.dtype.element_ty == tl.float32
     tile_m, tile_n = tile_of_program(count_row_tiles(P, rows_per_sample, True, BLOCK_M), K, BLOCK_N, 8)
     rows = tl.arange(0, BLOCK_M)
     first = tile_m.to(tl.int64) * BLOCK_M
     first, rows_ok, _ = rows_of_tile(first, rows, P, rows_per_sample, True, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    a, dz, _, _, _ = hidden_tile(
-        u_ptr, stats_ptr, dy_ptr, drop_scale_ptr, a_ptr, w1_ptr, b1_ptr, w2_ptr, first, rows, rows_ok, n, P,
-        rows_per_sample, depth, eps, C, K, CB, NB, UNIT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    a, dg, mean, rstd = hidden_products(
+        u_ptr, stats_ptr, dz_ptr, w1_ptr, w2_ptr, first, rows, rows_ok, n, P, depth, eps,
+        C, K, CB, NB, a_ptr is not None, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    h = tl.where(rows_ok[:, None], activation(a, ACT, FORM), 0.0)
-    sums_ptr += tile_m.to(tl.int64) * (3 * K) + n
-    tl.store(sums_ptr, tl.sum(h * h, axis=0), mask=n < K)
-    tl.store(sums_ptr + K, tl.sum(dz * h, axis=0), mask=n < K)
-    tl.store(sums_ptr + 2 * K, tl.sum(dz, axis=0), mask=n < K)
+    sums_ptr += tile_m.to(tl.int64) * (3 * K)
+    if a_ptr is not None:
+        a_ptr += first * K
+    if BLOCK_N >= 128:
+        a, right_a = halves(a, BLOCK_M, BLOCK_N)
+        dg, right_dg = halves(dg, BLOCK_M, BLOCK_N)
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _store_sums(a, dg, a_ptr, b1_ptr, mean, rstd, sums_ptr, rows, rows_ok, n, K, SUBTRACTED, UNIT, ACT, FORM)
+        n += BLOCK_N // 2
+        a, dg = right_a, right_dg
+    _store_sums(a, dg, a_ptr, b1_ptr, mean, rstd, sums_ptr, rows, rows_ok, n, K, SUBTRACTED, UNIT, ACT, FORM)
 
 
 @triton.jit
@@ -85,21 +106,20 @@ def _grn_factors_kernel(
 
 
 def grn_factors(
-    dy: Tensor,
+    dz: Tensor,
     u: Tensor,
     stats: Tensor | None,
     a: Tensor | None,
     w1g: Tensor,
     b1g: Tensor,
     w2g: Tensor,
-    drop_scale: Tensor | None,
     eps: float,
     act: str,
     grn: Grn,
 ) -> tuple[Factors, Tensor]:
     """What the MLP's backward needs of GRN, and (N, 2, K) float32 that add up to dweight and dbias; P > 0.
 
-    Arguments of ``mlp_bwd``.
+    dz of ``output_grad``; the other arguments of ``mlp_bwd``.
     """
     P, C = u.shape
     K = w1g.shape[0]
@@ -109,7 +129,7 @@ def grn_factors(
     sums = torch.empty((grn.samples, tiles // grn.samples, 3, K), dtype=torch.float32, device=u.device)
     launch(
         _grn_sums_kernel, (tiles * cdiv(K, config.BLOCK_N),),
-        u, stats, dy, drop_scale, a, w1g, b1g, w2g, sums, P, P // grn.samples, C, eps,
+        u, stats, dz, a, w1g, b1g, w2g, sums, P, P // grn.samples, C, eps,
         C=C, K=K, CB=CB, NB=NB, UNIT=b1g.shape[0] == 3, ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u),
         **config.__dict__,
     )  # fmt: skip

@@ -109,7 +109,7 @@ def dot_precision(tensor: Tensor) -> str:
 
 @remembered
 def fused_configs(channels: int, hidden: int, lean: bool, target: str, grn: bool = False) -> tuple[FusedConfig, ...]:
-    """Configurations of the one-kernel forward, the default first; ``lean``: a is not saved, the residual has 16 bits;
+    """Configurations of the one-kernel forward, the default first; ``lean``: a is not saved;
     ``grn``: with a global response norm.
 
     Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
@@ -176,8 +176,11 @@ def statistics_first(channels: int, target: str) -> bool:
 def input_grad_config(channels: int, dtype: torch.dtype, target: str, grn: bool) -> FusedConfig:
     """Configuration of the backward kernel that owns pixels: 16 rows a warp, which hold x̂, dz' and dx̂.
 
-    float16's GELU takes more registers than bfloat16's: beside more than 96 channels it spills on sm_120.
+    8 warps on sm_90 read each weight half as often. float16's GELU takes more registers than bfloat16's: beside more
+    than 96 channels it spills on sm_120.
     """
+    if target == "sm_90":
+        return FusedConfig(BLOCK_M=128, BLOCK_K=64, num_warps=8, num_stages=3 if channels <= 96 else 2)
     shallow = dtype == torch.float16 and channels > 96 and target == "sm_120"
     stages = 3 if grn and _third_stage(channels, target) else 2
     return FusedConfig(BLOCK_M=64, BLOCK_K=16 if shallow else 32, num_warps=4, num_stages=stages)
@@ -189,20 +192,20 @@ def _third_stage(channels: int, target: str) -> bool:
 
 
 def weight_grad_config(
-    rows: int, channels: int, hidden: int, target: str, saved: bool, wide: bool, half: bool, grn: bool
+    rows: int, channels: int, hidden: int, target: str, saved: bool, half: bool, grn: bool
 ) -> tuple[FusedConfig, int]:
     """(configuration, rows of a share) of the backward kernel that owns hidden units.
 
-    ``saved``: a was; ``wide``: dy is float32; ``grn``: with a global response norm; lean: none of these; ``half``: u is
-    float16. The sums take 2·C registers-worth a hidden unit. Without warp-group MMA fewer loads ahead (96 channels), or
-    2 warps of half the rows and hidden units, or beyond 96 channels fewer hidden units keep them from spilling. Parts
-    of 16 channels take twice the rows, for loads of 16 bytes, where these do not spill. As many shares as give every
-    processor about two programs, or one of 8 warps; a share is a multiple of BLOCK_M. Programs that share the sums take
-    128 hidden units, for every program reads its pixels anew; with 96 channels on sm_90 that takes 86 to 89 % of the
-    whole backward's time, but in float16 it spills.
+    ``saved``: a was; ``grn``: with a global response norm; lean: neither; ``half``: u is float16. The sums take 2·C
+    registers-worth a hidden unit. Without warp-group MMA fewer loads ahead (96 channels), or 2 warps of half the rows
+    and hidden units, or beyond 96 channels fewer hidden units keep them from spilling. Parts of 16 channels take twice
+    the rows, for loads of 16 bytes, where these do not spill. As many shares as give every processor about two
+    programs, or one of 8 warps; a share is a multiple of BLOCK_M. Programs that share the sums take 128 hidden units,
+    for every program reads its pixels anew; with 96 channels on sm_90 that takes 86 to 89 % of the whole backward's
+    time, but in float16 it spills.
     """
     narrow = split_width(channels, target)[-1][1] == 16
-    lean = not (saved or wide or grn)
+    lean = not (saved or grn)
     if weights_apart(channels) or (target == "sm_90" and channels == 96 and not (saved or half or grn)):
         config = FusedConfig(BLOCK_M=32 if grn else 64, BLOCK_K=128, num_warps=8, num_stages=2)
     elif target in WARP_GROUPS and narrow and not (grn and channels > 48):
@@ -213,7 +216,7 @@ def weight_grad_config(
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=1)
     elif channels <= 96:
         block_rows = 32 if narrow and channels <= 48 else 16
-        stages = 1 if wide and (saved or channels == 96) else 3 if grn and _third_stage(channels, target) else 2
+        stages = 3 if grn and _third_stage(channels, target) else 2
         config = FusedConfig(BLOCK_M=block_rows, BLOCK_K=32, num_warps=2, num_stages=stages)
     else:
         config = FusedConfig(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3)

@@ -26,9 +26,8 @@ def hidden_grad_config(channels: int, dtype: torch.dtype, target: str, sample_ro
         return GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
     if target == "sm_120" and channels > 768:
         return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3)
-    if target == "sm_90":  # several small programs a processor: 81 to 88 % of the whole backward's time
-        depth, stages = (64, 3) if channels <= 512 else (32, 4)
-        return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=depth, num_warps=4, num_stages=stages)
+    if target == "sm_90" and (sample_rows is None or sample_rows > 64):  # half the bytes from L2 that a tile of 64² takes
+        return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
     columns = 32 if target == "sm_100" and channels <= 256 else 64
     if sample_rows is not None and sample_rows <= 64:
         return GemmConfig(BLOCK_M=64, BLOCK_N=columns, BLOCK_K=32, num_warps=4, num_stages=3)
@@ -39,27 +38,36 @@ def input_grad_config(columns: int, dtype: torch.dtype, target: str) -> GemmConf
     """Configuration of dx̂ = da·w1g with LayerNorm's backward in its epilogue."""
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
-    if target == "sm_90" and columns % 128 == 0:
-        return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3)
-    return GemmConfig(BLOCK_M=128, BLOCK_N=128 if columns % 128 == 0 else 64, BLOCK_K=64, num_warps=8, num_stages=3)
+    stages = 4 if target == "sm_90" and columns % 128 == 0 else 3
+    return GemmConfig(
+        BLOCK_M=128, BLOCK_N=128 if columns % 128 == 0 else 64, BLOCK_K=64, num_warps=8, num_stages=stages
+    )
+
+
+def output_grad_config(rows: int, channels: int, target: str) -> tuple[int, int, int]:
+    """(rows of a step, channels of a program, rows of its share): about four programs a processor."""
+    block_m, block_n = 32, 128 if channels % 128 == 0 else 64
+    shares = max(1, 4 * PROCESSORS[target] // cdiv(channels, block_n))
+    return block_m, block_n, cdiv(cdiv(rows, shares), block_m) * block_m
 
 
 def weight_grad_config(
-    rows: int, channels: int, hidden: int, dtype: torch.dtype, target: str, wide: bool
+    rows: int, channels: int, hidden: int, dtype: torch.dtype, target: str
 ) -> tuple[GemmConfig, int]:
     """(configuration, pixels of a share) of D and E: tiles of (hidden units, channels), BLOCK_K pixels a step.
 
-    ``wide``: dy is float32 beside u of 16 bits; without warp groups 8 warps then keep it from spilling. As many shares
-    as fill every processor with about two programs; a share is a multiple of BLOCK_K.
+    As many shares as fill every processor with about two programs, or with one of 8 warps, which read less, where
+    these need no second wave; a share is a multiple of BLOCK_K.
     """
+    columns, programs = 128 if channels % 128 == 0 else 64, 2 * PROCESSORS[target]
     if dtype == torch.float32:
         config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
+    elif target == "sm_90" and columns == 128 and 2 * cdiv(hidden, 256) * (channels // 128) <= PROCESSORS[target]:
+        config, programs = GemmConfig(BLOCK_M=256, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4), programs // 2
     else:
-        columns = 128 if channels % 128 == 0 else 64
-        warps = 8 if wide and target in ("sm_80", "sm_86", "sm_120") else 4
-        config = GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=32, num_warps=warps, num_stages=3)
+        config = GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=32, num_warps=4, num_stages=3)
     tiles = 2 * cdiv(hidden, config.BLOCK_M) * cdiv(channels, config.BLOCK_N)
-    shares = max(1, 2 * PROCESSORS[target] // tiles)
+    shares = max(1, programs // tiles)
     return config, cdiv(cdiv(rows, shares), config.BLOCK_K) * config.BLOCK_K
 
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from convnext_fast.kernels.folding import fold_bwd, fold_fwd
 from convnext_fast.kernels.mlp import mlp_bwd, mlp_fwd
 from convnext_fast.kernels.mlp.grn import Grn
-from convnext_fast.kernels.mlp.grn_bwd import grn_factors
 from convnext_fast.kernels.statistics import stats_block
 from convnext_fast.kernels.weights import BlockWeights
 from kernel_support import INTERPRETING, assert_as_good_as_eager, eager_products, layer_norm_reference
@@ -179,12 +178,7 @@ def gradients(case: Case, given: dict, backward, save_hidden: bool) -> dict[str,
     _, a, stats = run_forward(case, given, mlp_fwd, save_hidden)
     folded = fold_fwd(weights_of(given), case.dtype, layer_scale=True)
     rest = (given["dy"], given["u"], stats, a, *folded, given["drop_scale"], EPS, case.act)
-    if backward is mlp_bwd or not case.grn:
-        du, sums = backward(*rest, grn_of(case, given))
-    else:
-        factors, grads = grn_factors(*rest, grn_of(case, given))
-        du, sums = backward(*rest, factors)
-        sums = sums._replace(grn=grads)
+    du, sums = backward(*rest, grn_of(case, given))
     found = {"du": du, **{f"d{name}": grad for name, grad in fold_bwd(sums, weights_of(given))._asdict().items()}}
     return {name: grad for name, grad in found.items() if grad is not None}
 
