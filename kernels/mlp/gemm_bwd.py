@@ -68,17 +68,15 @@ def _input_grad_kernel(
 
 
 @triton.jit
-def _product(
-    left_ptr, right_ptr, mu_ptr, out_ptr, first, share, P, tile_k, tile_c,
+def product_over_pixels(
+    left_ptr, right_ptr, mu_ptr, first, share, P, k, c,
     C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Store the tile (tile_k, tile_c) of leftᵀ·(right − mu), (K, C), over the ``share`` pixels from ``first`` on.
+    """leftᵀ·(right − mu) of the ``share`` pixels from ``first`` on, at the BLOCK_M columns k and the BLOCK_N columns c.
 
-    mu: (P,) or None.
+    left: (P, K); right: (P, C); mu: (P,) or None.
     """
-    k = tile_k * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = tile_c * BLOCK_N + tl.arange(0, BLOCK_N)
     pixels = tl.arange(0, BLOCK_K)
     out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, share, BLOCK_K):
@@ -89,8 +87,7 @@ def _product(
         if mu_ptr is not None:
             right -= tl.load(mu_ptr + pixel + pixels, mask=pixels_ok, other=0.0)[:, None]
         out = tl.dot(left.T, right, out, input_precision=PRECISION)
-    at = k[:, None].to(tl.int64) * C + c[None, :]
-    tl.store(out_ptr + at, out, mask=(k < K)[:, None] & (c < C)[None, :])
+    return out
 
 
 @triton.jit(do_not_specialize=["P", "share"])
@@ -104,19 +101,20 @@ def _weight_grad_kernel(
     tiles: tl.constexpr = columns * ((K + BLOCK_M - 1) // BLOCK_M)
     split = tl.program_id(1).to(tl.int64)
     first = split * share
-    tile = tl.program_id(0)
-    if tile < tiles:
-        _product(
-            da_ptr, u_ptr, mu_ptr, products_ptr + split * K * C, first, share, P, tile // columns, tile % columns,
-            C, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+    tile = tl.program_id(0) % tiles
+    k = tile // columns * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tile % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    if tl.program_id(0) < tiles:
+        out = product_over_pixels(
+            da_ptr, u_ptr, mu_ptr, first, share, P, k, c, C, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        )
     else:
-        tile -= tiles
-        out_ptr = products_ptr + (tl.num_programs(1) + split) * K * C
-        _product(
-            h_ptr, dz_ptr, None, out_ptr, first, share, P, tile // columns, tile % columns,
-            C, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        products_ptr += tl.num_programs(1).to(tl.int64) * K * C
+        out = product_over_pixels(
+            h_ptr, dz_ptr, None, first, share, P, k, c, C, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+    at = split * K * C + k[:, None].to(tl.int64) * C + c[None, :]
+    tl.store(products_ptr + at, out, mask=(k < K)[:, None] & (c < C)[None, :])
 
 
 def gemm_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, grn: Grn | None = None) -> tuple[Tensor, Sums]:

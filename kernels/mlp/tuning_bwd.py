@@ -26,7 +26,9 @@ def hidden_grad_config(channels: int, dtype: torch.dtype, target: str, sample_ro
         return GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
     if target == "sm_120" and channels > 768:
         return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3)
-    if target == "sm_90" and (sample_rows is None or sample_rows > 64):  # half the bytes from L2 that a tile of 64² takes
+    if target == "sm_90" and (
+        sample_rows is None or sample_rows > 64
+    ):  # half the bytes from L2 that a tile of 64² takes
         return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
     columns = 32 if target == "sm_100" and channels <= 256 else 64
     if sample_rows is not None and sample_rows <= 64:
@@ -48,7 +50,7 @@ def output_grad_config(rows: int, channels: int, target: str) -> tuple[int, int,
     """(rows of a step, channels of a program, rows of its share): about four programs a processor."""
     block_m, block_n = 32, 128 if channels % 128 == 0 else 64
     shares = max(1, 4 * PROCESSORS[target] // cdiv(channels, block_n))
-    return block_m, block_n, cdiv(cdiv(rows, shares), block_m) * block_m
+    return block_m, block_n, cdiv(cdiv(max(rows, 1), shares), block_m) * block_m
 
 
 def weight_grad_config(
@@ -95,7 +97,9 @@ def downsample_input_config(channels: int, dtype: torch.dtype, target: str, wide
         return GemmConfig(BLOCK_M=32, BLOCK_N=min(64, width), BLOCK_K=16, num_warps=4, num_stages=2)
     if target == "sm_90" and width > 256 and not wide:
         return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3)
-    return GemmConfig(BLOCK_M=64, BLOCK_N=width if width <= 256 else 128, BLOCK_K=32, num_warps=8, num_stages=2)
+    columns = width if width <= 256 else 128
+    deep = 64 if target == "sm_90" and columns == 128 else 32
+    return GemmConfig(BLOCK_M=64, BLOCK_N=columns, BLOCK_K=deep, num_warps=8, num_stages=2)
 
 
 def downsample_weight_config(

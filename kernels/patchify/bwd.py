@@ -8,8 +8,9 @@ dout (P, C) and the image, with a share of the patches a program,
 
 Downsampling (LayerNorm, then patch convolution with wg = w∘g), dz (P, C') the gradient of its output, per tap:
 
-    dx̂[tap] = dz·wg[tap]    dx = LayerNorm's backward of it                                  _downsample_input_kernel
-    D[tap] = dzᵀ·x̂[tap] (C', C)    db = Σ_p dz    and, of a tile, Σ_n w[n, c, tap]·D[tap]     _downsample_weight_kernel
+    dz in the compute dtype, db = Σ_p dz                                                     mlp/output_grad.py
+    dx̂[tap] = dz·wg[tap]    dx = LayerNorm's backward of it    x̂[tap], by patches            _downsample_input_kernel
+    D[tap] = dzᵀ·x̂[tap] (C', C)    and, of a tile, Σ_n w[n, c, tap]·D[tap]                   _downsample_weight_kernel
     dw = D∘g + db⊗β    dg_c = Σ_{n, tap} w·D    dβ_c = Σ_{n, tap} w·db_n                      _downsample_fold_kernel
 
 Sums over pixels are partial sums of a share each, which the last launch adds in a fixed order.
@@ -23,10 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..autotuning import SHARES, Share, fastest
-from ..dwconv.tensor_core import TL_DTYPES
 from ..folding import add_rows
 from ..integers import cdiv
 from ..launching import launch
+from ..mlp.gemm_bwd import product_over_pixels
+from ..mlp.output_grad import output_grad
 from ..mlp.tuning import dot_precision
 from ..mlp.tuning_bwd import downsample_input_config, downsample_weight_config, stem_bwd_config
 from ..statistics import inverse_deviation
@@ -113,7 +115,7 @@ def _stem_sum_kernel(
 
 @triton.jit
 def _patch_gradient(
-    dz_ptr, w_ptr, rows, rows_ok, c, tap, columns, dtype: tl.constexpr,
+    dz_ptr, w_ptr, rows, rows_ok, c, tap, columns,
     C: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -124,39 +126,41 @@ def _patch_gradient(
         dz = tl.load(dz_ptr + rows[:, None] * N + n[None, :], mask=rows_ok[:, None] & (n < N)[None, :], other=0.0)
         at = (n[:, None] * TAPS + tap) * C + c[None, :]
         w = tl.load(w_ptr + at, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
-        dx = tl.dot(dz.to(dtype), w, dx, input_precision=PRECISION)
+        dx = tl.dot(dz, w, dx, input_precision=PRECISION)
     return dx
 
 
 @triton.jit(do_not_specialize=["P"])
 def _downsample_input_kernel(
-    dz_ptr, x_ptr, w_ptr, dx_ptr, stats_ptr, P, H, W, HO, WO, columns, eps,
+    dz_ptr, x_ptr, w_ptr, dx_ptr, xhat_ptr, P, H, W, HO, WO, columns, eps,
     C: tl.constexpr, N: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x, dx: (·, H, W, C); stats: (KH·KW, P, 2), mean and rstd of each pixel of x. Grid (⌈P/BLOCK_M⌉, KH·KW).
+    """x, dx: (·, H, W, C); xhat: (KH·KW, P, C), of the pixels of x that patches cover. Grid (⌈P/BLOCK_M⌉, KH·KW).
 
     Beyond BLOCK_N channels dx̂ is computed twice, for the means and for dx, as it does not fit the registers.
     """
-    dtype: tl.constexpr = w_ptr.dtype.element_ty
     TAPS: tl.constexpr = KH * KW
     tap = tl.program_id(1)
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_ok = rows < P
-    pixel = ((rows // WO // HO * H + rows // WO % HO * KH + tap // KW) * W + rows % WO * KW + tap % KW) * C
+    patch = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # of 32 bits, for they are divided
+    rows_ok = patch < P
+    line = patch // WO
+    pixel = (line // HO * H + line % HO * KH + tap // KW).to(tl.int64) * W + (patch % WO * KW + tap % KW)
+    pixel *= C
+    rows = patch.to(tl.int64)
+    xhat_ptr += (tap.to(tl.int64) * P + rows[:, None]) * C
     mean, m2 = row_statistics(x_ptr + pixel, rows_ok, C, BLOCK_M, BLOCK_N)
     rstd = inverse_deviation(m2 * (1.0 / C), eps)
-    stats_ptr += (tap.to(tl.int64) * P + rows) * 2
-    tl.store(stats_ptr, mean, mask=rows_ok)
-    tl.store(stats_ptr + 1, rstd, mask=rows_ok)
     total = tl.zeros((BLOCK_M,), tl.float32)
     along = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(0, C, BLOCK_N):
         c = first + tl.arange(0, BLOCK_N)
         at = pixel[:, None] + c[None, :]
         ok = rows_ok[:, None] & (c < C)[None, :]
+        xhat = (tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
+        tl.store(xhat_ptr + c[None, :], xhat.to(xhat_ptr.dtype.element_ty), mask=ok)
         dx = _patch_gradient(
-            dz_ptr, w_ptr, rows, rows_ok, c, tap, columns, dtype, C, N, TAPS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+            dz_ptr, w_ptr, rows, rows_ok, c, tap, columns, C, N, TAPS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
         )
         xhat = (tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
         total += tl.sum(dx, axis=1) * (1.0 / C)
@@ -170,7 +174,7 @@ def _downsample_input_kernel(
             at = pixel[:, None] + c[None, :]
             ok = rows_ok[:, None] & (c < C)[None, :]
             dx = _patch_gradient(
-                dz_ptr, w_ptr, rows, rows_ok, c, tap, columns, dtype, C, N, TAPS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+                dz_ptr, w_ptr, rows, rows_ok, c, tap, columns, C, N, TAPS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
             )
             xhat = (tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
             dx = (dx - total[:, None] - xhat * along[:, None]) * rstd[:, None]
@@ -179,52 +183,29 @@ def _downsample_input_kernel(
 
 @triton.jit(do_not_specialize=["P", "share"])
 def _downsample_weight_kernel(
-    dz_ptr, x_ptr, stats_ptr, w_ptr, D_ptr, db_ptr, dg_ptr, P, share, H, W, HO, WO, dtype: tl.constexpr,
-    C: tl.constexpr, N: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
+    dz_ptr, xhat_ptr, w_ptr, D_ptr, dg_ptr, P, share,
+    C: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs, shares): of a share, the tiles of db, then those of D by output channel, tap and channel.
+    """Grid (tiles of D by output channel, tap and channel, shares).
 
-    D: (shares, N, KH·KW, C); db: (shares, N); dg: (shares, ⌈N/BLOCK_M⌉·KH·KW, C).
+    xhat: (TAPS, P, C); D: (shares, N, TAPS, C); dg: (shares, ⌈N/BLOCK_M⌉·TAPS, C).
     """
-    TAPS: tl.constexpr = KH * KW
-    rows_of_tiles: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     columns: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0)
     split = tl.program_id(1).to(tl.int64)
-    first = split * share
-    tile = tl.program_id(0) - rows_of_tiles
-    pixels = tl.arange(0, BLOCK_K)
-    if tile < 0:
-        n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        total = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
-        for start in range(0, share, BLOCK_K):
-            rows = first + start + pixels
-            ok = (rows < P)[:, None] & (n < N)[None, :]
-            total += tl.load(dz_ptr + rows[:, None] * N + n[None, :], mask=ok, other=0.0).to(tl.float32)
-        tl.store(db_ptr + split * N + n, tl.sum(total, axis=0), mask=n < N)
-    else:
-        tap = tile // columns % TAPS
-        n = tile // columns // TAPS * BLOCK_M + tl.arange(0, BLOCK_M)
-        c = tile % columns * BLOCK_N + tl.arange(0, BLOCK_N)
-        D = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, share, BLOCK_K):
-            rows = first + start + pixels
-            rows_ok = rows < P
-            pixel = ((rows // WO // HO * H + rows // WO % HO * KH + tap // KW) * W + rows % WO * KW + tap % KW) * C
-            ok = rows_ok[:, None] & (n < N)[None, :]
-            dz = tl.load(dz_ptr + rows[:, None] * N + n[None, :], mask=ok, other=0.0).to(dtype)
-            ok = rows_ok[:, None] & (c < C)[None, :]
-            x = tl.load(x_ptr + pixel[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
-            pair = stats_ptr + (tap.to(tl.int64) * P + rows) * 2
-            mean = tl.load(pair, mask=rows_ok, other=0.0)
-            rstd = tl.load(pair + 1, mask=rows_ok, other=0.0)
-            x = ((x - mean[:, None]) * rstd[:, None]).to(dtype)
-            D = tl.dot(dz.T, x, D, input_precision=PRECISION)
-        ok = (n < N)[:, None] & (c < C)[None, :]
-        tl.store(D_ptr + split * N * TAPS * C + (n[:, None] * TAPS + tap) * C + c[None, :], D, mask=ok)
-        w = tl.load(w_ptr + (n[:, None] * C + c[None, :]) * TAPS + tap, mask=ok, other=0.0).to(tl.float32)
-        at = (split * rows_of_tiles * TAPS + tile // columns) * C + c
-        tl.store(dg_ptr + at, tl.sum(w * D, axis=0), mask=c < C)
+    tap = tile // columns % TAPS
+    n = tile // columns // TAPS * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tile % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    xhat_ptr += tap.to(tl.int64) * P * C
+    D = product_over_pixels(
+        dz_ptr, xhat_ptr, None, split * share, share, P, n, c, C, N, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    ok = (n < N)[:, None] & (c < C)[None, :]
+    tl.store(D_ptr + split * N * TAPS * C + (n[:, None] * TAPS + tap) * C + c[None, :], D, mask=ok)
+    w = tl.load(w_ptr + (n[:, None] * C + c[None, :]) * TAPS + tap, mask=ok, other=0.0).to(tl.float32)
+    groups: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M * TAPS
+    tl.store(dg_ptr + (split * groups + tile // columns) * C + c, tl.sum(w * D, axis=0), mask=c < C)
 
 
 @triton.jit
@@ -250,7 +231,8 @@ def _affine_gradients(
 
 @triton.jit
 def _downsample_fold_kernel(
-    D_ptr, db_sums_ptr, dg_sums_ptr, w_ptr, g_ptr, beta_ptr, dw_ptr, db_ptr, dg_ptr, dbeta_ptr, SHARES, GROUPS,
+    D_ptr, db_sums_ptr, dg_sums_ptr, w_ptr, g_ptr, beta_ptr, dw_ptr, db_ptr, dg_ptr, dbeta_ptr,
+    SHARES, DB_SHARES, GROUPS,
     C: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     SLICES: tl.constexpr,
 ):  # fmt: skip
@@ -260,8 +242,8 @@ def _downsample_fold_kernel(
     size = (tl.zeros((), tl.int64) + N) * TAPS * C
     if tl.program_id(0) < SLICES:
         _affine_gradients(
-            db_sums_ptr, dg_sums_ptr, w_ptr, dg_ptr, dbeta_ptr, tl.program_id(1) * SLICES + tl.program_id(0), SHARES,
-            GROUPS, C, N, TAPS, 2 * BLOCK_N, BLOCK_C // SLICES,
+            db_sums_ptr, dg_sums_ptr, w_ptr, dg_ptr, dbeta_ptr, tl.program_id(1) * SLICES + tl.program_id(0),
+            DB_SHARES, GROUPS, C, N, TAPS, 2 * BLOCK_N, BLOCK_C // SLICES,
         )  # fmt: skip
     else:
         c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -270,7 +252,7 @@ def _downsample_fold_kernel(
         ok = (n < N)[:, None] & c_ok[None, :]
         g = tl.load(g_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
         beta = tl.load(beta_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
-        db = add_rows(db_sums_ptr, 0, SHARES, n, n < N, N, 8)
+        db = add_rows(db_sums_ptr, 0, DB_SHARES, n, n < N, N, 8)
         if db_ptr is not None:  # noqa: SIM102 (decided at compile time)
             if tl.program_id(1) == 0:
                 tl.store(db_ptr + n, db.to(db_ptr.dtype.element_ty), mask=n < N)
@@ -342,7 +324,7 @@ def downsample_bwd(
     """(dx, dweight, dbias, dln_weight, dln_bias), each like its parameter, of ``downsample_fwd``.
 
     dout (N, HO, WO, C') contiguous; x as in ``downsample_fwd``; weight (C', C, kh, kw) contiguous; ``dtype`` the
-    compute dtype. Four launches.
+    compute dtype. Five launches.
     """
     B, H, W, C = x.shape
     N, _, KH, KW = weight.shape
@@ -352,36 +334,34 @@ def downsample_bwd(
     dx = _gradient_like(x, H % KH == 0 and W % KW == 0)
     dw, db, dg, dbeta = (None if p is None else torch.empty_like(p) for p in (weight, bias, ln_weight, ln_bias))
 
-    def partial(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=torch.float32, device=x.device)
-
-    shape = {"C": C, "N": N, "KH": KH, "KW": KW, "PRECISION": dot_precision(wg)}
-    stats = partial(taps, P, 2)
+    shape = {"C": C, "N": N, "PRECISION": dot_precision(wg)}
+    dz, db_sums = output_grad(dout.view(P, N), None, dtype)
+    xhat = torch.empty((taps, P, C), dtype=dtype, device=x.device)
     config = downsample_input_config(C, dtype, target, x.dtype != dtype)
     launch(
         _downsample_input_kernel, (cdiv(P, config.BLOCK_M), taps),
-        dout, x, wg, dx, stats, P, H, W, HO, WO, N, eps, **shape, **config.__dict__,
+        dz, x, wg, dx, xhat, P, H, W, HO, WO, N, eps, KH=KH, KW=KW, **shape, **config.__dict__,
     )  # fmt: skip
     config, share = downsample_weight_config(P, C, N, taps, dtype, target)
     rows = cdiv(N, config.BLOCK_M)
 
-    def weights(part: Share) -> tuple[Tensor, Tensor, Tensor]:
+    def weights(part: Share) -> tuple[Tensor, Tensor]:
         patches = part.of(share, config.BLOCK_K)
         shares = cdiv(P, patches)
-        D, db_sums, dg_sums = partial(shares, N, taps, C), partial(shares, N), partial(shares, rows * taps, C)
+        D = torch.empty((shares, N, taps, C), dtype=torch.float32, device=x.device)
+        dg_sums = torch.empty((shares, rows * taps, C), dtype=torch.float32, device=x.device)
         launch(
-            _downsample_weight_kernel, (rows * (1 + taps * cdiv(C, config.BLOCK_N)), shares),
-            dout, x, stats, weight, D, db_sums, dg_sums, P, patches, H, W, HO, WO,
-            dtype=TL_DTYPES[dtype], **shape, **config.__dict__,
+            _downsample_weight_kernel, (rows * taps * cdiv(C, config.BLOCK_N), shares),
+            dz, xhat, weight, D, dg_sums, P, patches, TAPS=taps, **shape, **config.__dict__,
         )  # fmt: skip
-        return D, db_sums, dg_sums
+        return D, dg_sums
 
-    given = C, N, KH, KW, x.dtype, dout.dtype
-    D, db_sums, dg_sums = weights(fastest(_downsample_weight_kernel, weights, SHARES, wg, P, given))
+    D, dg_sums = weights(fastest(_downsample_weight_kernel, weights, SHARES, wg, P, (C, N, KH, KW)))
     shares = D.shape[0]
     launch(
         _downsample_fold_kernel, (4 + cdiv(N, 32), cdiv(C, 64)),
-        D, db_sums, dg_sums, weight, ln_weight, ln_bias, dw, db, dg, dbeta, shares, shares * rows * taps,
+        D, db_sums, dg_sums, weight, ln_weight, ln_bias, dw, db, dg, dbeta,
+        shares, db_sums.shape[0], shares * rows * taps,
         C=C, N=N, TAPS=taps, BLOCK_N=32, BLOCK_C=64, SLICES=4, num_warps=4,
     )  # fmt: skip
     return dx, dw, db, dg, dbeta
