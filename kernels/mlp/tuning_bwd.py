@@ -16,20 +16,21 @@ from .tuning import GemmConfig
 
 
 def hidden_grad_config(channels: int, dtype: torch.dtype, target: str, sample_rows: int | None = None) -> GemmConfig:
-    """Configuration of the two products, a and dh, of one tile of hidden units: two sums a thread, so half the tile.
+    """Configuration of the two products, a and dh, of one tile of hidden units: two sums a thread.
 
-    With 4 warps the epilogue spills on sm_90 and sm_100; AMD's waves are twice as wide. Up to 8 blocks of statistics
-    sm_100 merges in the registers of every thread of a row, which spills beside more than 32 hidden units; 32 blocks
-    and more spill on sm_120 beside 128 rows. ``sample_rows``: as of `gemm_configs`.
+    With 4 warps the epilogue spills on sm_100; AMD's waves are twice as wide. Up to 8 blocks of statistics sm_100
+    merges in the registers of every thread of a row, which spills beside more than 32 hidden units; 32 blocks and more
+    spill on sm_120 beside 128 rows. ``sample_rows``: as of `gemm_configs`.
     """
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
     if target == "sm_120" and channels > 768:
         return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3)
-    if target == "sm_90" and (
-        sample_rows is None or sample_rows > 64
-    ):  # half the bytes from L2 that a tile of 64² takes
+    if target == "sm_90" and sample_rows is None:  # reads half as much from L2 as tiles of 64²
         return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+    if target == "sm_90":  # beside a norm those would spill
+        depth, stages = (64, 3) if channels <= 512 else (32, 4)
+        return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=depth, num_warps=4, num_stages=stages)
     columns = 32 if target == "sm_100" and channels <= 256 else 64
     if sample_rows is not None and sample_rows <= 64:
         return GemmConfig(BLOCK_M=64, BLOCK_N=columns, BLOCK_K=32, num_warps=4, num_stages=3)
@@ -98,8 +99,8 @@ def downsample_input_config(channels: int, dtype: torch.dtype, target: str, wide
     if target == "sm_90" and width > 256 and not wide:
         return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3)
     columns = width if width <= 256 else 128
-    deep = 64 if target == "sm_90" and columns == 128 else 32
-    return GemmConfig(BLOCK_M=64, BLOCK_N=columns, BLOCK_K=deep, num_warps=8, num_stages=2)
+    stages = 3 if target == "sm_90" and columns == 128 else 2
+    return GemmConfig(BLOCK_M=64, BLOCK_N=columns, BLOCK_K=32, num_warps=8, num_stages=stages)
 
 
 def downsample_weight_config(
