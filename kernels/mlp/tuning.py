@@ -176,8 +176,8 @@ def statistics_first(channels: int, target: str) -> bool:
 def input_grad_config(channels: int, dtype: torch.dtype, target: str, grn: bool) -> FusedConfig:
     """Configuration of the backward kernel that owns pixels: 16 rows a warp, which hold x̂, dz' and dx̂.
 
-    8 warps on sm_90 read each weight half as often, where no norm makes them spill. float16's GELU takes more registers than bfloat16's: beside more
-    than 96 channels it spills on sm_120.
+    8 warps on sm_90 read each weight half as often, where no norm makes them spill. float16's GELU takes more
+    registers than bfloat16's: beside more than 96 channels it spills on sm_120.
     """
     if target == "sm_90" and not grn:
         return FusedConfig(BLOCK_M=128, BLOCK_K=64, num_warps=8, num_stages=3 if channels <= 96 else 2)

@@ -91,13 +91,11 @@ def stem_bwd_config(rows: int, channels: int, depth: int, target: str) -> tuple[
     return config, block, cdiv(cdiv(max(rows, 1), shares), config.BLOCK_M) * config.BLOCK_M
 
 
-def downsample_input_config(channels: int, dtype: torch.dtype, target: str, wide: bool) -> GemmConfig:
+def downsample_input_config(channels: int, dtype: torch.dtype, target: str) -> GemmConfig:
     """Configuration of the downsampling's input gradient: a row's channels in one tile, up to 256, else in several."""
     width = max(16, next_power_of_2(channels))
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=32, BLOCK_N=min(64, width), BLOCK_K=16, num_warps=4, num_stages=2)
-    if target == "sm_90" and width > 256 and not wide:
-        return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3)
     columns = width if width <= 256 else 128
     stages = 3 if target == "sm_90" and columns == 128 else 2
     return GemmConfig(BLOCK_M=64, BLOCK_N=columns, BLOCK_K=32, num_warps=8, num_stages=stages)

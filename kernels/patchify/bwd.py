@@ -337,7 +337,7 @@ def downsample_bwd(
     shape = {"C": C, "N": N, "PRECISION": dot_precision(wg)}
     dz, db_sums = output_grad(dout.view(P, N), None, dtype)
     xhat = torch.empty((taps, P, C), dtype=dtype, device=x.device)
-    config = downsample_input_config(C, dtype, target, x.dtype != dtype)
+    config = downsample_input_config(C, dtype, target)
     launch(
         _downsample_input_kernel, (cdiv(P, config.BLOCK_M), taps),
         dz, x, wg, dx, xhat, P, H, W, HO, WO, N, eps, KH=KH, KW=KW, **shape, **config.__dict__,
