@@ -40,7 +40,8 @@ class Sums(NamedTuple):
     """Partial sums over the pixels, float32, whose first axes (of ``products`` the second) a later launch adds up.
 
     products: (2, S, K, C), D and the transpose of E; db1: (T, K); centre: (T, K) or None, what D has too much in every
-    channel; dz: (R, C), dz_sum; grn: (N, 2, K), of the global response norm's weight and bias, or None.
+    channel; dz: (R, C) of any float dtype, dz_sum; grn: (N, 2, K), of the global response norm's weight and bias, or
+    None.
     """
 
     products: Tensor
@@ -96,12 +97,12 @@ def _fold_fwd_kernel(
 
 @triton.jit
 def add_rows(ptr, first, end, j, j_ok, N, ROWS: tl.constexpr):
-    """Σ of the rows ``first`` to ``end`` of a (·, N) matrix, at the columns ``j``."""
+    """Σ in float32 of the rows ``first`` to ``end`` of a (·, N) matrix, at the columns ``j``."""
     total = tl.zeros((ROWS, j.shape[0]), tl.float32)
     for start in range(first, end, ROWS):
         row = start + tl.arange(0, ROWS)
         at = row.to(tl.int64)[:, None] * N + j[None, :]
-        total += tl.load(ptr + at, mask=(row < end)[:, None] & j_ok[None, :], other=0.0)
+        total += tl.load(ptr + at, mask=(row < end)[:, None] & j_ok[None, :], other=0.0).to(tl.float32)
     return tl.sum(total, axis=0)
 
 
@@ -159,7 +160,7 @@ def _fold_bwd_kernel(
     tl.store(partial_ptr + C, dbeta, mask=c_ok)
     tl.store(partial_ptr + 2 * C, dgamma, mask=c_ok)
     rows = tl.cdiv(R, tl.num_programs(0))
-    dz_sum = add_rows(dz_ptr, tile * rows, tl.minimum(tile * rows + rows, R), c, c_ok, C, 8)
+    dz_sum = add_rows(dz_ptr, tile * rows, tl.minimum(tile * rows + rows, R), c, c_ok, C, 32)
     tl.store(partial_ptr + 3 * C, dz_sum, mask=c_ok)
 
 

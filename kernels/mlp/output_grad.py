@@ -4,7 +4,7 @@
 
 The products of the backward read dz' once for every tile of hidden units; written here once, in 16 bits and scaled, it
 costs half the bytes there, and the kernels need neither factor nor conversion. Where dy is dz' already, only the sums
-are made.
+are made, which the downsampling asks for.
 """
 
 from __future__ import annotations

@@ -59,11 +59,11 @@ SPILLS = {
 # Training at level 0, which has no budget, writes and reads the hidden activations, too.
 REACHED = {
     ("inference", None): {"megabytes": 38.2},  # misses 37
-    ("training", 0): {"megabytes": 173.7, "launches": 234, "saved": 27.4},
+    ("training", 0): {"megabytes": 175.8, "launches": 237, "saved": 27.4},
 }
 
 # Milliseconds modelled on an H200 by the resource model, with 5 % of room: lower them as kernels improve.
-MODELLED = {"inference_128": 1.05 * 3.96, "inference_1": 1.05 * 0.615, "training_64_autocast": 1.05 * 13.7}
+MODELLED = {"inference_128": 1.05 * 3.96, "inference_1": 1.05 * 0.615, "training_64_autocast": 9.5}
 
 
 @pytest.fixture
