@@ -109,7 +109,10 @@ def push(
 
     Raises:
         ImportError: huggingface_hub is not installed.
+        TypeError: ``tags`` is a string.
     """
+    if isinstance(tags, str):
+        raise TypeError(f"tags={tags!r}: expected a list of strings")
     try:
         from huggingface_hub import HfApi
     except ImportError:
@@ -119,7 +122,7 @@ def push(
         write(Path(folder))  # first: where it fails, no repository is made
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if tags:
-            _tagged_card(repo_id, tags, token).save(Path(folder, "README.md"))
+            _tagged_card(repo_id, tags, revision, token).save(Path(folder, "README.md"))
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -130,12 +133,15 @@ def push(
         )
 
 
-def _tagged_card(repo_id: str, tags: Sequence[str], token: str | bool | None) -> Any:
-    from huggingface_hub import ModelCard, errors
+def _tagged_card(repo_id: str, tags: Sequence[str], revision: str | None, token: str | bool | None) -> Any:
+    from huggingface_hub import ModelCard, errors, hf_hub_download
 
     try:
-        card = ModelCard.load(repo_id, token=token)
-    except errors.EntryNotFoundError:
+        path = hf_hub_download(repo_id, "README.md", revision=revision, token=token)
+        card = ModelCard(Path(path).read_text(encoding="utf-8"))
+    except errors.LocalEntryNotFoundError:  # there may be a card that cannot be reached
+        raise
+    except (errors.EntryNotFoundError, errors.RevisionNotFoundError):
         card = ModelCard("---\nlibrary_name: transformers\n---\n")
     card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))
     return card

@@ -37,11 +37,11 @@ NARROW = {
     ("_stem_bwd_kernel", "image_ptr"): 4,  # and spread over more threads
     ("dwconv_wgrad_tensor_core_kernel", "du_ptr"): 8,  # 8 channels a program, one a warp: half a sector a thread
     ("_weight_kernel", "u_ptr", 80): 8,  # without warp groups: parts of 16 channels, of which 32 rows would spill
-    ("_weight_kernel", "dy_ptr", 80): 8,
+    ("_weight_kernel", "dz_ptr", 80): 8,
     # With a global response norm, of which 64 rows would spill. A row of the last part, 32 channels, is whole sectors;
     # 4 warps of half the hidden units would read it by 16 bytes, and take 1.3 times as long by the resource model.
     ("_weight_kernel", "u_ptr", 160): 8,
-    ("_weight_kernel", "dy_ptr", 160): 8,
+    ("_weight_kernel", "dz_ptr", 160): 8,
 }
 
 

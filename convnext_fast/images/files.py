@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import os
 import urllib.request
@@ -58,12 +59,19 @@ def fetch_image(source: str) -> PIL.Image.Image:
     """
     if source.startswith(("http://", "https://")):
         request = urllib.request.Request(source, headers={"User-Agent": "convnext_fast"})
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-            return open_image(answer.read(MOST_BYTES + 1)).convert("RGB")
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+                data = answer.read(MOST_BYTES + 1)
+        except http.client.InvalidURL as error:
+            raise ValueError(f"{source[:200]!r} is not a URL: {error}") from None
+        except http.client.HTTPException as error:
+            raise OSError(f"{source[:200]!r}: the server's answer is broken: {error!r}") from error
+        return open_image(data).convert("RGB")
     if os.path.isfile(source):
         return open_image(Path(source)).convert("RGB")
     try:
-        data = base64.b64decode(source.split(",")[1] if source.startswith("data:image/") else source, validate=True)
+        text = source.split(",")[1] if source.startswith("data:image/") else source
+        data = base64.b64decode("".join(text.split()), validate=True)
     except (ValueError, IndexError):
         raise ValueError(f"{source[:200]!r} is no file, no http:// or https:// URL and no base64 text") from None
     return open_image(data).convert("RGB")

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..backends.steps import Step
-from ..ops.folded_weights import Folded, count_writes, folded, new_token
+from ..ops.folded_weights import Folded, folded, new_token
 from .layer_changes import changed
 from .plan import BlockPlan, ChainPlan, Path, Plan, follow, remember, weights_of
 from .records import STATE, Record
@@ -77,7 +77,6 @@ def freeze(module: nn.Module, cuda_graph: bool = False) -> None:
         if parameter.requires_grad:
             before.add(path)
             parameter.requires_grad_(False)
-    count_writes()
     setattr(module, STATE, State(state.plan, tuple(sorted(before)), cuda_graph))
 
 

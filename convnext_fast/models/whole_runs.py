@@ -107,7 +107,7 @@ def outputs_of(
         ends = [count - 1 for count in accumulate(map(len, steps))]
         return sequence.compiled(list(chain.from_iterable(steps)), x, ends[-1:] if last else ends, frozen)
     run = _run_that_holds(runs, frozen, state.cuda_graph, root, parts)
-    if run is None or (frozen and torch.is_grad_enabled() and any(map(_wants_gradient, run.weights))):
+    if run is None or (frozen and any(map(_wants_gradient, run.weights))):  # without gradients too: they are trained
         return None
     ends = run.ends[-1:] if last else run.ends
     return run.sequence(x, ends, backend) if frozen else run.sequence(x, ends)
@@ -179,8 +179,10 @@ def _steps(module: nn.Module, frozen: bool, layers: list[nn.Module] | None) -> l
     step = step_of(module, plan, read(module, plan), state.token)
     if not _are_plain(step.weights):
         return None
-    if torch.compiler.is_compiling() and (call.wants_gradient(*step.weights) or (not frozen and _drops(module, plan))):
-        return None
+    if torch.compiler.is_compiling():
+        trained = any(w is not None and w.requires_grad for w in step.weights)
+        if (trained and (frozen or torch.is_grad_enabled())) or (not frozen and _drops(module, plan)):
+            return None
     following = isinstance(plan, PatchPlan) and plan.following is not None
     rest = _joined(follow(module, plan.following), frozen, layers) if following else []
     return None if rest is None else [step, *rest]

@@ -1,7 +1,7 @@
 """What frozen parts of a model compute with: folded copies of their weights, made once and kept until these change.
 
 A change is noticed by the identity, the version and the address of each weight. PyTorch counts a version up wherever
-autograd could miss a change in place, but not for fused optimizers and for writes into ``weight.data``: `count_writes`
+autograd could miss a change in place, but not for fused optimizers and for writes into ``weight.data``: `_count_writes`
 has it count these too. Some ways to write leave no trace: into the memory of a NumPy array or a storage that a weight
 shares, by a kernel of one's own, by collectives of `torch.distributed`, and into a ``weight.data`` that was read before
 the weight was folded. Weights that are no parameters (`torch.func.functional_call`) or were made under
@@ -64,7 +64,7 @@ def folded(step: Step) -> Folded:
         return kept.folded
     made = _fold(step)
     # Not of a mode that is on for the moment.
-    if now is not None and type(made[0]) is Tensor and watch_data(step.weights):
+    if now is not None and step.token is not None and type(made[0]) is Tensor and watch_data(step.weights):
         setattr(step.token, _NAME, _Kept(tuple(step.weights), now, made))
     return made
 
@@ -98,7 +98,7 @@ _HOOKS: list[Any] = []
 _LOCK = threading.Lock()
 
 
-def count_writes() -> None:
+def _count_writes() -> None:
     """Have PyTorch count the versions of weights where its fused optimizers or their ``data`` change them."""
     with _LOCK:
         if not _HOOKS:
@@ -114,6 +114,7 @@ def _count_up(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 def watch_data(weights: Iterable[Tensor | None]) -> bool:
     """Have writes into the ``data`` of these weights counted; whether that can be, for it takes parameters."""
+    _count_writes()
     weights = [weight for weight in weights if weight is not None]
     for weight in weights:
         setattr(weight, _FOLDED, True)

@@ -103,8 +103,8 @@ class FrozenSequence:
             self._plan = tuple(
                 (weights, step.eps, step.act) for weights, step in zip(self._folded, self._steps, strict=True)
             )
-            self._signature = now if watch_data(self._weights) else None
             self._kernels, self._shapes = None, {}
+            self._signature = now if watch_data(self._weights) else None  # last: other threads look at it first
 
     def _checked(self, x: Tensor) -> list[tuple[int, ...]]:
         """`steps.shapes_after`; raises what the ops raise. Tensors like those that passed are not checked again."""

@@ -1,8 +1,9 @@
 """How threads share the rows of an image, and a matrix product over what one of them holds.
 
 An image row is cut into units, so that a chunk of a wide image is a part of a row, and of a narrow one several rows; a
-chunk has about 56 pixels. Threads share the units where there are enough of them, and none waits for another; else all
-work on each chunk together: they share its units, then the columns of each product, with a barrier between the steps.
+chunk has about 56 pixels. Threads share the units where there are enough of them, and none waits for another, but
+between the passes of a V2 block; else all work on each chunk together: they share its units, then the columns of each
+product, with a barrier between the steps.
 Either way an element of the result is computed by the same instructions in the same order, whatever the batch and the
 number of threads.
 """

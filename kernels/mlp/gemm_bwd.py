@@ -123,7 +123,7 @@ def gemm_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, grn: Grn 
     K = w1g.shape[0]
     CB, NB = norm_blocks(stats, C, u.dtype)
     target, shape = target_of(u), {"C": C, "K": K, "PRECISION": dot_precision(u)}
-    dz, dz_sum = (dy, dy) if drop_scale is None and dy.dtype == u.dtype else output_grad(dy, drop_scale, u.dtype)
+    dz, dz_sum = output_grad(dy, drop_scale, u.dtype)
     factors, grads = (None, None) if grn is None else grn_factors(dz, u, stats, a, w1g, b1g, w2g, eps, act, grn)
     h, da, db1, centre, means, mu = hidden_grad(dz, u, stats, a, w1g, b1g, w2g, eps, act, factors)
     du = torch.empty_like(u)

@@ -43,13 +43,19 @@ def _output_grad_kernel(
     tl.store(sums_ptr + split * C + c, tl.sum(total, axis=0), mask=c < C)
 
 
-def output_grad(dy: Tensor, drop_scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(dz' (P, C) in ``dtype``, partial sums of it (shares, C) float32); P > 0.
+def output_grad(
+    dy: Tensor, drop_scale: Tensor | None, dtype: torch.dtype, summed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(dz' (P, C) in ``dtype``, what adds up to dz_sum). The latter is dy itself where dy is dz', unless ``summed``.
+
+    Else it is float32, (shares of the pixels, C). P > 0, but for ``summed``.
 
     dy (P, C) of any float dtype; drop_scale (N,) of any float dtype or None, N dividing P.
     """
     P, C = dy.shape
     same = drop_scale is None and dy.dtype == dtype
+    if same and not summed:
+        return dy, dy
     dz = None if same else torch.empty((P, C), dtype=dtype, device=dy.device)
     block_m, block_n, share = output_grad_config(P, C, target_of(dy))
     sums = torch.empty((cdiv(P, share), C), dtype=torch.float32, device=dy.device)

@@ -113,8 +113,8 @@ def fused_configs(channels: int, hidden: int, lean: bool, target: str, grn: bool
     ``grn``: with a global response norm.
 
     Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
-    as 8 warps would. Else 16 rows a warp, half of them where a wide residual would spill. Steps of 64 hidden units, or
-    32 where a step of 64 would be half empty or would spill. sm_90 has the shared memory for a third stage. With a
+    as 8 warps would. Else 16 rows a warp, half of them where a saved beside it would spill. Steps of 64 hidden units,
+    or 32 where a step of 64 would be half empty or would spill. sm_90 has the shared memory for a third stage. With a
     norm, but without warp groups, steps of 32, and beyond 160 channels 4 warps and steps of 16.
     """
     if grn and target not in WARP_GROUPS:

@@ -335,7 +335,7 @@ def downsample_bwd(
     dw, db, dg, dbeta = (None if p is None else torch.empty_like(p) for p in (weight, bias, ln_weight, ln_bias))
 
     shape = {"C": C, "N": N, "PRECISION": dot_precision(wg)}
-    dz, db_sums = output_grad(dout.view(P, N), None, dtype)
+    dz, db_sums = output_grad(dout.view(P, N), None, dtype, summed=True)
     xhat = torch.empty((taps, P, C), dtype=dtype, device=x.device)
     config = downsample_input_config(C, dtype, target)
     launch(

@@ -78,6 +78,8 @@ def truncated_photo():
         ("data:image/png", ValueError, "image 0: 'data:image/png' is no file"),
         ("aGVsbG8=", ValueError, "image 0: not an image of a format that is read"),
         (["http://127.0.0.1:9/a.png"], OSError, "image 0: .*refused"),
+        ("http://a b/c.png", ValueError, "image 0: 'http://a b/c.png' is not a URL"),
+        ("http://localhost:port/c.png", ValueError, "image 0: 'http://localhost:port/c.png' is not a URL"),
         ([photo(), None], TypeError, r"images\[1\] is a NoneType"),
         ([[photo(), 3]], TypeError, r"images\[0\]\[1\] is a int"),
         ([[[photo()]]], ValueError, r"images\[0\]\[0\] is a list.*one level"),

@@ -65,7 +65,8 @@ def test_paths_addresses_and_text(mode, tmp_path, address):
         picture.putalpha(100)
     picture.save(path, exif=exif)
     text = base64.b64encode(path.read_bytes()).decode()
-    for source in (str(path), f"{address}/a.png", text, f"data:image/png;base64,{text}", [str(path), text]):
+    lines = base64.encodebytes(path.read_bytes()).decode()
+    for source in (str(path), f"{address}/a.png", text, lines, f"data:image/png;base64,{text}", [str(path), text]):
         assert same({}, source), source
 
 

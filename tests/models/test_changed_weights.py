@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -228,3 +230,31 @@ def test_functional_call_with_other_parameters():
         got = torch.func.functional_call(model, other, image())
     assert relative_error(got, output(model_of(seed=1))) <= 1e-5
     assert torch.equal(output(model), before)
+
+
+def test_trained_weights_count_without_gradients_too():
+    """Frozen, then trained again by hand: what runs without gradients is what was trained."""
+    model = model_of().freeze()
+    output(model)
+    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.data.mul_(-1.1)
+    check(model, output(model))
+
+
+def test_a_frozen_model_that_another_process_saved(tmp_path):
+    """The counting of writes begins with the first weights that are folded, not with a call of freeze."""
+    torch.save(model_of().freeze(), tmp_path / "model.pt")
+    code = """
+import copy, sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+with torch.no_grad():
+    x = torch.randn(1, 3, 32, 32)
+    model(x)
+    for parameter in model.parameters():
+        parameter.data.mul_(-1.1)
+    plain = copy.deepcopy(model)
+    plain.fused = False
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-3, atol=1e-4)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)

@@ -222,7 +222,7 @@ def test_upload(monkeypatch):
 
 
 @pytest.mark.parametrize("before", [None, "---\ntags:\n- mine\n---\n# A card\n"])
-def test_tags_go_into_the_card(before, monkeypatch):
+def test_tags_go_into_the_card(before, monkeypatch, tmp_path):
     cards = []
 
     class Api:
@@ -236,20 +236,30 @@ def test_tags_go_into_the_card(before, monkeypatch):
             path = Path(folder_path, "README.md")
             cards.append(path.read_text() if path.exists() else None)
 
-    def load(repo_id, **_):
-        assert repo_id == "me/name"
+    reason = huggingface_hub.errors.EntryNotFoundError("none")
+
+    def download(repo_id, name, revision, **_):
+        assert (repo_id, name, revision) == ("me/name", "README.md", "dev")
         if before is None:
-            raise huggingface_hub.errors.EntryNotFoundError("none")
-        return huggingface_hub.ModelCard(before)
+            raise reason
+        Path(tmp_path, name).write_text(before)
+        return str(Path(tmp_path, name))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("huggingface_hub.ModelCard.load", load)
-    our_model().push_to_hub("name", tags=["first", "mine"])
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    our_model().push_to_hub("name", tags=["first", "mine"], revision="dev")
     our_model().push_to_hub("name")
     found = huggingface_hub.ModelCard(cards[0])
     assert found.data.tags == (["first", "mine"] if before is None else ["mine", "first"])
     assert before is None or found.text.strip() == "# A card"
     assert cards[1] is None
+    with pytest.raises(TypeError, match="tags='first': expected a list of strings"):
+        our_model().push_to_hub("name", tags="first")
+    if before is None:  # a card that cannot be reached is not replaced
+        reason = huggingface_hub.errors.LocalEntryNotFoundError("offline")
+        with pytest.raises(huggingface_hub.errors.LocalEntryNotFoundError):
+            our_model().push_to_hub("name", tags=["first"], revision="dev")
+    assert len(cards) == 2
 
 
 def test_members_that_callers_read(tmp_path):

@@ -21,7 +21,7 @@ def test_every_registered_operator_is_checked():
     """
     for module in ("backends.dwconv", "ops.sequence_operator"):
         importlib.import_module(f"convnext_fast.{module}")
-    elsewhere = "dwconv", "frozen_steps", "live_steps"
+    elsewhere = "dwconv", "dwconv_wgrad_sums", "frozen_steps", "live_steps"
     assert registered() == {*ON_CPU, *(f"{name}_cpu" for name in ON_CPU), *KERNELS_ALONE, *elsewhere}
 
 
