@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as _modes
 
 from ..backends import choose
@@ -106,14 +107,17 @@ def sees_layers(x: Any) -> bool:
     """Whether x (N, C, H, W) belongs to something that is to see the layers of a module called, not a fused op.
 
     That is tracing by `torch.fx` or `torch.jit.trace`, export to ONNX, `torch.export` but on a GPU, and a mode that
-    counts FLOPs.
+    counts FLOPs of a model that is not compiled.
     """
     if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
         return True
     if torch.compiler.is_compiling():
         exports = choose.is_exporting() and x.device.type not in choose.KERNEL_DEVICES
         return exports or torch.onnx.is_in_onnx_export()
-    modes = [type(mode).__name__ for mode in _modes()] if torch._C._len_torch_dispatch_stack() else []
+    # PyTorch does not compile under a mode, nor later what ran under it: a compiled model runs its fused ops there too.
+    if not torch._C._len_torch_dispatch_stack() or get_eval_frame_callback() is not None:
+        return False
+    modes = (type(mode).__name__ for mode in _modes())
     return any("Flop" in name or name == "ProxyTorchDispatchMode" for name in modes)
 
 

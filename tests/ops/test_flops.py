@@ -50,8 +50,9 @@ def test_a_compiled_model_counts_and_still_runs():
     torch.compiler.reset()
     model, x = ConvNext(CONFIG), torch.randn(SIZE)
     compiled = torch.compile(model)
-    expected = counted(lambda: model(x).sum().backward())
-    assert counted(lambda: compiled(x).sum().backward()) == expected
+    expected = counted(lambda: model(x))
+    assert counted(lambda: compiled(x)) == expected > 0
+    assert counted(lambda: compiled(x).sum().backward()) >= 3 * expected - counted(lambda: model.stem(x))
     model.zero_grad()
     compiled(x).sum().backward()
     torch.testing.assert_close(compiled(x), model(x))
