@@ -26,9 +26,9 @@ def hidden_grad_config(channels: int, dtype: torch.dtype, target: str, sample_ro
         return GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
     if target == "sm_120" and channels > 768:
         return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3)
-    if target == "sm_90" and sample_rows is None:  # reads half as much from L2 as tiles of 64²
+    if target == "sm_90" and sample_rows is None and 256 < channels <= 1536:  # half of what tiles of 64² read from L2
         return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
-    if target == "sm_90":  # beside a norm those would spill
+    if target == "sm_90":  # beside a norm, and with other widths, those would spill
         depth, stages = (64, 3) if channels <= 512 else (32, 4)
         return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=depth, num_warps=4, num_stages=stages)
     columns = 32 if target == "sm_100" and channels <= 256 else 64
