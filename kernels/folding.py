@@ -123,7 +123,7 @@ def _fold_bwd_kernel(
     D = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     E = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     size = (tl.zeros((), tl.int64) + K) * C
-    for s in tl.range(0, S, loop_unroll_factor=4):  # so that eight loads are on their way
+    for s in tl.range(0, S, loop_unroll_factor=2):  # so that four loads are on their way
         D += tl.load(products_ptr + s * size + at, mask=ok, other=0.0)
         E += tl.load(products_ptr + (S + s) * size + at, mask=ok, other=0.0)
     if centre_ptr is not None:
