@@ -6,7 +6,7 @@ from convnext_fast.kernels.weights import ConvNorm, FrozenDownsample, NormConv
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnext_fast import ConvNext, ConvNextConfig, ops
-from convnext_fast.ops import flops
+from convnext_fast.ops import call, flops
 from convnext_fast.ops.signatures import SIGNATURES
 
 CONFIG = ConvNextConfig(num_stages=2, hidden_sizes=[16, 40], depths=[2, 1], num_labels=5)
@@ -46,13 +46,14 @@ def test_backward_counts_two_products_for_each_and_the_recomputed_ones(recompute
     assert counted(lambda: y.backward(torch.randn_like(y))) == 4 * product + anew
 
 
-def test_a_compiled_model_counts_and_still_runs():
+def test_a_compiled_model_counts_and_still_runs(monkeypatch):
     torch.compiler.reset()
     model, x = ConvNext(CONFIG), torch.randn(SIZE)
     compiled = torch.compile(model)
-    expected = counted(lambda: model(x))
-    assert counted(lambda: compiled(x)) == expected > 0
-    assert counted(lambda: compiled(x).sum().backward()) >= 3 * expected - counted(lambda: model.stem(x))
+    with monkeypatch.context() as patch:  # the fused ops, which a compiled model runs under the counter too
+        patch.setattr(call, "sees_layers", lambda _: False)
+        expected = counted(lambda: model(x).sum().backward())
+    assert counted(lambda: compiled(x).sum().backward()) == expected > 0
     model.zero_grad()
     compiled(x).sum().backward()
     torch.testing.assert_close(compiled(x), model(x))
