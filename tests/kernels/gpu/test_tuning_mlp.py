@@ -2,8 +2,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from convnext_fast.kernels.integers import cdiv
 from convnext_fast.kernels.mlp.tuning import dot_precision, split_width, split_width_bwd
-from convnext_fast.kernels.targets import TARGETS
+from convnext_fast.kernels.mlp.tuning_bwd import downsample_weight_config, weight_grad_config
+from convnext_fast.kernels.targets import PROCESSORS, TARGETS
 
 TUNED = (40, 48, 64, 80, 96, 128, 160, 192)
 
@@ -21,6 +23,20 @@ def test_parts_cover_the_width_and_waste_little(target, split):
         assert covered >= channels
         assert covered - parts[-1][1] < channels
         assert channels not in TUNED or covered <= 1.2 * channels
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("channels", [96, 128, 192, 256, 384])
+def test_programs_of_the_weight_gradients_fill_the_chip(channels, target, dtype):
+    """More shares than that are partial sums that are written and read in vain."""
+    rows = 100_000
+    for (config, share), products, columns in (
+        (downsample_weight_config(rows, channels, 2 * channels, 4, dtype, target), 4, 2 * channels),
+        (weight_grad_config(rows, channels, 4 * channels, dtype, target), 2, 4 * channels),  # D and E
+    ):
+        tiles = products * cdiv(columns, config.BLOCK_M) * cdiv(channels, config.BLOCK_N)
+        assert PROCESSORS[target] / 2 < tiles * cdiv(rows, share) <= max(tiles, 3.1 * PROCESSORS[target])
 
 
 @pytest.fixture
