@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,15 @@ _ORDINARY = frozenset((*PLAIN, type(None), int, float))
 
 
 class _LaunchHook(threading.local):
-    """``listener``: this thread's hook, called with the compiled kernel, the grid and all parameters in order."""
+    """This thread's hook.
 
-    listener: Callable[[Any, tuple[int, ...], tuple], None] | None = None
+    Attributes:
+        listener: is called with the compiled kernel, the grid and all parameters in order.
+        recordings: how many recordings are under way, one within the other; each is a dispatch mode.
+    """
+
+    listener: Callable[[Any, tuple[int, ...], Sequence[Any]], None] | None = None
+    recordings = 0
 
 
 launch_hook = _LaunchHook()

@@ -92,8 +92,8 @@ def _warn(reason: str) -> None:
     warnings.warn(f"{reason}. Until then each call of the kernels takes the host longer.", stacklevel=3)
 
 
-def build(plan: Plan, tensor: Tensor) -> Any | None:
-    """The plan for C, on the device of ``tensor``; None where C cannot repeat it."""
+def build(plan: Plan, device: int) -> Any | None:
+    """The plan for C, on the device with this number; None where C cannot repeat it."""
     module = library()
     if module is None:
         return None
@@ -110,7 +110,7 @@ def build(plan: Plan, tensor: Tensor) -> Any | None:
         launches += struct.pack("7q", handle, *launch.grid, 32 * warps, shared, len(values))
         parameters += b"".join(values)
     return module.Plan(
-        driver.launch, driver.current_device, tensor.get_device(), plan.given, plan.single, driver.stream_of,
+        driver.launch, driver.current_device, device, plan.given, plan.single, driver.stream_of,
         driver.allocate, tuple(map(tuple, plan.allocations)), bytes(launches), bytes(parameters), tuple(plan.results),
         [launch.kernel for launch in plan.launches],
     )  # fmt: skip

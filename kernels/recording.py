@@ -2,13 +2,13 @@
 
 A plan holds for every call of the same kind, whatever memory its tensors lie in: an address is noted as a piece of
 memory and an offset into it. Memory that only the launches see comes from one allocation, in which pieces that are
-never used at the same time overlap.
+never used at the same time overlap. A recorded call may repeat other plans: their launches become part of its own.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,8 @@ from triton.runtime import driver
 
 from .launching import PLAIN, launch_hook
 
-_ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default)
+_aten = torch.ops.aten
+_ALLOCATIONS = (_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default)
 _ALIGNMENT = 512  # bytes, as CUDA's allocator gives: no kernel asks for more
 
 
@@ -27,6 +28,10 @@ class Place(NamedTuple):
 
     memory: int
     offset: int
+
+
+class Address(int):
+    """Where a tensor lies, in the place of that tensor among the parameters of a launch."""
 
 
 class Launch(NamedTuple):
@@ -77,8 +82,10 @@ class Plan(NamedTuple):
         memory = [tensor.data_ptr() for tensor in (*given, *made)]
         stream = driver.active.get_current_stream(given[0].get_device())
         for kernel, grid, parameters in self.launches:
-            values = (memory[p.memory] + p.offset if isinstance(p, Place) else p for p in parameters)
+            values = [Address(memory[p.memory] + p.offset) if isinstance(p, Place) else p for p in parameters]
             kernel[grid](*values, stream=stream)
+            if launch_hook.listener is not None:
+                launch_hook.listener(kernel, grid, values)
 
         def part(number: int, part: tuple | None) -> Tensor:
             return made[number] if part is None else made[number].as_strided(*part)
@@ -130,16 +137,25 @@ class _Recorder(TorchDispatchMode):
 
     def __enter__(self):
         self.before, launch_hook.listener = launch_hook.listener, self.note
+        launch_hook.recordings += 1
         return super().__enter__()
 
     def __exit__(self, *error):
         launch_hook.listener = self.before
+        launch_hook.recordings -= 1
         return super().__exit__(*error)
 
-    def note(self, kernel: Any, grid: tuple[int, ...], parameters: Iterable[Any]) -> None:
+    def note(self, kernel: Any, grid: tuple[int, ...], parameters: Sequence[Any]) -> None:
         """A launch that was made."""
-        noted = [self.place(each.data_ptr()) if isinstance(each, Tensor) else each for each in parameters]
+        noted = [
+            self.place(each.data_ptr()) if isinstance(each, Tensor)
+            else self.place(each) if isinstance(each, Address)
+            else each
+            for each in parameters
+        ]  # fmt: skip
         self.launches.append(Launch(kernel, (*grid, 1, 1)[:3], noted))
+        if self.before is not None:
+            self.before(kernel, grid, parameters)
 
     def add(self, span: tuple[int, int]) -> None:
         """Number a span of addresses; earlier ones that it overlaps are no more."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,8 +32,12 @@ _VALUES = frozenset((type(None), int, float, str, bool, torch.dtype))
 
 
 def is_replayable(tensor: Tensor) -> bool:
-    """Whether calls on ``tensor`` may be repeated: on NVIDIA, as AMD's kernels also depend on a storage's size."""
-    return tensor.is_cuda and torch.version.hip is None and not torch._C._len_torch_dispatch_stack()
+    """Whether calls on ``tensor`` may be repeated: on NVIDIA, as AMD's kernels also depend on a storage's size.
+
+    Dispatch modes would not see what is repeated. A recording does: of eighteen blocks, four kinds are worked out.
+    """
+    modes = torch._C._len_torch_dispatch_stack()
+    return tensor.is_cuda and torch.version.hip is None and modes == launch_hook.recordings
 
 
 def replayed(function: Function) -> Function:
@@ -53,11 +57,16 @@ def replayed(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
-class Known(NamedTuple):
-    """A plan, and the same for C where C can repeat it."""
+class Known:
+    """A plan, and the same for C from its first use on."""
 
-    plan: Plan
-    native: Any | None
+    def __init__(self, plan: Plan, device: int):
+        self.plan, self._device = plan, device
+
+    @functools.cached_property
+    def native(self) -> Any | None:
+        """The plan as C takes it; None where C cannot repeat it."""
+        return native_plan.build(self.plan, self._device)
 
 
 class Calls:
@@ -94,12 +103,12 @@ class Calls:
         if len(self.kinds) >= MOST:
             self.forget()
         without = "again" if known == "new" else None
-        self.kinds[kind] = without if plan is None else Known(plan, native_plan.build(plan, args[0]))
+        self.kinds[kind] = without if plan is None else Known(plan, args[0].get_device())
         return results
 
     def _repeat(self, known: Known, args: tuple) -> Any:
         """C finds no plan for this call, or may not repeat it: launch hooks are set, or another device was current."""
-        module = None if known.native is None else native_plan.library()
+        module = native_plan.library() if launch_hook.recordings == 0 and known.native is not None else None
         key = module and module.key(args)
         if key is not None:
             if len(self.native) >= MOST:

@@ -120,7 +120,7 @@ def blocks_fwd(x: Tensor, blocks: tuple[BlockCall, ...], dtype: torch.dtype) -> 
     """
     results: list[Tensor | None] = []
     for block in blocks:
-        x, *kept = block_fwd.__wrapped__(x, *block, dtype)
+        x, *kept = block_fwd(x, *block, dtype)
         results += (*kept, x)
     return tuple(results)
 
@@ -141,7 +141,7 @@ def blocks_bwd(
     gradients: list[Tensor | None] = []
     for x, block, own, wanted in zip(*map(reversed, (inputs, blocks, saved, needs)), strict=True):
         weights, drop_scale, eps, act, _ = block
-        dy, *grads = block_bwd.__wrapped__(dy, x, own, weights, drop_scale, eps, act, dtype, *wanted)
+        dy, *grads = block_bwd(dy, x, own, weights, drop_scale, eps, act, dtype, *wanted)
         gradients = grads + gradients
     return (dy, *gradients)
 
@@ -282,11 +282,11 @@ def steps(
     results = []
     for number, (weights, eps, act) in enumerate(steps):
         if isinstance(weights, FrozenBlock):
-            x = frozen_block_fwd.__wrapped__(x, weights, eps, act, dtype)
+            x = frozen_block_fwd(x, weights, eps, act, dtype)
         elif isinstance(weights, BlockWeights):
-            x = block_fwd.__wrapped__(x, weights, None, eps, act, 2, dtype)[0]
+            x = block_fwd(x, weights, None, eps, act, 2, dtype)[0]
         else:
-            x = _PATCHES[type(weights)].__wrapped__(x, weights, eps, dtype)
+            x = _PATCHES[type(weights)](x, weights, eps, dtype)
         if number in ends:
             results.append(x)
     return tuple(results)

@@ -218,6 +218,34 @@ def test_scratch_memory_is_shared_by_what_is_never_in_use_together():
     assert all(one[1] == other[0] for one, other in itertools.pairwise(places))
 
 
+def test_calls_within_a_recording_are_repeated_and_become_part_of_its_plan(device, monkeypatch):
+    kernel, worked_out, by_python = Kernel(), [], []
+    monkeypatch.setattr(Kernel, "__getitem__", lambda *_: lambda *values, stream: by_python.append(values), False)
+    monkeypatch.setattr(recording, "driver", mock.MagicMock())
+
+    @replaying.replayed
+    def step(x):
+        worked_out.append(x)
+        scratch, y = torch.empty(8), torch.empty_like(x)
+        launched(kernel, (1,), x, 1, 1.0, 0, scratch)
+        launched(kernel, (1,), scratch, 2, 1.0, 0, y)
+        return y
+
+    def chain(x):
+        first = step(x)
+        return first, step(step(first))
+
+    call = known(chain, X)
+    assert (len(worked_out), len(by_python)) == (1, 4)
+    first, last = call(X)
+    assert (len(worked_out), len(by_python)) == (1, 4)
+    ends = [(launch[-1][0], launch[-1][3]) for launch in device.launches]
+    assert [number for *_, (_, number, *_) in device.launches] == [1, 2] * 3
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(ends))
+    assert (ends[0][0], ends[1][1], ends[5][1]) == (X.data_ptr(), first.data_ptr(), last.data_ptr())
+    assert all(read != written for read, written in ends)
+
+
 def test_hooks_of_a_profiler_hear_every_launch(device):
     """Then Triton's own launcher launches, which calls them."""
     call = known(scaled(Kernel()), X, WEIGHT)
@@ -344,12 +372,11 @@ def test_a_kernel_that_takes_other_parameters(device, ptx):
     native_plan._warn.cache_clear()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        call = known(scaled(Kernel(ptx=ptx)), X, WEIGHT)
-        known(scaled(Kernel(ptx=ptx)), X, WEIGHT)
+        calls = [known(scaled(Kernel(ptx=ptx)), X, WEIGHT) for _ in range(2)]
+        with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
+            assert [call(X, WEIGHT) for call in calls] == ["by Python"] * 2
     assert len(told) == 1
     assert "takes parameters" in str(told[0].message)
-    with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
-        assert call(X, WEIGHT) == "by Python"
 
 
 def test_more_tensors_than_c_has_room_for(device):
@@ -376,13 +403,13 @@ def test_without_a_compiler_python_repeats(device, monkeypatch):
     native_plan._warn.cache_clear()
     monkeypatch.setattr(native_plan, "compile_module_from_src", fail)
     try:
-        with pytest.warns(UserWarning, match=r"Failed to find C compiler.*install a C compiler"):
-            call = known(scaled(Kernel()), X, WEIGHT)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            known(scaled(Kernel()), X, WEIGHT)
+        calls = [known(scaled(Kernel()), X, WEIGHT) for _ in range(2)]
         with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
-            assert call(X, WEIGHT) == "by Python"
+            with pytest.warns(UserWarning, match=r"Failed to find C compiler.*install a C compiler"):
+                assert calls[0](X, WEIGHT) == "by Python"
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert [call(X, WEIGHT) for call in calls] == ["by Python"] * 2
     finally:
         native_plan.library.cache_clear()
 
@@ -395,7 +422,7 @@ def test_numbers_that_do_not_fit_are_refused(device, offender):
     else:
         plan.results[0] = plan.results[0]._replace(allocation=2)
     with pytest.raises(ValueError, match="do not fit"):
-        native_plan.build(plan, X)
+        native_plan.build(plan, -1)
 
 
 def test_an_address_is_in_the_newest_memory_that_has_it():
