@@ -89,6 +89,8 @@ CONTENDERS: dict[str, Callable[[str, float], nn.Module]] = {
     "graphed fused": ours,
     "compile fused": lambda *of: torch.compile(ours(*of)),
     "compile fuse(timm)": lambda *of: torch.compile(fused(timm_model(*of))),
+    "compile transformers": lambda *of: torch.compile(transformers_model(*of)),
+    "compile fuse(transformers)": lambda *of: torch.compile(fused(transformers_model(*of))),
 }
 """How the model of each contender is made; "frozen" is for inference alone, "graphed" and "recompute" for training."""
 
