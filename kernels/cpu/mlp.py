@@ -60,15 +60,34 @@ class Mlp(ParallelKernel):
 
     def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
         """y of the units from ``first`` up to ``last``."""
-        e, given, (channels, hidden, saves, scaled) = self.e, self.given, self.sizes
-        n, ldn = self.scratch, channels + PADDING
-        h = e.at(n, e.times(self.scratch_rows, ldn)), hidden + PADDING
-        u, x, y = (e.at(given[name], e.times(start, channels)) for name in ("u", "x", "y"))
-        a = e.at(given["a"], e.times(start, hidden)), hidden
+        h = self.e.at(self.scratch, self.e.times(self.scratch_rows, self.sizes.channels + PADDING))
+        self.normalise_rows(start, count)
+        self.multiply(self.fc1, self.scratch, count, *self.hidden_places(h, start))
+        self.barrier()
+        self.second_product(h, start, count)
+
+    def normalise_rows(self, start: ir.Value, count: ir.Value) -> None:
+        """n of ``count`` pixels from ``start`` on, in scratch memory."""
+        e, given, channels = self.e, self.given, self.sizes.channels
+        u = e.at(given["u"], e.times(start, channels))
 
         def normalise_row(r: ir.Value) -> None:
-            places = e.at(u, e.times(r, channels)), e.at(n, e.times(r, ldn))
+            places = e.at(u, e.times(r, channels)), e.at(self.scratch, e.times(r, channels + PADDING))
             e.builder.call(self.normalise, [*places, self.epsilon, given["ln_weight"], given["ln_bias"]])
+
+        self.mine(0, count, normalise_row)
+        self.barrier()
+
+    def hidden_places(self, h: ir.Value, start: ir.Value) -> list[tuple[ir.Value, int]]:
+        """What ``fc1`` writes: h, and a if it is saved."""
+        hidden = self.sizes.hidden
+        a = self.e.at(self.given["a"], self.e.times(start, hidden)), hidden
+        return [(h, hidden + PADDING), *[a] * self.sizes.saves]
+
+    def second_product(self, h: ir.Value, start: ir.Value, count: ir.Value) -> None:
+        """y from h."""
+        e, given, (channels, _, _, scaled) = self.e, self.given, self.sizes
+        x, y = (e.at(given[name], e.times(start, channels)) for name in ("x", "y"))
 
         def scale_row(r: ir.Value) -> None:
             factor = e.spread(e.scalar(given["scale"], e.plus(start, r)))
@@ -79,11 +98,7 @@ class Mlp(ParallelKernel):
 
             e.loop(0, channels, e.lanes, vector)
 
-        self.mine(0, count, normalise_row)
-        self.barrier()
-        self.multiply(self.fc1, n, count, *([h, a] if saves else [h]))
-        self.barrier()
-        self.multiply(self.fc2, h[0], count, *([(y, channels)] if scaled else [(y, channels), (x, channels)]))
+        self.multiply(self.fc2, h, count, *([(y, channels)] if scaled else [(y, channels), (x, channels)]))
         self.barrier()
         if scaled:
             self.mine(0, count, scale_row)

@@ -82,6 +82,14 @@ def numbers_of_rows(rows: int, chunk: int, eps: float, threads: int) -> dict[str
     return numbers(1, (1, rows), (1, rows), eps, threads) | shares
 
 
+def numbers_of_samples(
+    machine: Machine, samples: int, pixels: int, weight: int, eps: float, threads: int
+) -> dict[str, int]:
+    """``NUMBERS`` for samples of a number of pixels, each one image row, in chunks of about `rows_of_chunk`."""
+    given, rows = numbers(samples, (1, pixels), (1, pixels), eps, threads), samples * pixels
+    return given | {"units": max(given["units"], rows_of_chunk(machine, weight, rows) // given["unit"])}
+
+
 def scratch_rows(machine: Machine, unit: int, units: int) -> int:
     """Rows of scratch memory that a thread needs; the last tile may be larger than what is left of a chunk."""
     return unit * units + machine.rows
@@ -198,6 +206,10 @@ class ParallelKernel:
         """The number of a unit's first pixel in the whole result."""
         row, left = self.row_and_left(unit)
         return self.e.plus(self.e.times(row, self.given["width"]), left)
+
+    def rows_of(self, unit: ir.Value, start: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """A unit's first row and the one past its last, counted from pixel ``start``."""
+        return tuple(self.e.minus(self.first_pixel(u), start) for u in (unit, self.e.plus(unit, 1)))
 
     def product(
         self, weight: str, bias: str, depth: int, columns: int, end: Epilogue = store, arrays: int = 1

@@ -1,4 +1,5 @@
-"""`mlp.mlp_fwd` and `mlp_bwd` with ConvNeXt V2's global response norm between the linear layers, by ATen calls.
+"""`mlp.mlp_fwd` and `mlp_bwd` with ConvNeXt V2's global response norm between the linear layers: kernels for x86 where
+they serve (`llvm_grn_mlp`), else ATen calls.
 
 For h = act(n·w1ᵀ + b1), its norms G over the pixels of each sample, γ and β of the global response norm:
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.weights import GRN_EPS
+from . import llvm_grn_mlp, llvm_mlp
 from .aten_layers import Mlp, Norm, activation, activation_and_bwd_, linear, sum_dtype
 from .mlp import plus, plus_product, row_scale
 
@@ -55,9 +57,11 @@ class ResponseNorm(NamedTuple):
 
         row_bytes: of the hidden activations of a row.
         """
+        count = rows // self.pixels
         size = 1 if alone else max(1, _CACHE_BYTES // (self.pixels * row_bytes))
-        for start in range(0, max(rows // self.pixels, 1), size):
-            yield slice(start, start + size), slice(start * self.pixels, (start + size) * self.pixels)
+        for start in range(0, max(count, 1), size):
+            stop = min(start + size, count)
+            yield slice(start, stop), slice(start * self.pixels, stop * self.pixels)
 
 
 def grn_mlp_fwd(
@@ -70,11 +74,14 @@ def grn_mlp_fwd(
     save_hidden: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y, a = norm(x)·w1ᵀ + b1 if ``save_hidden``, and G (N, K) in at least float32; arguments as of `mlp.mlp_fwd`."""
+    scale, machine = row_scale(drop_scale, x), llvm_grn_mlp.machine_for((x, residual), mlp, norm, grn)
+    if machine is not None and llvm_mlp.forward_pays(len(x), mlp):
+        return llvm_grn_mlp.grn_mlp_fwd(machine, x, residual, norm, mlp, grn, scale, save_hidden)
     dtype, (hidden, channels), pixels = x.dtype, mlp.w1.shape, grn.pixels
     mlp = mlp.to(dtype)
     if grn.beta is not None:
         mlp = mlp._replace(b2=torch.addmv(mlp.b2, mlp.w2, grn.beta.to(dtype)))
-    scale, y = row_scale(drop_scale, x), torch.empty_like(residual)
+    y = torch.empty_like(residual)
     saved = x.new_empty(len(x), hidden) if save_hidden else None
     norms = x.new_empty(len(x) // pixels, hidden, dtype=sum_dtype(dtype))
     scales_w2 = pixels > channels
@@ -105,8 +112,11 @@ def grn_mlp_bwd(
     drop_scale: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """As `mlp.mlp_bwd`, then dγ and dβ of the global response norm; a and norms as saved, or None to compute them."""
+    scale, machine = row_scale(drop_scale, x), llvm_grn_mlp.machine_for((dy, x, a), mlp, norm, grn)
+    if machine is not None:
+        return llvm_grn_mlp.grn_mlp_bwd(machine, dy, x, a, norm, mlp, grn, scale)
     dtype, wide, hidden, pixels = x.dtype, sum_dtype(x.dtype), len(mlp.w1), grn.pixels
-    scale, original, mlp = row_scale(drop_scale, x), mlp, mlp.to(dtype)
+    original, mlp = mlp, mlp.to(dtype)
     dx = torch.empty_like(x)
     dw1 = db1 = e = t = dg = dbeta = d_gamma = None
     for samples, rows in grn.blocks(len(x), 3 * hidden * x.element_size(), False):

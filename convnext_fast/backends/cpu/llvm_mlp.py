@@ -49,44 +49,67 @@ def mlp_fwd(machine, x, residual, norm, mlp, scale, save_hidden, overwrite) -> t
     w1, w2 = pack(machine, mlp.w1, None, True), pack(machine, mlp.w2, mlp.gamma, True)
     kernels = llvm.launchers()
     sizes = kernels.MlpSizes(channels, hidden, save_hidden, scale is not None)
-    given = x, residual, y, a, dense(scale), *_affine(x, norm), w1, dense(mlp.b1), w2, dense(b2)
+    given = x, residual, y, a, dense(scale), *affine(x, norm), w1, dense(mlp.b1), w2, dense(b2)
     kernels.run_rows(machine, sizes, len(x), norm.eps, *addresses(given))
     return y, a
+
+
+class Operands:
+    """The gradients of x and of the weights, and the operands of the latter, of a block of at most ``rows``."""
+
+    def __init__(self, machine: Any, x: Tensor, channels: int, hidden: int, rows: int):
+        self.machine, self.channels, self.totals = machine, channels, []
+        padding, room = llvm.launchers().PADDING, rows + machine.rows  # the last tile reads them
+        n, dz = x.new_empty(2, room, channels + padding)
+        h, da = x.new_empty(2, room, hidden + padding)
+        self.padded = n, dz, h, da
+        self.dx, self.dw1, self.dw2 = torch.empty_like(x), x.new_empty(hidden, channels), x.new_empty(channels, hidden)
+
+    def add(self, sums: Tensor, rows: slice) -> None:
+        """Add a block, whose kernel has run, to the gradients of the weights."""
+        self.totals.append(sums.sum(0))
+        (n, dz, h, da), kernels = self.padded, llvm.launchers()
+        for left, right, out in ((dz, h, self.dw2), (da, n, self.dw1)):
+            sizes, adds = kernels.WeightGradSizes(*out.shape), int(rows.start > 0)
+            kernels.run(self.machine, sizes, *addresses((left, right, out)), rows.stop - rows.start, adds)
+
+    def results(self, norm: Norm) -> tuple[Tensor | None, ...]:
+        """(dw2, without γ, dw1, db1, Σ dz, dg, dβ)."""
+        parts = torch.stack(self.totals).sum(0).split((len(self.dw1), *[self.channels] * 3))
+        # Results of an operator share no memory.
+        db1, t, dg, dbeta = (part.clone() for part in parts)
+        dg, dbeta = (None if p is None else d for p, d in ((norm.weight, dg), (norm.bias, dbeta)))
+        return self.dw2, self.dw1, db1, t, dg, dbeta
+
+
+def weights_of_backward(machine: Any, x: Tensor, a: Tensor | None, norm: Norm, mlp: Mlp) -> tuple[Tensor | None, ...]:
+    """The arguments of the backward's kernel from LayerNorm's affine on."""
+    w1 = pack(machine, mlp.w1, None, True) if a is None else None
+    weights = w1, mlp.b1, pack(machine, mlp.w2, mlp.gamma, False), pack(machine, mlp.w1, None, False)
+    return *affine(x, norm), *map(dense, weights), x.new_zeros(max(mlp.w1.shape))
 
 
 def mlp_bwd(machine, dy, x, a, norm, mlp, scale) -> tuple[Tensor | None, ...]:
     """As `mlp.mlp_bwd`, whose arguments it takes; scale: (P, 1)."""
     kernels, (hidden, channels) = llvm.launchers(), mlp.w1.shape
-    dx, e, dw1 = torch.empty_like(x), x.new_empty(channels, hidden), x.new_empty(hidden, channels)
-    w1 = pack(machine, mlp.w1, None, True) if a is None else None
-    weights = w1, mlp.b1, pack(machine, mlp.w2, mlp.gamma, False), pack(machine, mlp.w1, None, False)
-    given = *_affine(x, norm), *map(dense, weights), x.new_zeros(max(channels, hidden))
-    sizes = kernels.MlpBwdSizes(channels, hidden, a is not None, scale is not None)
-    scale, totals = dense(scale), []
-    ldn, ldh = channels + kernels.PADDING, hidden + kernels.PADDING
-    blocks = row_blocks(len(x), 2 * (ldn + ldh) * x.element_size(), _MOST_ROWS, _BLOCK_BYTES)
-    room = blocks[0].stop + machine.rows  # the last tile reads them
-    n, dz = x.new_empty(2, room, ldn)
-    h, da = x.new_empty(2, room, ldh)
+    given = weights_of_backward(machine, x, a, norm, mlp)
+    sizes, scale = kernels.MlpBwdSizes(channels, hidden, a is not None, scale is not None), dense(scale)
+    row_bytes = 2 * (channels + hidden + 2 * kernels.PADDING) * x.element_size()
+    blocks = row_blocks(len(x), row_bytes, _MOST_ROWS, _BLOCK_BYTES)
+    operands = Operands(machine, x, channels, hidden, blocks[0].stop)
     for rows in blocks:
         count = rows.stop - rows.start
         chunks = -(-count // kernels.rows_of_chunk(machine, channels * hidden, count))
         sums = x.new_empty(chunks, hidden + 3 * channels)
-        pixels = (None if t is None else t[rows] for t in (dy, x, a, scale, dx))
-        kernels.run_rows(machine, sizes, count, norm.eps, *addresses((*pixels, n, dz, h, da, sums, *given)))
-        totals.append(sums.sum(0))
-        for left, right, out in ((dz, h, e), (da, n, dw1)):
-            shape = kernels.WeightGradSizes(*out.shape)
-            kernels.run(machine, shape, *addresses((left, right, out)), count, int(rows.start > 0))
-    parts = torch.stack(totals).sum(0).split((hidden, channels, channels, channels))
-    # Results of an operator share no memory.
-    db1, t, dg, dbeta = (part.clone() for part in parts)
-    dg, dbeta = (None if p is None else d for p, d in ((norm.weight, dg), (norm.bias, dbeta)))
+        pixels = (None if t is None else t[rows] for t in (dy, x, a, scale, operands.dx))
+        kernels.run_rows(machine, sizes, count, norm.eps, *addresses((*pixels, *operands.padded, sums, *given)))
+        operands.add(sums, rows)
+    e, dw1, db1, t, dg, dbeta = operands.results(norm)
     if mlp.gamma is None:
-        return dx, dg, dbeta, dw1, db1, e, t, None
+        return operands.dx, dg, dbeta, dw1, db1, e, t, None
     dot, w2, gamma = x.new_empty(channels), dense(mlp.w2), dense(mlp.gamma)
     kernels.run(machine, kernels.LayerScaleSizes(channels, hidden), *addresses((e, w2, gamma, dot)))
-    return dx, dg, dbeta, dw1, db1, e, t * gamma, dot.addcmul_(mlp.b2, t)
+    return operands.dx, dg, dbeta, dw1, db1, e, t * gamma, dot.addcmul_(mlp.b2, t)
 
 
 def pack(machine: Any, weight: Tensor, scale: Tensor | None, transposed: bool) -> Tensor:
@@ -98,7 +121,8 @@ def pack(machine: Any, weight: Tensor, scale: Tensor | None, transposed: bool) -
     return packed
 
 
-def _affine(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+def affine(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """LayerNorm's weight and bias, 1 and 0 where there are none."""
     weight = x.new_ones(x.shape[1]) if norm.weight is None else norm.weight
     bias = x.new_zeros(x.shape[1]) if norm.bias is None else norm.bias
     return dense(weight), dense(bias)
