@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import llvm, llvm_mlp
 from .llvm import dense
-from .llvm_mlp import addresses, pack
+from .llvm_mlp import pack
 
 _BLOCK_BYTES = 32 << 20
 """Of a block in the backward, if it has several samples: its n, dz, h and da stay near the last-level cache."""
@@ -40,7 +40,7 @@ def grn_mlp_fwd(machine, x, residual, norm, mlp, grn, scale, save_hidden) -> tup
     for samples, rows in blocks:
         parts = (None if t is None else t[rows] for t in (x, residual, y, a, scale))
         tensors = *parts, *given, norms[samples], h, squares
-        kernels.run_samples(machine, sizes, len(norms[samples]), grn.pixels, norm.eps, *addresses(tensors))
+        kernels.run_samples(machine, sizes, len(norms[samples]), grn.pixels, norm.eps, *llvm_mlp.addresses(tensors))
     return y, a, norms
 
 
@@ -58,7 +58,7 @@ def grn_mlp_bwd(machine, dy, x, a, norm, mlp, grn, scale) -> tuple[Tensor | None
         sums, products = x.new_empty(count * units, hidden + 3 * channels), x.new_empty(count * units, 3, hidden)
         pixels = (None if t is None else t[rows] for t in (dy, x, a, scale, operands.dx))
         tensors = *pixels, *operands.padded, sums, *given, d_gamma[samples], products
-        kernels.run_samples(machine, sizes, count, grn.pixels, norm.eps, *addresses(tensors))
+        kernels.run_samples(machine, sizes, count, grn.pixels, norm.eps, *llvm_mlp.addresses(tensors))
         operands.add(sums, rows)
         d_beta.append(products[:, 2].sum(0))
     dw2, dw1, db1, db2, dg, dbeta = operands.results(norm)

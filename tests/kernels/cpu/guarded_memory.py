@@ -12,8 +12,9 @@ from convnext_fast.kernels.cpu import launching
 from convnext_fast.kernels.cpu.machine import AVX2, AVX512
 from frozen_support import frozen_v2_weights, frozen_weights
 
-from convnext_fast.backends.cpu import llvm, llvm_grn, llvm_mlp
+from convnext_fast.backends.cpu import llvm, llvm_grn, llvm_grn_mlp, llvm_mlp
 from convnext_fast.backends.cpu.aten_layers import Mlp, Norm
+from convnext_fast.backends.cpu.grn_mlp import ResponseNorm
 
 PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -112,8 +113,11 @@ def elementwise(machine, count):
             assert all(map(torch.equal, held, expected))
 
 
-def rows_alone(machine, rows, channels, hidden, scaled, saves):
-    """Forward and backward of the MLP, which launch their kernels themselves: every tensor of a launch is guarded."""
+def rows_alone(machine, rows, channels, hidden, scaled, saves, samples=0):
+    """Forward and backward of the MLP, which launch their kernels themselves: every tensor of a launch is guarded.
+
+    samples: V2's, for that many samples.
+    """
     u, residual, dy = torch.randn(3, rows, channels)
     norm = Norm(*torch.randn(2, channels), 1e-6)
     weights = torch.randn(hidden, channels), torch.randn(hidden), torch.randn(channels, hidden)
@@ -121,6 +125,11 @@ def rows_alone(machine, rows, channels, hidden, scaled, saves):
     scale = torch.rand(rows, 1) if scaled else None
 
     def step():
+        if samples:
+            v2 = norm, mlp._replace(gamma=None), ResponseNorm(*torch.ones(2, hidden), rows // samples), scale
+            y, a, norms = llvm_grn_mlp.grn_mlp_fwd(machine, u, residual, *v2, saves)
+            grads = llvm_grn_mlp.grn_mlp_bwd(machine, dy, u, a, *v2)
+            return [y, norms, *(grad for grad in grads if grad is not None)]
         y, a = llvm_mlp.mlp_fwd(machine, u, residual, norm, mlp, scale, saves, overwrite=False)
         return [y, *llvm_mlp.mlp_bwd(machine, dy, u, a, norm, mlp, scale)]
 
@@ -162,6 +171,9 @@ if __name__ == "__main__":
             convolution(machine, *case)
             print("ok", machine.lanes, *case)
         for case in ((1, 16, 16, False, True), (70, 48, 80, True, False), (229, 32, 128, False, False)):
+            rows_alone(machine, *case)
+            print("ok", machine.lanes, *case)
+        for case in ((1, 16, 16, False, True, 1), (70, 48, 80, True, False, 7), (2 * 131, 32, 128, False, False, 2)):
             rows_alone(machine, *case)
             print("ok", machine.lanes, *case)
         elementwise(machine, 16 * 37)
