@@ -197,12 +197,12 @@ def weight_grad_config(
     """(configuration, rows of a share) of the backward kernel that owns hidden units.
 
     ``saved``: a was; ``grn``: with a global response norm; lean: neither; ``half``: u is float16. The sums take 2·C
-    registers-worth a hidden unit. Without warp-group MMA fewer loads ahead (96 channels), or 2 warps of half the rows
-    and hidden units, or beyond 96 channels fewer hidden units keep them from spilling. Parts of 16 channels take twice
-    the rows, for loads of 16 bytes, where these do not spill. As many shares as give every processor about two
-    programs, or one of 8 warps; a share is a multiple of BLOCK_M. Programs that share the sums take 128 hidden units,
-    for every program reads its pixels anew; with 96 channels on sm_90 that takes 86 to 89 % of the whole backward's
-    time, but in float16 it spills.
+    registers-worth a hidden unit. With a norm one stage on sm_90 (128 channels), and without warp-group MMA fewer loads
+    ahead (96 channels), or 2 warps of half the rows and hidden units, or beyond 96 channels fewer hidden units keep
+    them from spilling. Parts of 16 channels take twice the rows, for loads of 16 bytes, where these do not spill. As
+    many shares as give every processor about two programs, or one of 8 warps; a share is a multiple of BLOCK_M.
+    Programs that share the sums take 128 hidden units, for every program reads its pixels anew; with 96 channels on
+    sm_90 that takes 86 to 89 % of the whole backward's time, but in float16 it spills.
     """
     narrow = split_width(channels, target)[-1][1] == 16
     lean = not (saved or grn)
@@ -211,7 +211,8 @@ def weight_grad_config(
     elif target in WARP_GROUPS and narrow and not (grn and channels > 48):
         config = FusedConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2 if lean else 1)
     elif target in WARP_GROUPS or target == "gfx942" or (channels <= 64 and lean and not narrow):
-        config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2)
+        stages = 1 if grn and target == "sm_90" and channels > 96 else 2
+        config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=stages)
     elif channels == 96 and lean and target == "sm_80":
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=1)
     elif channels <= 96:

@@ -30,7 +30,8 @@ def hidden_grad_config(channels: int, dtype: torch.dtype, target: str, sample_ro
         return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
     if target == "sm_90":  # beside a norm, and with other widths, those would spill
         depth, stages = (64, 3) if channels <= 512 else (32, 4)
-        return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=depth, num_warps=4, num_stages=stages)
+        warps = 8 if channels > 2048 else 4  # 4 spill beside the statistics of 2,816
+        return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=depth, num_warps=warps, num_stages=stages)
     columns = 32 if target == "sm_100" and channels <= 256 else 64
     if sample_rows is not None and sample_rows <= 64:
         return GemmConfig(BLOCK_M=64, BLOCK_N=columns, BLOCK_K=32, num_warps=4, num_stages=3)

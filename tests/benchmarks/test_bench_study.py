@@ -96,7 +96,8 @@ def test_plan(device, quick):
     if quick:
         assert {variant for variant, _ in cells} == {"tiny"}
     else:
-        sizes = {(v, f"{n}x224") for v in ("tiny", "small", "base", "large") for n in (1, 8, 32, 64, 128, 256)}
+        variants = "tiny", "small", "base", "large", "v2_tiny"
+        sizes = {(variant, f"{n}x224") for variant in variants for n in (1, 8, 32, 64, 128, 256)}
         assert sizes <= cells
 
 
