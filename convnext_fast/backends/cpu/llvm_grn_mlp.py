@@ -15,9 +15,6 @@ from . import llvm, llvm_mlp
 from .llvm import dense
 from .llvm_mlp import pack
 
-_BLOCK_BYTES = 32 << 20
-"""Of a block in the backward, if it has several samples: its n, dz, h and da stay near the last-level cache."""
-
 
 def machine_for(rows: tuple[Tensor | None, ...], mlp: Any, norm: Any, grn: Any) -> Any:
     """The machine of the kernels; None if not supported. rows: see `llvm_mlp.machine_for`."""

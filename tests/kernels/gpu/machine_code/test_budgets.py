@@ -46,6 +46,9 @@ SPILLS = {
     "dwconv_wgrad_tensor_core_kernel": 18,
     "_weight_kernel": 12,
 }
+# The backward of a stem of more than 256 channels, in any dtype, the most of any target. With 16 rows it would spill
+# nothing, and take 1.6 times as long by the resource model.
+WIDE_STEM_SPILLS = 42
 
 # What is reached, per pass of ConvNeXt-T at batch 128, where BUDGETS are missed or not set.
 #
@@ -78,6 +81,8 @@ def check(chosen):
     wrong = []
     for kernel, made in zip(kernels, described, strict=True):
         known = SPILLS.get(made.kernel, 0) if kernel.first.dtype.startswith("autocast") else 0
+        if made.kernel == "_stem_bwd_kernel" and kernel.launches[0].arguments["C"] > 256:
+            known = WIDE_STEM_SPILLS
         wrong += [f"{describe(kernel)}: {fault}" for fault in faults(kernel, made, known)]
     assert not wrong, "\n".join(wrong)
 
