@@ -251,7 +251,7 @@ def fc1(
         return sums
 
     heavy = save_hidden or (grn is not None and C > 512)
-    candidates = gemm_configs(K, u.dtype, target_of(u), heavy, per_sample)
+    candidates = gemm_configs(P, K, u.dtype, target_of(u), heavy, per_sample)
     sums = run(fastest(_fc1_kernel, run, candidates, u, P, (C, K, act, save_hidden, keeps, samples)))
     return h, a, None if grn is None else Scaling(few_tiles(sums), grn.weight, grn.bias)
 
@@ -286,7 +286,7 @@ def fc2(
         )  # fmt: skip
 
     grn = scaling is not None
-    candidates = gemm_configs(C, h.dtype, target_of(h), grn, per_sample if grn else None)
+    candidates = gemm_configs(P, C, h.dtype, target_of(h), grn, per_sample if grn else None)
     run(fastest(_fc2_kernel, run, candidates, h, P, (C, K, y.dtype, samples)))
     return y
 

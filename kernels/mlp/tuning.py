@@ -42,6 +42,15 @@ class GemmConfig:
     num_stages: int
 
 
+_SMALL = (
+    GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=128, num_warps=4, num_stages=4),
+    GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=5),
+    GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
+)
+_WIDE = GemmConfig(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
+_TALL = GemmConfig(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+
+
 @remembered
 def split_width(channels: int, target: str) -> tuple[tuple[int, int], ...]:
     """Parts (first channel, width) that cover ``channels``; widths are powers of two of at least 16, an MMA's depth.
@@ -134,17 +143,44 @@ def fused_configs(channels: int, hidden: int, lean: bool, target: str, grn: bool
     return wide, *others
 
 
-@remembered
 def gemm_configs(
-    columns: int, dtype: torch.dtype, target: str, heavy: bool = False, sample_rows: int | None = None
+    rows: int, columns: int, dtype: torch.dtype, target: str, heavy: bool = False, sample_rows: int | None = None
 ) -> tuple[GemmConfig, ...]:
-    """Configurations of a GEMM of ``columns`` columns with a fused epilogue, the default first.
+    """Configurations of a GEMM of ``rows`` by ``columns`` with a fused epilogue, the default first.
 
-    ``sample_rows``: where every sample has tiles of its own, its rows. Up to 64 a tile of 128 would be half empty, and
-    on sm_100 4 warps would spill beyond 8,192 columns.
+    ``heavy``: a is saved beside h, or there is a global response norm. ``sample_rows``: where every sample has tiles of
+    its own, its rows.
+
+    On sm_90, by the resource model: the smallest tiles that do not outnumber the processors, with many loads ahead; and
+    where there are two large ones a processor, these, which read three quarters of a square's bytes through L2.
+    """
+    usual = _gemm_configs(columns, dtype, target, heavy, sample_rows)
+    if target != "sm_90" or dtype == torch.float32 or sample_rows is not None:
+        return usual
+    for config in _SMALL:
+        if count_tiles(rows, columns, config) <= PROCESSORS[target]:
+            return config, *usual[:3]
+    large = _WIDE if columns % _WIDE.BLOCK_N == 0 else _TALL
+    if not heavy and columns <= 3072 and count_tiles(rows, columns, large) >= 2 * PROCESSORS[target]:
+        return large, *usual[:3]
+    return usual
+
+
+def count_tiles(rows: int, columns: int, config: GemmConfig) -> int:
+    """Tiles of a GEMM."""
+    return cdiv(rows, config.BLOCK_M) * cdiv(columns, config.BLOCK_N)
+
+
+@remembered
+def _gemm_configs(
+    columns: int, dtype: torch.dtype, target: str, heavy: bool, sample_rows: int | None
+) -> tuple[GemmConfig, ...]:
+    """``gemm_configs`` of a number of rows between few and many.
+
+    Up to 64 rows of a sample a tile of 128 would be half empty, and on sm_100 4 warps would spill beyond 8,192 columns.
 
     On sm_90 4 warps, two programs a processor, take 71 to 89 % of the time of 8 warps; beyond 3,072 columns, or where
-    it is ``heavy`` (a is saved beside h, or there is a global response norm), they would spill.
+    it is ``heavy``, they would spill.
     """
     if dtype == torch.float32:
         return (GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),)
@@ -233,15 +269,25 @@ def stem_config(channels: int) -> GemmConfig:
     return GemmConfig(BLOCK_M=rows, BLOCK_N=width, BLOCK_K=16, num_warps=4 if width <= 256 else 8, num_stages=1)
 
 
-def downsample_config(columns: int, dtype: torch.dtype, wide: bool, target: str) -> GemmConfig:
+def downsample_config(rows: int, columns: int, dtype: torch.dtype, wide: bool, target: str) -> GemmConfig:
     """Configuration of the downsampling GEMM: its left operand is normalised in registers on the way.
 
-    That is done anew for every tile of columns, so sm_90 takes wide ones: half to four fifths of the time.
+    That is done anew for every tile of columns, so sm_90 takes wide ones: half to four fifths of the time. Few pixels
+    take 16 rows a tile, whose chain is shorter, many 128, which read fewer weights: by the resource model.
 
-    ``wide``: x is float32 beside weights of 16 bits, so that a step of 64 would spill.
+    ``wide``: x is float32 beside weights of 16 bits, so that a step of 64, or 128 rows, would spill.
     """
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
-    if target == "sm_90" and columns > 128:
-        return GemmConfig(BLOCK_M=64, BLOCK_N=256, BLOCK_K=32, num_warps=8, num_stages=3)
-    return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32 if wide else 64, num_warps=4, num_stages=2)
+    usual = GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32 if wide else 64, num_warps=4, num_stages=2)
+    if target != "sm_90":
+        return usual
+    few = GemmConfig(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3)
+    if count_tiles(rows, columns, few) <= 4 * PROCESSORS[target]:
+        return few
+    many = GemmConfig(BLOCK_M=128, BLOCK_N=256, BLOCK_K=32, num_warps=8, num_stages=3)
+    if columns <= 128:
+        return usual
+    if wide or count_tiles(rows, columns, many) < 2 * PROCESSORS[target]:
+        return dataclasses.replace(many, BLOCK_M=64)
+    return many

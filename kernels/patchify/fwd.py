@@ -229,7 +229,7 @@ def downsample_fwd(x: Tensor, wg: Tensor, bg: Tensor, eps: float, out_dtype: tor
     HO, WO = H // KH, W // KW
     P = B * HO * WO
     out = torch.empty((B, HO, WO, N), dtype=out_dtype, device=x.device)
-    config = downsample_config(N, wg.dtype, x.dtype != wg.dtype, target_of(x))
+    config = downsample_config(P, N, wg.dtype, x.dtype != wg.dtype, target_of(x))
     launch(
         _downsample_kernel, (cdiv(P, config.BLOCK_M) * cdiv(N, config.BLOCK_N),),
         x, wg, bg, out, P, H, W, HO, WO, eps,

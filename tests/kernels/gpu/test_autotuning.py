@@ -101,7 +101,7 @@ def test_a_cpu_takes_the_default(monkeypatch):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_candidates_are_few_and_differ(channels, lean, target):
     fused = fused_configs(channels, 4 * channels, lean, target)
-    for candidates in (fused, gemm_configs(channels, torch.float16, target)):
+    for candidates in (fused, *(gemm_configs(rows, channels, torch.float16, target) for rows in (49, 4096, 100_000))):
         assert 1 < len(set(candidates)) == len(candidates) <= 4
 
 

@@ -3,7 +3,14 @@ from itertools import pairwise
 import pytest
 import torch
 from convnext_fast.kernels.integers import cdiv
-from convnext_fast.kernels.mlp.tuning import dot_precision, split_width, split_width_bwd
+from convnext_fast.kernels.mlp.tuning import (
+    count_tiles,
+    dot_precision,
+    downsample_config,
+    gemm_configs,
+    split_width,
+    split_width_bwd,
+)
 from convnext_fast.kernels.mlp.tuning_bwd import downsample_weight_config, weight_grad_config
 from convnext_fast.kernels.targets import PROCESSORS, TARGETS
 
@@ -37,6 +44,29 @@ def test_programs_of_the_weight_gradients_fill_the_chip(channels, target, dtype)
     ):
         tiles = products * cdiv(columns, config.BLOCK_M) * cdiv(channels, config.BLOCK_N)
         assert PROCESSORS[target] / 2 < tiles * cdiv(rows, share) <= max(tiles, 3.1 * PROCESSORS[target])
+
+
+@pytest.mark.parametrize("columns", [320, 384, 768, 1536, 3072, 8192])
+def test_tiles_grow_with_the_number_of_rows(columns):
+    """On sm_90; the small ones run all at once, and of the large ones every processor has two."""
+    areas = []
+    for rows in [49 * 2**i for i in range(16)]:
+        config = gemm_configs(rows, columns, torch.bfloat16, "sm_90")[0]
+        areas.append(config.BLOCK_M * config.BLOCK_N)
+        if areas[-1] < 128 * 128:
+            assert count_tiles(rows, columns, config) <= PROCESSORS["sm_90"]
+        elif areas[-1] > 128 * 128:
+            assert count_tiles(rows, columns, config) >= 2 * PROCESSORS["sm_90"]
+    assert areas == sorted(areas)
+    assert areas[-1] == 128 * 256 or columns > 3072
+
+
+@pytest.mark.parametrize("target", set(TARGETS) - {"sm_90"})
+def test_tiles_of_other_targets_do_not_depend_on_the_number_of_rows(target):
+    few, many = (gemm_configs(rows, 384, torch.bfloat16, target) for rows in (49, 100_000))
+    assert few == many
+    few, many = (downsample_config(rows, 384, torch.bfloat16, False, target) for rows in (49, 100_000))
+    assert few == many
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 import pytest
 import torch
 from convnext_fast.kernels.autotuning import SHARES
-from convnext_fast.kernels.patchify import bwd
+from convnext_fast.kernels.mlp.tuning import downsample_config
+from convnext_fast.kernels.patchify import bwd, fwd
 from patchify_cases import DOWNSAMPLES, STEMS, check_downsample, check_stem
 
 
@@ -23,6 +24,13 @@ def test_downsample(case, dtype):
 
 def test_downsample_of_a_float32_stream_in_float16():
     check_downsample(DOWNSAMPLES[0], torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize(("rows", "x_dtype"), [(1, torch.float16), (1, torch.float32), (100_000, torch.float16)])
+def test_downsample_in_tiles_of_sm_90(rows, x_dtype, monkeypatch):
+    config = downsample_config(rows, 192, torch.float16, False, "sm_90")
+    monkeypatch.setattr(fwd, "downsample_config", lambda *a: config)
+    check_downsample((1, 4, 5, 150, 70, 2), torch.float16, x_dtype)
 
 
 @pytest.mark.parametrize("share", SHARES[1:], ids=str)

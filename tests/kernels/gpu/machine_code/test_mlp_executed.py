@@ -1,6 +1,6 @@
 import pytest
 import torch
-from convnext_fast.kernels.mlp import fused_bwd, mlp_bwd, mlp_fwd
+from convnext_fast.kernels.mlp import fused_bwd, gemm, mlp_bwd, mlp_fwd, tuning
 from convnext_fast.kernels.mlp.fused import fused_mlp_fwd
 from convnext_fast.kernels.mlp.fused_bwd import fused_mlp_bwd
 from convnext_fast.kernels.mlp.gemm import gemm_mlp_fwd
@@ -35,6 +35,14 @@ def name(value):
 def test_forward(emulating, forward, case):
     with emulating(arch=80, detect_races="rw"):
         check_forward(case, forward)
+
+
+@pytest.mark.parametrize("config", [*tuning._SMALL, tuning._WIDE, tuning._TALL], ids=str)
+def test_tiles_of_few_and_of_many_rows(emulating, config, monkeypatch):
+    """As sm_90 takes them, here of sm_80's code."""
+    monkeypatch.setattr(gemm, "gemm_configs", lambda *a: (config,))
+    with emulating(arch=80, detect_races="rw"):
+        check_forward(Case(3, 25, 72, 264, BF16), gemm_mlp_fwd)
 
 
 def test_forward_in_float32(emulating, precision):

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from convnext_fast.kernels.mlp.tuning import downsample_config
+from convnext_fast.kernels.patchify import fwd
 from patchify_cases import DOWNSAMPLES, STEMS, check_downsample, check_stem
 
 
@@ -13,6 +15,15 @@ def test_stem(emulating, dtype):
 def test_downsample(emulating, dtype):
     with emulating(arch=80, detect_races="rw"):
         check_downsample(DOWNSAMPLES[0], dtype)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
+def test_downsample_of_few_pixels(emulating, x_dtype, monkeypatch):
+    """As sm_90 takes them, here of sm_80's code."""
+    few = downsample_config(1, 128, torch.bfloat16, False, "sm_90")
+    monkeypatch.setattr(fwd, "downsample_config", lambda *a: few)
+    with emulating(arch=80, detect_races="rw"):
+        check_downsample((1, 4, 5, 150, 70, 2), torch.bfloat16, x_dtype)
 
 
 def test_float32(emulating, precision):
