@@ -1,8 +1,9 @@
 """Launch configurations of the pointwise MLP and of patchify: pure functions of shape, dtype and target.
 
 Numbers come from compiled code (registers, spills, warp-group MMA) and from executed instruction counts on sm_80.
-Those of sm_90 were timed, on H100 and H200 (ConvNeXt-T, -B, Triton 3.6), except the backward of 129 to 192 channels:
-what helps there is occupancy, two or three programs a processor, so that one's epilogue runs beside another's products.
+Those of sm_90 were timed, on H100 and H200 (ConvNeXt-T, -B, Triton 3.6), except the tiles for few and for many rows,
+which follow the resource model (bench/static_analysis), and the backward of 129 to 192 channels: what helps there is
+occupancy, two or three programs a processor, so that one's epilogue runs beside another's products.
 """
 
 from __future__ import annotations
