@@ -102,7 +102,8 @@ def test_launches_of_tiny():
     check(passes(("tiny",), ("bf16",), ("inference", "training"), (1,), ("sm_90",)))
 
 
-@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("batch", [1, 8])
 def test_launches_of_few_images(batch):
     """sm_90 takes other tiles for them."""
     check(passes(("tiny",), ("bf16", "fp16"), ("inference",), (), ("sm_90",)), batch=batch)
