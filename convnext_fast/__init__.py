@@ -17,6 +17,8 @@ del install
 if TYPE_CHECKING:
     from .keras import TFConvNextForImageClassification as TFConvNextForImageClassification
     from .keras import TFConvNextModel as TFConvNextModel
+    from .keras import TFConvNextV2ForImageClassification as TFConvNextV2ForImageClassification
+    from .keras import TFConvNextV2Model as TFConvNextV2Model
 
 __version__ = "0.1.0"
 
@@ -43,7 +45,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The Keras models, which import Keras, only when they are asked for; see ``keras/README.md``."""
-    if name in ("TFConvNextForImageClassification", "TFConvNextModel"):
+    if name.startswith("TFConvNext") and name.endswith(("Model", "ForImageClassification")):
         from . import keras
 
         return getattr(keras, name)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..hub import how_to_install
 
 MODEL_H5 = "tf_model.h5"
-_NAME = re.compile(r"(?:.*/)?(convnext/(?:embeddings|encoder|layernorm)/.+|classifier/(?:kernel|bias)):0")
+_NAME = re.compile(r"(?:.*/)?(convnext(?:v2)?/(?:embeddings|encoder|layernorm)/.+|classifier/(?:kernel|bias)):0")
 _APPLICATION = re.compile(r"(?:.*/)?(?:convnext_\w+?_)?(\w+)/(kernel|bias|gamma|beta|[Vv]ariable\w*)(?::0)?")
 _LEAVES = {"kernel": "weight", "gamma": "weight", "beta": "bias"}
 # Layers of keras.applications after the model's name, and what the official repository calls them.
@@ -65,15 +65,17 @@ def from_tensorflow(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_tensorflow(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `from_tensorflow` for a state dict under transformers' names, with or without ``convnext.``."""
     tensors = {}
+    model = "convnextv2" if any(".grn." in key for key in state) else "convnext"
     for key, tensor in state.items():
         layer, _, leaf = key.rpartition(".")
-        if leaf == "weight":
+        is_grn = layer.endswith(".grn")
+        if leaf == "weight" and not is_grn:
             leaf = "kernel" if tensor.dim() > 1 else "gamma"
         elif leaf == "bias" and state[f"{layer}.weight"].dim() == 1:
             leaf = "beta"
         # The dots before numbers stay: "encoder/stages.0/layers.0/dwconv".
-        path = re.sub(r"\.(?!\d)", "/", key if key.startswith(("convnext.", "classifier.")) else f"convnext.{key}")
-        tensors[f"{path.rpartition('/')[0]}/{leaf}:0"] = tensorflow_layout(tensor)
+        path = re.sub(r"\.(?!\d)", "/", key if key.startswith((f"{model}.", "classifier.")) else f"{model}.{key}")
+        tensors[f"{path.rpartition('/')[0]}/{leaf}:0"] = tensor if is_grn else tensorflow_layout(tensor)
     return tensors
 
 
@@ -122,15 +124,13 @@ def read_h5(path: Path) -> dict[str, Tensor]:
 
 def h5_writer(state: Mapping[str, Tensor]) -> Callable[[Path], None]:
     """A writer of a ``tf_model.h5`` of a state dict under transformers' names, for `write_files`."""
-    if any(".grn." in name for name in state):
-        raise ValueError("a ConvNeXt V2 is not written as h5: expected safetensors")
     if any(name.startswith("hidden_states_norms.") for name in state):
         raise ValueError("hidden_states_norms, a backbone's, are not written as h5: expected safetensors")
-    h5py, tensors = _h5py(), to_tensorflow(state)
-    if any(tensor.dtype not in (torch.float16, torch.float32, torch.float64) for tensor in tensors.values()):
-        raise ValueError("HDF5 has no bfloat16: expected tensors of float32, or safetensors")
+    tensors = to_tensorflow(state)
+    h5py = _h5py_for(tensors)
     layers = dict.fromkeys(name.partition("/")[0] for name in tensors)
-    model = "tf_conv_next_for_image_classification" if "classifier" in layers else "tf_conv_next_model"
+    kind = "for_image_classification" if "classifier" in layers else "model"
+    model = f"tf_conv_next_{'v2_' if 'convnextv2' in layers else ''}{kind}"
 
     def write(path: Path) -> None:
         with h5py.File(path, "w") as file:
@@ -147,6 +147,19 @@ def h5_writer(state: Mapping[str, Tensor]) -> Callable[[Path], None]:
     return write
 
 
+def h5_part_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
+    """A writer of one of several h5 files, as transformers writes those: tensors of TensorFlow by their names."""
+    h5py = _h5py_for(tensors)
+
+    def write(path: Path) -> None:
+        with h5py.File(path, "w") as file:
+            for name, tensor in tensors.items():
+                file.create_dataset(name, data=tensor.detach().cpu().numpy())
+            _set_names(file, "layer_names", list(tensors))
+
+    return write
+
+
 def _set_names(group: Any, attribute: str, names: list[str]) -> None:
     """As Keras: fixed-length strings, in several attributes where one would be too long."""
     width = max(map(len, names))
@@ -156,6 +169,12 @@ def _set_names(group: Any, attribute: str, names: list[str]) -> None:
     else:
         for i in range(0, len(names), count):
             group.attrs[f"{attribute}{i // count}"] = [name.encode() for name in names[i : i + count]]
+
+
+def _h5py_for(tensors: Mapping[str, Tensor]) -> Any:
+    if any(tensor.dtype not in (torch.float16, torch.float32, torch.float64) for tensor in tensors.values()):
+        raise ValueError("HDF5 has no bfloat16: expected tensors of float32, or safetensors")
+    return _h5py()
 
 
 def _h5py() -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from ..files import json_writer
 from .tensor_files import with_variant
 
+Writer = Callable[[Path], None]
+
 
 class WeightFiles(NamedTuple):
     """How the weights of a folder are kept; see `load_save.save_model`."""
@@ -22,56 +25,71 @@ class WeightFiles(NamedTuple):
     safe_serialization: bool = True
     max_shard_size: int | str = "5GB"
 
-    def writers(self, tensors: Mapping[str, Tensor], in_parts: bool) -> dict[str, Callable[[Path], None]]:
-        """Writers of one file or, ``in_parts``, of files of at most ``max_shard_size`` and their index.
-
-        A tensor larger than that gets a file of its own.
-        """
+    def writers(self, tensors: Mapping[str, Tensor], in_parts: bool) -> dict[str, Writer]:
+        """Writers of one file or, ``in_parts``, of files of at most ``max_shard_size`` and their index."""
         limit = size_in_bytes(self.max_shard_size)
-        shards: list[dict[str, Tensor]] = [{}]
-        size = 0
-        for key, tensor in tensors.items():
-            if in_parts and shards[-1] and size + tensor.nbytes > limit:
-                shards.append({})
-                size = 0
-            shards[-1][key] = tensor
-            size += tensor.nbytes
-        stem, suffix = self._parts()
         write = safetensors_writer if self.safe_serialization else _plain_pickle_writer
-        if len(shards) == 1:
-            return {f"{stem}{suffix}": write(tensors)}
-        names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}{suffix}" for i in range(len(shards))]
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        return {file: write(shard) for file, shard in zip(names, shards, strict=True)} | {
-            self._index(self.safe_serialization): json_writer(index)
-        }
+        return part_writers(tensors, limit if in_parts else math.inf, self._file(self.safe_serialization), write)
 
     def stale(self, directory: Path, written: Mapping[str, Any]) -> list[str]:
-        """Weights of an earlier save in the folder, which a reader could mistake for the new ones."""
-        found = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-        old: set[str] = set()
-        for safe in {True, self.safe_serialization}:
-            stem, suffix = self._replace(safe_serialization=safe)._parts()
-            pattern = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?{re.escape(suffix)}")
-            old |= {name for name in found if pattern.fullmatch(name) or name == self._index(safe)}
-        return sorted(old - written.keys())
+        """See `stale_files`."""
+        return stale_files(directory, {self._file(True), self._file(self.safe_serialization)}, written)
 
-    def _parts(self) -> tuple[str, str]:
-        name, suffix = ("model", ".safetensors") if self.safe_serialization else ("pytorch_model", ".bin")
-        return (name if self.variant is None else f"{name}.{self.variant}"), suffix
-
-    def _index(self, safe: bool) -> str:
-        return with_variant(f"{'model.safetensors' if safe else 'pytorch_model.bin'}.index.json", self.variant)
+    def _file(self, safe: bool) -> str:
+        return with_variant("model.safetensors" if safe else "pytorch_model.bin", self.variant)
 
 
-def safetensors_writer(tensors: Mapping[str, Tensor], framework: str = "pt") -> Callable[[Path], None]:
+def part_writers(
+    tensors: Mapping[str, Tensor], limit: float, file: str, write: Callable[[Mapping[str, Tensor]], Writer]
+) -> dict[str, Writer]:
+    """Writers of ``file`` or, beyond ``limit`` bytes, of several files of at most that size and their index.
+
+    A tensor larger than that gets a file of its own.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {file: write(tensors)}
+    stem, _, suffix = file.rpartition(".")
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.{suffix}" for i in range(len(shards))]
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return {name: write(shard) for name, shard in zip(names, shards, strict=True)} | {_index(file): json_writer(index)}
+
+
+def stale_files(directory: Path, files: Iterable[str], written: Mapping[str, Any]) -> list[str]:
+    """Weights of an earlier save in the folder, which a reader could mistake for those ``written``.
+
+    They are ``files``, their parts and indexes.
+    """
+    found = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    old: set[str] = set()
+    for file in files:
+        stem, _, suffix = file.rpartition(".")
+        pattern = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.{re.escape(suffix)}")
+        old |= {name for name in found if pattern.fullmatch(name) or name == _index(file)}
+    return sorted(old - written.keys())
+
+
+def _index(file: str) -> str:
+    """``model.safetensors.index.fp16.json`` of ``model.fp16.safetensors``."""
+    name, *variant, suffix = file.split(".")
+    return ".".join((name, suffix, "index", *variant, "json"))
+
+
+def safetensors_writer(tensors: Mapping[str, Tensor], framework: str = "pt") -> Writer:
     """A writer of a .safetensors file, for `write_files`; transformers reads in it whose names these are."""
     return lambda path: save_file(_packed(tensors), path, metadata={"format": framework})
 
 
-def pickle_writer(tensors: Mapping[str, Tensor], key: str | None) -> Callable[[Path], None]:
+def pickle_writer(tensors: Mapping[str, Tensor], key: str | None) -> Writer:
     """A writer of a .pth file, for `write_files`; the state dict nests under ``key`` where one is given."""
     return lambda path: torch.save(_packed(tensors) if key is None else {key: _packed(tensors)}, path)
 
@@ -89,7 +107,7 @@ def size_in_bytes(size: int | str) -> int:
     return count
 
 
-def _plain_pickle_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
+def _plain_pickle_writer(tensors: Mapping[str, Tensor]) -> Writer:
     return pickle_writer(tensors, None)
 
 

@@ -1,4 +1,4 @@
-"""ConvNeXt with the API of transformers' TensorFlow classes, as Keras 3 models for TensorFlow, JAX and PyTorch."""
+"""ConvNeXt and V2 with the API of transformers' TensorFlow classes: Keras 3 models for TensorFlow, JAX and PyTorch."""
 
 import os
 
@@ -15,5 +15,11 @@ if int(keras.__version__.partition(".")[0]) < 3:
     raise ImportError(f"this is Keras {keras.__version__}, expected 3.15 or later: {how_to_install('keras')}")
 
 from .models import TFConvNextForImageClassification, TFConvNextModel
+from .models_v2 import TFConvNextV2ForImageClassification, TFConvNextV2Model
 
-__all__ = ["TFConvNextForImageClassification", "TFConvNextModel"]
+__all__ = [
+    "TFConvNextForImageClassification",
+    "TFConvNextModel",
+    "TFConvNextV2ForImageClassification",
+    "TFConvNextV2Model",
+]

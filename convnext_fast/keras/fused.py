@@ -13,6 +13,7 @@ import keras
 from ..models.layer_changes import has_hooks
 from ..models.layers import KERNEL_SIZE
 from ..ops import functions
+from .response_norm import GlobalResponseNorm
 
 ON_TORCH = keras.backend.backend() == "torch"
 DWCONV, CONV, DENSE = (2, 3, 0, 1), (3, 2, 0, 1), (1, 0)
@@ -33,6 +34,7 @@ _SETTINGS: dict[type, dict[str, Any]] = {
     keras.layers.Conv2D: {"padding": "valid", "groups": 1, "lora_enabled": False, **_CONV},
     keras.layers.Dense: {"lora_enabled": False, **_AFFINE},
     keras.layers.LayerNormalization: {"axis": [-1], "center": True, "scale": True, "rms_scaling": False},
+    GlobalResponseNorm: {},
 }
 """The layers that the ops know, and what they take for granted of each."""
 
@@ -62,18 +64,14 @@ def _is_known(layer: Any, policy: Any) -> bool:
 
 def block(layer: Any, x: Any, drop_scale: Any) -> Any:
     """A `layers.ConvNextLayer`, (N, H, W, C) to the same; ``drop_scale``: (N,) or None."""
-    dwconv, norm, fc1, fc2, gamma = layer.dwconv, layer.layernorm, layer.pwconv1, layer.pwconv2, layer.gamma
-    return functions.convnext_block(
-        x,
-        dwconv.kernel.value.permute(DWCONV),
-        *_values(dwconv.bias, norm.gamma, norm.beta),
-        *(fc1.kernel.value.permute(DENSE), fc1.bias.value),
-        *(fc2.kernel.value.permute(DENSE), fc2.bias.value),
-        None if gamma is None else gamma.value,
-        drop_scale,
-        eps=norm.epsilon,
-        act=layer.act,
-    )
+    dwconv, norm, fc1, fc2, grn = layer.dwconv, layer.layernorm, layer.pwconv1, layer.pwconv2, layer.grn
+    first = dwconv.kernel.value.permute(DWCONV), *_values(dwconv.bias, norm.gamma, norm.beta), *_linear(fc1)
+    options = {"drop_scale": drop_scale, "eps": norm.epsilon, "act": layer.act}
+    if grn is not None:
+        response = [value.flatten() for value in _values(grn.weight, grn.bias)]
+        return functions.convnext_v2_block(x, *first, *response, *_linear(fc2), **options)
+    gamma = None if layer.gamma is None else layer.gamma.value
+    return functions.convnext_block(x, *first, *_linear(fc2), gamma, **options)
 
 
 def stem(conv: Any, norm: Any, image: Any) -> Any:
@@ -86,6 +84,10 @@ def downsample(norm: Any, conv: Any, x: Any) -> Any:
     """LayerNorm, then convolution: (N, H, W, C) to (N, H', W', C')."""
     weights = *_values(norm.gamma, norm.beta), conv.kernel.value.permute(CONV), conv.bias.value
     return functions.downsample(x, *weights, eps=norm.epsilon)
+
+
+def _linear(layer: Any) -> tuple[Any, Any]:
+    return layer.kernel.value.permute(DENSE), layer.bias.value
 
 
 def _values(*variables: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from keras import ops
 from ..config import ConvNextConfig
 from ..models.layers import KERNEL_SIZE
 from . import fused
+from .response_norm import GlobalResponseNorm
 
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "gelu": lambda x: ops.gelu(x, approximate=False),
@@ -63,7 +64,10 @@ def _patch_conv(channels: int, patch: int | tuple[int, int], std: float, name: s
 
 
 class ConvNextLayer(keras.layers.Layer):
-    """The block: x + drop_path(γ · pwconv2(act(pwconv1(LayerNorm(dwconv(x)))))), (N, H, W, C) to the same."""
+    """The block: x + drop_path(γ · pwconv2(grn(act(pwconv1(LayerNorm(dwconv(x))))))), (N, H, W, C) to the same.
+
+    V1 has no grn, V2 no γ.
+    """
 
     def __init__(self, config: ConvNextConfig, channels: int, rate: float, **options: Any):
         super().__init__(**options)
@@ -75,6 +79,7 @@ class ConvNextLayer(keras.layers.Layer):
         )
         self.layernorm = _norm(config.norm_eps, "layernorm", policy)
         self.pwconv1 = dense(4 * channels, std, "pwconv1", policy)
+        self.grn = GlobalResponseNorm(name="grn", dtype=policy) if config.version == 2 else None
         self.pwconv2 = dense(channels, std, "pwconv2", policy)
         self.act, self.rate, self.layer_scale = config.activation, rate, config.layer_scale_init_value
         self.gamma = None
@@ -86,7 +91,8 @@ class ConvNextLayer(keras.layers.Layer):
         self.dwconv.build(input_shape)
         self.layernorm.build(input_shape)
         self.pwconv1.build(input_shape)
-        self.pwconv2.build((*input_shape[:-1], 4 * channels))
+        for layer in filter(None, (self.grn, self.pwconv2)):
+            layer.build((*input_shape[:-1], 4 * channels))
         if self.layer_scale > 0:
             scale = _full(self.layer_scale)
             self.gamma = self.add_weight(shape=(channels,), initializer=scale, name="layer_scale_parameter")
@@ -94,9 +100,11 @@ class ConvNextLayer(keras.layers.Layer):
     def call(self, x: Any, training: bool | None = None) -> Any:
         """x: (N, H, W, C)."""
         scale = self._drop_scale(x) if training and self.rate else None
-        if fused.serves(self, self.dwconv, self.layernorm, self.pwconv1, self.pwconv2):
+        grn = [] if self.grn is None else [self.grn]
+        if fused.serves(self, self.dwconv, self.layernorm, self.pwconv1, *grn, self.pwconv2):
             return fused.block(self, x, scale)
-        y = self.pwconv2(ACTIVATIONS[self.act](self.pwconv1(self.layernorm(self.dwconv(x)))))
+        h = ACTIVATIONS[self.act](self.pwconv1(self.layernorm(self.dwconv(x))))
+        y = self.pwconv2(h if self.grn is None else self.grn(h))
         if self.gamma is not None:
             y = y * self.gamma
         return x + (y if scale is None else y * ops.reshape(scale, (-1, 1, 1, 1)))

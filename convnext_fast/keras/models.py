@@ -31,15 +31,22 @@ class TFConvNextPreTrainedModel(keras.Model):
 
     def __init__(self, config: ConvNextConfig, add_pooling_layer: bool, name: str | None, dtype: Any):
         super().__init__(name=name, dtype=dtype)
-        if not isinstance(config, ConvNextConfig) or config.version != 1:
-            raise TypeError(f"config is a {type(config).__name__}: expected a convnext_fast.ConvNextConfig")
+        expected = self.config_class
+        if not isinstance(config, expected) or config.version != expected.version:
+            raise TypeError(f"config is a {type(config).__name__}: expected a convnext_fast.{expected.__name__}")
         self.config = config
         self.add_pooling_layer = add_pooling_layer
-        self.convnext = ConvNextMainLayer(config, add_pooling_layer, name="convnext", dtype=self.dtype_policy)
+        name = self.base_model_prefix
+        setattr(self, name, ConvNextMainLayer(config, add_pooling_layer, name=name, dtype=self.dtype_policy))
+
+    @property
+    def main_layer(self) -> ConvNextMainLayer:
+        """Stem, stages and pooling: ``convnext`` or, of V2, ``convnextv2``."""
+        return getattr(self, self.base_model_prefix)
 
     def build(self, input_shape: Any = None) -> None:
         """Make the weights, whose shapes follow from the configuration; ``input_shape`` has no effect."""
-        self.convnext.build((None, self.config.num_channels, None, None))
+        self.main_layer.build((None, self.config.num_channels, None, None))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As `call`, which has the arguments."""
@@ -47,7 +54,7 @@ class TFConvNextPreTrainedModel(keras.Model):
 
     def _run(self, pixel_values: Any, output_hidden_states: bool | None) -> BaseModelOutput:
         _check_image(pixel_values, self.config)
-        states, pooled = self.convnext(pixel_values)
+        states, pooled = self.main_layer(pixel_values)
         if output_hidden_states is None:
             output_hidden_states = getattr(self.config, "output_hidden_states", False)
         hidden = tuple(map(_channels_first, states)) if output_hidden_states else None
@@ -94,7 +101,7 @@ class TFConvNextPreTrainedModel(keras.Model):
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
         """The inverse of `get_config`."""
-        return cls(**{**config, "config": ConvNextConfig.from_dict(config["config"])})
+        return cls(**{**config, "config": cls.config_class.from_dict(config["config"])})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
@@ -102,10 +109,16 @@ class TFConvNextPreTrainedModel(keras.Model):
         return load_pretrained(cls, pretrained_model_name_or_path, **options)
 
     def save_pretrained(
-        self, save_directory: str | Path, *, safe_serialization: bool = False, saved_model: bool = False
+        self,
+        save_directory: str | Path,
+        *,
+        safe_serialization: bool = False,
+        saved_model: bool = False,
+        max_shard_size: int | str = "5GB",
     ) -> None:
         """Write ``config.json`` and ``tf_model.h5``, which transformers 4 reads; see `weights.save_pretrained`."""
-        save_pretrained(self, save_directory, safe_serialization=safe_serialization, saved_model=saved_model)
+        options = {"safe_serialization": safe_serialization, "saved_model": saved_model}
+        save_pretrained(self, save_directory, max_shard_size=max_shard_size, **options)
 
     def export(self, filepath: str | Path, format: str = "tf_saved_model", **options: Any) -> None:
         """Write a program for images of ``config.image_size``, as `keras.Model.export` does.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,13 @@ from ..checkpoints.config_json import config_fields, warn_of_lost_fields
 from ..checkpoints.load_save import load_checkpoint
 from ..checkpoints.loading_options import sorted_options
 from ..checkpoints.matching import match_tensors
-from ..checkpoints.tensorflow import MODEL_H5, h5_writer, to_tensorflow
-from ..checkpoints.weight_files import WeightFiles, safetensors_writer
+from ..checkpoints.tensorflow import MODEL_H5, h5_part_writer, h5_writer, to_tensorflow
+from ..checkpoints.weight_files import part_writers, safetensors_writer, size_in_bytes, stale_files
 from ..files import json_writer, local_path, write_files
 from ..hub import split_loading
 from .fused import ON_TORCH, order_of
+
+SAFETENSORS = "model.safetensors"
 
 
 def load_pretrained(
@@ -32,6 +35,7 @@ def load_pretrained(
     ignore_mismatched_sizes: bool = False,
     use_ema: bool = False,
     from_pt: bool = False,
+    output_loading_info: bool = False,
     **options: Any,
 ) -> Any:
     """A model of class ``cls`` with the weights of a checkpoint; arguments and errors as of `load_save.load_model`.
@@ -63,17 +67,22 @@ def load_pretrained(
     skeleton = type(cls.__name__, (SimpleNamespace,), {})(
         checkpoint_format="transformers", config=model.config, state_dict=lambda: shapes
     )
-    state = match_tensors(skeleton, checkpoint, str(source), ignore_mismatched_sizes=ignore_mismatched_sizes).state
+    found = match_tensors(skeleton, checkpoint, str(source), ignore_mismatched_sizes=ignore_mismatched_sizes)
     for name, order, variable in named:
-        value = state[name]
+        value = found.state[name]
         if value is not None:
             value = value.float() if value.dtype == torch.bfloat16 else value  # which NumPy has not
             variable.assign(value.permute(*np.argsort(order)).numpy())
-    return model
+    return (model, found.info()) if output_loading_info else model
 
 
 def save_pretrained(
-    model: Any, directory: str | Path, *, safe_serialization: bool = False, saved_model: bool = False
+    model: Any,
+    directory: str | Path,
+    *,
+    safe_serialization: bool = False,
+    saved_model: bool = False,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write ``config.json`` and the weights into a folder, each file atomically.
 
@@ -82,25 +91,27 @@ def save_pretrained(
         directory: made if it is missing; weights of an earlier save there are removed.
         safe_serialization: write ``model.safetensors`` instead of ``tf_model.h5``, with TensorFlow's names.
         saved_model: also write a program for TensorFlow as ``saved_model/1`` (TensorFlow and JAX backends).
+        max_shard_size: weights beyond this many bytes, or such as "200MB", are split into several files.
 
     Raises:
-        ValueError: the model is quantised, h5 cannot hold its dtype, or PyTorch's backend is to write a SavedModel.
+        ValueError: ``max_shard_size`` is not a size, the model is quantised, h5 cannot hold its dtype, or PyTorch's
+            backend is to write a SavedModel.
         ImportError: h5py is missing.
     """
     if saved_model and ON_TORCH:
         raise ValueError("saved_model: Keras writes a SavedModel on TensorFlow or JAX, not on PyTorch")
     state = state_of(model)
     warn_of_lost_fields(model.config, "transformers", with_config=True)
-    writers = (
-        {"model.safetensors": safetensors_writer(to_tensorflow(state), "tf")}
-        if safe_serialization
-        else {MODEL_H5: h5_writer(state)}
-    )
+    limit, tensors = size_in_bytes(max_shard_size), to_tensorflow(state)
+    if safe_serialization:
+        writers = part_writers(tensors, limit, SAFETENSORS, partial(safetensors_writer, framework="tf"))
+    else:
+        writers = part_writers(tensors, limit, MODEL_H5, h5_part_writer)
+        writers = {MODEL_H5: h5_writer(state)} if MODEL_H5 in writers else writers
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     writers["config.json"] = json_writer(config_fields(model.config, "transformers", state, dtype, {}))
     folder = local_path(directory)
-    stale = {MODEL_H5, *WeightFiles(safe_serialization=False).stale(folder, writers)} - writers.keys()
-    write_files(folder, writers, stale)
+    write_files(folder, writers, stale_files(folder, (SAFETENSORS, "pytorch_model.bin", MODEL_H5), writers))
     if saved_model:
         model.export(str(folder / "saved_model" / "1"))
 
@@ -112,8 +123,8 @@ def state_of(model: Any) -> dict[str, Tensor]:
 
 def _named(model: Any) -> Iterator[tuple[str, tuple[int, ...], Any]]:
     """(name in transformers' PyTorch model, the axes in PyTorch's order, variable) of each weight."""
-    main = model.convnext
-    prefix = "" if getattr(model, "classifier", model) is model else "convnext."
+    main = model.main_layer
+    prefix = "" if getattr(model, "classifier", model) is model else f"{model.base_model_prefix}."
     layers = {f"{prefix}embeddings.patch_embeddings": main.embeddings.patch_embeddings}
     layers[f"{prefix}embeddings.layernorm"] = main.embeddings.layernorm
     for i, stage in enumerate(main.encoder.stages):
@@ -122,6 +133,9 @@ def _named(model: Any) -> Iterator[tuple[str, tuple[int, ...], Any]]:
         for j, block in enumerate(stage.layers):
             for name in ("dwconv", "layernorm", "pwconv1", "pwconv2"):
                 layers[f"{at}.layers.{j}.{name}"] = getattr(block, name)
+            if block.grn is not None:
+                yield f"{at}.layers.{j}.grn.weight", (0, 1, 2, 3), block.grn.weight
+                yield f"{at}.layers.{j}.grn.bias", (0, 1, 2, 3), block.grn.bias
             if block.gamma is not None:
                 yield f"{at}.layers.{j}.layer_scale_parameter", (0,), block.gamma
     layers |= {} if main.layernorm is None else {f"{prefix}layernorm": main.layernorm}

@@ -12,7 +12,7 @@ FIELDS = {"hidden_sizes": [6, 9, 12, 15], "depths": [1, 2, 1, 1]}
 
 def model_of(cls=ConvNext, seed=0, **options):
     fields = {**FIELDS, "num_labels": 5, "layer_norm_eps": 1e-6, **options.pop("fields", {})}
-    return randomise(cls(ConvNextConfig(**fields), **options), seed).eval()
+    return randomise(cls(getattr(cls, "config_class", ConvNextConfig)(**fields), **options), seed).eval()
 
 
 def same(a, b):

@@ -10,7 +10,13 @@ import torch
 from checkpoint_cases import image, model_of, same
 from safetensors.torch import save_file
 
-from convnext_fast import ConvNext, ConvNextForImageClassification, ConvNextModel
+from convnext_fast import (
+    ConvNext,
+    ConvNextForImageClassification,
+    ConvNextModel,
+    ConvNextV2ForImageClassification,
+    ConvNextV2Model,
+)
 from convnext_fast.checkpoints.load_save import load_checkpoint
 from convnext_fast.checkpoints.tensorflow import h5_writer
 from convnext_fast.cli.convert import convert_checkpoint
@@ -22,10 +28,10 @@ def tensorflow_tensors(model):
     """What TensorFlow holds of a PyTorch model, written out by the kinds of its layers."""
     found = {}
     for name, layer in model.named_modules():
-        path = name.removeprefix("convnext.").replace(".", "/")
+        path = name.removeprefix(f"{model.base_model_prefix}.").replace(".", "/")
         for i in range(9):
             path = path.replace(f"/{i}", f".{i}")
-        path = path if path == "classifier" else f"convnext/{path}"
+        path = path if path == "classifier" else f"{model.base_model_prefix}/{path}"
         own = {key: value.detach().numpy() for key, value in layer.named_parameters(recurse=False)}
         if isinstance(layer, torch.nn.LayerNorm):
             own = {"gamma": own["weight"], "beta": own["bias"]}
@@ -43,7 +49,9 @@ def write_h5(path, arrays):
             file[name] = array
 
 
-@pytest.fixture(params=[ConvNextForImageClassification, ConvNextModel])
+@pytest.fixture(
+    params=[ConvNextForImageClassification, ConvNextModel, ConvNextV2ForImageClassification, ConvNextV2Model]
+)
 def model(request):
     return model_of(request.param)
 
@@ -109,8 +117,6 @@ def test_convert_writes_h5(tmp_path):
     assert same(ConvNext.from_pretrained(tmp_path / "tf_model.h5").state_dict(), model.state_dict())
     with pytest.raises(ValueError, match=r"tf_model\.h5 would hold the names of transformers"):
         convert_checkpoint(tmp_path / "timm", tmp_path / "tf_model.h5", "timm")
-    with pytest.raises(ValueError, match="V2 is not written as h5"):
-        h5_writer({"encoder.stages.0.layers.0.grn.weight": torch.ones(1, 1, 1, 8)})
     with pytest.raises(ValueError, match=r"hidden_states_norms.*not written as h5"):
         h5_writer({"hidden_states_norms.stage1.weight": torch.ones(8)})
     with pytest.raises(ValueError, match="bfloat16"):

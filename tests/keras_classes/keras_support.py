@@ -11,8 +11,13 @@ from convnext_fast import (
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextModel,
+    ConvNextV2Config,
+    ConvNextV2ForImageClassification,
+    ConvNextV2Model,
     TFConvNextForImageClassification,
     TFConvNextModel,
+    TFConvNextV2ForImageClassification,
+    TFConvNextV2Model,
 )
 from convnext_fast.keras.weights import _named
 
@@ -21,23 +26,32 @@ FIELDS = {"num_stages": 2, "hidden_sizes": (8, 16), "depths": (1, 2), "num_label
 ON_TORCH, ON_JAX, ON_TENSORFLOW = (name == BACKEND for name in ("torch", "jax", "tensorflow"))
 
 
-def config_of(**fields):
-    return ConvNextConfig(**{**FIELDS, **fields})
+CLASSES = {  # by version, and whether it is headless
+    (1, False): (ConvNextForImageClassification, TFConvNextForImageClassification),
+    (1, True): (ConvNextModel, TFConvNextModel),
+    (2, False): (ConvNextV2ForImageClassification, TFConvNextV2ForImageClassification),
+    (2, True): (ConvNextV2Model, TFConvNextV2Model),
+}
 
 
-def twins(folder, headless=False, options=(), **fields):
+def config_of(version=1, **fields):
+    return (ConvNextV2Config if version == 2 else ConvNextConfig)(**{**FIELDS, **fields})
+
+
+def random_model(version=1, headless=False, **fields):
+    """In PyTorch; weight and bias of global response norms from N(0, 1), too."""
+    model = randomise(CLASSES[version, headless][0](config_of(version, **fields))).eval()
+    for name, parameter in model.named_parameters():
+        if ".grn." in name:
+            parameter.data *= parameter.numel() ** 0.5
+    return model
+
+
+def twins(folder, headless=False, options=(), version=1, **fields):
     """The same random model in PyTorch and in Keras."""
-    ours, theirs = (
-        (ConvNextModel, TFConvNextModel)
-        if headless
-        else (
-            ConvNextForImageClassification,
-            TFConvNextForImageClassification,
-        )
-    )
-    model = randomise(ours(config_of(**fields))).eval()
+    model = random_model(version, headless, **fields)
     model.save_pretrained(folder)
-    return model, theirs.from_pretrained(folder, **dict(options))
+    return model, CLASSES[version, headless][1].from_pretrained(folder, **dict(options))
 
 
 def images(count=3, size=(32, 40), channels=3):

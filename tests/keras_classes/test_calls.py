@@ -14,7 +14,12 @@ import torch
 from keras_support import BACKEND, array, config_of, error, images
 from support import FLOAT32_BOUND
 
-from convnext_fast import ConvNextV2Config, TFConvNextForImageClassification, TFConvNextModel
+from convnext_fast import (
+    ConvNextV2Config,
+    TFConvNextForImageClassification,
+    TFConvNextModel,
+    TFConvNextV2ForImageClassification,
+)
 from convnext_fast.images.batch_feature import BatchFeature
 from convnext_fast.models.outputs import ImageClassifierOutput
 
@@ -130,8 +135,10 @@ def test_bad_inputs_are_refused(model, inputs, kind, message):
 
 def test_bad_configuration_is_refused():
     for config in ({}, ConvNextV2Config()):
-        with pytest.raises(TypeError, match=f"config is a {type(config).__name__}"):
+        with pytest.raises(TypeError, match=f"config is a {type(config).__name__}.*expected .*ConvNextConfig"):
             TFConvNextModel(config)
+    with pytest.raises(TypeError, match=r"expected a convnext_fast\.ConvNextV2Config"):
+        TFConvNextV2ForImageClassification(config_of())
     with pytest.raises(ValueError, match="hold labels: expected pixel_values"):
         TFConvNextModel(config_of())({"pixel_values": images(), "labels": LABELS})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
-from keras_support import ON_TORCH, array, config_of, error, images
+from keras_support import CLASSES, ON_TORCH, array, config_of, error, images
 from support import FLOAT32_BOUND
 
 from convnext_fast import TFConvNextForImageClassification
@@ -16,22 +16,24 @@ X = images(2)
 
 
 def places(model):
-    """(owner, attribute or index, layer) of every layer that the fused ops stand for, one of each place."""
-    embeddings, stage = model.convnext.embeddings, model.convnext.encoder.stages[1]
+    """(place, owner, layer) of every layer that the fused ops stand for, one of each place."""
+    embeddings, stage = model.main_layer.embeddings, model.main_layer.encoder.stages[1]
     block = stage.layers[0]
     for name in ("dwconv", "layernorm", "pwconv1", "pwconv2"):
         yield name, block, getattr(block, name)
+    if block.grn is not None:
+        yield "grn", block, block.grn
     for name in ("patch_embeddings", "layernorm"):
         yield f"stem {name}", embeddings, getattr(embeddings, name)
     for i, name in enumerate(("norm", "conv")):
         yield f"downsampling {name}", stage, stage.downsampling_layer[i]
 
 
-def model_of():
-    return TFConvNextForImageClassification(config_of(layer_scale_init_value=1.0))
+def model_of(version=1):
+    return CLASSES[version, False][1](config_of(version, layer_scale_init_value=1.0))
 
 
-PLACES = [name for name, _, _ in places(model_of())]
+PLACES = [(version, name) for version in (1, 2) for name, _, _ in places(model_of(version))]
 
 
 def of_class(layer):
@@ -69,15 +71,16 @@ def of_policy(layer):
 
 ANY = [of_class, of_call, of_policy, of_hook]
 CASES = [
-    (place, change)
-    for place in PLACES
-    for change in ANY + ([of_scale] if "norm" in place else [of_activation, of_bias])
+    (version, place, change)
+    for version, place in PLACES
+    if version == 1 or place == "grn"
+    for change in ANY + ([of_scale] if "norm" in place else [] if place == "grn" else [of_activation, of_bias])
 ]
 
 
-@pytest.mark.parametrize(("place", "change"), CASES)
-def test_changes_have_their_effect(place, change, monkeypatch):
-    model = model_of()
+@pytest.mark.parametrize(("version", "place", "change"), CASES)
+def test_changes_have_their_effect(version, place, change, monkeypatch):
+    model = model_of(version)
     rng = np.random.default_rng(0)
     for variable in model.trainable_variables:
         variable.assign(rng.standard_normal(variable.shape) * 0.3)
@@ -114,4 +117,5 @@ def test_unchanged_layers_run_by_the_ops(monkeypatch):
     model(X)
     mixed = TFConvNextForImageClassification(config_of(), dtype="mixed_bfloat16")
     mixed(X)
-    assert seen == [True] * 10
+    model_of(2)(X)
+    assert seen == [True] * 15

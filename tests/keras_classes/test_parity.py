@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from keras_support import array, error, gradients, images, twins
+from keras_support import array, error, gradients, images, random_model, twins
 from support import FLOAT32_BOUND
+
+from convnext_fast import TFConvNextV2ForImageClassification
 
 CASES = {
     "plain": {},
@@ -15,12 +17,25 @@ CASES = {
     "other sizes": {"hidden_sizes": (6, 9), "patch_size": (2, 4), "num_channels": 1, "norm_eps": 1e-3},
     "no labels": {"num_labels": 0},
     **{act: {"hidden_act": act} for act in ("gelu_new", "relu", "silu", "selu")},
+    "V2": {"version": 2},
+    "V2, other sizes": {"version": 2, "hidden_sizes": (6, 9), "patch_size": (2, 4), "hidden_act": "silu"},
 }
 
 
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
 def test_outputs_and_gradients(fields, tmp_path):
-    model, keras_model = twins(tmp_path, **fields)
+    compare(*twins(tmp_path, **fields))
+
+
+def test_a_unit_that_is_zero_in_every_pixel(tmp_path):
+    """Its norm, 0, has the gradient 0."""
+    model = random_model(2, hidden_act="relu")
+    model.convnextv2.encoder.stages[1].layers[0].pwconv1.bias.data[3] = -1000.0
+    model.save_pretrained(tmp_path)
+    compare(model, TFConvNextV2ForImageClassification.from_pretrained(tmp_path))
+
+
+def compare(model, keras_model):
     x = images(channels=model.config.num_channels)
     expected = model.double()(torch.from_numpy(x).double().requires_grad_(), output_hidden_states=True)
     found = keras_model(x, output_hidden_states=True)
@@ -40,8 +55,9 @@ def test_outputs_and_gradients(fields, tmp_path):
     assert max(errors.values()) < FLOAT32_BOUND, errors
 
 
-def test_model_without_classifier(tmp_path):
-    model, keras_model = twins(tmp_path, headless=True)
+@pytest.mark.parametrize("version", [1, 2])
+def test_model_without_classifier(version, tmp_path):
+    model, keras_model = twins(tmp_path, headless=True, version=version)
     x = images()
     expected, found = model(torch.from_numpy(x)), keras_model(x)
     assert error(found.last_hidden_state, expected.last_hidden_state) < FLOAT32_BOUND

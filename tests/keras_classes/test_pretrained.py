@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from keras_support import array, config_of, error, images, in_pytorch, twins
+from keras_support import CLASSES, array, config_of, error, images, in_pytorch, twins
 from safetensors import safe_open
 from support import FLOAT32_BOUND
 
@@ -22,19 +22,26 @@ def same(keras_model, model):
     return found.keys() == state.keys() and all(np.array_equal(found[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_formats_of_pytorch(format, tmp_path):
-    model, _ = twins(tmp_path / "transformers", layer_norm_eps=1e-6)
+def equal(twin, model):
+    return all(torch.equal(a, b) for a, b in zip(twin.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("version", "format"), [(v, f) for v in (1, 2) for f in FORMATS if (v, f) != (2, "torchvision")]
+)
+def test_formats_of_pytorch(version, format, tmp_path):
+    model, keras_model = twins(tmp_path / "transformers", version=version, layer_norm_eps=1e-6)
     timm = ConvNext.from_pretrained(tmp_path / "transformers")
     convnext_fast.models.convnext.save_model(timm, tmp_path / format, format=format)
-    assert same(TFConvNextForImageClassification.from_pretrained(tmp_path / format, from_pt=True), model)
-    assert same(TFConvNextForImageClassification.from_pretrained(tmp_path / format / "model.safetensors"), model)
+    assert same(type(keras_model).from_pretrained(tmp_path / format, from_pt=True), model)
+    assert same(type(keras_model).from_pretrained(tmp_path / format / "model.safetensors"), model)
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("headless", [False, True])
 @pytest.mark.parametrize("safe", [False, True])
-def test_own_folders(headless, safe, tmp_path):
-    model, keras_model = twins(tmp_path / "pytorch", headless)
+def test_own_folders(headless, safe, version, tmp_path):
+    model, keras_model = twins(tmp_path / "pytorch", headless, version=version)
     (tmp_path / "saved").mkdir()
     for stale in ("model.safetensors", "tf_model.h5"):
         (tmp_path / "saved" / stale).write_bytes(b"old")
@@ -43,12 +50,35 @@ def test_own_folders(headless, safe, tmp_path):
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", file]
     assert same(type(keras_model).from_pretrained(tmp_path / "saved"), model)
     twin = type(model).from_pretrained(tmp_path / "saved")
-    assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), model.parameters(), strict=True))
+    assert equal(twin, model)
     assert twin.config == type(model).from_pretrained(tmp_path / "pytorch").config
     if safe:
         with safe_open(tmp_path / "saved" / file, "np") as tensors:
             assert tensors.metadata() == {"format": "tf"}
-            assert "convnext/encoder/stages.1/downsampling_layer.1/kernel:0" in tensors.keys()  # noqa: SIM118
+            name = f"{keras_model.base_model_prefix}/encoder/stages.1/downsampling_layer.1/kernel:0"
+            assert name in tensors.keys()  # noqa: SIM118
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("safe", [False, True])
+def test_files_in_parts(safe, version, tmp_path):
+    model, keras_model = twins(tmp_path / "pytorch", version=version)
+    keras_model.save_pretrained(tmp_path / "saved", safe_serialization=safe, max_shard_size=4000)
+    parts = sorted(path.name for path in (tmp_path / "saved").iterdir())
+    name, suffix = ("model", "safetensors") if safe else ("tf_model", "h5")
+    count = len(parts) - 2
+    assert count > 2
+    numbered = [f"{name}-{i + 1:05d}-of-{count:05d}.{suffix}" for i in range(count)]
+    assert parts == sorted(["config.json", f"{name}.{suffix}.index.json", *numbered])
+    for cls in CLASSES[version, False]:
+        twin, info = cls.from_pretrained(tmp_path / "saved", output_loading_info=True)
+        assert not any(info.values())
+        assert same(twin, model) if cls is not type(model) else equal(twin, model)
+    keras_model.save_pretrained(tmp_path / "saved", safe_serialization=not safe)
+    whole = "tf_model.h5" if safe else "model.safetensors"
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", whole]
+    with pytest.raises(ValueError, match="the size is '5 apples'"):
+        keras_model.save_pretrained(tmp_path / "saved", max_shard_size="5 apples")
 
 
 def test_low_precision_is_saved(tmp_path):

@@ -20,9 +20,10 @@ X = images(3, size=(32, 32))
 HAS_TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("headless", [False, True])
-def test_keras_files(headless, tmp_path):
-    _, model = twins(tmp_path, headless, drop_path_rate=0.1)
+def test_keras_files(headless, version, tmp_path):
+    _, model = twins(tmp_path, headless, version=version, drop_path_rate=0.1)
     output = "pooler_output" if headless else "logits"
     model.compile(optimizer=keras.optimizers.Adam(1e-3), loss={output: "mse"})
     model.fit(X, {output: np.zeros(model(X)[output].shape, "float32")}, verbose=0)
@@ -59,10 +60,11 @@ def test_keras_files_open_on_another_backend(backend, tmp_path):
 
 
 @pytest.mark.skipif(ON_TORCH or not HAS_TENSORFLOW, reason="on PyTorch, Keras writes no SavedModel")
-def test_saved_model_and_tflite(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_saved_model_and_tflite(version, tmp_path):
     import tensorflow as tf
 
-    _, model = twins(tmp_path)
+    _, model = twins(tmp_path, version=version)
     expected = array(model(X).logits)
     model.save_pretrained(tmp_path / "saved", saved_model=True)
     program = tf.saved_model.load(str(tmp_path / "saved" / "saved_model" / "1"))
@@ -89,8 +91,9 @@ def test_saved_model_and_tflite(tmp_path):
 
 
 @pytest.mark.skipif(not ON_TORCH, reason="only on PyTorch does Keras write PyTorch's programs")
-def test_programs_of_pytorch(tmp_path):
-    _, model = twins(tmp_path)
+@pytest.mark.parametrize("version", [1, 2])
+def test_programs_of_pytorch(version, tmp_path):
+    _, model = twins(tmp_path, version=version)
     batch = {0: torch.export.Dim("batch", min=1)}
     model.export(str(tmp_path / "model.pt2"), format="torch", verbose=False, dynamic_shapes=batch)
     program = torch.export.load(tmp_path / "model.pt2").module()

@@ -12,7 +12,7 @@ from keras_support import ON_TORCH
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = """
-import torch, convnext_fast
+import sys, torch, convnext_fast
 from triton.runtime.interpreter import GridExecutor
 
 launches, run_grid = [], GridExecutor.__call__
@@ -31,24 +31,26 @@ def run(model):
     logits.square().sum().backward()
     return logits.detach(), forward, len(launches) - forward
 
-config = convnext_fast.ConvNextConfig(num_stages=2, hidden_sizes=(8, 8), depths=(0, 1), layer_scale_init_value=1.0)
-ours = convnext_fast.ConvNextForImageClassification(config)
+v = sys.argv[1]
+fields = {"num_stages": 2, "hidden_sizes": (8, 8), "depths": (0, 1), "layer_scale_init_value": 1.0}
+config = getattr(convnext_fast, f"ConvNext{v}Config")(**fields)
+ours = getattr(convnext_fast, f"ConvNext{v}ForImageClassification")(config)
 ours.save_pretrained("model")
-theirs = convnext_fast.TFConvNextForImageClassification.from_pretrained("model")
+theirs = getattr(convnext_fast, f"TFConvNext{v}ForImageClassification").from_pretrained("model")
 expected, found = run(ours), run(theirs)
 assert torch.equal(found[0], expected[0])
 assert found[1:] == expected[1:], (found[1:], expected[1:])
 assert min(found[1:]) > 0
-theirs.convnext.encoder.stages[1].layers[0].pwconv1.enable_lora(1)
+theirs.main_layer.encoder.stages[1].layers[0].pwconv1.enable_lora(1)
 assert 0 < run(theirs)[1] < found[1]
 print("launches", found[1:])
 """
 
 
 @pytest.mark.skipif(not ON_TORCH, reason="Triton's kernels run on PyTorch alone")
-def test_launches(tmp_path):
+@pytest.mark.parametrize("version", ["", "V2"])
+def test_launches(version, tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
-    )
+    command = [sys.executable, "-c", CODE, version]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert result.stdout.startswith("launches"), result.stderr

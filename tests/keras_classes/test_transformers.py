@@ -7,10 +7,7 @@ import importlib.metadata
 import numpy as np
 import pytest
 import torch
-from keras_support import ON_TENSORFLOW, array, config_of, error, images
-from support import randomise
-
-from convnext_fast import ConvNextForImageClassification, TFConvNextForImageClassification, TFConvNextModel
+from keras_support import CLASSES, ON_TENSORFLOW, array, config_of, error, images, random_model
 
 if not ON_TENSORFLOW or int(importlib.metadata.version("transformers").partition(".")[0]) > 4:
     pytest.skip("needs the TensorFlow backend and transformers 4: .ci/keras has them", allow_module_level=True)
@@ -21,11 +18,11 @@ import transformers
 X, LABELS = images(3, size=(32, 40)), np.array([0, 4, 2])
 
 
-def theirs_of(folder, headless=False):
+def theirs_of(folder, version, headless=False):
     """Their model with random weights, which it has saved into the folder."""
-    cls = transformers.TFConvNextModel if headless else transformers.TFConvNextForImageClassification
-    config = {**config_of(layer_scale_init_value=0.5).to_dict(), "architectures": None}
-    theirs = cls(transformers.ConvNextConfig.from_dict(config))
+    config = {**config_of(version, layer_scale_init_value=0.5).to_dict(), "architectures": None}
+    kind = transformers.ConvNextConfig if version == 1 else transformers.ConvNextV2Config
+    theirs = getattr(transformers, CLASSES[version, headless][1].__name__)(kind.from_dict(config))
     theirs(X)
     rng = np.random.default_rng(0)
     for variable in theirs.weights:
@@ -39,10 +36,11 @@ def by_name(model, gradients):
     return {v.name.partition("/")[2]: np.asarray(g) for v, g in zip(model.trainable_variables, gradients, strict=True)}
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("return_dict", [True, False])
-def test_classifier(return_dict, tmp_path):
-    theirs = theirs_of(tmp_path)
-    ours = TFConvNextForImageClassification.from_pretrained(tmp_path)
+def test_classifier(return_dict, version, tmp_path):
+    theirs = theirs_of(tmp_path, version)
+    ours = CLASSES[version, False][1].from_pretrained(tmp_path)
     options = {"labels": LABELS, "output_hidden_states": True, "return_dict": return_dict}
     expected, found = theirs(X, **options), ours(X, **options)
     if return_dict:
@@ -70,34 +68,37 @@ def test_classifier(return_dict, tmp_path):
     assert not expected
 
 
-def test_model(tmp_path):
-    theirs = theirs_of(tmp_path, headless=True)
-    ours = TFConvNextModel.from_pretrained(tmp_path)
+@pytest.mark.parametrize("version", [1, 2])
+def test_model(version, tmp_path):
+    theirs = theirs_of(tmp_path, version, headless=True)
+    ours = CLASSES[version, True][1].from_pretrained(tmp_path)
     for options in ({}, {"output_hidden_states": True, "return_dict": False}):
         expected, found = theirs(X, **options), ours(X, **options)
         pairs = zip(tf.nest.flatten(found), tf.nest.flatten(expected), strict=True)
         assert max(error(a, b.numpy()) for a, b in pairs) < 1e-5
 
 
+@pytest.mark.parametrize("size", ["5GB", "5KB"])
+@pytest.mark.parametrize("headless", [False, True])
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("safe", [False, True])
-def test_they_load_what_we_save(safe, tmp_path):
-    model = randomise(ConvNextForImageClassification(config_of())).eval()
-    model.save_pretrained(tmp_path / "pytorch")
-    ours = TFConvNextForImageClassification.from_pretrained(tmp_path / "pytorch")
-    ours.save_pretrained(tmp_path / "ours", safe_serialization=safe)
-    theirs, info = transformers.TFConvNextForImageClassification.from_pretrained(
-        tmp_path / "ours", output_loading_info=True
-    )
+def test_they_load_what_we_save(safe, version, headless, size, tmp_path):
+    random_model(version, headless).save_pretrained(tmp_path / "pytorch")
+    cls = CLASSES[version, headless][1]
+    ours = cls.from_pretrained(tmp_path / "pytorch")
+    ours.save_pretrained(tmp_path / "ours", safe_serialization=safe, max_shard_size=size)
+    assert len(list((tmp_path / "ours").glob("*.index.json"))) == (size == "5KB")
+    theirs, info = getattr(transformers, cls.__name__).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
-    assert error(theirs(X).logits, array(ours(X).logits)) < 1e-5
+    assert error(theirs(X)[0], array(ours(X)[0])) < 1e-5
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("safe", [False, True])
-def test_we_load_what_they_save_in_parts(safe, tmp_path):
-    theirs = theirs_of(tmp_path / "whole")
+def test_we_load_what_they_save_in_parts(safe, version, tmp_path):
+    theirs = theirs_of(tmp_path / "whole", version)
     theirs.save_pretrained(tmp_path / "parts", max_shard_size="5KB", safe_serialization=safe)
     assert list((tmp_path / "parts").glob("*.index.json"))
-    ours = TFConvNextForImageClassification.from_pretrained(tmp_path / "parts")
+    pytorch, ours = (cls.from_pretrained(tmp_path / "parts") for cls in CLASSES[version, False])
     assert error(ours(X).logits, theirs(X).logits.numpy()) < 1e-5
-    pytorch = ConvNextForImageClassification.from_pretrained(tmp_path / "parts")
     assert error(pytorch(torch.from_numpy(X)).logits, theirs(X).logits.numpy()) < 1e-5
