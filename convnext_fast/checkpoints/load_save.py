@@ -17,7 +17,7 @@ from ..hub import ANYWHERE, Loading, split_loading
 from .config_json import SavedConfig, config_fields, read_config, warn_of_lost_fields
 from .formats import from_sparse, from_timm, infer_config, recognise, to_timm
 from .loading_options import sorted_options, spread
-from .matching import Checkpoint, Loadable, match_tensors
+from .matching import Checkpoint, Loadable, check_version, match_tensors
 from .tensor_files import WEIGHT_SUFFIXES, read_weights
 from .weight_files import DEFAULT_FILES, WeightFiles
 
@@ -135,9 +135,7 @@ def load_model(
         fields = {"num_labels": num_labels} | fields
     if fields:
         config = config.amended(**fields)
-    version = getattr(cls, "config_class", type(config)).version  # `ConvNext` is both
-    if config.version != version:
-        raise ValueError(f"{source} holds a ConvNeXt V{config.version}: expected V{version} for {cls.__name__}")
+    check_version(cls, config, source)
     model_options = chosen.model
     if cls.checkpoint_format == "timm":
         own = {"head_norm_first": checkpoint.head_norm_first, "global_pool": checkpoint.global_pool}

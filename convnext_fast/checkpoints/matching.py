@@ -64,6 +64,13 @@ class Fit(NamedTuple):
         return {**found, "mismatched_keys": mismatched, "error_msgs": []}
 
 
+def check_version(cls: type, config: ConvNextConfig, source: Any) -> None:
+    """Refuse a checkpoint with the configuration of V1 for a class of V2, and the other way round."""
+    version = getattr(cls, "config_class", type(config)).version  # `ConvNext` is both
+    if config.version != version:
+        raise ValueError(f"{source} holds a ConvNeXt V{config.version}: expected V{version} for {cls.__name__}")
+
+
 def match_tensors(
     model: Loadable, checkpoint: Checkpoint, source: str, *, ignore_mismatched_sizes: bool = False
 ) -> Fit:

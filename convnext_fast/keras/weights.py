@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checkpoints.config_json import config_fields, warn_of_lost_fields
 from ..checkpoints.load_save import load_checkpoint
 from ..checkpoints.loading_options import sorted_options
-from ..checkpoints.matching import match_tensors
+from ..checkpoints.matching import check_version, match_tensors
 from ..checkpoints.tensorflow import MODEL_H5, h5_part_writer, h5_writer, to_tensorflow
 from ..checkpoints.weight_files import part_writers, safetensors_writer, size_in_bytes, stale_files
 from ..files import json_writer, local_path, write_files
@@ -60,6 +60,7 @@ def load_pretrained(
     config, fields = checkpoint.config, chosen.fields
     if num_labels is not None and (num_labels != config.num_labels or "id2label" in fields):
         fields = {"num_labels": num_labels} | fields
+    check_version(cls, config, source)
     model = cls(config.amended(**fields) if fields else config, **chosen.model)
     named = list(_named(model))
     shapes = {name: torch.empty([v.shape[i] for i in order], device="meta") for name, order, v in named}

@@ -29,7 +29,7 @@ def test_outputs_and_gradients(fields, tmp_path):
 
 def test_a_unit_that_is_zero_in_every_pixel(tmp_path):
     """Its norm, 0, has the gradient 0."""
-    model = random_model(2, hidden_act="relu")
+    model = random_model(2)
     model.convnextv2.encoder.stages[1].layers[0].pwconv1.bias.data[3] = -1000.0
     model.save_pretrained(tmp_path)
     compare(model, TFConvNextV2ForImageClassification.from_pretrained(tmp_path))

@@ -116,6 +116,13 @@ def test_options(tmp_path):
         TFConvNextForImageClassification.from_pretrained(tmp_path / "missing")
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_another_version_is_refused(version, tmp_path):
+    twins(tmp_path, version=version)
+    with pytest.raises(ValueError, match=f"holds a ConvNeXt V{version}: expected V{3 - version} for TFConvNext"):
+        CLASSES[3 - version, True][1].from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("option", [{"torch_dtype": "float16"}, {"device_map": "auto"}, {"max_memory": {"cpu": 1}}])
 def test_options_of_the_pytorch_models_are_refused(option, tmp_path):
     with pytest.raises(ValueError, match=next(iter(option))):
