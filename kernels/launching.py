@@ -34,6 +34,14 @@ def is_traced(tensor: torch.Tensor) -> bool:
     return type(tensor) not in PLAIN
 
 
+def scratch_memory(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Memory on the current device for a launch: what kernels that make descriptors give to ``triton.set_allocator``.
+
+    Triton keeps the function for each thread. PyTorch aligns to 512 bytes, which is enough for any kernel.
+    """
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch ``kernel[grid](*args, **meta)`` on the device of its first argument, a tensor.
 

@@ -3,7 +3,7 @@
 Triton compiles it, with the C compiler that it needs for itself, and keeps it in its cache. Where that fails, and for
 launches that are not plain kernels on a grid, Python repeats the plan, through Triton's own launcher. A kernel's
 parameters are read from its PTX: those of its signature, then pointers to scratch buffers, as many as the version of
-Triton adds. The kernels here use none, so these are null.
+Triton adds. The first is for kernels that make descriptors (mlp/gemm_tma.py), the others are null.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def build(plan: Plan, device: int) -> Any | None:
 def _parameters(launch: Launch) -> list[bytes] | None:
     """The kernel's parameters for C; None if C does not support one, or an option of the launch."""
     metadata = launch.kernel.metadata
-    more = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl", "tensordesc_meta")
+    more = ("profile_scratch_size", "launch_cooperative_grid", "launch_pdl", "tensordesc_meta")
     if metadata.num_ctas != 1 or any(getattr(metadata, name, None) for name in (*more, "instrumentation_mode")):
         return None
     packed, sizes = [], []
@@ -140,7 +140,10 @@ def _parameters(launch: Launch) -> list[bytes] | None:
     if scratch < 0 or taken != sizes + [8] * scratch:
         _warn(f"a kernel of Triton {triton.__version__} takes parameters of {taken} bytes and is given {sizes}")
         return None
-    return packed + [struct.pack("qq", _CONSTANT, 0)] * scratch
+    pointers = [struct.pack("qq", _CONSTANT, 0)] * scratch
+    if launch.scratch is not None:
+        pointers[0] = struct.pack("qq", *launch.scratch)
+    return packed + pointers
 
 
 @functools.cache

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
-from .launching import PLAIN, launch_hook
+from .launching import PLAIN, launch_hook, scratch_memory
 
 _aten = torch.ops.aten
 _ALLOCATIONS = (_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default)
@@ -35,11 +36,12 @@ class Address(int):
 
 
 class Launch(NamedTuple):
-    """A compiled kernel, its grid, and all its parameters in order, a `Place` for each pointer."""
+    """A compiled kernel, its grid, all its parameters in order, a `Place` for each pointer, and its scratch memory."""
 
     kernel: Any
     grid: tuple[int, int, int]
     parameters: list[Any]
+    scratch: Place | None = None
 
 
 class Allocation(NamedTuple):
@@ -81,7 +83,9 @@ class Plan(NamedTuple):
         made = [torch.empty_strided(shape, strides, dtype=t, device=device) for shape, strides, t in self.allocations]
         memory = [tensor.data_ptr() for tensor in (*given, *made)]
         stream = driver.active.get_current_stream(given[0].get_device())
-        for kernel, grid, parameters in self.launches:
+        for kernel, grid, parameters, scratch in self.launches:
+            if scratch is not None:  # Triton's launcher asks for its own
+                triton.set_allocator(scratch_memory)
             values = [Address(memory[p.memory] + p.offset) if isinstance(p, Place) else p for p in parameters]
             kernel[grid](*values, stream=stream)
             if launch_hook.listener is not None:
@@ -153,7 +157,9 @@ class _Recorder(TorchDispatchMode):
             else each
             for each in parameters
         ]  # fmt: skip
-        self.launches.append(Launch(kernel, (*grid, 1, 1)[:3], noted))
+        asked = getattr(kernel.metadata, "global_scratch_size", 0)
+        scratch = Place(len(self.spans) - 1, 0) if asked else None  # the newest allocation: Triton asked for it
+        self.launches.append(Launch(kernel, (*grid, 1, 1)[:3], noted, scratch))
         if self.before is not None:
             self.before(kernel, grid, parameters)
 
@@ -217,7 +223,8 @@ def _plan(recorder: _Recorder, given: int, results: tuple, homes: list[int | Non
         return Place(place.memory, place.offset + value.offset)
 
     launches = [
-        Launch(kernel, grid, [moved(value) for value in parameters]) for kernel, grid, parameters in recorder.launches
+        Launch(kernel, grid, [moved(value) for value in parameters], moved(scratch))
+        for kernel, grid, parameters, scratch in recorder.launches
     ]
     return Plan(given, allocations, launches, parts, single)
 
@@ -226,7 +233,7 @@ def _shared(recorder: _Recorder, given: int, homes: list[int | None]) -> tuple[d
     """The offset of each piece of memory that is not returned, and the bytes of all: the largest are placed first."""
     used: dict[int, list[int]] = {}  # the launches that use it
     for index, launch in enumerate(recorder.launches):
-        for value in launch.parameters:
+        for value in (*launch.parameters, launch.scratch):
             if isinstance(value, Place) and value.memory >= given and value.memory not in homes:
                 used.setdefault(value.memory, []).append(index)
     sizes = {number: recorder.spans[number][1] - recorder.spans[number][0] for number in used}

@@ -246,6 +246,25 @@ def test_calls_within_a_recording_are_repeated_and_become_part_of_its_plan(devic
     assert all(read != written for read, written in ends)
 
 
+def test_scratch_memory_of_a_kernel_is_in_no_place_that_the_call_uses(device):
+    """The memory that Triton asked for at the launch, the first pointer after the parameters."""
+    asking = Kernel(ptx=PTX.replace("_param_4", "_param_4,\n.param .u64 kernel_param_5"), global_scratch_size=128)
+
+    def function(x, weight):
+        read = torch.empty(1000, dtype=torch.uint8)
+        launched(Kernel(), (1,), x, 5, 1.0, 128, read)
+        torch.empty(4 * 128, dtype=torch.uint8)  # as `launching.scratch_memory` does while Triton launches
+        launched(asking, (4,), read, 5, 1.0, 128, y := torch.empty_like(x))
+        return y
+
+    call = known(function, X, WEIGHT)
+    call(X, WEIGHT)
+    (*_, (_, _, _, read, none)), (*_, (start, _, _, _, scratch)) = device.launches
+    assert (start, none) == (read, 0)
+    assert scratch
+    assert scratch >= read + 1000 or scratch + 4 * 128 <= read
+
+
 def test_hooks_of_a_profiler_hear_every_launch(device):
     """Then Triton's own launcher launches, which calls them."""
     call = known(scaled(Kernel()), X, WEIGHT)
@@ -345,7 +364,6 @@ def test_nothing_leaks(device):
     [
         Kernel(launch_pdl=True),
         Kernel(launch_cooperative_grid=True),
-        Kernel(global_scratch_size=64),
         Kernel(profile_scratch_size=64),
         Kernel(instrumentation_mode="gsan"),
     ],
