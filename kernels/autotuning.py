@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,20 +24,14 @@ import triton
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources
 
+from .environment import switch
 from .launching import is_traced
 
 Config = TypeVar("Config")
 _FILE = "convnext_fast.autotune.json"
 
 
-def _read_environment() -> bool:
-    value = os.environ.get("CONVNEXT_FAST_AUTOTUNE", "0").strip() or "0"
-    if value not in ("0", "1"):
-        raise ValueError(f"CONVNEXT_FAST_AUTOTUNE is {value!r}: expected 0 or 1")
-    return value == "1"
-
-
-ENABLED = _read_environment()
+ENABLED = switch("CONVNEXT_FAST_AUTOTUNE")
 _chosen: dict[str, Any] = {}
 
 

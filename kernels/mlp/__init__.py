@@ -1,6 +1,6 @@
 """The pointwise MLP of a block, forward and backward: the launchers that choose the form.
 
-Forward (``fused.py``, ``gemm.py``):
+Forward (``fused.py``, ``gemm.py``, ``gemm_tma.py``):
 
     x̂ = (u − μ)·rstd      a = x̂·w1gᵀ + b1g      h = act(a)      y = residual + s·γ·(h·w2ᵀ + b2)
 
@@ -29,6 +29,7 @@ from .fused import fused_mlp_fwd
 from .fused_bwd import fused_mlp_bwd
 from .gemm import gemm_mlp_fwd
 from .gemm_bwd import gemm_mlp_bwd
+from .gemm_tma import serves, tma_mlp_fwd
 from .grn import Grn
 from .tuning import is_fused, is_fused_backward
 
@@ -56,7 +57,10 @@ def mlp_fwd(
     drop_scale (N,) of any float dtype or None, N dividing P; act one of ``ACTIVATIONS``; grn, the global response
     norm, or None. All contiguous.
     """
-    forward = fused_mlp_fwd if is_fused(u.shape[1], u.dtype) else gemm_mlp_fwd
+    if is_fused(u.shape[1], u.dtype):
+        forward = fused_mlp_fwd
+    else:
+        forward = tma_mlp_fwd if serves(u, stats, w1g, w2, grn) else gemm_mlp_fwd
     return forward(u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden, grn)
 
 

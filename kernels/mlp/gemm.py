@@ -33,12 +33,12 @@ from .tuning import GemmConfig, dot_precision, gemm_configs, norm_blocks, statis
 
 
 @triton.jit
-def tile_of_program(tiles, N: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """(row tile, column tile) of this program: GROUP row ``tiles`` by all column tiles at a time, for L2."""
+def tile_of_program(program, tiles, N: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """(row tile, column tile) number ``program``: GROUP row ``tiles`` by all column tiles at a time, for L2."""
     columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    group = tl.program_id(0) // (GROUP * columns)
+    group = program // (GROUP * columns)
     size = tl.minimum(tiles - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * columns)
+    within = program % (GROUP * columns)
     return group * GROUP + within % size, within // size
 
 
@@ -119,6 +119,32 @@ def _store_hidden(
         tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=ok)
 
 
+@triton.jit
+def end_hidden(
+    a, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, tile_m, tile_n, first, rows, rows_ok,
+    K: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HALVES: tl.constexpr,
+):  # fmt: skip
+    """``_store_hidden`` of a tile whose ``rows`` begin at row ``first``; HALVES: one after the other, which takes fewer
+    registers.
+    """
+    if h_ptr is not None:
+        h_ptr += first * K
+    if a_ptr is not None:
+        a_ptr += first * K
+    if sums_ptr is not None:
+        sums_ptr += tile_m.to(tl.int64) * K
+    if HALVES:
+        left, right = halves(a, BLOCK_M, BLOCK_N)
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _store_hidden(left, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok, n, K, ACT, FORM)
+        n += BLOCK_N // 2
+        _store_hidden(right, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok, n, K, ACT, FORM)
+    else:
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        _store_hidden(a, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok, n, K, ACT, FORM)
+
+
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
 def _fc1_kernel(
     u_ptr, stats_ptr, w1_ptr, b1_ptr, h_ptr, a_ptr, sums_ptr, P, rows_per_sample, depth, eps,
@@ -127,7 +153,7 @@ def _fc1_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles = count_row_tiles(P, rows_per_sample, sums_ptr is not None, BLOCK_M)
-    tile_m, tile_n = tile_of_program(tiles, K, BLOCK_N, 8)
+    tile_m, tile_n = tile_of_program(tl.program_id(0), tiles, K, BLOCK_N, 8)
     rows = tl.arange(0, BLOCK_M)
     first = tile_m.to(tl.int64) * BLOCK_M
     first, rows_ok, _ = rows_of_tile(first, rows, P, rows_per_sample, sums_ptr is not None, BLOCK_M)
@@ -144,20 +170,10 @@ def _fc1_kernel(
     )  # fmt: skip
     if NB > 0 and not EARLY:
         mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
-    if h_ptr is not None:
-        h_ptr += first * K
-    if a_ptr is not None:
-        a_ptr += first * K
-    if sums_ptr is not None:
-        sums_ptr += tile_m.to(tl.int64) * K
-    if BLOCK_N >= 128:  # in halves, to save registers
-        left, right = halves(a, BLOCK_M, BLOCK_N)
-        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        _store_hidden(left, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok, n, K, ACT, FORM)
-        n += BLOCK_N // 2
-        _store_hidden(right, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok, n, K, ACT, FORM)
-    else:
-        _store_hidden(a, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok, n, K, ACT, FORM)
+    end_hidden(
+        a, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, tile_m, tile_n, first, rows, rows_ok,
+        K, ACT, FORM, BLOCK_M, BLOCK_N, BLOCK_N >= 128,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -177,6 +193,28 @@ def _store_result(z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n
     tl.store(y_ptr + at, z.to(y_ptr.dtype.element_ty), mask=ok)
 
 
+@triton.jit
+def end_result(
+    z, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, tile_n, first, rows, rows_ok, rows_per_sample,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """``_store_result`` of such a tile; HALVES: sums and residual of the whole are not in registers together."""
+    s = None
+    if drop_scale_ptr is not None:
+        s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
+    y_ptr += first * C
+    if residual_ptr is not None:
+        residual_ptr += first * C
+    if HALVES:
+        left, right = halves(z, BLOCK_M, BLOCK_N)
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _store_result(left, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n, C)
+        _store_result(right, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n + BLOCK_N // 2, C)
+    else:
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        _store_result(z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n, C)
+
+
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
 def _fc2_kernel(
     h_ptr, w2_ptr, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, sums_ptr, grn_weight_ptr, grn_bias_ptr, y_ptr,
@@ -185,7 +223,7 @@ def _fc2_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles = count_row_tiles(P, rows_per_sample, sums_ptr is not None, BLOCK_M)
-    tile_m, tile_n = tile_of_program(tiles, C, BLOCK_N, 8)
+    tile_m, tile_n = tile_of_program(tl.program_id(0), tiles, C, BLOCK_N, 8)
     rows = tl.arange(0, BLOCK_M)
     first = tile_m.to(tl.int64) * BLOCK_M
     first, rows_ok, sample = rows_of_tile(first, rows, P, rows_per_sample, sums_ptr is not None, BLOCK_M)
@@ -197,19 +235,10 @@ def _fc2_kernel(
         h_ptr + first * K, w2_ptr, None, sums_ptr, grn_weight_ptr, grn_bias_ptr, rows, rows_ok, n, z, depth, C, K,
         TILES, PRECISION, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    s = None
-    if drop_scale_ptr is not None:
-        s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
-    y_ptr += first * C
-    if residual_ptr is not None:
-        residual_ptr += first * C
-    if BLOCK_N >= 128:  # in halves, so that sums and residual of a whole tile are not in registers together
-        left, right = halves(z, BLOCK_M, BLOCK_N)
-        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        _store_result(left, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n, C)
-        _store_result(right, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n + BLOCK_N // 2, C)
-    else:
-        _store_result(z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n, C)
+    end_result(
+        z, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, tile_n, first, rows, rows_ok, rows_per_sample,
+        C, BLOCK_M, BLOCK_N, BLOCK_N >= 128,
+    )  # fmt: skip
 
 
 def fc1(

@@ -40,7 +40,7 @@ def _input_grad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """du: (P, C); means: (tiles, P, 2); ``depth`` is K."""
-    tile_m, tile_n = tile_of_program(tl.cdiv(P, BLOCK_M), C, BLOCK_N, 8)
+    tile_m, tile_n = tile_of_program(tl.program_id(0), tl.cdiv(P, BLOCK_M), C, BLOCK_N, 8)
     first = tile_m.to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     rows_ok = first + rows < P

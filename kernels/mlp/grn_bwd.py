@@ -52,7 +52,8 @@ def _grn_sums_kernel(
 ):  # fmt: skip
     """sums: (row tiles, 3, K), of h², dg·h and dg."""
     SUBTRACTED: tl.constexpr = u_ptr.dtype.element_ty == tl.float32
-    tile_m, tile_n = tile_of_program(count_row_tiles(P, rows_per_sample, True, BLOCK_M), K, BLOCK_N, 8)
+    tiles = count_row_tiles(P, rows_per_sample, True, BLOCK_M)
+    tile_m, tile_n = tile_of_program(tl.program_id(0), tiles, K, BLOCK_N, 8)
     rows = tl.arange(0, BLOCK_M)
     first = tile_m.to(tl.int64) * BLOCK_M
     first, rows_ok, _ = rows_of_tile(first, rows, P, rows_per_sample, True, BLOCK_M)

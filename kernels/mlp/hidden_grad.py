@@ -140,7 +140,7 @@ def _hidden_grad_kernel(
     """
     SUBTRACTED: tl.constexpr = u_ptr.dtype.element_ty == tl.float32
     tiles = count_row_tiles(P, rows_per_sample, factors_ptr is not None, BLOCK_M)
-    tile_m, tile_n = tile_of_program(tiles, K, BLOCK_N, 8)
+    tile_m, tile_n = tile_of_program(tl.program_id(0), tiles, K, BLOCK_N, 8)
     rows = tl.arange(0, BLOCK_M)
     first = tile_m.to(tl.int64) * BLOCK_M
     first, rows_ok, sample = rows_of_tile(first, rows, P, rows_per_sample, factors_ptr is not None, BLOCK_M)

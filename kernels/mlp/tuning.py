@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import triton
 from torch import Tensor
 
 from ..integers import cdiv, next_power_of_2, remembered
@@ -18,6 +19,7 @@ from ..statistics import stats_block
 from ..targets import PROCESSORS
 
 WARP_GROUPS = ("sm_90", "sm_100")  # targets that multiply matrices by warp groups or larger
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 _FUSED_FORWARD = 192
 _FUSED_BACKWARD = 128  # 192 with warp groups
 
@@ -50,6 +52,13 @@ _SMALL = (
 )
 _WIDE = GemmConfig(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
 _TALL = GemmConfig(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class TmaConfig(GemmConfig):
+    """A `GemmConfig` of a persistent kernel; HALVES: a tile ends in two halves of its columns, to save registers."""
+
+    HALVES: bool
 
 
 @remembered
@@ -201,6 +210,25 @@ def _gemm_configs(
         dataclasses.replace(square, BLOCK_K=32, num_stages=4),
         narrow,
     )
+
+
+@remembered
+def tma_config(target: str, fc1: bool, heavy: bool) -> TmaConfig | None:
+    """Configuration of a persistent GEMM, fc1 or fc2, that TMA feeds; None where Triton makes none for the target.
+
+    On sm_90 two groups of 4 warps share a tile. One of 128 × 256 needs three quarters of the bytes of 128 × 128, but
+    would spill where fc1 stores a beside h, or fc2 has a residual in float32: these are ``heavy``. Triton 3.6 cannot
+    divide halves of the columns among the groups: there a tile ends as a whole, for which fc2 must be small.
+    """
+    if target == "sm_90" and _TRITON >= (3, 6):
+        halves = _TRITON > (3, 6)
+        if heavy or not (fc1 or halves):
+            return TmaConfig(128, 128, BLOCK_K=64, num_warps=4, num_stages=4, HALVES=halves)
+        rows, columns = (128, 256) if fc1 else (256, 128)
+        return TmaConfig(rows, columns, BLOCK_K=64, num_warps=4, num_stages=3, HALVES=halves)
+    if target == "sm_100" and _TRITON >= (3, 9):
+        return TmaConfig(128, 128, BLOCK_K=64, num_warps=8, num_stages=4, HALVES=not fc1)
+    return None
 
 
 def statistics_first(channels: int, target: str) -> bool:

@@ -75,18 +75,20 @@ def test_keys_differ_in_every_part():
     assert len(keys) == len(parts) + 1
 
 
-@pytest.mark.parametrize("value", ["1", "0", "", "yes"])
-def test_environment_variable(value):
-    code = "from convnext_fast.kernels import autotuning; print(autotuning.ENABLED)"
+@pytest.mark.parametrize(
+    ("module", "variable", "value"),
+    [
+        *[("autotuning", "CONVNEXT_FAST_AUTOTUNE", value) for value in ("1", "0", "", "yes")],
+        ("mlp.gemm_tma", "CONVNEXT_FAST_TMA", "1"),
+    ],
+)
+def test_environment_variables(module, variable, value):
+    code = f"from convnext_fast.kernels.{module} import ENABLED; print(ENABLED)"
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "CONVNEXT_FAST_AUTOTUNE": value},
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", code], env={**os.environ, variable: value}, capture_output=True, text=True, check=False
     )
     if value == "yes":
-        assert "ValueError: CONVNEXT_FAST_AUTOTUNE is 'yes': expected 0 or 1" in done.stderr
+        assert f"ValueError: {variable} is 'yes': expected 0 or 1" in done.stderr
     else:
         assert done.stdout.strip() == str(value == "1")
 
