@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bench import correctness, environment, graphs, host, report, study, variants
+from bench.cases import OpCase
 from bench.plan import Study
 from bench.results import Results
 from bench.timing import failure, quantiles
@@ -36,6 +37,8 @@ PLAIN = {
     "inference": ("eager channels_last", "frozen", "frozen + CUDA graph"),
     "training": ("eager channels_last", "fused", "fused + CUDA graph"),
 }
+WIDE = (16, 28, 28, 384)
+"""A block with tiles for every processor, as the variants of wide GEMMs want."""
 COUNTED = "_hidden_grad|wgrad|dwconv|_fc1"
 """The kernels that ncu looks at."""
 NO_NCU = "ncu is not on this machine: install Nsight Compute for the counters"
@@ -94,7 +97,7 @@ def plain_and_graph(device: torch.device) -> Iterator[Row]:
 
 
 def variant(name: str, device: torch.device) -> Iterator[Row]:
-    """Passes as CUDA graphs, in a process whose environment chooses a prepared variant of the kernels."""
+    """Passes as CUDA graphs, in a process whose environment chooses a prepared variant of the kernels; then values."""
     for each in graphs.PASSES:
         row = {"key": f"variants/{name}/{each}", "section": "variants", "variant": name, "pass": each}
         try:
@@ -103,6 +106,9 @@ def variant(name: str, device: torch.device) -> Iterator[Row]:
             yield row | {"failure": None} | quantiles(times)
         except Exception as error:
             yield row | {"failure": failure(error)}
+    for dtype in ("bfloat16", "float16"):
+        row = correctness.row_of("against float64", OpCase("convnext_block", WIDE, dtype, "forward"), device)
+        yield row | {"key": f"variants/{name}/{row['key']}", "check": f"variant {name} {row['check']}"}
 
 
 def counters(device: torch.device) -> Iterator[Row]:

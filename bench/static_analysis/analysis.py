@@ -214,6 +214,10 @@ def accesses(ptx: str, parameters: list[str | None]) -> tuple[dict[str, dict[int
             width = re.search(r"(?:\.v(\d))?\.[a-z](\d+)$", opcode)
             size = int(width[1] or 1) * int(width[2]) // 8
             found.append((opcode[:2] == "st", re.search(r"\[\s*(%rd\d+)", operands)[1], size))
+        elif opcode.startswith("tensormap.replace.tile.global_address"):  # of a descriptor, from which TMA loads
+            found.append((False, re.findall(r"%rd\d+", operands)[-1], 16))
+        elif opcode.startswith("cp.async.bulk"):
+            continue
         elif opcode.startswith("cp.async") and "global" in opcode:
             addresses = re.findall(r"\[\s*(%r\w*\d+)", operands)
             found.append((False, addresses[1], int(re.search(r"\],\s*(0x[0-9a-f]+|\d+)", operands)[1], 0)))

@@ -93,6 +93,8 @@ def flops(launch: Launch, compiled: Compiled) -> int | None:
         "_mlp_fwd_kernel": 2,
         "_fc1_kernel": 1,
         "_fc2_kernel": 1,
+        "_fc1_tma_kernel": 1,
+        "_fc2_tma_kernel": 1,
         "_input_kernel": 2 if saved else 3,
         "_weight_kernel": 3 if saved else 4 + given.get("APART", False),
         "_hidden_grad_kernel": 1 if saved else 2,
@@ -166,6 +168,16 @@ def output_elements(launch: Launch, compiled: Compiled) -> int:
     """Elements of the largest tensor that a launch writes."""
     names = [name for name in compiled.written if name] or launch.arguments
     return max((b.numel() for n in names if isinstance(b := launch.arguments[n], Buffer)), default=0)
+
+
+def average_share(launch: Launch) -> float:
+    """What a program does on average of what the first one does: less than 1 where persistent ones share tiles."""
+    given = launch.arguments
+    if "PROGRAMS" not in given:
+        return 1.0
+    columns = given["C" if "fc2" in launch.name else "K"]
+    tiles = -(-given["P"] // given["BLOCK_M"]) * -(-columns // given["BLOCK_N"])
+    return tiles / programs(launch) / -(-tiles // given["PROGRAMS"])
 
 
 def programs(launch: Launch) -> int:

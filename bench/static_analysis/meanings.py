@@ -85,6 +85,13 @@ def _load_local(p: Threads, i: Instruction) -> Found:
     return [(row, p.local.get(i.sources[0].value + 4 * n)) for n, row in enumerate(i.written)]
 
 
+def _load_shared(p: Threads, i: Instruction) -> Found:
+    if i.words > 1:
+        return None
+    found = p.load_shared(i.sources[0], 1 if "U8" in i.modifiers else 4)
+    return None if found is None else [(i.results[0].row, found)]
+
+
 def _add(p: Threads, i: Instruction) -> Found:
     (row,), carries = _parts(i)
     terms = [each for each in i.sources if each.kind != "predicate"]
@@ -338,7 +345,7 @@ def _vote(p: Threads, i: Instruction) -> Found:
 
 
 def _always(p: Threads, i: Instruction) -> Found:
-    """A barrier in shared memory that is tried: it is always ready."""
+    """A barrier in shared memory, or registers of other warps, that are tried: they are always ready."""
     return [(row, np.uint32(1)) for row in i.written]
 
 
@@ -380,7 +387,8 @@ for _names, _meaning in {
     "SHFL": _shuffle,
     "ELECT": _elect,
     "VOTE VOTEU": _vote,
-    "SYNCS": _always,
+    "SYNCS USETMAXREG": _always,
+    "LDS": _load_shared,
     "POPC UPOPC FLO UFLO": _bits,
 }.items():
     MEANINGS |= dict.fromkeys(_names.split(), _meaning)

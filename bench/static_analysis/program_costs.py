@@ -67,7 +67,7 @@ class Costs:
 
 
 def costs(specialised: Specialised, launch: Launch, listing: str, threads: int, cache: int) -> Costs:
-    """Walk the program in the middle of a launch's grid.
+    """Walk the program in the middle of a launch's grid, of persistent ones the first, which has the most tiles.
 
     Args:
         specialised, launch: the kernel, and arguments to run it with.
@@ -77,11 +77,11 @@ def costs(specialised: Specialised, launch: Launch, listing: str, threads: int, 
 
     Raises:
         walking.UnknownFlow: the kernel's control flow depends on values of tensors.
-        NotImplementedError: it copies by TMA, whose bytes are not counted yet.
+        NotImplementedError: it stores by TMA, whose bytes are not counted.
     """
-    if re.search(r"\bUTMA(LDG|STG)\b", listing):
-        raise NotImplementedError(f"{launch.name} copies by TMA, whose bytes are not counted")
-    grid = (*launch.grid, 1, 1)[:3]
+    if re.search(r"\bUTMASTG\b", listing):
+        raise NotImplementedError(f"{launch.name} stores by TMA, whose bytes are not counted")
+    grid = (1, 1, 1) if "PROGRAMS" in launch.arguments else (*launch.grid, 1, 1)[:3]
     watcher = _Watcher(threads // LANES, cache)
     program = Program(
         decode(listing),
@@ -252,6 +252,15 @@ class _Watcher:
         self.shared += self._wavefronts(operand, size, self._lanes(active, lanes))
         return at, done
 
+    def expect(self, i: Instruction, at: np.ndarray, done: np.ndarray, active: Any, lanes: Any) -> tuple:
+        """A barrier is told of how many bytes TMA will copy to shared memory before it opens."""
+        if i.modifiers == ("ARRIVE", "TRANS64"):
+            told = np.broadcast_to(self.program.value(i.sources[-1]), self.warps * LANES)
+            moved = int(told[self._lanes(active, lanes)].sum())
+            self.streamed += moved // SECTOR
+            self.shared += moved // LINE
+        return at, done
+
     def _lanes(self, active: np.ndarray, lanes: np.ndarray | None) -> np.ndarray | None:
         if lanes is None and not active.all():
             return np.repeat(active, LANES)
@@ -328,4 +337,5 @@ _HANDLERS = {
     "DEPBAR": _Watcher.wait_loads,
     "WARPGROUP": _Watcher.wait_products,
     "BAR": _Watcher.barrier,
+    "SYNCS": _Watcher.expect,
 }

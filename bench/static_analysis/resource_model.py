@@ -27,7 +27,7 @@ from triton.runtime.cache import get_cache_manager
 from bench.static_analysis.analysis import analyse_all
 from bench.static_analysis.chips import CHIP_OF
 from bench.static_analysis.compilation import Launch, Specialised, _cuobjdump, specialise
-from bench.static_analysis.counts import first_writes, flops, programs, traffic
+from bench.static_analysis.counts import average_share, first_writes, flops, programs, traffic
 from bench.static_analysis.program_costs import DENSE_FLOPS, Costs, costs
 from bench.static_analysis.recording import Buffer, Operator, Recording, record
 
@@ -140,11 +140,20 @@ class ModelledPass:
 
 
 def model_launch(
-    kernel: str, shape: str, count: int, resident: int, cost: Costs, moved: float, work: float, rates: Rates = RATES
+    kernel: str,
+    shape: str,
+    count: int,
+    resident: int,
+    cost: Costs,
+    moved: float,
+    work: float,
+    rates: Rates = RATES,
+    share: float = 1.0,
 ) -> Modelled:
     """The bounds of a launch of ``count`` programs, and its modelled time.
 
-    ``moved``: bytes through DRAM. ``work``: FLOPs of its matrix products, without padding.
+    ``moved``: bytes through DRAM. ``work``: FLOPs of its matrix products, without padding. ``share``: see
+    `counts.average_share`.
     """
     clocks = {
         "tensor": cost.tensor * DENSE_FLOPS * rates.clock * rates.processors / rates.tensor,
@@ -158,7 +167,7 @@ def model_launch(
     bounds = {name: each * taken / rates.clock for name, taken in clocks.items()}
     bounds["chain"] = math.ceil(count / slots) * cost.chain / rates.clock
     bounds["dram"] = moved / rates.dram
-    bounds["l2"] = count * (cost.read + cost.written) / rates.l2
+    bounds["l2"] = count * share * (cost.read + cost.written) / rates.l2
     seconds = sum(each**OVERLAP for each in bounds.values()) ** (1 / OVERLAP) + rates.launch
     limit = max(bounds["dram"], work / rates.tensor)
     microseconds = {name: 1e6 * value for name, value in bounds.items()}
@@ -189,7 +198,8 @@ def model_recording(name: str, recording: Recording, rates: Rates = RATES) -> Mo
         moved = sum(traffic(step, compiled, own[id(step)]))
         cost = launch_costs(kernel, step, resident)
         work = 0 if step.name.startswith("dwconv") else flops(step, compiled) or 0
-        found.append(model_launch(step.name, shape_of(step), programs(step), resident, cost, moved, work, rates))
+        sizes = shape_of(step), programs(step), resident
+        found.append(model_launch(step.name, *sizes, cost, moved, work, rates, average_share(step)))
     return ModelledPass(name, found)
 
 

@@ -24,7 +24,7 @@ _PREDICATE = re.compile(r"(U?)P(T|\d)")
 _WORDS = {"64": 2, "128": 4, "WIDE": 2}
 _SOURCES = {"HMMA": (4, 2, 4), "HGMMA": (4, 4, 4), "STSM": (1, 4, 1)}
 _NO_RESULT = ("ST", "BAR", "BRA", "EXIT", "RET", "CALL", "DEPBAR", "FENCE", "MEMBAR", "NOP", "WARP", "BSSY", "BSYNC")
-_NO_RESULT += ("LDGSTS", "LDGDEPBAR", "UTMASTG", "UTMALDG", "RED", "ERRBAR", "CCTL", "USETMAXREG", "NANOSLEEP", "BREAK")
+_NO_RESULT += ("LDGSTS", "LDGDEPBAR", "UTMASTG", "UTMALDG", "RED", "ERRBAR", "CCTL", "NANOSLEEP", "BREAK")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,8 @@ class Threads:
         table: a row for each register and predicate (sass.py), a column for each thread.
         known: which rows hold what the machine would.
         local: what was spilled, by its offset.
+        active: the threads that execute the instruction at hand; None for all of them.
+        shared: bytes of shared memory that hold a known value, such as what warps of other tasks are told to do.
     """
 
     def __init__(self, threads: int, place: tuple[int, int, int], constants: dict[int, int | None]) -> None:
@@ -29,6 +31,8 @@ class Threads:
         self.table[[TRUE, UNIFORM_TRUE]] = 1
         self.known = np.ones(ROWS + 3, bool)
         self.local: dict[int, np.ndarray | None] = {}
+        self.active: np.ndarray | None = None
+        self.shared: dict[int, int] = {}
 
     def pair(self, row: int) -> np.ndarray:
         """The 64 bits of a register and the one after it."""
@@ -80,3 +84,31 @@ class Threads:
         for n in range(instruction.words):
             row = value.row + n if value.row not in CONSTANT else value.row
             self.local[address.value + 4 * n] = self.table[row].copy() if self.known[row] else None
+
+    def store_shared(self, instruction: Instruction) -> None:
+        """Keep the bytes that go to shared memory; forget what an unknown value may have replaced."""
+        address, value = instruction.sources[:2]
+        where = self.addresses(address)
+        some = slice(None) if self.active is None else self.active
+        if where is None or not where[some].size:
+            return
+        where, size = where[some], 4 * instruction.words
+        rows = [value.row + n if value.row not in CONSTANT else value.row for n in range(instruction.words)]
+        if not self.known[rows].all():
+            first, last = where.min(), where.max() + size
+            self.shared = {at: byte for at, byte in self.shared.items() if not first <= at < last}
+            return
+        for n, row in enumerate(rows):
+            for at, word in set(zip(where.tolist(), self.table[row][some].tolist(), strict=True)):
+                self.shared |= {at + 4 * n + byte: word >> 8 * byte & 255 for byte in range(4)}
+
+    def load_shared(self, operand: Operand, size: int) -> np.ndarray | None:
+        """The number of ``size`` bytes that each thread loads; None where one is not known."""
+        where = self.addresses(operand)
+        if where is None or not self.shared:
+            return None
+        some = slice(None) if self.active is None else self.active
+        numbers = {at: [self.shared.get(at + byte) for byte in range(size)] for at in set(where[some].tolist())}
+        if any(None in each for each in numbers.values()):
+            return None
+        return np.array([int.from_bytes(numbers.get(at, b""), "little") for at in where.tolist()], np.uint32)

@@ -58,12 +58,12 @@ class Program(Threads):
             ValueError: more than ``most`` instructions.
         """
         groups = {0: self._all.copy()}
-        waiting: dict[int, np.ndarray] = {}
-        after: dict[int, int] = {}
+        waiting: dict[int, dict[int, np.ndarray]] = {}  # by barrier, where its threads go on
         alive = self._all.copy()
         while groups or waiting:
             if not groups:  # what waits for threads that have ended goes on
-                groups = {after[name]: mask for name, mask in waiting.items()}
+                for there in waiting.values():
+                    self._join(groups, there)
                 waiting = {}
             address = min(groups)
             mask = groups.pop(address)
@@ -72,7 +72,7 @@ class Program(Threads):
             place = address // INSTRUCTION_BYTES
             while True:
                 if place * INSTRUCTION_BYTES == stop:
-                    groups[stop] |= mask
+                    self._join(groups, {stop: mask})
                     break
                 instruction = self.code[place]
                 active = None if whole else mask
@@ -89,15 +89,12 @@ class Program(Threads):
                 if instruction.base == "BAR":
                     place += 1
                     name = instruction.operands[0].value if instruction.operands[0].kind == "number" else -1
-                    waiting[name] = waiting.get(name, ~self._all) | mask
-                    after[name] = place * INSTRUCTION_BYTES
+                    self._join(waiting.setdefault(name, {}), {place * INSTRUCTION_BYTES: mask})
                     full = int(alive.sum())
                     if len(instruction.operands) > 1 and instruction.operands[1].kind == "number":
                         full = min(full, instruction.operands[1].value)
-                    if int(waiting[name].sum()) >= full:
-                        mask = waiting.pop(name)
-                        whole = bool(mask.all())
-                        continue
+                    if sum(int(some.sum()) for some in waiting[name].values()) >= full:
+                        self._join(groups, waiting.pop(name))
                     break
                 rest = mask & ~taken
                 if instruction.base == "EXIT":
@@ -112,9 +109,12 @@ class Program(Threads):
                     mask = next(iter(targets.values()))
                     whole = bool(mask.all())
                     continue
-                for target, some in targets.items():
-                    groups[target] = groups.get(target, ~self._all) | some
+                self._join(groups, targets)
                 break
+
+    def _join(self, groups: dict[int, np.ndarray], others: dict[int, np.ndarray]) -> None:
+        for address, mask in others.items():
+            groups[address] = groups.get(address, ~self._all) | mask
 
     def _warps(self, mask: np.ndarray | None) -> np.ndarray | None:
         return None if mask is None else mask.reshape(self.warps, LANES).any(1)
@@ -156,9 +156,12 @@ class Program(Threads):
         def run(active: np.ndarray | None) -> None:
             lanes = self.known_lanes(guard)
             mask = active if lanes is None else lanes if active is None else active & lanes
+            self.active = mask
             watch(instruction, self._warps(active), mask)
             if instruction.base == "STL":
                 self.store_local(instruction)
+            elif instruction.base == "STS":
+                self.store_shared(instruction)
             if not results or (mask is not None and not mask.any()):
                 return
             sure = guard is None or known[guard.row]

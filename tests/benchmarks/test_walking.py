@@ -86,6 +86,26 @@ def test_loops_and_threads_that_part():
     assert (program.table[3] == 3).all()
 
 
+def test_warps_of_other_tasks_do_what_they_are_told():
+    """One warp stores a byte for the other, which waits at the same barrier elsewhere and branches by what it reads."""
+    lines = (
+        "S2R R1, SR_TID.X", "MOV R2, 0x400", "ISETP.GE.AND P0, PT, R1, 0x20, PT", "@P0 BRA 0x80",
+        "MOV R3, 0x10002", "STS [R2+0x8], R3", "BAR.SYNC.DEFER_BLOCKING 0x1", "EXIT", "BAR.SYNC.DEFER_BLOCKING 0x1",
+        "LDS.U8 R4, [R2+{0}]", "ISETP.NE.AND P1, PT, R4, RZ, PT", "@P1 EXIT", "MOV R5, 0x7",
+    )  # fmt: skip
+    for offset, byte in ((8, 2), (9, 0), (10, 1)):
+        program, seen = walk(*(line.format(hex(offset)) for line in lines), threads=64)
+        assert (program.table[4][32:] == byte).all()
+        assert (program.table[5][32:] == 7).all() == (byte == 0)
+    with pytest.raises(UnknownFlow, match="EXIT"):
+        walk(*(line.format("0xc") for line in lines), threads=64)
+    replaced = ("LDG.E R6, desc[UR4][R2.64]", "STS [R2+0x8], R6")
+    with pytest.raises(UnknownFlow, match="EXIT"):
+        walk(*(line.format("0x8").replace("0x80", "0xa0") for line in (*lines[:6], *replaced, *lines[6:])), threads=64)
+    _, seen = walk("USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe8", "PLOP3.LUT P0, PT, PT, PT, UP0, 0x80, 0x0", "@!P0 BRA 0x0")
+    assert seen.count("BRA") == 1
+
+
 def test_what_a_tensor_holds_decides_nothing():
     with pytest.raises(UnknownFlow, match=r"BRA at 0x20 depends on P0"):
         walk("LDG.E R1, desc[UR4][R2.64]", "ISETP.LT.AND P0, PT, R1, 0x5, PT", "@P0 BRA 0x0")
@@ -128,6 +148,16 @@ def test_a_copy_past_the_cache_counts_each_time_and_a_guard_leaves_threads_out()
     lines = ("S2R R2, SR_TID.X", "ISETP.LT.AND P0, PT, R2, 0x8, PT", "IMAD R6, R2, 0x10, RZ", "IMAD R2, R2, 0x10, RZ")
     assert costs_of(*lines, "MOV R3, RZ", copy, copy).read == 2 * 8 * 16
     assert costs_of(*lines, "MOV R3, RZ", copy.replace("P0", "!PT")).read == 0
+
+
+def test_bytes_that_a_barrier_awaits_are_read():
+    """By TMA, for one thread tells the barrier; other arrivals bring no bytes."""
+    found = costs_of(
+        "S2R R1, SR_TID.X", "ISETP.NE.AND P0, PT, R1, RZ, PT", "MOV R3, 0x2000",
+        "@!P0 SYNCS.ARRIVE.TRANS64 RZ, [UR6+0x80], R3", "@!P0 SYNCS.ARRIVE.TRANS64.ART0 RZ, [UR6+0x88], R3",
+        "@!P0 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR6+0x88], RZ", threads=64,
+    )  # fmt: skip
+    assert (found.read, found.shared) == (0x2000, 0x2000 // 128)
 
 
 def test_products_and_the_chain():

@@ -33,6 +33,7 @@ correctness.OFTEN_SHAPES = ((1, 9, 7, 96),)
 correctness.HUGE_MEMORY = 1 << 60
 environment.measured_rates = lambda device, dtypes: environment.Roofline(dict.fromkeys(dtypes, 1e15), 4e12, "hollow")
 gpu_steps.VARIANT, gpu_steps.SIDE, gpu_steps.BUDGET, gpu_steps.HOST_ROUNDS = "atto", 64, 0.01, 1
+gpu_steps.WIDE = (2, 9, 7, 40)
 gpu_steps.HOST_CONTENDERS = ("eager transformers", "fused", "frozen")
 gpu_steps.BATCHES = {"one": 1, "many": 2, "training": 2}
 graphs.VARIANT, graphs.SIDE, graphs.REPLAYS = "atto", 64, 1

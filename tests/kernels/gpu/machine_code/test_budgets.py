@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from convnext_fast.kernels.mlp import gemm_tma
 from convnext_fast.kernels.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -214,6 +215,17 @@ def test_modelled_times_on_an_h200(name):
         assert launch.limit <= max(launch.bounds.values()) * 1.001 <= launch.microseconds
 
 
+@pytest.mark.thorough
+def test_modelled_time_with_tma(monkeypatch):
+    """The bytes and products of the ordinary kernels, with the room of ``MODELLED``."""
+    monkeypatch.setattr(gemm_tma, "ENABLED", True)
+    made = model_pass("inference_128")
+    assert made.milliseconds <= 1.05 * 3.61
+    assert {"_fc1_tma_kernel", "_fc2_tma_kernel"} <= {launch.kernel for launch in made.launches}
+    for launch in made.launches:
+        assert launch.limit <= max(launch.bounds.values()) * 1.001 <= launch.microseconds
+
+
 def test_summary_of_modelled_times(monkeypatch, capsys):
     passes = {name: machine_code.PASSES[name] for name in ("inference_1", "inference_128")}
     monkeypatch.setattr(machine_code, "PASSES", passes)
@@ -275,8 +287,12 @@ def test_accesses_are_followed_to_their_argument():
     @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd3 + 0 ];
     cp.async.cg.shared.global [ %r5 + 0 ], [ %rd3 + 16 ], 0x10, %r6;
     @%p1 st.global.b16 [ %rd5 + 0 ], { %rs1 };
+    ld.param.b64 %rd8, [k_param_3];
+    tensormap.replace.tile.global_address.shared::cta.b1024.b64 [ %rd9 + 0 ], %rd8;
+    @%p2 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r6], [%rd10, {%r7, %r8}], [%r9];
     """
-    assert accesses(ptx, ["x_ptr", None, "y_ptr"]) == ({"x_ptr": {16: 2}}, {"y_ptr": {2: 1}})
+    expected = {"x_ptr": {16: 2}, "u_ptr": {16: 1}}, {"y_ptr": {2: 1}}
+    assert accesses(ptx, ["x_ptr", None, "y_ptr", "u_ptr"]) == expected
 
 
 def test_occupancy_of_a_chip():
