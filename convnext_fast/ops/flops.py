@@ -113,10 +113,10 @@ def register_formulas() -> None:
 
 @functools.cache
 def _formulas(module: Any) -> dict[Any, Callable[..., int]]:
-    """By operator, those of compiled graphs on a CPU included, as ``module`` registers them."""
+    """By operator, those of compiled graphs included, as ``module`` registers them."""
     namespace, found = torch.ops.convnext_fast, {}
     for op in SIGNATURES:
-        for name in (op, f"{op}_cpu"):
+        for name in (op, f"{op}_cpu", f"{op}_gpu"):
             if hasattr(namespace, name):
                 found[getattr(namespace, name)] = module.shape_wrapper(_of_flat(op))
     return found

@@ -12,6 +12,7 @@ from support import BOUNDS, randomise, relative_error
 
 from convnext_fast import ConvNext, ConvNextConfig, ops
 from convnext_fast.backends import reference
+from convnext_fast.ops.signatures import SIGNATURES
 
 
 def test_every_registered_operator_is_checked():
@@ -22,7 +23,8 @@ def test_every_registered_operator_is_checked():
     for module in ("backends.dwconv", "ops.sequence_operator"):
         importlib.import_module(f"convnext_fast.{module}")
     elsewhere = "dwconv", "dwconv_wgrad_sums", "frozen_steps", "live_steps"
-    assert registered() == {*ON_CPU, *(f"{name}_cpu" for name in ON_CPU), *KERNELS_ALONE, *elsewhere}
+    compiled = {f"{name}_cpu" for name in ON_CPU} | {f"{name}_gpu" for name in SIGNATURES}
+    assert registered() == {*ON_CPU, *KERNELS_ALONE, *elsewhere, *compiled}
 
 
 @pytest.mark.parametrize("name", ON_CPU)
