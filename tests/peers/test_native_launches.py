@@ -1,8 +1,17 @@
-"""What C launches a recorded call with, against Triton's own launcher, on a GPU that does nothing."""
+"""What C launches, and how often Python works launches out, on a GPU that does nothing."""
 
+import json
 import re
 
 import hollow_support
+
+
+def test_a_new_size_and_a_compiled_model_are_worked_out_once_for_each_kind_of_block(tmp_path):
+    found = json.loads(hollow_support.run(tmp_path, hollow_support.HERE / "plans_counted.py").splitlines()[-1])
+    launched, worked_out = found["a new size"]
+    assert worked_out <= launched - 3 * 4  # of four equal blocks, three
+    assert found["again"] == [launched, 0]
+    assert found["compiled"] == [2, 2]
 
 
 def test_launches_are_those_of_triton(tmp_path):

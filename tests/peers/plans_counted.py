@@ -1,0 +1,47 @@
+"""Run on hollow_gpu: what a new size and a compiled model cost the host. Prints a line of JSON."""
+
+import ctypes
+import json
+from unittest import mock
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from convnext_fast import ConvNext, ConvNextConfig
+from convnext_fast.backends import gpu
+
+launches = ctypes.CDLL(None).hollow_launches
+launches.restype = ctypes.c_long
+found = {}
+
+
+def counted(call, *args):
+    """(kernel launches, those that Triton's launcher worked out) of a call."""
+    before = launches()
+    with mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run) as run:
+        call(*args)
+    return [launches() - before, run.call_count]
+
+
+def image(side):
+    return torch.randn(2, 3, side, side, device="cuda", dtype=torch.bfloat16)
+
+
+def step(model, x):
+    model(x).sum().backward()
+
+
+config = ConvNextConfig(num_stages=2, depths=[1, 4], hidden_sizes=[96, 384], num_labels=10)
+model = ConvNext(config).to("cuda", torch.bfloat16)
+with torch.no_grad():
+    for side in (64, 64, 128, 128):
+        model(image(side))
+    found["a new size"], found["again"] = (counted(model, image(96)) for _ in range(2))
+
+for function in (gpu.block_fwd, gpu.block_bwd):
+    function.calls.forget()
+compiled = torch.compile(model)
+for _ in range(3):
+    step(compiled, image(64))
+found["compiled"] = [len(function.calls.native) for function in (gpu.block_fwd, gpu.block_bwd)]
+print(json.dumps(found))
