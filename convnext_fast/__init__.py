@@ -43,9 +43,12 @@ __all__ = [
 ]
 
 
+_KERAS = {f"TFConvNext{version}{kind}" for version in ("", "V2") for kind in ("Model", "ForImageClassification")}
+
+
 def __getattr__(name: str) -> Any:
     """The Keras models, which import Keras, only when they are asked for; see ``keras/README.md``."""
-    if name.startswith("TFConvNext") and name.endswith(("Model", "ForImageClassification")):
+    if name in _KERAS:
         from . import keras
 
         return getattr(keras, name)

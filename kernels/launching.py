@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,11 +35,22 @@ def is_traced(tensor: torch.Tensor) -> bool:
     return type(tensor) not in PLAIN
 
 
-def scratch_memory(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    """Memory on the current device for a launch: what kernels that make descriptors give to ``triton.set_allocator``.
+def with_scratch_memory(function: Callable, *args: Any, **options: Any) -> None:
+    """``function(*args, **options)``, which launches kernels that make descriptors: Triton asks for memory for them.
 
-    Triton keeps the function for each thread. PyTorch aligns to 512 bytes, which is enough for any kernel.
+    In a context of its own, so that an allocator that the user gave to Triton is as before afterwards.
     """
+    import triton  # when it is needed: models on a CPU start without it
+
+    def call() -> None:
+        triton.set_allocator(_scratch_memory)
+        function(*args, **options)
+
+    contextvars.copy_context().run(call)
+
+
+def _scratch_memory(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Memory on the current device. PyTorch aligns to 512 bytes, which is enough for any kernel."""
     return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
-from .launching import PLAIN, launch_hook, scratch_memory
+from .launching import PLAIN, launch_hook, with_scratch_memory
 
 _aten = torch.ops.aten
 _ALLOCATIONS = (_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default)
@@ -84,10 +83,11 @@ class Plan(NamedTuple):
         memory = [tensor.data_ptr() for tensor in (*given, *made)]
         stream = driver.active.get_current_stream(given[0].get_device())
         for kernel, grid, parameters, scratch in self.launches:
-            if scratch is not None:  # Triton's launcher asks for its own
-                triton.set_allocator(scratch_memory)
             values = [Address(memory[p.memory] + p.offset) if isinstance(p, Place) else p for p in parameters]
-            kernel[grid](*values, stream=stream)
+            if scratch is None:
+                kernel[grid](*values, stream=stream)
+            else:  # Triton's launcher asks for its own
+                with_scratch_memory(kernel[grid], *values, stream=stream)
             if launch_hook.listener is not None:
                 launch_hook.listener(kernel, grid, values)
 

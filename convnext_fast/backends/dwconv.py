@@ -49,7 +49,7 @@ def _is_opaque(x: Tensor, dtype: torch.dtype) -> bool:
     return dtype != torch.float32 and is_traced(x) and kernels.gluon_supports(x)
 
 
-_launch = replayed(kernels.dwconv)  # in a compiled model, our only calls that still run Python on the host
+_launch = replayed(kernels.dwconv)  # called by compiled code that launches the other kernels itself
 _launch_wgrad = replayed(kernels.dwconv_wgrad_partials)
 
 

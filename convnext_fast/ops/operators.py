@@ -1,11 +1,11 @@
 """Registration of the fused ops with `torch.library`, as ``convnext_fast::<name>``.
 
 Each operator branches on the device inside its body, so that a compiler traces the path that will run: it sees the
-kernels that a GPU runs, where it makes a program that runs without Python. Where Python runs what it compiled, it calls
-each op as one operator, ``<name>_gpu``, whose launches are repeated by one call of C: launched one by one by the
-compiled code, they took the host 1.3 times as long as the unfused model. On a CPU it calls the ops that `result_shapes`
-knows as one operator each, ``<name>_cpu``: loops over rows and samples, kernels, and calls of oneDNN that it cannot
-improve. The others it traces or replaces.
+kernels that a GPU runs. On NVIDIA's it calls each op as one operator, ``<name>_gpu``, whose launches one call of C
+repeats: launched one by one by compiled code, they took the host 1.3 times as long as the unfused model. AOTInductor's
+programs run without Python, so it sees the kernels there, too. On a CPU it calls the ops that `result_shapes` knows as
+one operator each, ``<name>_cpu``: loops over rows and samples, kernels, and calls of oneDNN that it cannot improve. The
+others it traces or replaces.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _register(signature: Signature) -> Any:
             if x.device.type == "cpu":
                 if on_cpu is not None and choose.select(x.device, torch.float32) in ("cpu", "aten"):
                     return on_cpu(*flat)
-            elif x.device.type in choose.KERNEL_DEVICES and not _is_ahead_of_time():
+            elif x.device.type == "cuda" and torch.version.hip is None and not _is_ahead_of_time():
                 return on_gpu(*flat)
         return whole(*flat)
 
@@ -75,8 +75,7 @@ def _register(signature: Signature) -> Any:
 def _register_whole(name: str, whole: Callable[..., Any]) -> Any:
     """An operator that a compiler does not look into, registered with the dispatcher: see `sequence_operator`."""
     _LIBRARY.define(name + torch.library.infer_schema(whole, mutates_args=()))
-    for key in ("CUDA", "XPU"):
-        _LIBRARY.impl(name, whole, key)
+    _LIBRARY.impl(name, whole, "CUDA")
     torch.library.register_fake(f"convnext_fast::{name}", whole, lib=_LIBRARY)
     return getattr(torch.ops.convnext_fast, name)
 

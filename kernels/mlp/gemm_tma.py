@@ -4,7 +4,7 @@ The formulas are those of gemm.py. As many programs as there are processors take
 accelerator copies boxes of both operands to shared memory, with zeros outside of the matrices. One warp asks for the
 boxes, also for those of the next tile, while two groups of warps multiply and end a tile (``warp_specialize``).
 
-A kernel makes its descriptors itself, in memory that Triton asks `launching.scratch_memory` for. So its parameters are
+A kernel makes its descriptors itself, in memory that Triton asks `launching` for. So its parameters are
 addresses, as those of any kernel, and a recorded call is repeated with those of its own tensors.
 """
 
@@ -20,12 +20,12 @@ from torch import Tensor
 from ..environment import switch
 from ..gelu import gelu_form
 from ..integers import cdiv
-from ..launching import is_traced, launch, scratch_memory
+from ..launching import is_traced, launch, with_scratch_memory
 from ..statistics import inverse_deviation
 from ..targets import PROCESSORS, target_of
 from .gemm import end_hidden, end_result, tile_of_program
 from .grn import Grn
-from .tuning import TmaConfig, norm_blocks, tma_config
+from .tuning import TmaConfig, is_known, norm_blocks, tma_config
 
 ENABLED = switch("CONVNEXT_FAST_TMA")
 
@@ -109,7 +109,9 @@ def serves(u: Tensor, stats: Tensor | None, w1g: Tensor, w2: Tensor, grn: Grn | 
 
     Where it is asked for, in 16 bits, with strides and addresses that TMA takes, and tiles for all processors.
     """
-    if not ENABLED or grn is not None or u.dtype == torch.float32 or tma_config(target_of(u), True, False) is None:
+    if not ENABLED or not is_known(u.shape[0]) or grn is not None or u.dtype == torch.float32:
+        return False
+    if tma_config(target_of(u), True, False) is None:
         return False
     given = (u, w1g, w2) if stats is None else (u, w1g, w2, stats)
     if any(width % 8 for width in w1g.shape) or any(_address(tensor) % 16 for tensor in given):
@@ -137,11 +139,11 @@ def tma_mlp_fwd(
     CB, NB = norm_blocks(stats, C, u.dtype)
     target = target_of(u)
     programs = PROCESSORS[target]
-    triton.set_allocator(scratch_memory)
 
     def run(kernel: Any, columns: int, config: TmaConfig, *args: Any, **meta: Any) -> None:
         grid = min(programs, _tiles(P, columns, config.BLOCK_M, config.BLOCK_N))
-        launch(kernel, (grid,), *args, C=C, K=K, PROGRAMS=programs, **meta, **config.__dict__)
+        meta |= config.__dict__
+        with_scratch_memory(launch, kernel, (grid,), *args, C=C, K=K, PROGRAMS=programs, **meta)
 
     run(
         _fc1_tma_kernel, K, tma_config(target, True, save_hidden), u, stats, w1g, b1g, h, a, P, C, eps,

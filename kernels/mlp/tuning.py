@@ -9,6 +9,7 @@ occupancy, two or three programs a processor, so that one's epilogue runs beside
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import torch
 import triton
@@ -19,7 +20,7 @@ from ..statistics import stats_block
 from ..targets import PROCESSORS
 
 WARP_GROUPS = ("sm_90", "sm_100")  # targets that multiply matrices by warp groups or larger
-_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+_TRITON = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
 _FUSED_FORWARD = 192
 _FUSED_BACKWARD = 128  # 192 with warp groups
 
@@ -165,7 +166,7 @@ def gemm_configs(
     where there are two large ones a processor, these, which read three quarters of a square's bytes through L2.
     """
     usual = _gemm_configs(columns, dtype, target, heavy, sample_rows)
-    if target != "sm_90" or dtype == torch.float32 or sample_rows is not None:
+    if target != "sm_90" or dtype == torch.float32 or sample_rows is not None or not is_known(rows):
         return usual
     for config in _SMALL:
         if count_tiles(rows, columns, config) <= PROCESSORS[target]:
@@ -174,6 +175,11 @@ def gemm_configs(
     if not heavy and columns <= 3072 and count_tiles(rows, columns, large) >= 2 * PROCESSORS[target]:
         return large, *usual[:3]
     return usual
+
+
+def is_known(rows: int) -> bool:
+    """Whether this is a number, not a compiler's symbol, for which a comparison would be a reason to compile again."""
+    return isinstance(rows, int)
 
 
 def count_tiles(rows: int, columns: int, config: GemmConfig) -> int:
@@ -312,11 +318,11 @@ def downsample_config(rows: int, columns: int, dtype: torch.dtype, wide: bool, t
     if target != "sm_90":
         return usual
     few = GemmConfig(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3)
-    if count_tiles(rows, columns, few) <= 4 * PROCESSORS[target]:
+    if is_known(rows) and count_tiles(rows, columns, few) <= 4 * PROCESSORS[target]:
         return few
     many = GemmConfig(BLOCK_M=128, BLOCK_N=256, BLOCK_K=32, num_warps=8, num_stages=3)
     if columns <= 128:
         return usual
-    if wide or count_tiles(rows, columns, many) < 2 * PROCESSORS[target]:
+    if wide or not is_known(rows) or count_tiles(rows, columns, many) < 2 * PROCESSORS[target]:
         return dataclasses.replace(many, BLOCK_M=64)
     return many

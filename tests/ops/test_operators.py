@@ -7,8 +7,12 @@ import importlib
 import pytest
 import torch
 from block_cases import activations, block_parameters
+from convnext_fast.kernels.targets import planned_for
 from operator_cases import KERNELS_ALONE, ON_CPU, WITHOUT_GRADIENT, cases, registered
 from support import BOUNDS, randomise, relative_error
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from convnext_fast import ConvNext, ConvNextConfig, ops
 from convnext_fast.backends import reference
@@ -25,6 +29,28 @@ def test_every_registered_operator_is_checked():
     elsewhere = "dwconv", "dwconv_wgrad_sums", "frozen_steps", "live_steps"
     compiled = {f"{name}_cpu" for name in ON_CPU} | {f"{name}_gpu" for name in SIGNATURES}
     assert registered() == {*ON_CPU, *KERNELS_ALONE, *elsewhere, *compiled}
+
+
+@pytest.mark.parametrize("channels", [96, 384])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_any_number_of_images_is_one_program_on_a_gpu(target, channels):
+    """Of a symbolic number no size of a tile is asked, which would be a guard and a reason to compile again."""
+    environment = ShapeEnv()
+    symbol = environment.create_symbol(8, source=ConstantSource("images"), dynamic_dim=DimDynamic.DYNAMIC)
+    images = environment.create_symintnode(symbol, hint=8)
+
+    def imagined(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+
+    with planned_for(target), FakeTensorMode(shape_env=environment):
+        x, vector, hidden = imagined(images, 14, 14, channels), imagined(channels), imagined(4 * channels)
+        w1, w2 = imagined(4 * channels, channels), imagined(channels, 4 * channels)
+        block = imagined(channels, 1, 7, 7), vector, vector, vector, w1, hidden, w2, vector, vector
+        y, *_ = torch.ops.convnext_fast.block_fwd(x, *block, None, None, None, 1e-6, "gelu", 1, x.dtype)
+        patches = vector, vector, imagined(2 * channels, channels, 2, 2), imagined(2 * channels)
+        z = torch.ops.convnext_fast.downsample_fwd(y, *patches, 1e-6, x.dtype)
+    assert (z.shape[1:], z.device.type) == ((7, 7, 2 * channels), "cuda")
+    assert not environment.guards
 
 
 @pytest.mark.parametrize("name", ON_CPU)

@@ -5,6 +5,8 @@ import json
 from unittest import mock
 
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.virtualized import V
 from triton.runtime.jit import JITFunction
 
 from convnext_fast import ConvNext, ConvNextConfig
@@ -44,4 +46,22 @@ compiled = torch.compile(model)
 for _ in range(3):
     step(compiled, image(64))
 found["compiled"] = [len(function.calls.native) for function in (gpu.block_fwd, gpu.block_bwd)]
+
+
+def called():
+    """What the compiled forward of a training step calls of ours."""
+    names = set()
+
+    def capture(graph, inputs):
+        names.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch.compiler.reset()
+    torch.compile(model, backend=aot_autograd(fw_compiler=capture))(image(64))
+    return sorted(name for name in names if "convnext_fast" in name or "triton_kernel" in name)
+
+
+found["called"] = called()
+with V.set_aot_compilation(True):
+    found["called ahead of time"] = called()
 print(json.dumps(found))

@@ -4,14 +4,27 @@ import json
 import re
 
 import hollow_support
+import pytest
 
 
-def test_a_new_size_and_a_compiled_model_are_worked_out_once_for_each_kind_of_block(tmp_path):
-    found = json.loads(hollow_support.run(tmp_path, hollow_support.HERE / "plans_counted.py").splitlines()[-1])
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    script = hollow_support.HERE / "plans_counted.py"
+    return json.loads(hollow_support.run(tmp_path_factory.mktemp("hollow"), script).splitlines()[-1])
+
+
+def test_a_new_size_and_a_compiled_model_are_worked_out_once_for_each_kind_of_block(found):
     launched, worked_out = found["a new size"]
     assert worked_out <= launched - 3 * 4  # of four equal blocks, three
     assert found["again"] == [launched, 0]
     assert found["compiled"] == [2, 2]
+
+
+def test_only_programs_that_run_without_python_are_given_the_kernels(found):
+    assert found["called"]
+    assert all(name.startswith("convnext_fast.") and "_gpu" in name for name in found["called"])
+    assert any("triton_kernel_wrapper" in name for name in found["called ahead of time"])
+    assert not any("_gpu" in name for name in found["called ahead of time"])
 
 
 def test_launches_are_those_of_triton(tmp_path):
