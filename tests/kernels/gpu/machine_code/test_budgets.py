@@ -104,10 +104,10 @@ def test_launches_of_tiny():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("batch", [1, 8])
-def test_launches_of_few_images(batch):
+@pytest.mark.parametrize(("batch", "dtype"), [(1, "bf16"), (8, "fp16")])
+def test_launches_of_few_images(batch, dtype):
     """sm_90 takes other tiles for them."""
-    check(passes(("tiny",), ("bf16", "fp16"), ("inference",), (), ("sm_90",)), batch=batch)
+    check(passes(("tiny",), (dtype,), ("inference",), (), ("sm_90",)), batch=batch)
 
 
 @pytest.mark.thorough
@@ -180,7 +180,7 @@ def test_resources_without_disassembly():
 
 @pytest.mark.parametrize(
     ("mode", "recompute"),
-    [pytest.param(*case, marks=() if case[1] in (None, 1) else pytest.mark.thorough) for case in COUNTED],
+    [pytest.param(*case, marks=() if case[1] is None else pytest.mark.thorough) for case in COUNTED],
 )
 def test_counts_of_a_pass(mode, recompute):
     counts = count_tiny(mode, recompute)
@@ -193,20 +193,16 @@ def test_counts_of_a_pass(mode, recompute):
     assert least <= counts.gflops <= least * {None: 1.0, 0: 1.07, 1: 1.30, 2: 1.31}[recompute] + 0.1
 
 
-@pytest.mark.parametrize(
-    ("mode", "recompute"),
-    [pytest.param(*case, marks=() if case[1] is None else pytest.mark.thorough) for case in V2_BUDGETS],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize(("mode", "recompute"), V2_BUDGETS)
 def test_counts_of_a_pass_of_v2(mode, recompute):
     counts = count_tiny(mode, recompute, "v2_tiny")
     assert not counts.uncounted, f"no formula for the FLOPs of {counts.uncounted}"
     assert not counts.missed(V2_BUDGETS[mode, recompute])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.thorough if "training" in name else ()) for name in MODELLED],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", MODELLED)
 def test_modelled_times_on_an_h200(name):
     made = model_pass(name)
     assert made.milliseconds <= MODELLED[name]
