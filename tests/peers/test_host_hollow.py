@@ -22,7 +22,7 @@ RUNS = 3
 """At most, for other work on the machine fills the caches: each figure has to be reached in one of them."""
 LAUNCHES = {
     "inference": {"fused": 76, "frozen": 55, "fuse(timm)": 76, "fuse(transformers)": 76},
-    "training": {"fused": 235, "fused recompute 0": 235, "fuse(timm)": 237, "fuse(transformers)": 235},
+    "training": {"fused": 238, "fused recompute 0": 238, "fuse(timm)": 240, "fuse(transformers)": 238},
 }
 
 
