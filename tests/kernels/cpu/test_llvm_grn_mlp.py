@@ -53,16 +53,36 @@ def ours(machine, dy, u, residual, norm, mlp, grn, scale, saves):
     return [y, *llvm_grn_mlp.grn_mlp_bwd(machine, dy, u, a, norm, mlp, grn, scale)]
 
 
+def eager(dy, u, residual, *rest):
+    """As `plain` in float32, with the pixels of each sample in another order, in which sums round otherwise."""
+    pixels = rest[2].pixels
+    order = torch.cat([start + torch.randperm(pixels) for start in range(0, len(u), pixels)])
+    y, du, *others = plain(torch.float32, dy[order], u[order], residual[order], *rest)
+    back = order.argsort()
+    return [y[back], du[back], *others]
+
+
 def check(*draws):
-    """(ours, the arguments) of each draw: the error of all draws together, for few numbers may be exact by luck."""
-    found = [(got, plain(torch.float64, *given_), plain(torch.float32, *given_)) for got, given_ in draws]
+    """(ours, the arguments) of each draw: the error of all draws together, for few numbers may be exact by luck.
+
+    So may those of one order of the pixels be, where what is added nearly cancels: eager's error is the most of six.
+    """
+    found = [
+        (got, plain(torch.float64, *given_), *(eager(*given_) for _ in range(6 if len(given_[0]) < 1000 else 1)))
+        for got, given_ in draws
+    ]
     for at, name in enumerate(NAMES):
-        actual, expected, eager = ([results[at] for results in kind] for kind in zip(*found, strict=True))
+        actual, expected, *orders = ([results[at] for results in kind] for kind in zip(*found, strict=True))
         if expected[0] is None:
             assert actual[0] is None or name == "dβ of GRN", name
         else:
             assert all(t.is_contiguous() for t in actual), name
-            assert no_worse(*map(torch.stack, (actual, expected, eager))), name
+            norms = [t.norm() for t in expected]  # so that every draw counts, not the largest alone
+            actual, expected, *orders = (
+                torch.stack([t / norm for t, norm in zip(each, norms, strict=True)])
+                for each in (actual, expected, *orders)
+            )
+            assert any(no_worse(actual, expected, each) for each in orders), name
 
 
 def same(got, expected):
@@ -86,7 +106,7 @@ def test_values_and_gradients(
 ):
     channels *= machine.lanes
     before, draws = torch.get_num_threads(), []
-    for _ in range(8 if samples * pixels * channels < 1000 else 1):
+    for _ in range(24 if samples * pixels * channels < 1000 else 1):
         given_ = draw(samples, pixels, channels, ratio * channels, affine, beta, scaled, silent)
         try:
             torch.set_num_threads(team_size)
