@@ -103,7 +103,7 @@ def load_model(
     """A model of class ``cls`` with the weights of a checkpoint, in evaluation mode.
 
     Every parameter comes from the checkpoint and every tensor of the checkpoint has its place, except: a model without
-    a classifier or final norm leaves the checkpoint's out, as every model does the decoder of V2's sparse pre-training;
+    a classifier or final norm ignores the checkpoint's; every model ignores the decoder of V2's sparse pre-training;
     and a classifier, a backbone's ``hidden_states_norms``, or (with no classifier either) a final norm that the
     checkpoint lacks is newly initialised, with a warning.
 

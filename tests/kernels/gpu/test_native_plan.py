@@ -3,103 +3,23 @@
 Nothing is compiled for a GPU here: a stand-in for CUDA's driver notes what it is asked to launch, on CPU tensors.
 """
 
-import ctypes
 import gc
 import itertools
-import random
 import struct
 import threading
-import time
-import warnings
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from convnext_fast.kernels import native_plan, recording, replaying
-from convnext_fast.kernels.launching import launch_hook
-from convnext_fast.kernels.recording import Place, Plan, record
-from native_support import StandIn
+from convnext_fast.kernels import recording, replaying
+from convnext_fast.kernels.recording import Plan, record
+from plan_support import EPS, PTX, WEIGHT, Kernel, X, known, launched, scaled
 from triton import knobs
-
-PTX = """.visible .entry kernel(
-	.param .u64 .ptr .global .align 1 kernel_param_0,
-	.param .u32 kernel_param_1,
-	.param .f32 kernel_param_2,
-	.param .u64 .ptr .global .align 1 kernel_param_3,
-	.param .u64 .ptr .global .align 1 kernel_param_4
-)
-"""
 
 
 @pytest.fixture
 def _nan_poisoned_allocations():
     """Its mode would hear of every allocation, and calls that one hears of are not repeated."""
-
-
-class Kernel:
-    """Looks like a compiled kernel of (pointer, int, float, pointer): ``function`` is its handle."""
-
-    def __init__(self, function=7, ptx=PTX, **metadata):
-        self.function, self.asm, self.packed_metadata = function, {"ptx": ptx}, (4, 1, 2048)
-        self.metadata = SimpleNamespace(num_ctas=1, **metadata)
-        self.src = SimpleNamespace(
-            signature={"x": "*fp32", "n": "i32", "eps": "fp32", "BLOCK": "constexpr", "y": "*fp32"}
-        )
-
-
-def launched(kernel, grid, *parameters):
-    """As `launching.launch` tells of a launch."""
-    if launch_hook.listener is not None:
-        launch_hook.listener(kernel, grid, parameters)
-
-
-@pytest.fixture
-def device(monkeypatch):
-    """The stand-in; ``device.launches`` are (function, grid, threads, shared, stream, parameters)."""
-    if native_plan.library() is None:
-        pytest.skip("needs a C compiler")
-
-    def launch(function, grid, threads, shared, stream, parameters):
-        if stand_in.fails:
-            raise RuntimeError("as a driver that is out of resources")
-        time.sleep(stand_in.seconds)
-        codes = ("Q", "i", "f", "Q", "Q")
-        values = (
-            struct.unpack(code, ctypes.string_at(parameters[i], struct.calcsize(code)))[0]
-            for i, code in enumerate(codes)
-        )
-        stand_in.launches.append((function, grid, threads, shared, stream, tuple(values)))
-
-    stand_in = StandIn(launch)
-    stand_in.launches, stand_in.fails, stand_in.seconds = [], False, 0
-    monkeypatch.setattr(native_plan, "cuda", lambda: stand_in.driver)
-    monkeypatch.setattr(replaying, "is_replayable", lambda tensor: True)
-    return stand_in
-
-
-def known(function, *arguments):
-    """The function, replayed, after the call that comes before the first repeated one."""
-    call = replaying.replayed(function)
-    call(*arguments)
-    return call
-
-
-def scaled(kernel):
-    """A function of x and a weight that allocates scratch memory and a result."""
-
-    def function(x, weight, eps=EPS):
-        scratch = torch.empty(8, dtype=torch.float32)
-        launched(kernel, (3, 2), x, 5, eps, 128, scratch)
-        y = torch.empty_like(x)
-        launched(kernel, (1,), weight[1:], -6, 0.5, 128, scratch[4:])
-        launched(kernel, (1, 1, 9), scratch, 7, 2.0, 128, y)
-        return y.view(2, -1) if y.is_contiguous() else y
-
-    return function
-
-
-EPS, X, WEIGHT = 1e-6, torch.randn(8, 4), torch.randn(6)
 
 
 def test_what_is_launched(device):
@@ -357,126 +277,3 @@ def test_nothing_leaks(device):
     del device.launches[:]
     gc.collect()
     assert len(gc.get_objects()) - before < 10
-
-
-@pytest.mark.parametrize(
-    "kernel",
-    [
-        Kernel(launch_pdl=True),
-        Kernel(launch_cooperative_grid=True),
-        Kernel(profile_scratch_size=64),
-        Kernel(instrumentation_mode="gsan"),
-    ],
-    ids=lambda kernel: next(name for name in vars(kernel.metadata) if name != "num_ctas"),
-)
-def test_launches_that_are_more_than_a_kernel_on_a_grid(device, kernel):
-    call = known(scaled(kernel), X, WEIGHT)
-    with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
-        assert call(X, WEIGHT) == "by Python"
-
-
-@pytest.mark.parametrize(
-    "ptx",
-    [
-        PTX.replace(".u32", ".u64"),
-        PTX.replace(".param .u32 kernel_param_1,", ""),
-        PTX.replace(".f32 kernel_param_2", ".align 64 .b8 kernel_param_2[128]"),
-        PTX.replace("_param_4", "_param_4,\n.param .u32 kernel_param_5"),
-    ],
-    ids=["another size", "fewer", "a descriptor", "more that are no pointers"],
-)
-def test_a_kernel_that_takes_other_parameters(device, ptx):
-    """As of a version of Triton that is not known yet: one warning, and Python launches."""
-    native_plan._warn.cache_clear()
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        calls = [known(scaled(Kernel(ptx=ptx)), X, WEIGHT) for _ in range(2)]
-        with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
-            assert [call(X, WEIGHT) for call in calls] == ["by Python"] * 2
-    assert len(told) == 1
-    assert "takes parameters" in str(told[0].message)
-
-
-def test_more_tensors_than_c_has_room_for(device):
-    """The key says so too, which Python then does not ask for."""
-    weights = tuple(torch.randn(1) for _ in range(1024))
-    kernel = Kernel()
-
-    def function(x, weights):
-        y = torch.empty_like(x)
-        launched(kernel, (1,), x, 1, 1.0, 0, y)
-        return y
-
-    call = known(function, X, weights)
-    with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
-        assert call(X, weights) == "by Python"
-    assert native_plan.library().key((X, weights)) is None
-
-
-def test_without_a_compiler_python_repeats(device, monkeypatch):
-    def fail(*arguments):
-        raise RuntimeError("Failed to find C compiler")
-
-    native_plan.library.cache_clear()
-    native_plan._warn.cache_clear()
-    monkeypatch.setattr(native_plan, "compile_module_from_src", fail)
-    try:
-        calls = [known(scaled(Kernel()), X, WEIGHT) for _ in range(2)]
-        with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
-            with pytest.warns(UserWarning, match=r"Failed to find C compiler.*install a C compiler"):
-                assert calls[0](X, WEIGHT) == "by Python"
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                assert [call(X, WEIGHT) for call in calls] == ["by Python"] * 2
-    finally:
-        native_plan.library.cache_clear()
-
-
-@pytest.mark.parametrize("offender", ["memory", "allocation"])
-def test_numbers_that_do_not_fit_are_refused(device, offender):
-    _, plan = record(scaled(Kernel()), (X, WEIGHT))
-    if offender == "memory":
-        plan.launches[0].parameters[0] = Place(4, 0)
-    else:
-        plan.results[0] = plan.results[0]._replace(allocation=2)
-    with pytest.raises(ValueError, match="do not fit"):
-        native_plan.build(plan, -1)
-
-
-def test_an_address_is_in_the_newest_memory_that_has_it():
-    """Memory that was freed is given out again, in pieces of other sizes."""
-    draw, hits = random.Random(0), 0
-    for _ in range(50):
-        recorder, spans = recording._Recorder([]), []
-        for _ in range(20):
-            low = draw.randrange(100)
-            spans.append((low, low + draw.randrange(1, 30)))
-            recorder.add(spans[-1])
-        freed = set()  # what a newer one overlaps
-        for number, (low, high) in enumerate(spans):
-            freed |= {i for i, (a, b) in enumerate(spans[:number]) if a < high and low < b}
-        for address in range(130):
-            homes = [i for i, (low, high) in enumerate(spans) if low <= address < high and i not in freed]
-            place = recorder.place(address)
-            assert place == (homes[0], address - spans[homes[0]][0]) if homes else place.memory == -1
-            hits += bool(homes)
-    assert hits
-
-
-def test_first_calls_of_several_threads_are_made_once(device):
-    """The others wait, for Triton compiles in the first call, and repeat the plan."""
-    made, together, written = [], threading.Barrier(6), scaled(Kernel())
-
-    def function(x, weight):
-        made.append(x)
-        time.sleep(0.05)
-        return written(x, weight)
-
-    call = replaying.replayed(function)
-    threads = [threading.Thread(target=lambda: together.wait() < 6 and call(X, WEIGHT)) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(made) == 1
-    assert len(device.launches) == 5 * 3

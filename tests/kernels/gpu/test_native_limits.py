@@ -1,0 +1,141 @@
+"""Plans that C does not repeat, or refuses: then Python repeats them, with a warning where it helps."""
+
+import random
+import threading
+import time
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+from convnext_fast.kernels import native_plan, recording, replaying
+from convnext_fast.kernels.recording import Place, Plan, record
+from plan_support import PTX, WEIGHT, Kernel, X, known, launched, scaled
+
+
+@pytest.fixture
+def _nan_poisoned_allocations():
+    """Its mode would hear of every allocation, and calls that one hears of are not repeated."""
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        Kernel(launch_pdl=True),
+        Kernel(launch_cooperative_grid=True),
+        Kernel(profile_scratch_size=64),
+        Kernel(instrumentation_mode="gsan"),
+    ],
+    ids=lambda kernel: next(name for name in vars(kernel.metadata) if name != "num_ctas"),
+)
+def test_launches_that_are_more_than_a_kernel_on_a_grid(device, kernel):
+    call = known(scaled(kernel), X, WEIGHT)
+    with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
+        assert call(X, WEIGHT) == "by Python"
+
+
+@pytest.mark.parametrize(
+    "ptx",
+    [
+        PTX.replace(".u32", ".u64"),
+        PTX.replace(".param .u32 kernel_param_1,", ""),
+        PTX.replace(".f32 kernel_param_2", ".align 64 .b8 kernel_param_2[128]"),
+        PTX.replace("_param_4", "_param_4,\n.param .u32 kernel_param_5"),
+    ],
+    ids=["another size", "fewer", "a descriptor", "more that are no pointers"],
+)
+def test_a_kernel_that_takes_other_parameters(device, ptx):
+    """As of a version of Triton that is not known yet: one warning, and Python launches."""
+    native_plan._warn.cache_clear()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        calls = [known(scaled(Kernel(ptx=ptx)), X, WEIGHT) for _ in range(2)]
+        with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
+            assert [call(X, WEIGHT) for call in calls] == ["by Python"] * 2
+    assert len(told) == 1
+    assert "takes parameters" in str(told[0].message)
+
+
+def test_more_tensors_than_c_has_room_for(device):
+    """The key says so too, which Python then does not ask for."""
+    weights = tuple(torch.randn(1) for _ in range(1024))
+    kernel = Kernel()
+
+    def function(x, weights):
+        y = torch.empty_like(x)
+        launched(kernel, (1,), x, 1, 1.0, 0, y)
+        return y
+
+    call = known(function, X, weights)
+    with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
+        assert call(X, weights) == "by Python"
+    assert native_plan.library().key((X, weights)) is None
+
+
+def test_without_a_compiler_python_repeats(device, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("Failed to find C compiler")
+
+    native_plan.library.cache_clear()
+    native_plan._warn.cache_clear()
+    monkeypatch.setattr(native_plan, "compile_module_from_src", fail)
+    try:
+        calls = [known(scaled(Kernel()), X, WEIGHT) for _ in range(2)]
+        with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
+            with pytest.warns(UserWarning, match=r"Failed to find C compiler.*install a C compiler"):
+                assert calls[0](X, WEIGHT) == "by Python"
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert [call(X, WEIGHT) for call in calls] == ["by Python"] * 2
+    finally:
+        native_plan.library.cache_clear()
+
+
+@pytest.mark.parametrize("offender", ["memory", "allocation"])
+def test_numbers_that_do_not_fit_are_refused(device, offender):
+    _, plan = record(scaled(Kernel()), (X, WEIGHT))
+    if offender == "memory":
+        plan.launches[0].parameters[0] = Place(4, 0)
+    else:
+        plan.results[0] = plan.results[0]._replace(allocation=2)
+    with pytest.raises(ValueError, match="do not fit"):
+        native_plan.build(plan, -1)
+
+
+def test_an_address_is_in_the_newest_memory_that_has_it():
+    """Memory that was freed is given out again, in pieces of other sizes."""
+    draw, hits = random.Random(0), 0
+    for _ in range(50):
+        recorder, spans = recording._Recorder([]), []
+        for _ in range(20):
+            low = draw.randrange(100)
+            spans.append((low, low + draw.randrange(1, 30)))
+            recorder.add(spans[-1])
+        freed = set()  # what a newer one overlaps
+        for number, (low, high) in enumerate(spans):
+            freed |= {i for i, (a, b) in enumerate(spans[:number]) if a < high and low < b}
+        for address in range(130):
+            homes = [i for i, (low, high) in enumerate(spans) if low <= address < high and i not in freed]
+            place = recorder.place(address)
+            assert place == (homes[0], address - spans[homes[0]][0]) if homes else place.memory == -1
+            hits += bool(homes)
+    assert hits
+
+
+def test_first_calls_of_several_threads_are_made_once(device):
+    """The others wait, for Triton compiles in the first call, and repeat the plan."""
+    made, together, written = [], threading.Barrier(6), scaled(Kernel())
+
+    def function(x, weight):
+        made.append(x)
+        time.sleep(0.05)
+        return written(x, weight)
+
+    call = replaying.replayed(function)
+    threads = [threading.Thread(target=lambda: together.wait() < 6 and call(X, WEIGHT)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert len(device.launches) == 5 * 3
