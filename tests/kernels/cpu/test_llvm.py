@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from convnext_fast.kernels.weights import ConvNorm, FrozenBlock, FrozenDownsampl
 from frozen_support import frozen_weights, plain_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import no_worse, randomise, relative_error
+from support import draws_for, no_worse_together, randomise, relative_error
 
 from convnext_fast import ConvNext, ConvNextConfig, ops
 from convnext_fast.backends import reference
@@ -35,9 +36,26 @@ pytestmark = pytest.mark.skipif(not launching.has(AVX2), reason="these kernels n
 sizes = st.one_of(st.integers(1, 16), st.sampled_from([28, 57, 65, 130]))
 
 
-def check(got, expected, eager):
-    assert got.is_contiguous()
-    assert no_worse(got, expected, eager)
+def check(*draws):
+    """Of each draw (ours, float64's, eager's)."""
+    assert all(got.is_contiguous() for got, _, _ in draws)
+    assert no_worse_together(draws)
+
+
+def patches(image, patch):
+    """How many patches lie in (images, height, width)."""
+    return image[0] * (image[1] // patch[0]) * (image[2] // patch[1])
+
+
+def run_block(compiled, weights, machine, x, team_size):
+    """(ours, float64's, eager's) of a block, ours by so many threads."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(team_size)
+        got = compiled(weights, machine)(x, 1e-6)
+    finally:
+        torch.set_num_threads(before)
+    return got, plain_block(x.double(), weights, "gelu"), plain_block(x, weights, "gelu")
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -51,15 +69,11 @@ def check(got, expected, eager):
 @settings(max_examples=12, deadline=None)
 def test_block(machine, image, channels, ratio, side, team_size):
     channels *= machine.lanes
-    weights = frozen_weights(channels, ratio * channels, side)
-    x = torch.randn(*image, channels)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(team_size)
-        got = llvm.CompiledBlock(weights, machine)(x, 1e-6)
-    finally:
-        torch.set_num_threads(before)
-    check(got, plain_block(x.double(), weights, "gelu"), plain_block(x, weights, "gelu"))
+    found = []
+    for _ in draws_for(math.prod(image) * channels):
+        weights, x = frozen_weights(channels, ratio * channels, side), torch.randn(*image, channels)
+        found.append(run_block(llvm.CompiledBlock, weights, machine, x, team_size))
+    check(*found)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -69,16 +83,13 @@ def test_blocks_of_real_models(machine, side, channels):
     weights = frozen_weights(channels, 4 * channels, 7)
     weights = weights._replace(dwconv_bias=weights.dwconv_bias + 5)
     x = torch.randn(1, side, side, channels)
-    got = llvm.CompiledBlock(weights, machine)(x, 1e-6)
-    check(got, plain_block(x.double(), weights, "gelu"), plain_block(x, weights, "gelu"))
+    check(run_block(llvm.CompiledBlock, weights, machine, x, torch.get_num_threads()))
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_no_bias_of_the_convolution(machine):
     weights = frozen_weights(32, 64, 7)._replace(dwconv_bias=None)
-    x = torch.randn(2, 9, 9, 32)
-    got = llvm.CompiledBlock(weights, machine)(x, 1e-6)
-    check(got, plain_block(x.double(), weights, "gelu"), plain_block(x, weights, "gelu"))
+    check(run_block(llvm.CompiledBlock, weights, machine, torch.randn(2, 9, 9, 32), torch.get_num_threads()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
@@ -141,19 +152,24 @@ def test_a_nan_pixel_propagates_only_to_its_neighbourhood(machine, bad):
 @given(st.tuples(st.integers(1, 3), sizes, sizes), st.sampled_from([8, 16, 24, 96]), st.sampled_from([3, 5, 7]))
 @settings(max_examples=25, deadline=None)
 def test_convolution_and_its_gradients(image, channels, side):
-    x, du = torch.randn(2, *image, channels)
-    weight, bias = torch.randn(channels, 1, side, side) / side, torch.randn(channels)
+    def results():
+        """(ours, float64's, eager's) of the output and of each gradient."""
+        x, du = torch.randn(2, *image, channels)
+        weight, bias = torch.randn(channels, 1, side, side) / side, torch.randn(channels)
 
-    def plain(dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
-        u = F.conv2d(leaves[0].permute(0, 3, 1, 2), *leaves[1:], padding=side // 2, groups=channels)
-        u = u.permute(0, 2, 3, 1)
-        return [u, *torch.autograd.grad(u, leaves[:2], du.to(dtype))]
+        def plain(dtype):
+            leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+            u = F.conv2d(leaves[0].permute(0, 3, 1, 2), *leaves[1:], padding=side // 2, groups=channels)
+            u = u.permute(0, 2, 3, 1)
+            return [u, *torch.autograd.grad(u, leaves[:2], du.to(dtype))]
 
-    got = llvm.dwconv(x, weight, bias), llvm.dwconv(du, weight.flip(2, 3), None)
-    got = *got, llvm.dwconv_weight_grad(x, du, side)
-    for ours, expected, eager in zip(got, plain(torch.float64), plain(torch.float32), strict=True):
-        assert no_worse(ours, expected, eager)
+        ours = llvm.dwconv(x, weight, bias), llvm.dwconv(du, weight.flip(2, 3), None)
+        return zip(
+            (*ours, llvm.dwconv_weight_grad(x, du, side)), plain(torch.float64), plain(torch.float32), strict=True
+        )
+
+    smallest = channels * min(math.prod(image), side * side)
+    assert all(map(no_worse_together, zip(*(results() for _ in draws_for(smallest)), strict=True)))
 
 
 def test_a_weight_gradient_of_equal_bits_for_every_number_of_threads(threads):
@@ -173,16 +189,18 @@ def test_a_weight_gradient_of_equal_bits_for_every_number_of_threads(threads):
 )
 @settings(max_examples=12, deadline=None)
 def test_downsampling(image, channels, out_channels, patch):
-    x = torch.randn(*image, channels) * 3 + 1
-    weight = torch.randn(out_channels, channels, *patch) / channels**0.5
-    frozen = FrozenDownsample(weight.contiguous(memory_format=torch.channels_last), torch.randn(out_channels))
+    def results():
+        x = torch.randn(*image, channels) * 3 + 1
+        weight = torch.randn(out_channels, channels, *patch) / channels**0.5
+        frozen = FrozenDownsample(weight.contiguous(memory_format=torch.channels_last), torch.randn(out_channels))
 
-    def plain(dtype):
-        n = F.layer_norm(x.to(dtype), [channels], eps=1e-6).permute(0, 3, 1, 2)
-        return F.conv2d(n, *(t.to(dtype) for t in frozen), stride=patch).permute(0, 2, 3, 1)
+        def plain(dtype):
+            n = F.layer_norm(x.to(dtype), [channels], eps=1e-6).permute(0, 3, 1, 2)
+            return F.conv2d(n, *(t.to(dtype) for t in frozen), stride=patch).permute(0, 2, 3, 1)
 
-    got = llvm.prepare_downsample(*frozen)(x, 1e-6)
-    check(got, plain(torch.float64), plain(torch.float32))
+        return llvm.prepare_downsample(*frozen)(x, 1e-6), plain(torch.float64), plain(torch.float32)
+
+    check(*(results() for _ in draws_for(patches(image, patch) * out_channels)))
 
 
 @given(
@@ -195,22 +213,24 @@ def test_downsampling(image, channels, out_channels, patch):
 )
 @settings(max_examples=12, deadline=None)
 def test_stem(image, channels, out_channels, patch, bias, channels_last):
-    x = torch.randn(image[0], channels, *image[1:])
-    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-    parameters = [
-        torch.randn(out_channels, channels, *patch) / 4,
-        torch.randn(out_channels) if bias else None,
-        torch.randn(out_channels),
-        torch.randn(out_channels),
-    ]
+    def results():
+        x = torch.randn(image[0], channels, *image[1:])
+        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        parameters = [
+            torch.randn(out_channels, channels, *patch) / 4,
+            torch.randn(out_channels) if bias else None,
+            torch.randn(out_channels),
+            torch.randn(out_channels),
+        ]
 
-    def plain(dtype):
-        weight, bias, ln_weight, ln_bias = (None if t is None else t.to(dtype) for t in parameters)
-        u = F.conv2d(x.to(dtype), weight, bias, stride=patch).permute(0, 2, 3, 1)
-        return F.layer_norm(u, [out_channels], ln_weight, ln_bias, 1e-6)
+        def plain(dtype):
+            weight, bias, ln_weight, ln_bias = (None if t is None else t.to(dtype) for t in parameters)
+            u = F.conv2d(x.to(dtype), weight, bias, stride=patch).permute(0, 2, 3, 1)
+            return F.layer_norm(u, [out_channels], ln_weight, ln_bias, 1e-6)
 
-    got = llvm.prepare_stem(*parameters)(x.contiguous(), 1e-6)
-    check(got, plain(torch.float64), plain(torch.float32))
+        return llvm.prepare_stem(*parameters)(x.contiguous(), 1e-6), plain(torch.float64), plain(torch.float32)
+
+    check(*(results() for _ in draws_for(patches(image, patch) * out_channels)))
 
 
 def test_unsupported_shapes():
@@ -256,7 +276,7 @@ def test_a_downsampling_layer_is_prepared_once_and_freed_with_its_weights():
     for dtype in (torch.float64, torch.float32):
         n = F.layer_norm(x.to(dtype), [8], eps=1e-6).permute(0, 3, 1, 2)
         plain.append(F.conv2d(n, weight.to(dtype), (bias + 1).to(dtype), stride=2).permute(0, 2, 3, 1))
-    check(second(x, 1e-6), *plain)
+    check((second(x, 1e-6), *plain))
     gone, key = weakref.ref(second), id(weight)
     del first, second, weight
     gc.collect()
@@ -338,7 +358,7 @@ def test_whole_model():
         eager = model(x)
         model.fused = True
         model.freeze()
-        check(model(x), expected, eager)
+        check((model(x), expected, eager))
 
 
 def test_no_unit_is_narrower_than_a_group():
@@ -367,7 +387,7 @@ def test_kernels_of_ever_new_sizes_are_let_go(monkeypatch):
     for channels in (16, 32, 48, 64, 16):
         x, weight = torch.randn(1, 3, 9, channels), torch.randn(channels, 1, 7, 7)
         exact, eager = (reference.dwconv(x, weight, None, dtype=dtype) for dtype in (torch.float64, torch.float32))
-        check(llvm.dwconv(x, weight, None), exact, eager)
+        check((llvm.dwconv(x, weight, None), exact, eager))
         sizes = launching.DwconvSizes.of(channels, 7, 9)
         engines.append(weakref.ref(few(llvm.machine_for(channels), sizes).engine))
     gc.collect()

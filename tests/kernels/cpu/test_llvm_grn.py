@@ -1,21 +1,22 @@
 """The kernels for x86 CPUs of frozen ConvNeXt V2 blocks."""
 
 import gc
+import math
 import weakref
 
 import pytest
 import torch
-from frozen_support import frozen_v2_weights, plain_block
+from frozen_support import frozen_v2_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import no_worse, randomise, relative_error
+from support import draws_for, randomise, relative_error
 
 from convnext_fast import ConvNext, ConvNextV2Config
 from convnext_fast.backends.cpu import grn_mlp, packed_weights
 
 launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
 from convnext_fast.kernels.cpu.machine import AVX2  # noqa: E402
-from test_llvm import MACHINES, sizes  # noqa: E402
+from test_llvm import MACHINES, check, run_block, sizes  # noqa: E402
 
 from convnext_fast.backends.cpu.llvm_grn import CompiledV2Block  # noqa: E402
 
@@ -33,15 +34,11 @@ pytestmark = pytest.mark.skipif(not launching.has(AVX2), reason="these kernels n
 @settings(max_examples=12, deadline=None)
 def test_block(machine, image, channels, ratio, side, team_size):
     channels *= machine.lanes
-    weights = frozen_v2_weights(channels, ratio * channels, side)
-    x = torch.randn(*image, channels)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(team_size)
-        got = CompiledV2Block(weights, machine)(x, 1e-6)
-    finally:
-        torch.set_num_threads(before)
-    assert no_worse(got, plain_block(x.double(), weights, "gelu"), plain_block(x, weights, "gelu"))
+    found = []
+    for _ in draws_for(math.prod(image) * channels):
+        weights, x = frozen_v2_weights(channels, ratio * channels, side), torch.randn(*image, channels)
+        found.append(run_block(CompiledV2Block, weights, machine, x, team_size))
+    check(*found)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
