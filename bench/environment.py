@@ -125,10 +125,10 @@ def roofline(device: torch.device, measured: Roofline) -> Roofline:
     target = next((target for known, target in _SHEETS.items() if known in name), None)
     if device.type != "cuda" or target is None:
         return measured
-    from convnext_fast.kernels.mlp.tuning import dot_precision  # needs Triton, which a CPU's benchmarks do without
+    from convnext_fast.kernels.dtypes import dot_precision  # needs Triton, which a CPU's benchmarks do without
 
     chip = CHIP_OF[target]
-    fp32 = chip.tf32_flops if dot_precision(torch.empty(0)) == "tf32" else chip.fp32_flops
+    fp32 = chip.tf32_flops if dot_precision(torch.float32) == "tf32" else chip.fp32_flops
     rates = {"float32": fp32, "bfloat16": chip.tensor_flops, "float16": chip.tensor_flops}
     return Roofline(rates, chip.bandwidth, f"data sheet: {chip.name}")
 

@@ -52,8 +52,8 @@ def forward_cases(dtype: torch.dtype) -> dict[str, list[tuple]]:
             (x, x.detach().clone(), *full[4:9], scale, "silu", 0, dtype),
             (x, None, *full[4:8], None, None, ACT, 1, dtype),
         ],
-        "patchify_stem_fwd": [(image, *stem, *affine, EPS, dtype), (image, stem[0], None, *affine, EPS, dtype)],
-        "downsample_fwd": [(x, *affine, *down, EPS, dtype), (x, *affine, down[0], None, EPS, dtype)],
+        "patchify_stem_fwd": [(image, *w, *affine, EPS, dtype, dtype) for w in (stem, (stem[0], None))],
+        "downsample_fwd": [(x, *affine, *w, EPS, dtype) for w in (down, (down[0], None))],
     }
 
 
@@ -84,7 +84,7 @@ def _backward(name: str, x: Tensor, *rest: object) -> tuple:
         _, *tensors, act, _, dtype = rest
         return dy, x, *kept, *tensors, act, dtype
     if name == "patchify_stem_bwd":
-        return dy, x, *rest, True
+        return dy, x, *rest[:-1], True
     if name == "downsample_bwd":
         return dy, x, *rest, True, True, rest[3] is not None
     return dy, x, *kept, *rest

@@ -28,11 +28,11 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.static_analysis.compilation import Launch, Specialised, specialise
 from convnext_fast import ConvNext, ConvNextConfig
-from convnext_fast.backends import environment
+from convnext_fast.backends import environment, gpu
 from convnext_fast.backends.steps import Step
 from convnext_fast.config import VARIANTS
 from convnext_fast.models import whole_runs
-from convnext_fast.ops import folded_weights, sequence
+from convnext_fast.ops import block_group, call, folded_weights, sequence
 
 MODES = ("inference", "training")
 # Operators, by the beginnings of their names, that move no data; and those that do not read what they write to.
@@ -199,6 +199,9 @@ def _as_on_cuda() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(FakeTensor, "is_cuda", property(lambda _: True), create=True))
+        stack.enter_context(mock.patch.object(FakeTensor, "is_cpu", property(lambda _: False), create=True))
+        stack.enter_context(mock.patch.object(call, "is_plain", return_value=True))
+        stack.enter_context(mock.patch.object(gpu, "description", return_value=None))
         stack.enter_context(mock.patch.object(environment, "REQUEST", "triton"))
         # Weights without values are folded once, as real ones are.
         stack.enter_context(mock.patch.object(whole_runs, "_are_plain", return_value=True))
@@ -241,8 +244,9 @@ def record(
         batch, side: images, and pixels of their sides.
         autocast: the dtype of autocast around the forward, or None for without. PyTorch's own operators then run in
             the dtypes that a CPU's autocast gives them.
-        shallow: at most two blocks a stage. The kernels are those of the whole model, for the blocks of a stage differ
-            in their drop-path rates alone, and only the first one's can be 0.
+        shallow: at most three blocks a stage, or four in two groups where it has more than a group. The kernels are
+            those of the whole model: of the blocks of a stage only the first can have a drop-path rate of 0, and under
+            autocast the first and the last of a group differ in the dtype of x and in the copy of y.
 
     Raises:
         ValueError: ``mode`` is not one of ``MODES``.
@@ -250,7 +254,7 @@ def record(
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}: expected one of {', '.join(MODES)}")
     depths = VARIANTS[variant][0]
-    depths = [min(depth, 2) for depth in depths] if shallow else depths
+    depths = [min(depth, 3 + (depth > block_group.MOST)) for depth in depths] if shallow else depths
     config = ConvNextConfig.from_variant(variant, depths=depths, drop_path_rate=drop_path)
     model = ConvNext(config, device="meta", dtype=dtype)
     model.recompute = recompute
@@ -264,6 +268,7 @@ def record(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_as_on_cuda())
+        stack.enter_context(mock.patch.object(block_group, "MOST", 3 if shallow else block_group.MOST))
         stack.enter_context(planned_for(target))
         stack.enter_context(mock.patch.object(torch.library, "wrap_triton", recorder.wrap))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

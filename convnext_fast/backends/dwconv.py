@@ -24,12 +24,11 @@ def dwconv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     return kernels.dwconv_fwd(x, weight, bias, dtype)
 
 
-def dwconv_dgrad(du: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+def dwconv_dgrad(du: Tensor, weight: Tensor, residual: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """`kernels.dwconv.dwconv_dgrad`."""
     if _is_opaque(du, du.dtype):
-        out_dtype = du.dtype if residual is None else residual.dtype
         return dwconv(du, weight, None, residual, du.dtype, out_dtype, True, False)[0]
-    return kernels.dwconv_dgrad(du, weight, residual)
+    return kernels.dwconv_dgrad(du, weight, residual, out_dtype)
 
 
 def dwconv_wgrad_partials(x: Tensor, du: Tensor, taps: int) -> Tensor:

@@ -66,18 +66,31 @@ def block_fwd(
     act: str,
     recompute: int,
     dtype: torch.dtype,
+    narrow: Tensor | None = None,
+    copies: bool = False,
 ) -> Gradients:
-    """y, and what ``recompute`` keeps of `Saved`; the statistics are the kernels' partial ones."""
+    """y, and what ``recompute`` keeps of `Saved`; the statistics are the kernels' partial ones.
+
+    In a group ``narrow`` is x in T, where x is wider, and where the next block asks for one (``copies``), such a copy
+    of y comes last.
+    """
     rows, weights = (-1, x.shape[3]), _dense(weights)
-    u, statistics = dwconv_fwd(x, weights.dwconv_weight, weights.dwconv_bias, dtype)
+    u, statistics = dwconv_fwd(x if narrow is None else narrow, weights.dwconv_weight, weights.dwconv_bias, dtype)
     folded = fold_fwd(weights, dtype, layer_scale=False)
     b2, gamma = weights.b2, weights.gamma
     drop_scale = None if drop_scale is None else drop_scale.contiguous()
     rest = (gamma, drop_scale, _above_zero(eps), act, recompute == 0, _grn(weights, x.shape[0]))
-    y, a = mlp_fwd(u.view(rows), statistics, x.view(rows), *folded, b2, *rest)
-    if recompute >= 2:
-        return y.view(x.shape), None, None, None, None
-    return y.view(x.shape), u, statistics, a, None
+    y = torch.empty_like(x, dtype=_stream(x.dtype, weights))
+    copy = torch.empty_like(x, dtype=dtype) if copies else None
+    out = (y.view(rows), None if copy is None else copy.view(rows))
+    _, a = mlp_fwd(u.view(rows), statistics, x.view(rows), *folded, b2, *rest, out)
+    kept = (None,) * 4 if recompute >= 2 else (u, statistics, a, None)
+    return (y, *kept, copy) if copies else (y, *kept)
+
+
+def _stream(dtype: torch.dtype, weights: BlockWeights) -> torch.dtype:
+    """R after a block, of an x in ``dtype``."""
+    return dtype if weights.gamma is None else torch.promote_types(dtype, weights.gamma.dtype)
 
 
 @replayed
@@ -92,8 +105,9 @@ def block_bwd(
     dtype: torch.dtype,
     needs_x: bool,
     needs_dwconv: bool,
+    dx_dtype: torch.dtype | None = None,
 ) -> Gradients:
-    """Gradients of x and of the weights."""
+    """Gradients of x and of the weights. ``dx_dtype``: that of the real x, in a group that kept a copy in T."""
     rows, weights = (-1, x.shape[3]), _dense(weights)
     u, statistics, a, _ = saved
     if u is None:
@@ -103,7 +117,7 @@ def block_bwd(
     rest = (drop_scale, _above_zero(eps), act, _grn(weights, x.shape[0]))
     du, sums = mlp_bwd(dy.view(rows), u.view(rows), statistics, a, *folded, *rest)
     du = du.view(x.shape)
-    dx = dwconv_dgrad(du, weights.dwconv_weight, dy) if needs_x else None
+    dx = dwconv_dgrad(du, weights.dwconv_weight, dy, dx_dtype or x.dtype) if needs_x else None
     partials = dwconv_wgrad_partials(x, du, weights.dwconv_weight.shape[3]) if needs_dwconv else None
     return dx, *fold_bwd(sums, weights, partials)
 
@@ -117,11 +131,16 @@ def blocks_fwd(x: Tensor, blocks: tuple[BlockCall, ...], dtype: torch.dtype) -> 
     """Several blocks that run one after another, all launches as one plan.
 
     Returns what the first block keeps (the four of `Saved`), its y, what the second one keeps, its y, and so on.
+    Where R is wider than T, the y between blocks are copies in T: convolutions read nothing else, forward and backward,
+    and half the bytes.
     """
     results: list[Tensor | None] = []
-    for block in blocks:
-        x, *kept = block_fwd(x, *block, dtype)
-        results += (*kept, x)
+    narrow = None
+    for last, block in zip((*[False] * (len(blocks) - 1), True), blocks, strict=True):
+        copies = not last and _stream(x.dtype, block[0]) != dtype
+        x, *kept = block_fwd(x, *block, dtype, *((narrow, copies) if copies or narrow is not None else ()))
+        narrow = kept.pop() if copies else None
+        results += (*kept, narrow if copies else x)
     return tuple(results)
 
 
@@ -136,11 +155,13 @@ def blocks_bwd(
 ) -> Gradients:
     """The gradient of the first of ``inputs``, then those of each block's weights, in the blocks' order.
 
-    inputs, saved: of each block its x and what it kept. needs: ``needs_x`` and ``needs_dwconv`` of `block_bwd`.
+    inputs, saved: of each block its x, as `blocks_fwd` returns it, and what it kept. needs: ``needs_x`` and
+    ``needs_dwconv`` of `block_bwd`.
     """
     gradients: list[Tensor | None] = []
     for x, block, own, wanted in zip(*map(reversed, (inputs, blocks, saved, needs)), strict=True):
         weights, drop_scale, eps, act, _ = block
+        wanted += () if x is inputs[0] or x.dtype == dy.dtype else (dy.dtype,)
         dy, *grads = block_bwd(dy, x, own, weights, drop_scale, eps, act, dtype, *wanted)
         gradients = grads + gradients
     return (dy, *gradients)
@@ -174,7 +195,7 @@ def dwconv_layernorm_bwd(
     """Gradients of x and of the weights."""
     weight, _, ln_weight, _ = _dense(weights)
     du, dg, dbeta = layernorm_bwd(dn, u, statistics, ln_weight, _above_zero(eps))
-    dx = dwconv_dgrad(du, weight, None)
+    dx = dwconv_dgrad(du, weight, None, dtype)
     dweight, dbias = dwconv_wgrad(x, du, weight.shape[3], weight.dtype)
     return dx, dweight, dbias, dg, dbeta
 
@@ -219,9 +240,9 @@ def pointwise_mlp_bwd(
 
 
 @replayed
-def patchify_stem_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype) -> Tensor:
+def patchify_stem_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
     """LayerNorm of the patch convolution of an image."""
-    return patchify.stem_fwd(x, *_dense(weights), _above_zero(eps), dtype)
+    return patchify.stem_fwd(x, *_dense(weights), _above_zero(eps), dtype, out_dtype)
 
 
 @_like_its_inputs
@@ -230,7 +251,7 @@ def patchify_stem_bwd(
     dy: Tensor, x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype, needs_x: bool
 ) -> Gradients:
     """Gradients of the image and of the weights."""
-    return patchify.stem_bwd(dy, x, *_dense(weights), _above_zero(eps), needs_x)
+    return patchify.stem_bwd(dy, x, *_dense(weights), _above_zero(eps), dtype, needs_x)
 
 
 @replayed
@@ -285,11 +306,11 @@ def steps(
             x = frozen_block_fwd(x, weights, eps, act, dtype)
         elif isinstance(weights, BlockWeights):
             x = block_fwd(x, weights, None, eps, act, 2, dtype)[0]
+        elif isinstance(weights, ConvNorm):
+            x = patchify_stem_fwd(x, weights, eps, dtype, dtype)
         else:
-            x = _PATCHES[type(weights)](x, weights, eps, dtype)
+            function = downsample_fwd if isinstance(weights, NormConv) else frozen_downsample_fwd
+            x = function(x, weights, eps, dtype)
         if number in ends:
             results.append(x)
     return tuple(results)
-
-
-_PATCHES = {ConvNorm: patchify_stem_fwd, NormConv: downsample_fwd, FrozenDownsample: frozen_downsample_fwd}

@@ -45,7 +45,10 @@ class Backend(Protocol):
         recompute: int,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """y, then the four of `Saved`: ``a`` at level 0 of ``recompute``; u, statistics and norms below 2."""
+        """y, then the four of `Saved`: ``a`` at level 0 of ``recompute``; u, statistics and norms below 2.
+
+        x and y are in R, but on a GPU x may be narrower than γ, and so than y.
+        """
 
     def block_bwd(
         self,
@@ -99,8 +102,13 @@ class Backend(Protocol):
     ) -> list[Tensor]:
         """Gradients of x and of the weights; the residual's is dy."""
 
-    def patchify_stem_fwd(self, x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype) -> Tensor:
-        """LayerNorm of the patch convolution, (N, ⌊H/kh⌋, ⌊W/kw⌋, C') in T; x: an image (N, C, H, W) of any strides."""
+    def patchify_stem_fwd(
+        self, x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype, out_dtype: torch.dtype
+    ) -> Tensor:
+        """LayerNorm of the patch convolution, (N, ⌊H/kh⌋, ⌊W/kw⌋, C') in ``out_dtype``.
+
+        x: an image (N, C, H, W) of any strides.
+        """
 
     def patchify_stem_bwd(
         self, dy: Tensor, x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype, needs_x: bool

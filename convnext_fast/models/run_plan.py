@@ -84,17 +84,11 @@ def drop_scale(drop_path: nn.Module, rate: str, gamma: Tensor | None, x: Tensor)
     """
     if not drop_path.training or getattr(drop_path, rate) == 0:
         return None
+    dtype = call.compute_dtype(x) if gamma is None else torch.promote_types(call.compute_dtype(x), gamma.dtype)
+    branch = (x.shape[0], 1, 1, 1)  # the dtype is the residual branch's, in which eager draws
     if isinstance(drop_path, DropPath):
-        return drop_path.draw(x)
-    return drop_path(branch_ones(x, gamma)).flatten()
-
-
-def branch_ones(x: Tensor, gamma: Tensor | None) -> Tensor:
-    """Ones (N, 1, 1, 1) in the dtype of the residual branch, the one in which a host draws."""
-    dtype = torch.get_autocast_dtype(x.device.type) if call.autocasts(x) else x.dtype
-    if gamma is not None:
-        dtype = torch.promote_types(dtype, gamma.dtype)
-    return x.new_ones((x.shape[0], 1, 1, 1), dtype=dtype)
+        return drop_path.draw(x.new_empty(branch, dtype=dtype))
+    return drop_path(x.new_ones(branch, dtype=dtype)).flatten()
 
 
 def convnext_block(

@@ -72,7 +72,7 @@ def _pointwise_mlp_bwd(ctx: Any, needs: Needs, dy: Tensor) -> tuple[Any, ...]:
 
 
 def _save_patches(ctx: Any, arguments: list[Any], kept: Gradients) -> None:
-    x, weights, ctx.eps, ctx.dtype = arguments
+    x, weights, ctx.eps, ctx.dtype, *_ = arguments
     ctx.save_for_backward(x, *weights)
 
 

@@ -81,6 +81,7 @@ def _backward(
     gradients: list[Tensor | None] = []
     for x, block, own, wanted in zip(*map(reversed, (inputs, blocks, saved, needs)), strict=True):
         weights, drop_scale, eps, act, _ = block
+        x = x if x is inputs[0] else x.to(dy.dtype)  # a copy in the compute dtype, of an x that was like dy
         dy, *grads = call.run("block_bwd", "triton", dy, x, own, weights, drop_scale, eps, act, dtype, *wanted)
         gradients = grads + gradients
     return (dy, *gradients)

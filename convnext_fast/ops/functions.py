@@ -112,9 +112,9 @@ def block(x: Tensor, weights: BlockWeights, drop_scale: Tensor | None, eps: floa
     """`convnext_block` or `convnext_v2_block`, by which weights there are."""
     gamma, grn = weights.gamma, (weights.grn_weight, weights.grn_bias)
     dtype = arguments.check_block(x, weights, drop_scale, act, recompute)
-    if gamma is not None:
-        x = x.to(torch.promote_types(x.dtype, gamma.dtype))
     backend = choose.select(x.device, dtype)
+    if gamma is not None and backend != "triton":
+        x = x.to(torch.promote_types(x.dtype, gamma.dtype))
     if backend == "reference":
         ln_weight, ln_bias = _affine(x, weights.ln_weight, weights.ln_bias)
         weights = weights._replace(ln_weight=ln_weight, ln_bias=ln_bias)
@@ -237,7 +237,7 @@ def patchify_stem(
     dtype = arguments.check_stem(image, weights)
     backend = choose.select(image.device, dtype)
     if backend == "triton" or (backend != "reference" and call.wants_values(image)):
-        return call.run("patchify_stem_fwd", backend, image, weights, eps, dtype)
+        return call.run("patchify_stem_fwd", backend, image, weights, eps, dtype, dtype)
     on_cpu = backend == "aten" and image.device.type == "cpu"
     if on_cpu and dtype == torch.float32 and call.compiles_for_values(image, *weights):
         from .sequence_operator import frozen_steps  # registers an operator, which imports PyTorch's compiler

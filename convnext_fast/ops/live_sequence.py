@@ -20,8 +20,6 @@ from .folded_weights import flat_block
 from .sequence import MOST_SHAPES, check_steps, kind_of
 from .views import as_nchw
 
-_NAMES = {Kind.STEM: "patchify_stem_fwd", Kind.DOWNSAMPLE: "downsample_fwd"}
-
 
 class LiveSequence:
     """Steps that run one after another on weights as they are. Only the first may be a stem."""
@@ -45,7 +43,7 @@ class LiveSequence:
         Raises:
             TypeError, ValueError: as the ops do.
         """
-        if type(x) is not Tensor or not call.is_plain(x) or x.is_neg() or any(map(Tensor.is_neg, self._weights)):
+        if not call.is_plain(x) or x.is_neg() or any(map(Tensor.is_neg, self._weights)):
             return None
         seen, dtype = choose.module("triton").description(self._weights), call.compute_dtype(x)
         if seen is None or seen != self._seen:
@@ -104,28 +102,22 @@ class LiveSequence:
 
 def _run_group(group: list[Step], x: Tensor, dtype: torch.dtype) -> Tensor:
     step = group[0]
-    if step.kind != Kind.BLOCK:
-        return _in_stream(step, call.run_plain(_NAMES[step.kind], "triton", x, step.weights, step.eps, dtype), x)
+    if step.kind == Kind.STEM:
+        # Autocast has LayerNorm, and with it the residual stream, in float32 on every device but a CPU.
+        out_dtype = torch.float32 if call.autocasts(x) and not x.is_cpu else dtype
+        return call.run_plain("patchify_stem_fwd", "triton", x, step.weights, step.eps, dtype, out_dtype)
+    if step.kind == Kind.DOWNSAMPLE:
+        return call.run_plain("downsample_fwd", "triton", x, step.weights, step.eps, dtype)
     recomputes = torch.is_grad_enabled()
     blocks = []
     for step in group:
-        gamma, scale = step.weights.gamma, None if step.draw is None else step.draw(x)
-        if gamma is not None and gamma.dtype != x.dtype:
-            wide = torch.promote_types(x.dtype, gamma.dtype)
-            if blocks and wide != x.dtype:  # the blocks before this one have a narrower residual stream
-                x, blocks = block_group.run(x, tuple(blocks), dtype), []
-            x = x.to(wide)
+        scale = None if step.draw is None else step.draw(x)
         blocks.append((_flat(step), scale, step.eps, step.act, step.recompute if recomputes else 2))
     return block_group.run(x, tuple(blocks), dtype)
 
 
 def _has_layer_scale(step: Step) -> bool:
     return step.kind == Kind.BLOCK and step.weights.gamma is not None
-
-
-def _in_stream(step: Step, y: Tensor, x: Tensor) -> Tensor:
-    """y in the dtype of the residual stream: but on a CPU, autocast has LayerNorm in float32, so after a stem."""
-    return y.float() if step.kind == Kind.STEM and call.autocasts(x) and not x.is_cpu else y
 
 
 def _flat(step: Step) -> tuple[Tensor | None, ...]:

@@ -54,7 +54,7 @@ def _steps(
             return llvm.run(kernels, eps, shapes, x.contiguous(), ends)
     results = []
     for i, (step, own) in enumerate(zip(steps, ready, strict=True)):
-        options = (step.eps, act) if step.kind == Kind.BLOCK else (step.eps,)
+        options = {Kind.STEM: (step.eps, x.dtype), Kind.BLOCK: (step.eps, act)}.get(step.kind, (step.eps,))
         x = _IN_CALLS[step.kind](x.contiguous(), own, *options, x.dtype)
         if i in ends:
             results.append(x)

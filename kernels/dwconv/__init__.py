@@ -3,7 +3,7 @@
 float16 and bfloat16 run on tensor cores: on NVIDIA in the form with explicit layouts where supported (gluon.py),
 elsewhere in the portable one (tensor_core.py). float32 runs on scalar multiply-adds (scalar.py). The weight gradient
 likewise: gluon_wgrad.py and wgrad.py. All tensors are contiguous and NHWC; k is 3, 5 or 7, stride 1, padding k//2. The
-compute dtype T and the dtype R of the residual stream may differ: under autocast x and y are float32.
+compute dtype T and the dtype R of the residual stream may differ: under autocast y is float32, and x is either.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ def dwconv_fwd(
     return u, stats
 
 
-def dwconv_dgrad(du: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    """dx (N, H, W, C) = residual + the gradient at the convolution's input, in the dtype R of ``residual``.
+def dwconv_dgrad(
+    du: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """dx (N, H, W, C) = residual + the gradient at the convolution's input, in ``out_dtype``, that of x.
 
     ``du`` (N, H, W, C) is the gradient at the convolution's output in T; ``residual`` (N, H, W, C), the gradient of the
-    block's output, reaches x unchanged through the skip connection. Without one nothing is added and dx is in T.
+    block's output, reaches x unchanged through the skip connection. Without one nothing is added.
     """
-    out_dtype = du.dtype if residual is None else residual.dtype
     return dwconv(du, weight, None, residual, du.dtype, out_dtype, flip=True, statistics=False)[0]
 
 

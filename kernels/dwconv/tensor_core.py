@@ -35,13 +35,12 @@ import triton
 import triton.language as tl
 
 from ..autotuning import fastest
+from ..dtypes import TL_DTYPES
 from ..integers import cdiv
 from ..launching import launch
 from ..statistics import stats_block
 from ..targets import target_of
 from .tuning import TensorCoreConfig, segment_candidates, tensor_core_config
-
-TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit

@@ -29,11 +29,11 @@ import triton
 import triton.language as tl
 
 from ..autotuning import SHARES, Share, fastest
+from ..dtypes import TL_DTYPES
 from ..integers import cdiv
 from ..launching import launch
 from ..targets import target_of
 from .gluon_wgrad import SLOTS, dwconv_wgrad_gluon, supports_wgrad
-from .tensor_core import TL_DTYPES
 from .tuning import WgradConfig, wgrad_config
 
 

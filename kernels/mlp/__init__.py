@@ -48,6 +48,7 @@ def mlp_fwd(
     act: str,
     save_hidden: bool,
     grn: Grn | None = None,
+    out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(y (P, C), a (P, K) before the activation, in u's dtype, or None unless ``save_hidden``).
 
@@ -55,13 +56,14 @@ def mlp_fwd(
     normalisation; residual (P, C) in any float dtype, which y takes, or None (then y is in T and nothing is added);
     w1g (K, C) in T and b1g (2, K) float32 from ``fold_fwd``; w2 (C, K) in T; b2, gamma (C,) of any float dtype or None;
     drop_scale (N,) of any float dtype or None, N dividing P; act one of ``ACTIVATIONS``; grn, the global response
-    norm, or None. All contiguous.
+    norm, or None; out, the memory of y, of any float dtype, and of a copy of y in T or None, instead of new memory. All
+    contiguous.
     """
     if is_fused(u.shape[1], u.dtype):
         forward = fused_mlp_fwd
     else:
         forward = tma_mlp_fwd if serves(u, stats, w1g, w2, grn) else gemm_mlp_fwd
-    return forward(u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden, grn)
+    return forward(u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden, grn, out)
 
 
 def mlp_bwd(
@@ -79,7 +81,7 @@ def mlp_bwd(
 ) -> tuple[Tensor, Sums]:
     """(du (P, C) in u's dtype, the sums for ``fold_bwd``).
 
-    dy (P, C) in the residual's dtype; a (P, K) in u's dtype as ``mlp_fwd`` saved it, or None to recompute it; w1g,
+    dy (P, C) in y's dtype; a (P, K) in u's dtype as ``mlp_fwd`` saved it, or None to recompute it; w1g,
     b1g and w2g from ``fold_fwd`` with γ; the rest as in ``mlp_fwd``. du is the gradient at LayerNorm's input, the
     convolution's output; without ``stats`` at u.
     """

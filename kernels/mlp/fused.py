@@ -24,13 +24,14 @@ from torch import Tensor
 
 from ..activations import activation
 from ..autotuning import fastest
+from ..dtypes import dot_precision
 from ..gelu import gelu_form, twice_gelu
 from ..launching import launch
 from ..statistics import merge_statistics
 from ..targets import target_of
 from .gemm import fc1, halves
 from .grn import bias_at, factor_at, inverse_mean, row_tiles, rows_of_tile
-from .tuning import FusedConfig, dot_precision, fused_configs, norm_blocks, split_width
+from .tuning import FusedConfig, are_few, fused_configs, norm_blocks, split_width
 
 
 @triton.jit
@@ -105,18 +106,20 @@ def normalise(u, mean, rstd, NORM: tl.constexpr):
 
 @triton.jit
 def _finish(
-    z, residual_ptr, gamma_ptr, s, y_ptr, rows, rows_ok,
+    z, residual_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok,
     TIMES: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Store y = residual + s·γ·z/TIMES for channels FIRST … FIRST + WIDTH.
+    """Store y = residual + s·γ·z/TIMES for channels FIRST … FIRST + WIDTH, and its copy if there is one.
 
     A residual of 32 bits comes in parts of 32 channels, so that a whole one is not in registers beside the sums.
     """
     if WIDTH > 32 and y_ptr.dtype.element_ty == tl.float32:
         left, right = halves(z, BLOCK_M, WIDTH)
         HALF: tl.constexpr = WIDTH // 2
-        _finish(left, residual_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, TIMES, C, FIRST, HALF, BLOCK_M)
-        _finish(right, residual_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, TIMES, C, FIRST + HALF, HALF, BLOCK_M)
+        _finish(left, residual_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, TIMES, C, FIRST, HALF, BLOCK_M)
+        _finish(
+            right, residual_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, TIMES, C, FIRST + HALF, HALF, BLOCK_M
+        )
     else:
         if gamma_ptr is not None:
             z *= (load_vector(gamma_ptr, C, FIRST, WIDTH) * (1.0 / TIMES))[None, :]
@@ -127,12 +130,14 @@ def _finish(
         if residual_ptr is not None:
             z += load_rows(residual_ptr, rows, rows_ok, C, FIRST, WIDTH).to(tl.float32)
         store_rows(y_ptr, z, rows, rows_ok, C, FIRST, WIDTH)
+        if copy_ptr is not None:
+            store_rows(copy_ptr, z, rows, rows_ok, C, FIRST, WIDTH)
 
 
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
 def _mlp_fwd_kernel(
     u_ptr, stats_ptr, residual_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gamma_ptr, drop_scale_ptr,
-    sums_ptr, grn_weight_ptr, grn_bias_ptr, y_ptr, a_ptr, P, rows_per_sample, eps,
+    sums_ptr, grn_weight_ptr, grn_bias_ptr, y_ptr, copy_ptr, a_ptr, P, rows_per_sample, eps,
     C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, TILES: tl.constexpr,
     ACT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -146,6 +151,8 @@ def _mlp_fwd_kernel(
         inverse = inverse_mean(sums_ptr, K, TILES)
     u_ptr += first * C
     y_ptr += first * C
+    if copy_ptr is not None:
+        copy_ptr += first * C
     mean, rstd = None, None
     if NB > 0:
         mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
@@ -184,16 +191,19 @@ def _mlp_fwd_kernel(
     if residual_ptr is not None:
         residual_ptr += first * C
     for i in tl.static_range(len(PARTS)):
-        _finish(z[i], residual_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, TIMES, C, PARTS[i][0], PARTS[i][1], BLOCK_M)
+        _finish(
+            z[i], residual_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok,
+            TIMES, C, PARTS[i][0], PARTS[i][1], BLOCK_M,
+        )  # fmt: skip
 
 
 def fused_mlp_fwd(
-    u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden, grn=None
+    u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden, grn=None, out=None
 ) -> tuple[Tensor, Tensor | None]:
     """``mlp_fwd``, whose arguments it takes, with h on the chip, whatever the width."""
     P, C = u.shape
     K = w1g.shape[0]
-    y = torch.empty_like(u if residual is None else residual)
+    y, copy = out or (torch.empty_like(u if residual is None else residual), None)
     a = torch.empty((P, K), dtype=u.dtype, device=u.device) if save_hidden else None
     if P == 0:
         return y, a
@@ -206,14 +216,14 @@ def fused_mlp_fwd(
     def run(config: FusedConfig) -> None:
         launch(
             _mlp_fwd_kernel, (row_tiles(P, samples, config.BLOCK_M),),
-            u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, *(scaling or (None, None, None)), y, a,
+            u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, *(scaling or (None, None, None)), y, copy, a,
             P, P // parts, eps,
             C=C, K=K, PARTS=split_width(C, target_of(u)), CB=CB, NB=NB,
             TILES=0 if scaling is None else scaling.sums.shape[1],
-            ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u),
+            ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u.dtype),
             **config.__dict__,
         )  # fmt: skip
 
-    candidates = fused_configs(C, K, lean, target_of(u), grn is not None)
-    run(fastest(_mlp_fwd_kernel, run, candidates, u, P, (C, K, act, save_hidden, y.dtype, samples)))
+    candidates = fused_configs(C, K, lean, target_of(u), grn is not None, are_few(P, target_of(u)))
+    run(fastest(_mlp_fwd_kernel, run, candidates, u, P, (C, K, act, save_hidden, y.dtype, copy is None, samples)))
     return y, a

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..activations import activation_and_grad
 from ..autotuning import SHARES, Share, fastest
+from ..dtypes import dot_precision
 from ..folding import Sums
 from ..gelu import gelu_form
 from ..integers import cdiv
@@ -34,7 +35,7 @@ from .fused import load_fc1, load_fc2, load_rows, normalise, store_rows
 from .grn import Grn, bias_at, factors_at, row_tiles, rows_of_tile
 from .grn_bwd import grn_factors
 from .output_grad import output_grad
-from .tuning import dot_precision, input_grad_config, norm_blocks, split_width_bwd, weight_grad_config, weights_apart
+from .tuning import input_grad_config, norm_blocks, split_width_bwd, weight_grad_config, weights_apart
 
 
 @triton.jit
@@ -276,7 +277,7 @@ def fused_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, grn: Grn
     per_sample = P // (samples or (1 if drop_scale is None else drop_scale.numel()))
     values, grn_bias = factors or (None, None)
     shape = {"C": C, "K": K, "PARTS": split_width_bwd(C, target), "CB": CB, "NB": NB, "UNIT": b1g.shape[0] == 3}
-    shape |= {"ACT": act, "FORM": gelu_form(u.dtype), "PRECISION": dot_precision(u)}
+    shape |= {"ACT": act, "FORM": gelu_form(u.dtype), "PRECISION": dot_precision(u.dtype)}
     du = torch.empty_like(u)
     dz, half = None if drop_scale is None and dy.dtype == u.dtype else torch.empty_like(u), u.dtype == torch.float16
     config = input_grad_config(C, u.dtype, target, grn is not None)

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from ..activations import activation
 from ..autotuning import fastest
+from ..dtypes import dot_precision
 from ..gelu import gelu_form
 from ..integers import cdiv
 from ..launching import launch
 from ..statistics import merge_statistics
 from ..targets import target_of
 from .grn import Grn, Scaling, bias_at, count_row_tiles, factor_at, few_tiles, inverse_mean, row_tiles, rows_of_tile
-from .tuning import GemmConfig, dot_precision, gemm_configs, norm_blocks, statistics_first
+from .tuning import GemmConfig, gemm_configs, norm_blocks, statistics_first
 
 
 @triton.jit
@@ -177,8 +178,8 @@ def _fc1_kernel(
 
 
 @triton.jit
-def _store_result(z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n, C: tl.constexpr):
-    """Store y = residual + s·γ·(z + b2) of the columns ``n``."""
+def _store_result(z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, n, C: tl.constexpr):
+    """Store y = residual + s·γ·(z + b2) of the columns ``n``, and its copy if there is one."""
     n_ok = n < C
     if b2_ptr is not None:
         z += tl.load(b2_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
@@ -191,34 +192,38 @@ def _store_result(z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n
     if residual_ptr is not None:
         z += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, z.to(y_ptr.dtype.element_ty), mask=ok)
+    if copy_ptr is not None:
+        tl.store(copy_ptr + at, z.to(copy_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
 def end_result(
-    z, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, tile_n, first, rows, rows_ok, rows_per_sample,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
+    z, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, copy_ptr, tile_n, first, rows, rows_ok,
+    rows_per_sample, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """``_store_result`` of such a tile; HALVES: sums and residual of the whole are not in registers together."""
     s = None
     if drop_scale_ptr is not None:
         s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
     y_ptr += first * C
+    if copy_ptr is not None:
+        copy_ptr += first * C
     if residual_ptr is not None:
         residual_ptr += first * C
     if HALVES:
         left, right = halves(z, BLOCK_M, BLOCK_N)
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        _store_result(left, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n, C)
-        _store_result(right, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n + BLOCK_N // 2, C)
+        _store_result(left, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, n, C)
+        _store_result(right, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, n + BLOCK_N // 2, C)
     else:
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        _store_result(z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, rows, rows_ok, n, C)
+        _store_result(z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, n, C)
 
 
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
 def _fc2_kernel(
     h_ptr, w2_ptr, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, sums_ptr, grn_weight_ptr, grn_bias_ptr, y_ptr,
-    P, rows_per_sample, depth,
+    copy_ptr, P, rows_per_sample, depth,
     C: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -236,8 +241,8 @@ def _fc2_kernel(
         TILES, PRECISION, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     end_result(
-        z, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, tile_n, first, rows, rows_ok, rows_per_sample,
-        C, BLOCK_M, BLOCK_N, BLOCK_N >= 128,
+        z, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, copy_ptr, tile_n, first, rows, rows_ok,
+        rows_per_sample, C, BLOCK_M, BLOCK_N, BLOCK_N >= 128,
     )  # fmt: skip
 
 
@@ -274,7 +279,7 @@ def fc1(
             _fc1_kernel, (tiles * cdiv(K, config.BLOCK_N),),
             u, stats, w1g, b1g, h, a, sums, P, per_sample or 1, C, eps,
             C=C, K=K, CB=CB, NB=NB,
-            ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u), EARLY=early,
+            ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u.dtype), EARLY=early,
             **config.__dict__,
         )  # fmt: skip
         return sums
@@ -293,14 +298,15 @@ def fc2(
     gamma: Tensor | None,
     drop_scale: Tensor | None,
     scaling: Scaling | None = None,
+    out: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """y (P, C) = residual + drop_scale·γ·(GRN(h)·w2ᵀ + b2), in the residual's dtype, else h's.
+    """y (P, C) = residual + drop_scale·γ·(GRN(h)·w2ᵀ + b2), without ``out`` in the residual's dtype, else h's.
 
     Arguments of ``mlp_fwd``. ``scaling``: of ``fc1``, or None, where GRN(h) is h.
     """
     P, K = h.shape
     C = w2.shape[0]
-    y = torch.empty((P, C), dtype=h.dtype, device=h.device) if residual is None else torch.empty_like(residual)
+    y, copy = out or (h.new_empty((P, C)) if residual is None else torch.empty_like(residual), None)
     if P == 0:
         return y
     samples = None if scaling is None else scaling.sums.shape[0]
@@ -309,20 +315,20 @@ def fc2(
     def run(config: GemmConfig) -> None:
         launch(
             _fc2_kernel, (row_tiles(P, samples, config.BLOCK_M) * cdiv(C, config.BLOCK_N),),
-            h, w2, residual, b2, gamma, drop_scale, *(scaling or (None, None, None)), y, P, per_sample, K,
-            C=C, K=K, TILES=0 if scaling is None else scaling.sums.shape[1], PRECISION=dot_precision(h),
+            h, w2, residual, b2, gamma, drop_scale, *(scaling or (None, None, None)), y, copy, P, per_sample, K,
+            C=C, K=K, TILES=0 if scaling is None else scaling.sums.shape[1], PRECISION=dot_precision(h.dtype),
             **config.__dict__,
         )  # fmt: skip
 
     grn = scaling is not None
     candidates = gemm_configs(P, C, h.dtype, target_of(h), grn, per_sample if grn else None)
-    run(fastest(_fc2_kernel, run, candidates, h, P, (C, K, y.dtype, samples)))
+    run(fastest(_fc2_kernel, run, candidates, h, P, (C, K, y.dtype, copy is None, samples)))
     return y
 
 
 def gemm_mlp_fwd(
-    u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden, grn=None
+    u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden, grn=None, out=None
 ) -> tuple[Tensor, Tensor | None]:
     """``mlp_fwd``, whose arguments it takes, as two GEMMs, whatever the width."""
     h, a, scaling = fc1(u, stats, w1g, b1g, eps, act, save_hidden, grn)
-    return fc2(h, w2, residual, b2, gamma, drop_scale, scaling), a
+    return fc2(h, w2, residual, b2, gamma, drop_scale, scaling, out), a

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..autotuning import SHARES, Share, fastest
+from ..dtypes import dot_precision
 from ..folding import Sums
 from ..integers import cdiv
 from ..launching import launch
@@ -29,7 +30,7 @@ from .grn import Grn
 from .grn_bwd import grn_factors
 from .hidden_grad import hidden_grad
 from .output_grad import output_grad
-from .tuning import dot_precision, norm_blocks
+from .tuning import norm_blocks
 from .tuning_bwd import input_grad_config, weight_grad_config
 
 
@@ -122,7 +123,7 @@ def gemm_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, grn: Grn 
     P, C = u.shape
     K = w1g.shape[0]
     CB, NB = norm_blocks(stats, C, u.dtype)
-    target, shape = target_of(u), {"C": C, "K": K, "PRECISION": dot_precision(u)}
+    target, shape = target_of(u), {"C": C, "K": K, "PRECISION": dot_precision(u.dtype)}
     dz, dz_sum = output_grad(dy, drop_scale, u.dtype)
     factors, grads = (None, None) if grn is None else grn_factors(dz, u, stats, a, w1g, b1g, w2g, eps, act, grn)
     h, da, db1, centre, means, mu = hidden_grad(dz, u, stats, a, w1g, b1g, w2g, eps, act, factors)

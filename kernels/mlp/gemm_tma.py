@@ -85,7 +85,7 @@ def _fc1_tma_kernel(
 
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
 def _fc2_tma_kernel(
-    h_ptr, w2_ptr, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, P, rows_per_sample, depth,
+    h_ptr, w2_ptr, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, copy_ptr, P, rows_per_sample, depth,
     C: tl.constexpr, K: tl.constexpr,
     PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
@@ -99,8 +99,8 @@ def _fc2_tma_kernel(
         rows_ok = first + rows < P
         z = _dot_boxes(h, w2, tile_m * BLOCK_M, tile_n * BLOCK_N, depth, BLOCK_M, BLOCK_N, BLOCK_K)
         end_result(
-            z, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, tile_n, first, rows, rows_ok, rows_per_sample,
-            C, BLOCK_M, BLOCK_N, HALVES,
+            z, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, copy_ptr, tile_n, first, rows, rows_ok,
+            rows_per_sample, C, BLOCK_M, BLOCK_N, HALVES,
         )  # fmt: skip
 
 
@@ -129,13 +129,13 @@ def _tiles(rows: int, columns: int, block_rows: int, block_columns: int) -> int:
 
 
 def tma_mlp_fwd(
-    u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden, grn=None
+    u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden, grn=None, out=None
 ) -> tuple[Tensor, Tensor | None]:
     """``mlp_fwd``, whose arguments it takes, where ``serves`` says so."""
     (P, C), K = u.shape, w1g.shape[0]
     h = torch.empty((P, K), dtype=u.dtype, device=u.device)
     a = torch.empty_like(h) if save_hidden else None
-    y = torch.empty((P, C), dtype=u.dtype, device=u.device) if residual is None else torch.empty_like(residual)
+    y, copy = out or (torch.empty_like(u if residual is None else residual), None)
     CB, NB = norm_blocks(stats, C, u.dtype)
     target = target_of(u)
     programs = PROCESSORS[target]
@@ -153,6 +153,6 @@ def tma_mlp_fwd(
     per_sample = P // (1 if drop_scale is None else max(drop_scale.numel(), 1))
     run(
         _fc2_tma_kernel, C, tma_config(target, False, heavy),
-        h, w2, residual, b2, gamma, drop_scale, y, P, per_sample, K,
+        h, w2, residual, b2, gamma, drop_scale, y, copy, P, per_sample, K,
     )  # fmt: skip
     return y, a

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import activation
+from ..dtypes import dot_precision
 from ..gelu import gelu_form
 from ..integers import cdiv
 from ..launching import launch
@@ -26,7 +27,7 @@ from ..targets import target_of
 from .gemm import halves, tile_of_program
 from .grn import EPS, Factors, Grn, count_row_tiles, few_tiles, row_tiles, rows_of_tile, sum_of_tiles
 from .hidden_grad import finish_hidden, hidden_products
-from .tuning import dot_precision, norm_blocks
+from .tuning import norm_blocks
 from .tuning_bwd import hidden_grad_config
 
 
@@ -131,8 +132,8 @@ def grn_factors(
     launch(
         _grn_sums_kernel, (tiles * cdiv(K, config.BLOCK_N),),
         u, stats, dz, a, w1g, b1g, w2g, sums, P, P // grn.samples, C, eps,
-        C=C, K=K, CB=CB, NB=NB, UNIT=b1g.shape[0] == 3, ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u),
-        **config.__dict__,
+        C=C, K=K, CB=CB, NB=NB, UNIT=b1g.shape[0] == 3, ACT=act, FORM=gelu_form(u.dtype),
+        PRECISION=dot_precision(u.dtype), **config.__dict__,
     )  # fmt: skip
     sums = few_tiles(sums)
     factors, grads = torch.empty((2, grn.samples, 2, K), dtype=torch.float32, device=u.device)

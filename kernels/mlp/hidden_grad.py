@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import activation_and_grad
+from ..dtypes import dot_precision
 from ..gelu import gelu_form
 from ..integers import cdiv
 from ..launching import launch
@@ -29,7 +30,7 @@ from ..statistics import merge_statistics
 from ..targets import target_of
 from .gemm import halves, load_tile, tile_of_program
 from .grn import Factors, bias_at, count_row_tiles, factors_at, row_tiles, rows_of_tile
-from .tuning import dot_precision, norm_blocks
+from .tuning import norm_blocks
 from .tuning_bwd import hidden_grad_config
 
 
@@ -210,7 +211,7 @@ def hidden_grad(
         _hidden_grad_kernel, (rows * columns,),
         u, stats, dz, a, w1g, b1g, w2g, *(factors or (None, None)), h, da, db1, centre, means, mu,
         P, per_sample, C, eps,
-        C=C, K=K, CB=CB, NB=NB, UNIT=b1g.shape[0] == 3, ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u),
-        **config.__dict__,
+        C=C, K=K, CB=CB, NB=NB, UNIT=b1g.shape[0] == 3, ACT=act, FORM=gelu_form(u.dtype),
+        PRECISION=dot_precision(u.dtype), **config.__dict__,
     )  # fmt: skip
     return h, da, db1, centre, means, mu

@@ -114,23 +114,17 @@ def norm_blocks(stats: Tensor | None, channels: int, dtype: torch.dtype) -> tupl
     return (channels if blocks == 1 else stats_block(channels, dtype)), blocks
 
 
-def dot_precision(tensor: Tensor) -> str:
-    """Triton's ``input_precision``: "tf32" for float32 where PyTorch's switch allows it, else "ieee".
-
-    ``fp32_precision``, of PyTorch 2.9, tells what the older switches were set to as well; ``allow_tf32`` raises where
-    the newer one was set.
-    """
-    if tensor.dtype != torch.float32:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+def are_few(rows: int, target: str) -> bool:
+    """Whether tiles of 64 rows leave processors of sm_90 idle: by the resource model the chain of a program counts."""
+    return target == "sm_90" and is_known(rows) and cdiv(rows, 64) <= PROCESSORS[target]
 
 
 @remembered
-def fused_configs(channels: int, hidden: int, lean: bool, target: str, grn: bool = False) -> tuple[FusedConfig, ...]:
+def fused_configs(
+    channels: int, hidden: int, lean: bool, target: str, grn: bool = False, few: bool = False
+) -> tuple[FusedConfig, ...]:
     """Configurations of the one-kernel forward, the default first; ``lean``: a is not saved;
-    ``grn``: with a global response norm.
+    ``grn``: with a global response norm; ``few``: ``are_few``, which take smaller tiles and fewer, longer steps.
 
     Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
     as 8 warps would. Else 16 rows a warp, half of them where a saved beside it would spill. Steps of 64 hidden units,
@@ -150,6 +144,8 @@ def fused_configs(channels: int, hidden: int, lean: bool, target: str, grn: bool
         FusedConfig(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2),
     )
     if channels <= 96 and lean:
+        if few and not grn and hidden % 128 == 0:
+            return FusedConfig(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3), wide, *others
         return dataclasses.replace(wide, num_warps=4), wide, *others
     return wide, *others
 

@@ -24,12 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..autotuning import SHARES, Share, fastest
+from ..dtypes import TL_DTYPES, dot_precision
 from ..folding import add_rows
 from ..integers import cdiv
 from ..launching import launch
 from ..mlp.gemm_bwd import product_over_pixels
 from ..mlp.output_grad import output_grad
-from ..mlp.tuning import dot_precision
 from ..mlp.tuning_bwd import downsample_input_config, downsample_weight_config, stem_bwd_config
 from ..statistics import inverse_deviation
 from ..targets import target_of
@@ -41,14 +41,13 @@ def _stem_bwd_kernel(
     image_ptr, w_ptr, b_ptr, g_ptr, dout_ptr, dimage_ptr, sums_ptr, P, share, HO, WO,
     stride_n, stride_i, stride_h, stride_w, dstride_n, dstride_i, dstride_h, dstride_w, eps,
     C: tl.constexpr, CIN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    dtype: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (shares, ⌈CIN·KH·KW/BLOCK_D⌉): BLOCK_D elements of a patch a program; dimage is written if wanted.
 
     sums: (shares, C·CIN·KH·KW + 3·C), of dw, db, dg and dβ.
     """
     DEPTH: tl.constexpr = CIN * KH * KW
-    dtype: tl.constexpr = dout_ptr.dtype.element_ty
     c = tl.arange(0, BLOCK_N)
     c_ok = c < C
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -278,11 +277,12 @@ def stem_bwd(
     ln_weight: Tensor,
     ln_bias: Tensor,
     eps: float,
+    dtype: torch.dtype,
     needs_image: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor, Tensor]:
     """(dimage or None, dweight, dbias, dln_weight, dln_bias), each like its parameter, of ``stem_fwd``.
 
-    dout (N, HO, WO, C) contiguous in the compute dtype; the rest as in ``stem_fwd``. Two launches.
+    dout (N, HO, WO, C) contiguous, of any float dtype; the rest as in ``stem_fwd``. Two launches.
     """
     C, CIN, KH, KW = weight.shape
     N, HO, WO, _ = dout.shape
@@ -299,11 +299,12 @@ def stem_bwd(
             _stem_bwd_kernel, (sums.shape[0], cdiv(depth, block)),
             image, weight, bias, ln_weight, dout, dimage, sums, P, patches, HO, WO,
             *image.stride(), *(image if dimage is None else dimage).stride(), eps,
-            C=C, CIN=CIN, KH=KH, KW=KW, PRECISION=dot_precision(dout), BLOCK_D=block, **config.__dict__,
+            C=C, CIN=CIN, KH=KH, KW=KW, PRECISION=dot_precision(dtype), dtype=TL_DTYPES[dtype], BLOCK_D=block,
+            **config.__dict__,
         )  # fmt: skip
         return sums
 
-    sums = run(fastest(_stem_bwd_kernel, run, SHARES, dout, P, (C, CIN, KH, KW, image.dtype, needs_image)))
+    sums = run(fastest(_stem_bwd_kernel, run, SHARES, dout, P, (C, CIN, KH, KW, dtype, image.dtype, needs_image)))
     launch(
         _stem_sum_kernel, (cdiv(C * (depth + 3), 64),),
         sums, dw, db, dg, dbeta, sums.shape[0], C * depth, C, ROWS=16, BLOCK=64, num_warps=4,
@@ -323,8 +324,8 @@ def downsample_bwd(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """(dx, dweight, dbias, dln_weight, dln_bias), each like its parameter, of ``downsample_fwd``.
 
-    dout (N, HO, WO, C') contiguous; x as in ``downsample_fwd``; weight (C', C, kh, kw) contiguous; ``dtype`` the
-    compute dtype. Five launches.
+    dout (N, HO, WO, C') contiguous, of any float dtype; x as in ``downsample_fwd``; weight (C', C, kh, kw) contiguous;
+    ``dtype`` the compute dtype. Five launches.
     """
     B, H, W, C = x.shape
     N, _, KH, KW = weight.shape
@@ -334,7 +335,7 @@ def downsample_bwd(
     dx = _gradient_like(x, H % KH == 0 and W % KW == 0)
     dw, db, dg, dbeta = (None if p is None else torch.empty_like(p) for p in (weight, bias, ln_weight, ln_bias))
 
-    shape = {"C": C, "N": N, "PRECISION": dot_precision(wg)}
+    shape = {"C": C, "N": N, "PRECISION": dot_precision(wg.dtype)}
     dz, db_sums = output_grad(dout.view(P, N), None, dtype, summed=True)
     xhat = torch.empty((taps, P, C), dtype=dtype, device=x.device)
     config = downsample_input_config(C, dtype, target)

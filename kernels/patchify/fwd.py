@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import TL_DTYPES, dot_precision
 from ..integers import cdiv
 from ..launching import launch
-from ..mlp.tuning import dot_precision, downsample_config, stem_config
+from ..mlp.tuning import downsample_config, stem_config
 from ..statistics import inverse_deviation
 from ..targets import target_of
 
@@ -89,10 +90,9 @@ def stem_activations(
 def _stem_kernel(
     image_ptr, w_ptr, b_ptr, g_ptr, beta_ptr, out_ptr, P, HO, WO, stride_n, stride_i, stride_h, stride_w, eps,
     C: tl.constexpr, CIN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    dtype: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out: (P, C), P = N·HO·WO; w: (C, CIN·KH·KW)."""
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_ok = rows < P
     corner = stem_corners(rows, HO, WO, stride_n, stride_h, stride_w, KH, KW)
@@ -105,7 +105,8 @@ def _stem_kernel(
     out = centred * inverse_deviation(m2 * (1.0 / C), eps)[:, None]
     out *= tl.load(g_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
     out += tl.load(beta_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_ptr + rows[:, None] * C + c[None, :], out.to(dtype), mask=rows_ok[:, None] & c_ok[None, :])
+    at = rows[:, None] * C + c[None, :]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=rows_ok[:, None] & c_ok[None, :])
 
 
 @triton.jit
@@ -189,8 +190,9 @@ def stem_fwd(
     ln_bias: Tensor,
     eps: float,
     dtype: torch.dtype,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """out (N, ⌊H/kh⌋, ⌊W/kw⌋, C) in ``dtype``.
+    """out (N, ⌊H/kh⌋, ⌊W/kw⌋, C) in ``out_dtype``, computed in ``dtype``.
 
     image (N, Cin, H, W) of any strides and float dtype; weight (C, Cin, kh, kw) contiguous; the vectors (C,).
     """
@@ -198,12 +200,12 @@ def stem_fwd(
     C, _, KH, KW = weight.shape
     HO, WO = H // KH, W // KW
     P = N * HO * WO
-    out = torch.empty((N, HO, WO, C), dtype=dtype, device=image.device)
+    out = torch.empty((N, HO, WO, C), dtype=out_dtype, device=image.device)
     config = stem_config(C)
     launch(
         _stem_kernel, (cdiv(P, config.BLOCK_M),),
         image, weight, bias, ln_weight, ln_bias, out, P, HO, WO, *image.stride(), eps,
-        C=C, CIN=CIN, KH=KH, KW=KW, PRECISION=dot_precision(out), **config.__dict__,
+        C=C, CIN=CIN, KH=KH, KW=KW, PRECISION=dot_precision(dtype), dtype=TL_DTYPES[dtype], **config.__dict__,
     )  # fmt: skip
     return out
 
@@ -233,6 +235,6 @@ def downsample_fwd(x: Tensor, wg: Tensor, bg: Tensor, eps: float, out_dtype: tor
     launch(
         _downsample_kernel, (cdiv(P, config.BLOCK_M) * cdiv(N, config.BLOCK_N),),
         x, wg, bg, out, P, H, W, HO, WO, eps,
-        C=C, N=N, KH=KH, KW=KW, PRECISION=dot_precision(wg), **config.__dict__,
+        C=C, N=N, KH=KH, KW=KW, PRECISION=dot_precision(wg.dtype), **config.__dict__,
     )  # fmt: skip
     return out

@@ -145,13 +145,13 @@ def pointwise_mlp_bwd(dy, x, a, weights, drop_scale, act, dtype) -> Gradients:
     return like_inputs((dx.view(x.shape), *d_mlp), x, weights)
 
 
-def patchify_stem_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype) -> Tensor:
+def patchify_stem_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
     """LayerNorm of the patch convolution as one matrix product on copied patches.
 
     oneDNN's convolution of an image with three channels is slower, and its result is not NHWC.
     """
     weight, bias, ln_weight, ln_bias = weights
-    if dtype == torch.float32 and onednn.supports(x):
+    if dtype == out_dtype == torch.float32 and onednn.supports(x):
         stem = llvm.prepare_stem(*weights)
         if stem is not None:
             return stem(x.contiguous(), eps)
@@ -162,9 +162,9 @@ def patchify_stem_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dty
     bias = None if bias is None else bias.to(dtype)
     out = (x.shape[0], height, width, weight.shape[0])
     if out[0] == 0:
-        return x.new_empty(out, dtype=dtype)
+        return x.new_empty(out, dtype=out_dtype)
     u = linear(patches.reshape(-1, weight[0].numel()), weight.flatten(1).to(dtype), bias)
-    return Norm(ln_weight, ln_bias, eps).forward(u)[0].view(out)
+    return Norm(ln_weight, ln_bias, eps).forward(u)[0].view(out).to(out_dtype)
 
 
 def downsample_fwd(x: Tensor, weights: NormConv, eps: float, dtype: torch.dtype) -> Tensor:

@@ -239,7 +239,8 @@ def test_unsupported_shapes():
     assert packed_weights.prepared_downsample(torch.randn(16, 12, 2, 2), torch.randn(16)) is None
     odd = torch.randn(16, 3, 3, 3), None, torch.randn(16), torch.randn(16)
     assert llvm.prepare_stem(*odd) is None
-    assert cpu.patchify_stem_fwd(torch.randn(1, 3, 9, 9), ConvNorm(*odd), 1e-6, torch.float32).shape == (1, 3, 3, 16)
+    out = cpu.patchify_stem_fwd(torch.randn(1, 3, 9, 9), ConvNorm(*odd), 1e-6, torch.float32, torch.float32)
+    assert out.shape == (1, 3, 3, 16)
 
 
 def test_a_block_is_prepared_once_and_freed_with_its_weights():

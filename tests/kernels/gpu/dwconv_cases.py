@@ -57,12 +57,13 @@ def check_data_gradient(
     shape: tuple[int, int, int, int], taps: int, dtype: torch.dtype, stream: torch.dtype | None = None
 ) -> None:
     _, weight, _, du, dy = draw(shape, taps, dtype, stream)
-    dx = dwconv_dgrad(du, weight, dy)
-    assert dx.dtype == dy.dtype
     flipped = weight.flip(2, 3)
     reference = dwconv_reference(du.double(), flipped.double(), None) + dy.double()
-    eager = dwconv_reference(du, flipped, None) + dy
-    assert_as_good_as_eager(dx, eager, reference, "dx", terms=taps * taps)
+    for out_dtype in {dtype, dy.dtype}:
+        dx = dwconv_dgrad(du, weight, dy, out_dtype)
+        assert dx.dtype == out_dtype
+        eager = (dwconv_reference(du, flipped, None) + dy).to(out_dtype)
+        assert_as_good_as_eager(dx, eager, reference, "dx", terms=taps * taps)
 
 
 def check_weight_gradient(

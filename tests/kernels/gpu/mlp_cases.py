@@ -157,6 +157,17 @@ def check_forward(case: Case, forward=mlp_fwd) -> None:
     assert_each_as_good_as_eager(results)
 
 
+def check_result_in_two_dtypes(case: Case, forward) -> None:
+    """y in float32 of a residual in 16 bits, as of one in float32, and its copy in 16 bits."""
+    given = inputs(case)
+    expected, *_ = run_forward(case, given | {"residual": given["residual"].float()}, forward)
+    out = torch.empty_like(expected), torch.empty_like(expected, dtype=case.dtype)
+    y, *_ = run_forward(case, given, lambda *arguments: forward(*arguments, out))
+    assert y is out[0]
+    assert torch.equal(y, expected)
+    assert torch.equal(out[1], expected.to(case.dtype))
+
+
 def check_backward(case: Case, backward=mlp_bwd, save_hidden: bool = False) -> None:
     """Every gradient as good as eager autograd's, and of executed machine code a second run equal to the bit."""
     results = []

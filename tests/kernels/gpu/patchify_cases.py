@@ -32,7 +32,10 @@ def _compare(names, got, eager, want) -> None:
         assert_as_good_as_eager(*values, name)
 
 
-def check_stem(case: tuple[int, ...], dtype: torch.dtype, strided: bool = False) -> None:
+def check_stem(
+    case: tuple[int, ...], dtype: torch.dtype, strided: bool = False, stream: torch.dtype | None = None
+) -> None:
+    """``stream``: the dtype of out and dout, if it is not ``dtype``."""
     N, cin, H, W, C, k = case
     g = torch.Generator().manual_seed(N + H + C)
     image = torch.randn(N, cin, H, W, generator=g)
@@ -49,12 +52,13 @@ def check_stem(case: tuple[int, ...], dtype: torch.dtype, strided: bool = False)
     def reference(image, weight, bias, ln_weight, ln_bias):
         return layer_norm_reference(_conv(image, weight, bias, k), ln_weight, ln_bias, EPS)
 
-    out = stem_fwd(*given.values(), EPS, dtype)
-    dout = torch.randn(out.shape, generator=g).to(dtype)
-    grads = stem_bwd(dout, *given.values(), EPS, needs_image=True)
-    again = stem_bwd(dout, *given.values(), EPS, needs_image=True)
+    out = stem_fwd(*given.values(), EPS, dtype, stream or dtype)
+    assert out.dtype == (stream or dtype)
+    dout = torch.randn(out.shape, generator=g).to(out.dtype)
+    grads = stem_bwd(dout, *given.values(), EPS, dtype, needs_image=True)
+    again = stem_bwd(dout, *given.values(), EPS, dtype, needs_image=True)
     assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
-    without, *grads_without = stem_bwd(dout, *given.values(), EPS, needs_image=False)
+    without, *grads_without = stem_bwd(dout, *given.values(), EPS, dtype, needs_image=False)
     assert without is None
     want_out, want = _gradients(reference, given, torch.float64, dout)
     with eager_products(dtype):
@@ -63,11 +67,12 @@ def check_stem(case: tuple[int, ...], dtype: torch.dtype, strided: bool = False)
     _compare(list(given)[1:], grads_without, eager[1:], want[1:])
 
 
-def check_downsample(case: tuple[int, ...], dtype: torch.dtype, x_dtype: torch.dtype | None = None) -> None:
+def check_downsample(case: tuple[int, ...], dtype: torch.dtype, stream: torch.dtype | None = None) -> None:
+    """``stream``: the dtype of x, out and dout, if it is not ``dtype``."""
     N, H, W, C, C2, k = case
     g = torch.Generator().manual_seed(N + H + C)
     given = {
-        "x": (torch.randn(N, H, W, C, generator=g) + 1).to(x_dtype or dtype),
+        "x": (torch.randn(N, H, W, C, generator=g) + 1).to(stream or dtype),
         "weight": torch.randn(C2, C, k, k, generator=g) / (C * k * k) ** 0.5,
         "bias": torch.randn(C2, generator=g),
         "ln_weight": torch.randn(C, generator=g),
@@ -79,8 +84,8 @@ def check_downsample(case: tuple[int, ...], dtype: torch.dtype, x_dtype: torch.d
 
     affine = given["ln_weight"], given["ln_bias"]
     wg, bg = fold_downsample(given["weight"], given["bias"], *affine, dtype)
-    out = downsample_fwd(given["x"], wg, bg, EPS, dtype)
-    dout = torch.randn(out.shape, generator=g).to(dtype)
+    out = downsample_fwd(given["x"], wg, bg, EPS, stream or dtype)
+    dout = torch.randn(out.shape, generator=g).to(out.dtype)
     grads = downsample_bwd(dout, *given.values(), EPS, dtype)
     again = downsample_bwd(dout, *given.values(), EPS, dtype)
     assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))

@@ -2,10 +2,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from convnext_fast.kernels.dtypes import dot_precision
 from convnext_fast.kernels.integers import cdiv
 from convnext_fast.kernels.mlp.tuning import (
     count_tiles,
-    dot_precision,
     downsample_config,
     gemm_configs,
     split_width,
@@ -81,8 +81,7 @@ def matmul():
 @pytest.mark.parametrize("chosen", ["tf32", "ieee"])
 @pytest.mark.parametrize("switch", ["allow_tf32", "set_float32_matmul_precision", "fp32_precision", "of all backends"])
 def test_products_in_float32_follow_each_of_the_switches(matmul, switch, chosen):
-    x = torch.zeros(1)
-    assert dot_precision(x) == "ieee"
+    assert dot_precision(torch.float32) == "ieee"
     if switch == "allow_tf32":
         matmul.allow_tf32 = chosen == "tf32"
     elif switch == "set_float32_matmul_precision":
@@ -93,5 +92,5 @@ def test_products_in_float32_follow_each_of_the_switches(matmul, switch, chosen)
         matmul.fp32_precision = chosen
     else:
         torch.backends.fp32_precision = chosen
-    assert dot_precision(x) == chosen
-    assert dot_precision(x.half()) == "ieee"
+    assert dot_precision(torch.float32) == chosen
+    assert dot_precision(torch.half) == "ieee"

@@ -76,7 +76,7 @@ def test_empty_batch(shape, dtype):
     u, stats = dwconv_fwd(x, weight, None, dtype)
     assert u.shape == shape
     assert stats.shape[1:] == (0, 2)
-    assert dwconv_dgrad(u, weight, x).shape == shape
+    assert dwconv_dgrad(u, weight, x, x.dtype).shape == shape
     dweight, dbias = dwconv_wgrad(x, u, 7)
     assert torch.equal(dweight, torch.zeros(16, 1, 7, 7))
     assert torch.equal(dbias, torch.zeros(16))

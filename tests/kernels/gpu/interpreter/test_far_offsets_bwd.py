@@ -89,7 +89,7 @@ def test_stem(last_program, monkeypatch):
     weight, bias, ln_weight = torch.randn(C, 5, 4, 4) / 9, torch.randn(C), torch.randn(C)
     sums = []
     monkeypatch.setattr(torch, "empty", lambda *a, **k: sums.append(last_program(*a, **k)) or sums[-1])
-    dimage, *_ = stem_bwd(dout, image, weight, bias, ln_weight, ln_weight, EPS, needs_image=True)
+    dimage, *_ = stem_bwd(dout, image, weight, bias, ln_weight, ln_weight, EPS, torch.float16, needs_image=True)
     results = []
     for dtype in DTYPES:
         leaves = [t.to(dtype).detach().requires_grad_() for t in (image[-TAIL:], weight)]

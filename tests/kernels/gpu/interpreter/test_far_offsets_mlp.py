@@ -128,7 +128,7 @@ def test_layernorm_backward(given):
 def test_stem(last_program):
     image = far(last_program, (P, 5, 4, 4), 0)
     weight, bias = torch.randn(C, 5, 4, 4) / 9, torch.randn(C)
-    out = stem_fwd(image, weight, bias, torch.ones(C), torch.zeros(C), EPS, torch.float16)
+    out = stem_fwd(image, weight, bias, torch.ones(C), torch.zeros(C), EPS, torch.float16, torch.float16)
     eager, want = (
         F.layer_norm(F.conv2d(image[-TAIL:].to(dtype), weight.to(dtype), bias.to(dtype)).flatten(1), (C,), eps=EPS)
         for dtype in (torch.float16, torch.float64)

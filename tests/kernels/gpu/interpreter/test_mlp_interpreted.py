@@ -16,6 +16,7 @@ from mlp_cases import (
     Case,
     check_backward,
     check_forward,
+    check_result_in_two_dtypes,
     check_small_layer_scale,
 )
 
@@ -68,6 +69,12 @@ def test_sums_that_two_programs_share(save_hidden):
 @pytest.mark.parametrize("forward", [fused_mlp_fwd, gemm_mlp_fwd])
 def test_float32_residual_beside_float16(forward):
     check_forward(Case(2, 20, 24, 96, torch.float16, residual_dtype=torch.float32), forward)
+
+
+@pytest.mark.parametrize("forward", [fused_mlp_fwd, gemm_mlp_fwd])
+@pytest.mark.parametrize("grn", [False, True])
+def test_result_in_two_dtypes(grn, forward):
+    check_result_in_two_dtypes(Case(3, 25, 75, 96, torch.float16, grn=grn), forward)
 
 
 @pytest.mark.parametrize("backward", [fused_mlp_bwd, gemm_mlp_bwd])

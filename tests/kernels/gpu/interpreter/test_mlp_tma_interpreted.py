@@ -6,7 +6,15 @@ from convnext_fast.kernels.mlp import gemm_tma, mlp_fwd, tuning
 from convnext_fast.kernels.mlp.gemm_tma import tma_mlp_fwd
 from convnext_fast.kernels.mlp.grn import Grn
 from convnext_fast.kernels.targets import planned_for
-from mlp_cases import Case, assert_each_as_good_as_eager, check_forward, eager_reference, inputs, mlp_reference
+from mlp_cases import (
+    Case,
+    assert_each_as_good_as_eager,
+    check_forward,
+    check_result_in_two_dtypes,
+    eager_reference,
+    inputs,
+    mlp_reference,
+)
 from mlp_cases import run_forward as run
 
 CASE = Case(3, 50, 40, 160, torch.float16)
@@ -38,6 +46,11 @@ def _on_two_processors(monkeypatch):
 def test_forward(case, target):
     with planned_for(target):
         check_forward(case, tma_mlp_fwd)
+
+
+def test_result_in_two_dtypes():
+    with planned_for("sm_90"):
+        check_result_in_two_dtypes(CASE, tma_mlp_fwd)
 
 
 @pytest.mark.parametrize("absent", NEUTRAL)

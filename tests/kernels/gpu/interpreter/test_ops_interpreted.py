@@ -95,6 +95,27 @@ def test_an_epsilon_of_zero(dtype):
         assert_as_good_as_eager(got, allowed, want, terms=N * SIDE * SIDE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_block_under_autocast(dtype):
+    """Its result is as wide as γ, whatever x is, and the gradient of x is like x."""
+    x, tensors = block_inputs()
+    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+    def run(function, kind, **options):
+        leaves = [x.to(kind or dtype), *(t.to(kind or torch.float32) for t in tensors.values())]
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        with torch.autocast("cpu", torch.float16, enabled=kind is None):
+            y = function(*leaves[:-1], leaves[-1].detach(), **options)
+        return [y.detach(), *torch.autograd.grad(y, leaves[:-1], cotangent.to(y))]
+
+    ours = run(ops.convnext_block, None)
+    eager, exact = (run(reference.convnext_block, kind, eps=1e-6, act="gelu") for kind in (None, torch.float64))
+    assert [ours[0].dtype, ours[1].dtype] == [torch.float32, dtype]
+    for got, allowed, want in zip(ours, eager, exact, strict=True):
+        assert got.dtype == allowed.dtype
+        assert_as_good_as_eager(got, allowed, want, terms=N * SIDE * SIDE)
+
+
 @pytest.mark.parametrize("gamma_dtype", [torch.float32, torch.float16])
 def test_result_of_an_mlp_without_residual_has_the_dtype_of_eager(gamma_dtype):
     x, tensors = block_inputs()

@@ -22,15 +22,16 @@ def test_downsample(case, dtype):
     check_downsample(case, dtype)
 
 
-def test_downsample_of_a_float32_stream_in_float16():
+def test_a_float32_stream_in_float16():
+    check_stem(STEMS[0], torch.float16, stream=torch.float32)
     check_downsample(DOWNSAMPLES[0], torch.float16, torch.float32)
 
 
-@pytest.mark.parametrize(("rows", "x_dtype"), [(1, torch.float16), (1, torch.float32), (100_000, torch.float16)])
-def test_downsample_in_tiles_of_sm_90(rows, x_dtype, monkeypatch):
+@pytest.mark.parametrize(("rows", "stream"), [(1, torch.float16), (1, torch.float32), (100_000, torch.float16)])
+def test_downsample_in_tiles_of_sm_90(rows, stream, monkeypatch):
     config = downsample_config(rows, 192, torch.float16, False, "sm_90")
     monkeypatch.setattr(fwd, "downsample_config", lambda *a: config)
-    check_downsample((1, 4, 5, 150, 70, 2), torch.float16, x_dtype)
+    check_downsample((1, 4, 5, 150, 70, 2), torch.float16, stream)
 
 
 @pytest.mark.parametrize("share", SHARES[1:], ids=str)

@@ -21,7 +21,7 @@ def weight_gradient(g, batch):
 def stem(g, batch):
     weight, vectors = torch.randn(C, 3, 4, 4, generator=g), torch.randn(3, C, generator=g)
     image, dout = torch.randn(batch, 3, 8, 12, generator=g).half(), torch.randn(batch, 2, 3, C, generator=g).half()
-    return lambda image, dout: stem_bwd(dout, image, weight, *vectors, EPS, True), (image, dout)
+    return lambda image, dout: stem_bwd(dout, image, weight, *vectors, EPS, torch.half, True), (image, dout)
 
 
 def downsample(g, batch):

@@ -154,11 +154,12 @@ def test_launches(variant, dtype, target):
     check(passes((variant,), (dtype,), ("inference", "training"), LEVELS, (target,), (0.1, 0.0)))
 
 
+@pytest.mark.parametrize(("variant", "dtype"), [("atto", "bf16"), ("atto", "autocast-bf16"), ("base", "autocast-bf16")])
 @pytest.mark.parametrize("rate", [0.0, 0.1])
-def test_two_blocks_per_stage_have_every_launch(rate):
+def test_few_blocks_per_stage_have_every_launch(rate, variant, dtype):
     def keys(**options):
         return {
-            each.specialised.key for each in collect([Pass("atto", "bf16", "training", 0, "sm_90", rate)], **options)
+            each.specialised.key for each in collect([Pass(variant, dtype, "training", 0, "sm_90", rate)], **options)
         }
 
     assert keys(shallow=True) == keys()

@@ -24,7 +24,7 @@ def _launches(target, dtype):
     x, weight = torch.empty(shape, dtype=dtype, device="meta"), torch.empty(384, 1, 7, 7, device="meta")
     with planned_for(target), recording() as launches:
         u, _ = dwconv_fwd(x, weight, weight[:, 0, 0, 0], dtype)
-        dwconv_dgrad(u, weight, x)
+        dwconv_dgrad(u, weight, x, x.dtype)
         dwconv_wgrad(x, u, 7)
     return launches
 
@@ -144,7 +144,7 @@ def test_a_residual_that_is_not_aligned():
     early = []
     for residual in (x, shifted):
         with planned_for("sm_90"), recording() as launches:
-            dwconv_dgrad(x, weight, residual)
+            dwconv_dgrad(x, weight, residual, x.dtype)
         early.append(launches[0].arguments["EARLY"])
         assert compile_launch(launches[0], "sm_90").spills == 0
     assert early == [True, False]

@@ -16,7 +16,7 @@ OPERATOR = torch.ops.convnext_fast.dwconv.default
 
 def step(x, weight, bias, du, dy):
     u, stats = dwconv_fwd(x, weight, bias, du.dtype)
-    return u, stats, dwconv_dgrad(du, weight, dy)
+    return u, stats, dwconv_dgrad(du, weight, dy, dy.dtype)
 
 
 def test_a_traced_graph_holds_the_operator_and_gives_what_eager_gives(emulating):

@@ -40,7 +40,7 @@ def patch_launches():
     vector = meta(96, dtype=f32)
     with recording() as launches:
         image, weight = meta(8, 3, 224, 224, dtype=f32), meta(96, 3, 4, 4, dtype=f32)
-        stem_fwd(image, weight, vector, vector, vector, 1e-6, torch.bfloat16)
+        stem_fwd(image, weight, vector, vector, vector, 1e-6, torch.bfloat16, torch.bfloat16)
         downsample_fwd(meta(8, 56, 56, 96), meta(192, 2, 2, 96), meta(192, dtype=f32), 1e-6, torch.bfloat16)
     return launches
 

@@ -5,7 +5,7 @@ from convnext_fast.kernels.mlp.fused import fused_mlp_fwd
 from convnext_fast.kernels.mlp.fused_bwd import fused_mlp_bwd
 from convnext_fast.kernels.mlp.gemm import gemm_mlp_fwd
 from convnext_fast.kernels.mlp.gemm_bwd import gemm_mlp_bwd
-from mlp_cases import EMPTY, FAR, Case, check_backward, check_forward, inputs, run_forward
+from mlp_cases import EMPTY, FAR, Case, check_backward, check_forward, check_result_in_two_dtypes, inputs, run_forward
 
 BF16, FP16 = torch.bfloat16, torch.float16
 FORWARD = [
@@ -55,6 +55,12 @@ def test_forward_under_autocast_and_of_an_empty_batch(emulating):
         check_forward(Case(2, 20, 24, 96, torch.bfloat16, residual_dtype=torch.float32))
         for case in EMPTY:
             check_forward(case)
+
+
+@pytest.mark.parametrize("forward", [fused_mlp_fwd, gemm_mlp_fwd])
+def test_result_in_two_dtypes(emulating, forward):
+    with emulating(arch=80, detect_races="rw"):
+        check_result_in_two_dtypes(Case(2, 35, 72, 96, BF16), forward)
 
 
 @pytest.mark.parametrize(("channels", "allowed"), [(40, 14.5), (96, 12.3), (192, 15.8)])

@@ -17,13 +17,13 @@ def test_downsample(emulating, dtype):
         check_downsample(DOWNSAMPLES[0], dtype)
 
 
-@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
-def test_downsample_of_few_pixels(emulating, x_dtype, monkeypatch):
+@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
+def test_downsample_of_few_pixels(emulating, stream, monkeypatch):
     """As sm_90 takes them, here of sm_80's code."""
     few = downsample_config(1, 128, torch.bfloat16, False, "sm_90")
     monkeypatch.setattr(fwd, "downsample_config", lambda *a: few)
     with emulating(arch=80, detect_races="rw"):
-        check_downsample((1, 4, 5, 150, 70, 2), torch.bfloat16, x_dtype)
+        check_downsample((1, 4, 5, 150, 70, 2), torch.bfloat16, stream)
 
 
 def test_float32(emulating, precision):
@@ -38,7 +38,7 @@ def test_an_empty_batch(emulating):
         check_downsample(DOWNSAMPLES[-1], torch.bfloat16)
 
 
-def test_strided_image_and_float32_stream(emulating):
+def test_a_strided_image_and_a_float32_stream(emulating):
     with emulating(arch=80, detect_races="rw"):
-        check_stem((2, 3, 8, 17, 24, 4), torch.bfloat16, strided=True)
+        check_stem((2, 3, 8, 17, 24, 4), torch.bfloat16, strided=True, stream=torch.float32)
         check_downsample(DOWNSAMPLES[0], torch.bfloat16, torch.float32)

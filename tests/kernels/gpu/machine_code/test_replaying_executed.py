@@ -226,12 +226,12 @@ def stem(alignment=0, side=8, dtype=torch.float32):
     skipped = alignment // dtype.itemsize
     image = torch.randn(3 * side * side + skipped).to(dtype)[skipped:].view(1, 3, side, side)
     weight = torch.randn(8, 3, 4, 4).to(dtype)
-    return image, weight, *torch.randn(3, 8).to(dtype), 1e-6, dtype
+    return image, weight, *torch.randn(3, 8).to(dtype), 1e-6, dtype, dtype
 
 
 def test_patches_that_cover_the_image_are_recorded(repeating):
     torch.manual_seed(0)
-    *stem_arguments, eps, dtype = stem()
+    *stem_arguments, eps, dtype, _ = stem()
     x, affine, bias = torch.randn(1, 4, 4, 8), torch.randn(2, 8), torch.randn(12)
     weight = torch.randn(12, 8, 2, 2)
     packed = weight.contiguous(memory_format=torch.channels_last)
