@@ -178,22 +178,40 @@ def _fc1_kernel(
 
 
 @triton.jit
-def _store_result(z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, n, C: tl.constexpr):
-    """Store y = residual + s·γ·(z + b2) of the columns ``n``, and its copy if there is one."""
-    n_ok = n < C
-    if b2_ptr is not None:
-        z += tl.load(b2_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    if gamma_ptr is not None:
-        z *= tl.load(gamma_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    if s is not None:
-        z *= s[:, None]
-    at = rows[:, None] * C + n[None, :]
-    ok = rows_ok[:, None] & n_ok[None, :]
-    if residual_ptr is not None:
-        z += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, z.to(y_ptr.dtype.element_ty), mask=ok)
-    if copy_ptr is not None:
-        tl.store(copy_ptr + at, z.to(copy_ptr.dtype.element_ty), mask=ok)
+def _store_result(
+    z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, first,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Store y = residual + s·γ·(z + b2) of the WIDTH columns from ``first`` on, and its copy if there is one.
+
+    In parts of PART columns, so that sums and residual of the whole are not in registers together.
+    """
+    if WIDTH > PART:
+        left, right = halves(z, BLOCK_M, WIDTH)
+        HALF: tl.constexpr = WIDTH // 2
+        _store_result(
+            left, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, first, C, BLOCK_M, HALF, PART
+        )
+        _store_result(
+            right, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, first + HALF,
+            C, BLOCK_M, HALF, PART,
+        )  # fmt: skip
+    else:
+        n = first + tl.arange(0, WIDTH)
+        n_ok = n < C
+        if b2_ptr is not None:
+            z += tl.load(b2_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+        if gamma_ptr is not None:
+            z *= tl.load(gamma_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+        if s is not None:
+            z *= s[:, None]
+        at = rows[:, None] * C + n[None, :]
+        ok = rows_ok[:, None] & n_ok[None, :]
+        if residual_ptr is not None:
+            z += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        tl.store(y_ptr + at, z.to(y_ptr.dtype.element_ty), mask=ok)
+        if copy_ptr is not None:
+            tl.store(copy_ptr + at, z.to(copy_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -201,7 +219,7 @@ def end_result(
     z, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, copy_ptr, tile_n, first, rows, rows_ok,
     rows_per_sample, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """``_store_result`` of such a tile; HALVES: sums and residual of the whole are not in registers together."""
+    """``_store_result`` of such a tile, in HALVES, or in quarters where there is a copy."""
     s = None
     if drop_scale_ptr is not None:
         s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
@@ -210,14 +228,11 @@ def end_result(
         copy_ptr += first * C
     if residual_ptr is not None:
         residual_ptr += first * C
-    if HALVES:
-        left, right = halves(z, BLOCK_M, BLOCK_N)
-        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        _store_result(left, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, n, C)
-        _store_result(right, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, n + BLOCK_N // 2, C)
-    else:
-        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        _store_result(z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, n, C)
+    PART: tl.constexpr = BLOCK_N if not HALVES else BLOCK_N // 2 if copy_ptr is None else BLOCK_N // 4
+    _store_result(
+        z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, tile_n * BLOCK_N,
+        C, BLOCK_M, BLOCK_N, PART,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
