@@ -124,7 +124,7 @@ def fused_configs(
     channels: int, hidden: int, lean: bool, target: str, grn: bool = False, few: bool = False
 ) -> tuple[FusedConfig, ...]:
     """Configurations of the one-kernel forward, the default first; ``lean``: a is not saved;
-    ``grn``: with a global response norm; ``few``: ``are_few``, which take smaller tiles and fewer, longer steps.
+    ``grn``: with a global response norm; ``few``: of rows that ``are_few``, which take smaller tiles.
 
     Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
     as 8 warps would. Else 16 rows a warp, half of them where a saved beside it would spill. Steps of 64 hidden units,
@@ -143,9 +143,10 @@ def fused_configs(
         dataclasses.replace(wide, BLOCK_K=32, num_stages=4 if deep == 32 else 3),
         FusedConfig(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2),
     )
+    if few and lean and not grn and hidden % 128 == 0:
+        small = FusedConfig(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3)
+        return small if channels <= 96 else dataclasses.replace(wide, BLOCK_M=64), wide, *others
     if channels <= 96 and lean:
-        if few and not grn and hidden % 128 == 0:
-            return FusedConfig(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3), wide, *others
         return dataclasses.replace(wide, num_warps=4), wide, *others
     return wide, *others
 

@@ -9,6 +9,7 @@ Launches are recorded on fake tensors (bench/recording.py), compiled once for ea
 import dataclasses
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from bench.static_analysis.analysis import accesses, analyse, analyse_all  # noq
 from bench.static_analysis.chips import CHIP_OF  # noqa: E402
 from bench.static_analysis.counts import BUDGETS, COUNTED, V2_BUDGETS, count_tiny  # noqa: E402
 from bench.static_analysis.recording import Buffer, record, unique, unique_bytes  # noqa: E402
-from bench.static_analysis.resource_model import model_pass  # noqa: E402
+from bench.static_analysis.resource_model import PASSES, RATES, model_pass  # noqa: E402
 from bench.static_analysis.sweep import DTYPES, Pass, collect, describe, faults, passes  # noqa: E402
 
 LEVELS = (1, 2, 0)  # of recomputation
@@ -40,7 +41,8 @@ TRAINING = [
 ]
 
 
-# Under autocast (x in float32, weights in 16 bits): spills that no launch configuration avoids, the most of any target.
+# Under autocast (x or the residual in float32, weights in 16 bits): spills that no launch configuration avoids, the
+# most of any target.
 SPILLS = {
     "dwconv_gluon_kernel": 86,
     "dwconv_wgrad_gluon_kernel": 16,
@@ -78,7 +80,21 @@ REACHED = {
 #
 # One image is bound by the chain of a program and by 3 µs a launch, two fifths of the total: a second launch, to split
 # the depth of fc2, would cost about what it saves, 2 to 4 µs of a chain of 3.5 to 5.5.
-MODELLED = {"inference_128": 1.05 * 3.60, "inference_1": 1.05 * 0.425, "training_64_autocast": 9.4}
+MODELLED = {"inference_128": 1.05 * 3.60, "inference_1": 1.05 * 0.405, "training_64_autocast": 9.3}
+
+# MB through DRAM an image. A training step under autocast misses 160. Of its 179 MB:
+#
+# - 44 are hidden activations and their gradients of the wide blocks: h written and read, then h and da written, and da
+#   read twice. Only a kernel for all of it would keep them on the chip, and, as in inference, read more through L2.
+# - 43 are the residual stream and its gradient, each written once and read twice (the gradient also by the kernel
+#   before the products), in float32 as in eager PyTorch. What the convolutions read of it are copies in 16 bits.
+# - 15 are folded weights and the partial sums of their gradients; fewer shares would leave processors idle.
+# - 6 could go if the convolution's data gradient also wrote s·dy in 16 bits, with the next block's s: not tried, for
+#   that kernel has 254 registers and spills four instructions beside a float32 residual on sm_90 already.
+# - 4 could go if both gradients of the convolution shared their reads of du: 112 + 112 sums a thread do not fit the
+#   registers.
+# - The rest are u, du and dz in 16 bits, each written once and read once to three times.
+MOVED = {"training_64_autocast": 180}
 
 
 @pytest.fixture
@@ -154,9 +170,16 @@ def test_launches(variant, dtype, target):
     check(passes((variant,), (dtype,), ("inference", "training"), LEVELS, (target,), (0.1, 0.0)))
 
 
-@pytest.mark.parametrize(("variant", "dtype"), [("atto", "bf16"), ("atto", "autocast-bf16"), ("base", "autocast-bf16")])
-@pytest.mark.parametrize("rate", [0.0, 0.1])
-def test_few_blocks_per_stage_have_every_launch(rate, variant, dtype):
+@pytest.mark.parametrize(
+    ("variant", "dtype", "rate"),
+    [
+        ("atto", "bf16", 0.0),
+        ("atto", "bf16", 0.1),
+        ("atto", "autocast-bf16", 0.1),
+        pytest.param("base", "autocast-bf16", 0.1, marks=pytest.mark.thorough),
+    ],
+)
+def test_few_blocks_per_stage_have_every_launch(variant, dtype, rate):
     def keys(**options):
         return {
             each.specialised.key for each in collect([Pass(variant, dtype, "training", 0, "sm_90", rate)], **options)
@@ -210,6 +233,8 @@ def test_modelled_times_on_an_h200(name):
     assert made.limit <= made.milliseconds
     for launch in made.launches:
         assert launch.limit <= max(launch.bounds.values()) * 1.001 <= launch.microseconds
+    moved = sum(launch.bounds["dram"] for launch in made.launches) * RATES.dram / 1e12
+    assert moved / PASSES[name]["batch"] <= MOVED.get(name, math.inf)
 
 
 @pytest.mark.thorough
