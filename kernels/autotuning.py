@@ -25,7 +25,7 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources
 
 from .environment import switch
-from .launching import is_traced
+from .launching import is_traced, launch_hook
 
 Config = TypeVar("Config")
 _FILE = "convnext_fast.autotune.json"
@@ -66,7 +66,7 @@ def fastest(
         return candidates[0]
     device = torch.cuda.get_device_properties(tensor.device).name
     key = key_of(kernel.cache_key, device, tensor.dtype, triton.next_power_of_2(rows), shape, *candidates)
-    may_measure = not (is_traced(tensor) or torch.cuda.is_current_stream_capturing())
+    may_measure = not (is_traced(tensor) or torch.cuda.is_current_stream_capturing() or launch_hook.recording)
 
     def measure(candidate: Config) -> float:
         with torch.cuda.device(tensor.device):

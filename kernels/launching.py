@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,12 +19,11 @@ class _LaunchHook(threading.local):
     """This thread's hook.
 
     Attributes:
-        listener: is called with the compiled kernel, the grid and all parameters in order.
-        recordings: how many recordings are under way, one within the other; each is a dispatch mode.
+        recording: the innermost recording that is under way (see recording.py). Its ``note`` takes each launch, which
+            is not made: the compiled kernel, the grid and all parameters in order.
     """
 
-    listener: Callable[[Any, tuple[int, ...], Sequence[Any]], None] | None = None
-    recordings = 0
+    recording: Any = None
 
 
 launch_hook = _LaunchHook()
@@ -58,8 +57,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch ``kernel[grid](*args, **meta)`` on the device of its first argument, a tensor.
 
     ``args`` are the kernel's parameters that are not ``tl.constexpr``, ``meta`` the others and the options. With traced
-    tensors, the kernel becomes a node of the compiler's graph. A grid with a zero in it launches nothing, because CUDA
-    refuses such a grid.
+    tensors, the kernel becomes a node of the compiler's graph. A recording takes note of the launch in place of the
+    device. A grid with a zero in it launches nothing, because CUDA refuses such a grid.
     """
     if 0 in grid:
         return
@@ -69,10 +68,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     # A kernel reads memory, where the numbers of a negative view have the other sign.
     args = tuple(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args)
     with current(args[0]):
-        compiled = kernel[grid](*args, **meta)
-    if launch_hook.listener is not None:
-        constants = (meta.get(p.name, p.default) for p in kernel.params[len(args) :])
-        launch_hook.listener(compiled, grid, (*args, *constants))
+        if launch_hook.recording is None:
+            kernel[grid](*args, **meta)
+            return
+        compiled = kernel.run(*args, grid=grid, warmup=True, **meta)
+    constants = (None,) * (len(kernel.params) - len(args))  # the compiled kernel has them
+    launch_hook.recording.note(compiled, grid, (*args, *constants))
 
 
 def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

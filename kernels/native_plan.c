@@ -1,7 +1,8 @@
 /* A recorded call of the kernels, repeated by one call: allocate, patch pointers, launch.
 
    A plan is a list of launches. A parameter of a launch is eight bytes: a constant, or the address of a piece of memory
-   plus an offset. The pieces are the call's tensors in order, then what the plan allocates:
+   plus an offset. The pieces are the call's tensors in order, then what the plan allocates. In the place of a launch
+   may be another plan, whose pieces of memory are then the parameters:
 
        bases      = addresses of the given tensors, then of one new tensor for each allocation
        parameter  = constant,  or  bases[memory] + offset
@@ -24,6 +25,7 @@
 #define MOST_BASES 1024      /* tensors of a call and allocations of a plan */
 #define MOST_PARAMETERS 128  /* of a launch */
 #define CONSTANT (-1)        /* in the place of a memory's number */
+#define PART 0               /* in the place of the threads: a plan is repeated */
 
 typedef int32_t (*ReadInt64)(void *tensor, int64_t *value);
 typedef int32_t (*ReadInt32)(void *tensor, int32_t *value);
@@ -145,7 +147,7 @@ static PyObject *key(PyObject *module, PyObject *arguments) {
 /* ---- Plans ---- */
 
 typedef struct {
-    int64_t function, grid[3], threads, shared, parameters; /* the last: how many */
+    int64_t function, grid[3], threads, shared, parameters; /* function: or a plan; the last: how many */
 } Launch;
 
 typedef struct {
@@ -158,14 +160,24 @@ typedef struct {
     LaunchKernel launch;
     CurrentDevice current_device;
     int device, given, single; /* given: how many tensors a call has; single: the result is one tensor, no tuple */
-    PyObject *stream_of, *allocate, *allocations, *launches, *parameters, *results;
-    PyObject *device_number, *arguments; /* the latter owns the six above, and the kernels */
+    PyObject *stream_of, *allocate, *allocations, *launches, *parameters, *results, *owners; /* of kernels, or plans */
+    PyObject *device_number, *arguments; /* the latter owns the seven above */
 } Plan;
 
 static void Plan_dealloc(Plan *plan) {
     Py_XDECREF(plan->device_number);
     Py_XDECREF(plan->arguments);
     Py_TYPE(plan)->tp_free((PyObject *)plan);
+}
+
+static PyTypeObject PlanType;
+
+/* Whether a launch of ``plan`` is a kernel's, or a plan's that its parameters suit. */
+static int is_whole(const Plan *plan, const Launch *launch, PyObject *owner) {
+    if (launch->threads != PART) return Py_TYPE(owner) != &PlanType;
+    if (Py_TYPE(owner) != &PlanType || (int64_t)(uintptr_t)owner != launch->function) return 0;
+    const Plan *part = (const Plan *)owner;
+    return part->device == plan->device && launch->parameters == part->given + PyTuple_GET_SIZE(part->allocations);
 }
 
 /* Whether every number lies where it may: a wrong one would be an address that nobody gave. */
@@ -176,8 +188,10 @@ static int is_sound(Plan *plan) {
     const Launch *launch = (const Launch *)PyBytes_AS_STRING(plan->launches);
     const Parameter *parameter = (const Parameter *)PyBytes_AS_STRING(plan->parameters);
     int sound = plan->given >= 0 && plan->given + allocations <= MOST_BASES;
+    if (PyList_GET_SIZE(plan->owners) != launches) return 0;
     for (Py_ssize_t i = 0; i < launches; total += launch[i++].parameters)
-        sound &= launch[i].parameters >= 0 && launch[i].parameters <= MOST_PARAMETERS;
+        sound &= launch[i].parameters >= 0 && launch[i].parameters <= MOST_PARAMETERS &&
+                 is_whole(plan, launch + i, PyList_GET_ITEM(plan->owners, i));
     for (Py_ssize_t i = 0; i < parameters; i++)
         sound &= parameter[i].memory >= CONSTANT && parameter[i].memory < plan->given + allocations;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(plan->results); i++) {
@@ -191,15 +205,15 @@ static int is_sound(Plan *plan) {
 }
 
 /* Plan(launch, current_device, device, given, single, stream_of, allocate, allocations, launches, parameters, results,
-   kernels): see native_plan.py, which makes them. */
+   owners): see native_plan.py, which makes them. */
 static PyObject *Plan_new(PyTypeObject *type, PyObject *arguments, PyObject *names) {
     unsigned long long launch, current_device;
-    PyObject *kernels;
     Plan *plan = (Plan *)type->tp_alloc(type, 0);
     if (!plan) return NULL;
-    if (PyArg_ParseTuple(arguments, "KKiipOOO!SSO!O", &launch, &current_device, &plan->device, &plan->given,
+    if (PyArg_ParseTuple(arguments, "KKiipOOO!SSO!O!", &launch, &current_device, &plan->device, &plan->given,
                          &plan->single, &plan->stream_of, &plan->allocate, &PyTuple_Type, &plan->allocations,
-                         &plan->launches, &plan->parameters, &PyTuple_Type, &plan->results, &kernels)) {
+                         &plan->launches, &plan->parameters, &PyTuple_Type, &plan->results, &PyList_Type,
+                         &plan->owners)) {
         plan->launch = (LaunchKernel)(uintptr_t)launch;
         plan->current_device = (CurrentDevice)(uintptr_t)current_device;
         plan->arguments = Py_NewRef(arguments);
@@ -243,7 +257,7 @@ static PyObject *allocate(Plan *plan, Call *call) {
 }
 
 /* The driver's error code, 0 for none. Runs without the interpreter's lock. */
-static int launch_all(const Plan *plan, const Call *call, void *stream) {
+static int launch_all(const Plan *plan, const uint64_t *base, void *stream) {
     const Launch *launch = (const Launch *)PyBytes_AS_STRING(plan->launches);
     const Launch *end = (const Launch *)(PyBytes_AS_STRING(plan->launches) + PyBytes_GET_SIZE(plan->launches));
     const Parameter *parameter = (const Parameter *)PyBytes_AS_STRING(plan->parameters);
@@ -252,10 +266,12 @@ static int launch_all(const Plan *plan, const Call *call, void *stream) {
     for (int i = 0; i < MOST_PARAMETERS; i++) pointer[i] = &value[i];
     for (; launch < end; launch++) {
         for (int64_t i = 0; i < launch->parameters; i++, parameter++)
-            value[i] = parameter->value + (parameter->memory == CONSTANT ? 0 : call->base[parameter->memory]);
-        int error = plan->launch((void *)launch->function, (unsigned)launch->grid[0], (unsigned)launch->grid[1],
-                                 (unsigned)launch->grid[2], (unsigned)launch->threads, 1, 1, (unsigned)launch->shared,
-                                 stream, pointer, NULL);
+            value[i] = parameter->value + (parameter->memory == CONSTANT ? 0 : base[parameter->memory]);
+        int error = launch->threads == PART
+                        ? launch_all((const Plan *)launch->function, value, stream)
+                        : plan->launch((void *)launch->function, (unsigned)launch->grid[0], (unsigned)launch->grid[1],
+                                       (unsigned)launch->grid[2], (unsigned)launch->threads, 1, 1,
+                                       (unsigned)launch->shared, stream, pointer, NULL);
         if (error) return error;
     }
     return 0;
@@ -322,7 +338,7 @@ static PyObject *run(Plan *plan, Call *call) {
     PyObject *made = PyErr_Occurred() ? NULL : allocate(plan, call);
     if (!made) return NULL;
     Py_BEGIN_ALLOW_THREADS;
-    error = launch_all(plan, call, raw_stream);
+    error = launch_all(plan, call->base, raw_stream);
     Py_END_ALLOW_THREADS;
     PyObject *results =
         error ? PyErr_Format(PyExc_RuntimeError, "CUDA error %d at a launch", error) : results_of(plan, made);

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import operator
+import itertools
 import re
 import struct
 import warnings
@@ -25,10 +25,11 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime.build import compile_module_from_src
 
-from .recording import Launch, Place, Plan
+from .recording import Launch, Part, Place, Plan
 
 _SOURCE = Path(__file__).with_suffix(".c")
-_CONSTANT = -1
+_CONSTANT, _PART = -1, 0
+"""In the place of a memory's number; in that of the threads, where a plan is repeated."""
 _READERS = ("dim", "sizes", "strides", "dtype", "device_type", "device_index", "data_ptr")
 FORMATS = {
     **{f"{sign}{bits}": code for bits, codes in ((8, "bB"), (16, "hH"), (32, "iI"), (64, "qQ"))
@@ -60,7 +61,12 @@ def cuda() -> Driver:
     library = ctypes.CDLL("libcuda.so.1")
     allocate = torch._C._dynamo.guards._empty_strided_cuda
     return Driver(_address(library, "cuLaunchKernel"), _address(library, "cuCtxGetDevice"),
-                  operator.attrgetter("function"), torch._C._cuda_getCurrentRawStream, allocate)  # fmt: skip
+                  _function_of, torch._C._cuda_getCurrentRawStream, allocate)  # fmt: skip
+
+
+def _function_of(kernel: Any) -> int:
+    _ = kernel.run  # loads the kernel
+    return kernel.function
 
 
 def _address(library: ctypes.CDLL, name: str) -> int:
@@ -92,58 +98,96 @@ def _warn(reason: str) -> None:
     warnings.warn(f"{reason}. Until then each call of the kernels takes the host longer.", stacklevel=3)
 
 
-def build(plan: Plan, device: int) -> Any | None:
-    """The plan for C, on the device with this number; None where C cannot repeat it."""
+def of(plan: Plan) -> Any | None:
+    """The plan for C, made once; None where C cannot repeat it."""
+    if plan.native is NotImplemented:
+        plan.native = build(plan)
+    return plan.native
+
+
+def build(plan: Plan) -> Any | None:
+    """As `of`, made anew."""
     module = library()
-    if module is None:
-        return None
-    if plan.given + len(plan.allocations) > module.MOST_BASES:
+    if module is None or plan.given + len(plan.allocations) > module.MOST_BASES:
         return None
     driver = cuda()
-    launches, parameters = bytearray(), bytearray()
+    launches, parameters, owners = bytearray(), bytearray(), []
     for launch in plan.launches:
-        values = _parameters(launch)
-        if values is None:
-            return None
-        warps, _, shared = launch.kernel.packed_metadata[:3]
-        handle = driver.function_of(launch.kernel)
-        launches += struct.pack("7q", handle, *launch.grid, 32 * warps, shared, len(values))
-        parameters += b"".join(values)
+        if isinstance(launch, Part):
+            owner, count = of(launch.plan), len(launch.places)
+            if owner is None:
+                return None
+            launches += struct.pack("7q", id(owner), 0, 0, 0, _PART, 0, count)
+            parameters += struct.pack(f"{2 * count}q", *itertools.chain.from_iterable(launch.places))
+        else:
+            owner = launch.kernel
+            form = _form(owner)
+            values = form and _values(form, launch)
+            if values is None:
+                return None
+            warps, _, shared = owner.packed_metadata[:3]
+            launches += struct.pack("7q", driver.function_of(owner), *launch.grid, 32 * warps, shared, form.count)
+            parameters += struct.pack(form.format, *values)
+        owners.append(owner)
     return module.Plan(
-        driver.launch, driver.current_device, device, plan.given, plan.single, driver.stream_of,
+        driver.launch, driver.current_device, plan.device, plan.given, plan.single, driver.stream_of,
         driver.allocate, tuple(map(tuple, plan.allocations)), bytes(launches), bytes(parameters), tuple(plan.results),
-        [launch.kernel for launch in plan.launches],
+        owners,
     )  # fmt: skip
 
 
-def _parameters(launch: Launch) -> list[bytes] | None:
-    """The kernel's parameters for C; None if C does not support one, or an option of the launch."""
-    metadata = launch.kernel.metadata
+class _Form(NamedTuple):
+    """How a kernel's parameters are written for C.
+
+    Attributes:
+        taken: which parameters the kernel still takes once it is compiled.
+        pointers: which of these are pointers.
+        scratch: pointers to scratch buffers after them.
+        count: of both.
+        format: for `struct`.
+    """
+
+    taken: list[bool]
+    pointers: list[bool]
+    scratch: int
+    count: int
+    format: str
+
+
+@functools.cache
+def _form(kernel: Any) -> _Form | None:
+    """None where C does not support a parameter or an option of the kernel."""
+    metadata = kernel.metadata
     more = ("profile_scratch_size", "launch_cooperative_grid", "launch_pdl", "tensordesc_meta")
     if metadata.num_ctas != 1 or any(getattr(metadata, name, None) for name in (*more, "instrumentation_mode")):
         return None
-    packed, sizes = [], []
-    for kind, value in zip(launch.kernel.src.signature.values(), launch.parameters, strict=True):
-        if kind == "constexpr":
-            continue
-        if isinstance(value, Place) and kind.startswith("*"):
-            packed.append(struct.pack("qq", *value))
-            sizes.append(8)
-        elif kind in FORMATS:
-            number = struct.pack(FORMATS[kind], value)
-            packed.append(struct.pack("q8s", _CONSTANT, number))
-            sizes.append(len(number))
-        else:
-            return None
-    taken = _sizes(launch.kernel.asm["ptx"])
+    kinds = [kind for kind in kernel.src.signature.values() if kind != "constexpr"]
+    pointers = [kind.startswith("*") for kind in kinds]
+    if not all(pointer or kind in FORMATS for kind, pointer in zip(kinds, pointers, strict=True)):
+        return None
+    codes = ["q" if pointer else FORMATS[kind] for kind, pointer in zip(kinds, pointers, strict=True)]
+    sizes = list(map(struct.calcsize, codes))
+    taken = _sizes(kernel.asm["ptx"])
     scratch = len(taken) - len(sizes)
     if scratch < 0 or taken != sizes + [8] * scratch:
         _warn(f"a kernel of Triton {triton.__version__} takes parameters of {taken} bytes and is given {sizes}")
         return None
-    pointers = [struct.pack("qq", _CONSTANT, 0)] * scratch
+    formats = [f"q{code}{8 - size}x" for code, size in zip(codes, sizes, strict=True)] + ["qq"] * scratch
+    parameters = [kind != "constexpr" for kind in kernel.src.signature.values()]
+    return _Form(parameters, pointers, scratch, len(taken), "=" + "".join(formats))
+
+
+def _values(form: _Form, launch: Launch) -> list[Any] | None:
+    """What ``form.format`` takes; None where C does not support a parameter."""
+    values: list[Any] = []
+    for value, pointer in zip(itertools.compress(launch.parameters, form.taken), form.pointers, strict=True):
+        if isinstance(value, Place) is not pointer:
+            return None
+        values += value if pointer else (_CONSTANT, value)
+    pointers = [(_CONSTANT, 0)] * form.scratch
     if launch.scratch is not None:
-        pointers[0] = struct.pack("qq", *launch.scratch)
-    return packed + pointers
+        pointers[0] = launch.scratch
+    return [*values, *itertools.chain.from_iterable(pointers)]
 
 
 @functools.cache

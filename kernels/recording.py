@@ -2,13 +2,22 @@
 
 A plan holds for every call of the same kind, whatever memory its tensors lie in: an address is noted as a piece of
 memory and an offset into it. Memory that only the launches see comes from one allocation, in which pieces that are
-never used at the same time overlap. A recorded call may repeat other plans: their launches become part of its own.
+never used at the same time overlap. While a call is recorded, nothing is launched and no memory is taken: then the plan
+is repeated for it, too.
+Where a recorded call makes calls whose plans are known, these become parts of its own plan.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +28,10 @@ from triton.runtime import driver
 from .launching import PLAIN, launch_hook, with_scratch_memory
 
 _aten = torch.ops.aten
-_ALLOCATIONS = (_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default)
+_EMPTY, _OPTIONS = _aten.empty.memory_format, {"dtype", "device", "pin_memory"}
+_ALLOCATIONS = (_EMPTY, _aten.empty_like.default, _aten.empty_strided.default)
 _ALIGNMENT = 512  # bytes, as CUDA's allocator gives: no kernel asks for more
+_FIRST, _APART = 1 << 60, 1 << 40  # addresses of what a recording allocates, above any real one
 
 
 class Place(NamedTuple):
@@ -43,6 +54,13 @@ class Launch(NamedTuple):
     scratch: Place | None = None
 
 
+class Part(NamedTuple):
+    """The plan of a call within another one, and a `Place` for each of its tensors, then of its allocations."""
+
+    plan: Plan
+    places: list[Place]
+
+
 class Allocation(NamedTuple):
     """A new tensor; strides in elements."""
 
@@ -58,7 +76,8 @@ class Result(NamedTuple):
     part: tuple[tuple[int, ...], tuple[int, ...], int] | None
 
 
-class Plan(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class Plan:
     """A recorded call. Memory is numbered: the call's tensors in order, then the allocations.
 
     Attributes:
@@ -67,29 +86,44 @@ class Plan(NamedTuple):
         launches: what is launched, in order.
         results: what is returned; None for None.
         single: whether the result is one tensor, not a tuple.
+        device: the number of the tensors' device.
+        native: the plan as C repeats it, once it was made (native_plan.py); None where C cannot repeat it.
     """
 
     given: int
     allocations: list[Allocation]
-    launches: list[Launch]
+    launches: list[Launch | Part]
     results: list[Result | None]
     single: bool
+    device: int
+    native: Any = NotImplemented
 
     def repeat(self, args: tuple) -> Any:
         """The results of such a call, whose tensors are on the current device."""
         given = tensors(args)
-        device = given[0].device
-        made = [torch.empty_strided(shape, strides, dtype=t, device=device) for shape, strides, t in self.allocations]
-        memory = [tensor.data_ptr() for tensor in (*given, *made)]
-        stream = driver.active.get_current_stream(given[0].get_device())
-        for kernel, grid, parameters, scratch in self.launches:
+        made = self.allocate(given[0].device)
+        self.launch([t.data_ptr() for t in (*given, *made)], driver.active.get_current_stream(self.device))
+        return self.outcome(made)
+
+    def allocate(self, device: torch.device) -> list[Tensor]:
+        """The allocations."""
+        return [torch.empty_strided(shape, strides, dtype=t, device=device) for shape, strides, t in self.allocations]
+
+    def launch(self, memory: Sequence[int], stream: int) -> None:
+        """Launch everything; ``memory``: addresses by number."""
+        for launch in self.launches:
+            if isinstance(launch, Part):
+                launch.plan.launch([memory[number] + offset for number, offset in launch.places], stream)
+                continue
+            kernel, grid, parameters, scratch = launch
             values = [Address(memory[p.memory] + p.offset) if isinstance(p, Place) else p for p in parameters]
             if scratch is None:
                 kernel[grid](*values, stream=stream)
             else:  # Triton's launcher asks for its own
                 with_scratch_memory(kernel[grid], *values, stream=stream)
-            if launch_hook.listener is not None:
-                launch_hook.listener(kernel, grid, values)
+
+    def outcome(self, made: Sequence[Tensor]) -> Any:
+        """What is returned of the allocations ``made``."""
 
         def part(number: int, part: tuple | None) -> Tensor:
             return made[number] if part is None else made[number].as_strided(*part)
@@ -108,99 +142,132 @@ def leaves(args: tuple) -> Iterator[Any]:
 
 def tensors(args: tuple) -> list[Tensor]:
     """The tensors among the arguments and in their tuples, in order."""
-    return [arg for arg in leaves(args) if type(arg) in PLAIN]
+    found = []
+    for arg in args:
+        if type(arg) in PLAIN:
+            found.append(arg)
+        elif isinstance(arg, tuple):
+            found += tensors(arg)
+    return found
 
 
-class _Recorder(TorchDispatchMode):
-    """Records what a call allocates and launches; ``recordable`` as long as the call does nothing else.
+class _UnrecordableError(Exception):
+    """A call does something else than allocate, take views and launch."""
 
-    Memory is numbered in order: the call's tensors, then each allocation. No tensor is kept alive, so an address may
-    have been an earlier allocation's: it is the newest one's.
-    """
 
-    def __init__(self, given: list[Tensor]) -> None:
-        super().__init__()
-        self.spans: list[tuple[int, int]] = []
-        self.starts: list[int] = []  # of the newest spans, in order, and their numbers
-        self.numbers: list[int] = []
-        self.recordable = all(tensor.numel() for tensor in given)
-        for tensor in given:
-            self.add(_span(tensor))
-        self.recordable &= len(self.starts) == len(given)  # they lie apart
-        self.allocations: dict[int, Allocation] = {}
-        self.launches: list[Launch] = []
+class _Watch(TorchDispatchMode):
+    """Tells this thread's recording what PyTorch is asked for."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what PyTorch wraps this for takes as long as an allocation
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in _ALLOCATIONS and out.numel():
-            self.allocations[len(self.spans)] = _allocation(out)
-            self.add(_span(out))
-        elif not func.is_view:
-            self.recordable = False
-        return out
+        kwargs = kwargs or {}
+        if func.is_view:
+            return func(*args, **kwargs)
+        if func not in _ALLOCATIONS:
+            raise _UnrecordableError
+        with torch._C._DisableTorchDispatch():
+            if func is _EMPTY and kwargs.keys() <= _OPTIONS:  # as below, in half the time
+                shape = tuple(args[0])
+                strides = tuple(itertools.accumulate(shape[:0:-1], operator.mul, initial=1))[::-1] if shape else ()
+                made = Allocation(shape, strides, kwargs.get("dtype") or torch.get_default_dtype())
+            else:
+                made = _allocation(func(*args, **kwargs | {"device": "meta"}))
+            return launch_hook.recording.allocate(made) if 0 not in made.shape else func(*args, **kwargs)
 
-    def __enter__(self):
-        self.before, launch_hook.listener = launch_hook.listener, self.note
-        launch_hook.recordings += 1
-        return super().__enter__()
 
-    def __exit__(self, *error):
-        launch_hook.listener = self.before
-        launch_hook.recordings -= 1
-        return super().__exit__(*error)
+class _Recording:
+    """What a call allocates and launches. Memory is numbered: the call's tensors in order, then each allocation.
+
+    Nothing is launched, so what is allocated has no memory: its address is its number. ``first``: of the first one.
+    """
+
+    def __init__(self, given: list[Tensor], first: int) -> None:
+        self.given = sorted((*_span(tensor), number) for number, tensor in enumerate(given))
+        self.starts = [low for low, *_ in self.given]
+        if any(one[1] > other[0] for one, other in itertools.pairwise(self.given)) or not all(map(Tensor.numel, given)):
+            raise _UnrecordableError  # tensors that share memory
+        self.example, self.first = given[0], first
+        self.allocations: list[Allocation] = []
+        self.launches: list[Launch | Part] = []
+
+    @property
+    def end(self) -> int:
+        """The address of the next allocation."""
+        return self.first + _APART * len(self.allocations)
+
+    def allocate(self, allocation: Allocation) -> Tensor:
+        """A tensor without memory, to be called outside of any dispatch mode."""
+        shape, strides, dtype = allocation
+        offset = (self.end - _FIRST) // dtype.itemsize
+        self.allocations.append(allocation)
+        return _without_memory(self.example.device, dtype).as_strided(shape, strides, offset)
 
     def note(self, kernel: Any, grid: tuple[int, ...], parameters: Sequence[Any]) -> None:
-        """A launch that was made."""
-        noted = [
-            self.place(each.data_ptr()) if isinstance(each, Tensor)
-            else self.place(each) if isinstance(each, Address)
-            else each
-            for each in parameters
-        ]  # fmt: skip
-        asked = getattr(kernel.metadata, "global_scratch_size", 0)
-        scratch = Place(len(self.spans) - 1, 0) if asked else None  # the newest allocation: Triton asked for it
+        """Take note of a launch."""
+        noted = [self.place(each.data_ptr()) if isinstance(each, Tensor) else each for each in parameters]
+        asked, scratch = getattr(kernel.metadata, "global_scratch_size", 0), None
+        if asked:
+            scratch = self.place(self.end)
+            size = asked * math.prod(grid) * kernel.metadata.num_ctas
+            self.allocations.append(Allocation((size,), (1,), torch.uint8))
         self.launches.append(Launch(kernel, (*grid, 1, 1)[:3], noted, scratch))
-        if self.before is not None:
-            self.before(kernel, grid, parameters)
 
-    def add(self, span: tuple[int, int]) -> None:
-        """Number a span of addresses; earlier ones that it overlaps are no more."""
-        low, high = span
-        first = bisect.bisect_right(self.starts, low)
-        if first and self.spans[self.numbers[first - 1]][1] > low:
-            first -= 1
-        last = bisect.bisect_left(self.starts, high)
-        self.starts[first:last], self.numbers[first:last] = [low], [len(self.spans)]
-        self.spans.append(span)
+    def include(self, plan: Plan, args: tuple) -> Any:
+        """The results of a call that ``plan`` is repeated for."""
+        places = [self.place(tensor.data_ptr()) for tensor in tensors(args)]
+        with torch._C._DisableTorchDispatch():
+            number = len(self.given) + len(self.allocations)
+            made = list(map(self.allocate, plan.allocations))
+            self.launches.append(Part(plan, places + [Place(number + i, 0) for i in range(len(made))]))
+            return plan.outcome(made)
 
     def place(self, address: int) -> Place:
         """Where ``address`` lies."""
+        if address >= self.first:
+            number, offset = divmod(address - self.first, _APART)
+            return Place(len(self.given) + number, offset)
         at = bisect.bisect_right(self.starts, address) - 1
-        number = self.numbers[at] if at >= 0 else -1
-        if number >= 0 and address < self.spans[number][1]:
-            return Place(number, address - self.spans[number][0])
-        self.recordable = False  # as with tensors that the call did not get and did not allocate
-        return Place(-1, address)
+        if at < 0 or address >= self.given[at][1]:
+            raise _UnrecordableError  # a tensor that the call did not get and did not allocate
+        low, _, number = self.given[at]
+        return Place(number, address - low)
 
 
-def record(function: Callable, args: tuple) -> tuple[Any, Plan | None]:
-    """What ``function(*args)`` returns, and its plan where there can be one."""
-    given = tensors(args)
-    with _Recorder(given) as recorder:
-        outcome = function(*args)
+@functools.cache
+@torch.inference_mode(False)
+def _without_memory(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor of no elements at `_FIRST`, in whose storage there is room for all others."""
+    storage = torch._C._construct_storage_from_data_pointer(_FIRST, device, _FIRST)
+    return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, (0,), (1,))
+
+
+def record(function: Callable, args: tuple) -> Plan | None:
+    """The plan of ``function(*args)``; None where there can be none."""
+    given, outer = tensors(args), launch_hook.recording
+    try:
+        recording = launch_hook.recording = _Recording(given, _FIRST if outer is None else outer.end)
+        with _Watch() if outer is None else contextlib.nullcontext():
+            outcome = function(*args)
+        return _plan(recording, outcome)
+    except _UnrecordableError:
+        return None
+    finally:
+        launch_hook.recording = outer
+
+
+def _plan(recording: _Recording, outcome: Any) -> Plan:
+    """``outcome``: what the call returned."""
     single = isinstance(outcome, Tensor)
     results = (outcome,) if single else outcome
     if type(results) is not tuple:
-        return outcome, None
-    homes = [None if each is None else recorder.place(each.untyped_storage().data_ptr()).memory for each in results]
-    if not recorder.recordable or any(home is not None and home < len(given) for home in homes):
-        return outcome, None
-    return outcome, _plan(recorder, len(given), results, homes, single)
-
-
-def _plan(recorder: _Recorder, given: int, results: tuple, homes: list[int | None], single: bool) -> Plan:
-    """``homes``: the memory that each result lies in, as the recorder numbers it."""
-    offsets, scratch = _shared(recorder, given, homes)
+        raise _UnrecordableError
+    given = len(recording.given)
+    homes = [None if each is None else recording.place(each.data_ptr()) for each in results]
+    counts = collections.Counter(home.memory for home in homes if home is not None)
+    offsets, scratch = _shared(recording, counts)
     allocations = [Allocation((scratch,), (1,), torch.uint8)] if scratch else []
     places = {number: Place(given, offset) for number, offset in offsets.items()}
     parts: list[Result | None] = []
@@ -208,35 +275,46 @@ def _plan(recorder: _Recorder, given: int, results: tuple, homes: list[int | Non
         if home is None:
             parts.append(None)
             continue
-        if home not in places:
-            places[home] = Place(given + len(allocations), 0)
-            whole = homes.count(home) == 1 and _span(result) == recorder.spans[home]
-            allocations.append(_allocation(result) if whole else recorder.allocations[home])
-        number, seen = places[home].memory - given, _allocation(result)
-        part = None if seen == allocations[number] else (seen.shape, seen.strides, result.storage_offset())
+        if home.memory < given:
+            raise _UnrecordableError
+        seen, whole = _allocation(result), recording.allocations[home.memory - given]
+        if home.memory not in places:
+            places[home.memory] = Place(given + len(allocations), 0)
+            allocations.append(seen if counts[home.memory] == 1 and _size(seen) == _size(whole) else whole)
+        number = places[home.memory].memory - given
+        if seen.dtype != allocations[number].dtype:
+            raise _UnrecordableError
+        part = None if seen == allocations[number] else (seen.shape, seen.strides, home.offset // seen.dtype.itemsize)
         parts.append(Result(number, part))
 
-    def moved(value: Any) -> Any:
-        if not isinstance(value, Place) or value.memory < given:
-            return value
-        place = places[value.memory]
-        return Place(place.memory, place.offset + value.offset)
+    def moved(values: Sequence[Any]) -> list[Any]:
+        return [
+            Place(places[value.memory].memory, places[value.memory].offset + value.offset)
+            if isinstance(value, Place) and value.memory >= given
+            else value
+            for value in values
+        ]
 
     launches = [
-        Launch(kernel, grid, [moved(value) for value in parameters], moved(scratch))
-        for kernel, grid, parameters, scratch in recorder.launches
+        Part(launch.plan, moved(launch.places))
+        if isinstance(launch, Part)
+        else launch._replace(parameters=moved(launch.parameters), scratch=moved([launch.scratch])[0])
+        for launch in recording.launches
     ]
-    return Plan(given, allocations, launches, parts, single)
+    return Plan(given, allocations, launches, parts, single, recording.example.get_device())
 
 
-def _shared(recorder: _Recorder, given: int, homes: list[int | None]) -> tuple[dict[int, int], int]:
+def _shared(recording: _Recording, returned: Iterable[int]) -> tuple[dict[int, int], int]:
     """The offset of each piece of memory that is not returned, and the bytes of all: the largest are placed first."""
     used: dict[int, list[int]] = {}  # the launches that use it
-    for index, launch in enumerate(recorder.launches):
-        for value in (*launch.parameters, launch.scratch):
-            if isinstance(value, Place) and value.memory >= given and value.memory not in homes:
+    given = len(recording.given)
+    outside = {*range(given), *returned}
+    for index, launch in enumerate(recording.launches):
+        values = launch.places if isinstance(launch, Part) else (*launch.parameters, launch.scratch)
+        for value in values:
+            if isinstance(value, Place) and value.memory not in outside:
                 used.setdefault(value.memory, []).append(index)
-    sizes = {number: recorder.spans[number][1] - recorder.spans[number][0] for number in used}
+    sizes = {number: _size(recording.allocations[number - given]) for number in used}
     offsets: dict[int, int] = {}
     end = 0
     for number in sorted(used, key=lambda number: -sizes[number]):
@@ -254,8 +332,14 @@ def _shared(recorder: _Recorder, given: int, homes: list[int | None]) -> tuple[d
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The addresses of the first byte of ``tensor`` and of the one after its last."""
-    elements = 1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
+    start = tensor.data_ptr()
+    return start, start + (tensor.nbytes if tensor.is_contiguous() else _size(_allocation(tensor)))
+
+
+def _size(allocation: Allocation) -> int:
+    """Bytes."""
+    shape, strides, dtype = allocation
+    return dtype.itemsize * (1 + sum((side - 1) * step for side, step in zip(shape, strides, strict=True)))
 
 
 def _allocation(tensor: Tensor) -> Allocation:

@@ -4,8 +4,8 @@ Which form of a kernel runs, in which configuration, on what grid and with what 
 the shapes, strides, dtypes and alignments of a call's tensors and on its other arguments, never on values. Working this
 out takes the host longer than most kernels run. So the first call of its kind is recorded as a plan (recording.py), and
 later ones repeat the plan with the addresses of their own tensors. On NVIDIA that is one call of C (native_plan.py);
-without a C compiler, Python repeats the plan. A call that does anything except allocate, take views and launch is not
-recorded. As the first may tune kernels, the second has another chance.
+without a C compiler, Python repeats the plan. A call that does anything except allocate, take views and launch has no
+plan: it is made as it is written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from . import native_plan
+from . import autotuning, native_plan
 from .launching import PLAIN, current, launch_hook
 from .recording import Plan, leaves, record
 
@@ -37,16 +37,19 @@ def is_replayable(tensor: Tensor) -> bool:
     Dispatch modes would not see what is repeated. A recording does: of eighteen blocks, four kinds are worked out.
     """
     modes = torch._C._len_torch_dispatch_stack()
-    return tensor.is_cuda and torch.version.hip is None and modes == launch_hook.recordings
+    return tensor.is_cuda and torch.version.hip is None and modes == (launch_hook.recording is not None)
 
 
-def replayed(function: Function) -> Function:
+def replayed(function: Function, composed: bool = False) -> Function:
     """``function(tensor, ...)``, repeating earlier calls.
 
     Its arguments are tensors, None, numbers, strings, dtypes and tuples of these. It returns a tensor, or a tuple of
     tensors and None, and reads no value of a tensor on the host. ``call.calls`` is what is remembered of it.
+
+    composed: the function only calls other replayed functions, which is nearly as fast: it is recorded when a kind of
+    call comes for the second time, so that a new size takes less.
     """
-    calls = Calls(function)
+    calls = Calls(function, composed)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -57,68 +60,64 @@ def replayed(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
-class Known:
-    """A plan, and the same for C from its first use on."""
-
-    def __init__(self, plan: Plan, device: int):
-        self.plan, self._device = plan, device
-
-    @functools.cached_property
-    def native(self) -> Any | None:
-        """The plan as C takes it; None where C cannot repeat it."""
-        return native_plan.build(self.plan, self._device)
+composed = functools.partial(replayed, composed=True)
 
 
 class Calls:
-    """What is remembered of the calls of one function.
+    """What is remembered of the calls of one function, by their `description`.
 
     Attributes:
-        kinds: for each kind of call its plan; None where there can be none, "again" where the first call had none.
-        native: the plans that C repeats, by C's own key, which tells no fewer kinds apart but for negative views:
-            who calls resolves them.
+        kinds: for each kind of call its plan; None where there can be none; ``...`` where it is still to be recorded.
+        native: the plans that C repeats.
     """
 
-    def __init__(self, function: Callable):
-        self.function = function
-        self.kinds: dict[tuple[Hashable, ...], Known | str | None] = {}
-        self.native: dict[bytes, Any] = {}
-        self.repeat: Callable[[dict[bytes, Any], tuple], Any] | None = None  # C's function, once there is a plan for it
+    def __init__(self, function: Callable, composed: bool = False):
+        self.function, self._composed = function, composed
+        self.kinds: dict[Hashable, Any] = {}
+        self.native: dict[Hashable, Any] = {}
+        self.repeat: Callable[[dict[Hashable, Any], tuple], Any] | None = None  # C's, once there is a plan for it
 
     def run(self, args: tuple) -> Any:
         """The results of any call."""
-        kind = kind_of(args) if is_replayable(args[0]) else None
-        known = self.kinds.get(kind, "new") if kind is not None else None
-        if isinstance(known, str):
+        kind = description(args)
+        plan = None if kind is None else self.kinds.get(kind, NotImplemented)
+        if plan is NotImplemented and self._composed:
+            self._keep(kind, ...)
+            plan = None
+        elif plan in (NotImplemented, ...):
             with _RECORDING:
-                known = self.kinds.get(kind, "new")  # another thread may have been first
-                if isinstance(known, str):
-                    return self._record(kind, known, args)
-        if known is None:
+                plan = self.kinds.get(kind, NotImplemented)  # another thread may have been first
+                if plan in (NotImplemented, ...):
+                    plan = self._record(kind, args)
+        if plan is None:
             return self.function(*args)
+        if launch_hook.recording is not None:
+            return launch_hook.recording.include(plan, args)
         with current(args[0]):
-            return self._repeat(known, args)
+            return self._repeat(kind, plan, args)
 
-    def _record(self, kind: tuple[Hashable, ...], known: str, args: tuple) -> Any:
-        results, plan = record(self.function, args)
+    def _record(self, kind: Hashable, args: tuple) -> Plan | None:
+        if autotuning.ENABLED and launch_hook.recording is None:
+            self.function(*args)  # measures, which a recording cannot
+        plan = record(self.function, args)
+        self._keep(kind, plan)
+        return plan
+
+    def _keep(self, kind: Hashable, plan: Any) -> None:
         if len(self.kinds) >= MOST:
             self.forget()
-        without = "again" if known == "new" else None
-        self.kinds[kind] = without if plan is None else Known(plan, args[0].get_device())
-        return results
+        self.kinds[kind] = plan
 
-    def _repeat(self, known: Known, args: tuple) -> Any:
+    def _repeat(self, kind: Hashable, plan: Plan, args: tuple) -> Any:
         """C finds no plan for this call, or may not repeat it: launch hooks are set, or another device was current."""
-        module = native_plan.library() if launch_hook.recordings == 0 and known.native is not None else None
-        key = module and module.key(args)
-        if key is not None:
-            if len(self.native) >= MOST:
-                self.native.clear()
-            self.native[key] = known.native
-            self.repeat = module.repeat
-            results = module.repeat(self.native, args)
+        native = native_plan.of(plan)
+        if native is not None:
+            self.native[kind] = native
+            self.repeat = native_plan.library().repeat
+            results = self.repeat(self.native, args)
             if results is not NotImplemented:
                 return results
-        return known.plan.repeat(args)
+        return plan.repeat(args)
 
     def forget(self) -> None:
         """Record every kind of call again."""
@@ -127,15 +126,21 @@ class Calls:
 
 
 def description(args: tuple) -> Hashable | None:
-    """As `kind_of`, from C where C is there; it tells no negative views apart."""
-    module = native_plan.library() if is_replayable(next(arg for arg in leaves(args) if type(arg) in PLAIN)) else None
-    return kind_of(args) if module is None else module.key(args)
+    """Everything that a call depends on except values; None where it cannot be repeated.
+
+    C's own where C is there. It tells no negative views, whose memory holds other values: who calls resolves them.
+    """
+    if not is_replayable(args[0]):
+        return None
+    module = native_plan.library()
+    key = module and module.key(args)
+    return kind_of(args) if key is None else key
 
 
 def is_observed() -> bool:
     """Whether Triton's launch hooks, a profiler's, or a recording want to hear of each launch."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return launch_hook.listener is not None or any(hook and getattr(hook, "calls", True) for hook in hooks)
+    return launch_hook.recording is not None or any(hook and getattr(hook, "calls", True) for hook in hooks)
 
 
 def kind_of(args: tuple) -> tuple[Hashable, ...] | None:

@@ -17,7 +17,7 @@ from ..kernels.folding import fold_bwd, fold_fwd
 from ..kernels.layernorm import layernorm_bwd, layernorm_fwd
 from ..kernels.mlp import mlp_bwd, mlp_fwd
 from ..kernels.mlp.grn import Grn
-from ..kernels.replaying import description, is_observed, replayed
+from ..kernels.replaying import composed, description, is_observed, replayed
 from ..kernels.weights import BlockWeights, ConvNorm, FrozenBlock, FrozenDownsample, MlpWeights, NormConv, Saved
 from .dwconv import dwconv_dgrad, dwconv_fwd, dwconv_wgrad, dwconv_wgrad_partials
 from .interface import Gradients, like_inputs
@@ -126,7 +126,7 @@ BlockCall = tuple[BlockWeights, Tensor | None, float, str, int]
 """What `block_fwd` takes besides x and the dtype, in order."""
 
 
-@replayed
+@composed
 def blocks_fwd(x: Tensor, blocks: tuple[BlockCall, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     """Several blocks that run one after another, all launches as one plan.
 
@@ -144,7 +144,7 @@ def blocks_fwd(x: Tensor, blocks: tuple[BlockCall, ...], dtype: torch.dtype) -> 
     return tuple(results)
 
 
-@replayed
+@composed
 def blocks_bwd(
     dy: Tensor,
     inputs: tuple[Tensor, ...],
@@ -291,7 +291,7 @@ def frozen_downsample_fwd(x: Tensor, weights: FrozenDownsample, eps: float, dtyp
 AnyWeights = ConvNorm | NormConv | BlockWeights | FrozenDownsample | FrozenBlock
 
 
-@replayed
+@composed
 def steps(
     x: Tensor, steps: tuple[tuple[AnyWeights, float, str], ...], ends: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[Tensor, ...]:

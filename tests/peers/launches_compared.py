@@ -9,7 +9,8 @@ import ctypes
 import torch
 import triton
 from convnext_fast.kernels import native_plan
-from convnext_fast.kernels.replaying import kind_of
+from convnext_fast.kernels.recording import Part
+from convnext_fast.kernels.replaying import description
 
 import convnext_fast
 from convnext_fast.backends import gpu
@@ -39,19 +40,23 @@ class Compared:
 
     def __init__(self, calls):
         self.calls, self.repeat = calls, calls.repeat
-        for known in filter(None, calls.kinds.values()):
-            for launch in known.plan.launches:
-                sizes = native_plan._sizes(launch.kernel.asm["ptx"])
-                driver.take_sizes(
-                    ctypes.c_uint64(launch.kernel.function), len(sizes), (ctypes.c_int * len(sizes))(*sizes)
-                )
+        for plan in filter(None, calls.kinds.values()):
+            self.take_sizes(plan)
+
+    def take_sizes(self, plan):
+        for launch in plan.launches:
+            if isinstance(launch, Part):
+                self.take_sizes(launch.plan)
+                continue
+            sizes = native_plan._sizes(launch.kernel.asm["ptx"])
+            driver.take_sizes(ctypes.c_uint64(launch.kernel.function), len(sizes), (ctypes.c_int * len(sizes))(*sizes))
 
     def __call__(self, plans, args):
-        known = self.calls.kinds.get(kind_of(args))
-        if known is None:
+        plan = self.calls.kinds.get(description(args))
+        if plan is None:
             return NotImplemented
         launches()
-        by_python = known.plan.repeat(args)
+        by_python = plan.repeat(args)
         expected = launches()
         del by_python  # so that C gets the same memory
         results = self.repeat(plans, args)

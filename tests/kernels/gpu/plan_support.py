@@ -1,6 +1,7 @@
 """Functions that look as if they launched kernels, for the tests of recorded plans."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from convnext_fast.kernels import replaying
@@ -31,15 +32,16 @@ class Kernel:
 
 
 def launched(kernel, grid, *parameters):
-    """As `launching.launch` tells of a launch."""
-    if launch_hook.listener is not None:
-        launch_hook.listener(kernel, grid, parameters)
+    """As `launching.launch` tells a recording of a launch."""
+    if launch_hook.recording is not None:
+        launch_hook.recording.note(kernel, grid, parameters)
 
 
 def known(function, *arguments):
-    """The function, replayed, after the call that comes before the first repeated one."""
+    """The function, replayed, that has the plan of such a call."""
     call = replaying.replayed(function)
-    call(*arguments)
+    with mock.patch.object(replaying.Calls, "_repeat"):
+        call(*arguments)
     return call
 
 

@@ -1,6 +1,6 @@
 """Plans that C does not repeat, or refuses: then Python repeats them, with a warning where it helps."""
 
-import random
+import dataclasses
 import threading
 import time
 import warnings
@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
-from convnext_fast.kernels import native_plan, recording, replaying
-from convnext_fast.kernels.recording import Place, Plan, record
+from convnext_fast.kernels import native_plan, replaying
+from convnext_fast.kernels.recording import Part, Place, Plan, record
 from plan_support import PTX, WEIGHT, Kernel, X, known, launched, scaled
 
 
@@ -80,46 +80,48 @@ def test_without_a_compiler_python_repeats(device, monkeypatch):
     native_plan._warn.cache_clear()
     monkeypatch.setattr(native_plan, "compile_module_from_src", fail)
     try:
-        calls = [known(scaled(Kernel()), X, WEIGHT) for _ in range(2)]
-        with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"):
-            with pytest.warns(UserWarning, match=r"Failed to find C compiler.*install a C compiler"):
-                assert calls[0](X, WEIGHT) == "by Python"
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                assert [call(X, WEIGHT) for call in calls] == ["by Python"] * 2
+        with pytest.warns(UserWarning, match=r"Failed to find C compiler.*install a C compiler"):
+            calls = [known(scaled(Kernel()), X, WEIGHT) for _ in range(2)]
+        with (
+            mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python"),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("error")
+            assert [call(X, WEIGHT) for call in calls] == ["by Python"] * 2
     finally:
         native_plan.library.cache_clear()
 
 
-@pytest.mark.parametrize("offender", ["memory", "allocation"])
+@pytest.mark.parametrize("offender", ["memory", "allocation", "places of a part", "device of a part"])
 def test_numbers_that_do_not_fit_are_refused(device, offender):
-    _, plan = record(scaled(Kernel()), (X, WEIGHT))
+    plan, part = (record(scaled(Kernel()), (X, WEIGHT)) for _ in range(2))
+    places = [Place(0, 0)] * 4
     if offender == "memory":
         plan.launches[0].parameters[0] = Place(4, 0)
-    else:
+    elif offender == "allocation":
         plan.results[0] = plan.results[0]._replace(allocation=2)
+    elif offender == "places of a part":
+        plan.launches.append(Part(part, places[1:]))
+    else:
+        plan.launches.append(Part(part, places))
+        assert native_plan.build(plan)
+        part.device, part.native = 1, native_plan.build(dataclasses.replace(part, device=1))
     with pytest.raises(ValueError, match="do not fit"):
-        native_plan.build(plan, -1)
+        native_plan.build(plan)
 
 
-def test_an_address_is_in_the_newest_memory_that_has_it():
-    """Memory that was freed is given out again, in pieces of other sizes."""
-    draw, hits = random.Random(0), 0
-    for _ in range(50):
-        recorder, spans = recording._Recorder([]), []
-        for _ in range(20):
-            low = draw.randrange(100)
-            spans.append((low, low + draw.randrange(1, 30)))
-            recorder.add(spans[-1])
-        freed = set()  # what a newer one overlaps
-        for number, (low, high) in enumerate(spans):
-            freed |= {i for i, (a, b) in enumerate(spans[:number]) if a < high and low < b}
-        for address in range(130):
-            homes = [i for i, (low, high) in enumerate(spans) if low <= address < high and i not in freed]
-            place = recorder.place(address)
-            assert place == (homes[0], address - spans[homes[0]][0]) if homes else place.memory == -1
-            hits += bool(homes)
-    assert hits
+def test_a_recording_takes_no_memory_and_computes_nothing(device):
+    made, given = [], []
+
+    def function(x):
+        launched(Kernel(), (1,), x, 1, 1.0, 0, y := torch.empty(1 << 36, 2))
+        made.append(y.data_ptr())
+        return y.sum() if given else y
+
+    assert record(function, (X,)).allocations == [((1 << 36, 2), (2, 1), torch.float32)]
+    given.append(X)
+    assert record(function, (X,)) is None
+    assert made[0] == made[1]
 
 
 def test_first_calls_of_several_threads_are_made_once(device):
@@ -138,4 +140,4 @@ def test_first_calls_of_several_threads_are_made_once(device):
     for thread in threads:
         thread.join()
     assert len(made) == 1
-    assert len(device.launches) == 5 * 3
+    assert len(device.launches) == 6 * 3

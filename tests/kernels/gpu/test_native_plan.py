@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from convnext_fast.kernels import recording, replaying
+from convnext_fast.kernels import replaying
 from convnext_fast.kernels.recording import Plan, record
 from plan_support import EPS, PTX, WEIGHT, Kernel, X, known, launched, scaled
 from triton import knobs
@@ -68,14 +68,12 @@ def test_a_tensor_that_moved_is_found_where_it_is(device):
     ],
     ids=["transposed", "shape", "stride", "dtype", "alignment", "weight's stride", "weight's dtype", "number"],
 )
-def test_what_differs_is_left_to_python(device, change):
+def test_what_differs_has_a_plan_of_its_own(device, change):
     call = known(scaled(Kernel()), X, WEIGHT)
-    call(X, WEIGHT)
-    del device.launches[:]
-    call(*change(X, WEIGHT))
-    assert not device.launches
-    call(X, WEIGHT)
-    assert len(device.launches) == 3
+    for arguments in ((X, WEIGHT), change(X, WEIGHT), (X, WEIGHT)):
+        call(*arguments)
+    assert len(call.calls.kinds) == len(call.calls.native) == 2
+    assert len(device.launches) == 3 * 3
 
 
 def test_a_weight_changed_in_place_is_noticed(device):
@@ -84,9 +82,9 @@ def test_a_weight_changed_in_place_is_noticed(device):
     call = known(scaled(Kernel()), X, weight)
     call(X, weight)
     weight.t_()
-    del device.launches[:]
     call(X, weight)
-    assert not device.launches
+    assert len(call.calls.kinds) == len(call.calls.native) == 2
+    assert device.launches[4][-1][0] == weight.data_ptr() + 4
 
 
 def test_nested_tuples_are_taken_in_order(device):
@@ -131,17 +129,15 @@ def test_scratch_memory_is_shared_by_what_is_never_in_use_together():
             x = y
         return x
 
-    _, plan = record(chain, (torch.randn(1000),))
+    plan = record(chain, (torch.randn(1000),))
     assert [each.shape for each in plan.allocations] == [(4096 + 4000,), (1000,)]
     places = [(launch.parameters[0], launch.parameters[4]) for launch in plan.launches]
     assert all(read != written for read, written in places)
     assert all(one[1] == other[0] for one, other in itertools.pairwise(places))
 
 
-def test_calls_within_a_recording_are_repeated_and_become_part_of_its_plan(device, monkeypatch):
-    kernel, worked_out, by_python = Kernel(), [], []
-    monkeypatch.setattr(Kernel, "__getitem__", lambda *_: lambda *values, stream: by_python.append(values), False)
-    monkeypatch.setattr(recording, "driver", mock.MagicMock())
+def test_calls_within_a_recording_are_parts_of_its_plan(device):
+    kernel, worked_out = Kernel(), []
 
     @replaying.replayed
     def step(x):
@@ -156,14 +152,38 @@ def test_calls_within_a_recording_are_repeated_and_become_part_of_its_plan(devic
         return first, step(step(first))
 
     call = known(chain, X)
-    assert (len(worked_out), len(by_python)) == (1, 4)
+    assert len(worked_out) == 1
+    assert not device.launches
     first, last = call(X)
-    assert (len(worked_out), len(by_python)) == (1, 4)
+    assert len(worked_out) == 1
     ends = [(launch[-1][0], launch[-1][3]) for launch in device.launches]
     assert [number for *_, (_, number, *_) in device.launches] == [1, 2] * 3
     assert all(one[1] == other[0] for one, other in itertools.pairwise(ends))
     assert (ends[0][0], ends[1][1], ends[5][1]) == (X.data_ptr(), first.data_ptr(), last.data_ptr())
     assert all(read != written for read, written in ends)
+
+
+def test_what_is_composed_is_recorded_when_it_comes_again(device):
+    step = replaying.replayed(scaled(Kernel()))
+    call = replaying.composed(lambda x, weight: step(x, weight))
+    for plans in (0, 1, 1):
+        call(X, WEIGHT)
+        assert len(call.calls.native) == plans
+    assert len(step.calls.native) == 1
+    assert len(device.launches) == 3 * 3
+
+
+def test_a_part_that_has_no_plan_is_made_as_it_is_written(device):
+    copied = replaying.replayed(lambda x: x.clone())
+
+    def function(x):
+        launched(Kernel(), (1,), x, 1, 1.0, 0, y := torch.empty_like(x))
+        return copied(y), y
+
+    call = known(function, X)
+    assert list(call.calls.kinds.values()) == list(copied.calls.kinds.values()) == [None]
+    call(X)
+    assert not device.launches
 
 
 def test_scratch_memory_of_a_kernel_is_in_no_place_that_the_call_uses(device):
@@ -173,7 +193,6 @@ def test_scratch_memory_of_a_kernel_is_in_no_place_that_the_call_uses(device):
     def function(x, weight):
         read = torch.empty(1000, dtype=torch.uint8)
         launched(Kernel(), (1,), x, 5, 1.0, 128, read)
-        torch.empty(4 * 128, dtype=torch.uint8)  # as `launching.scratch_memory` does while Triton launches
         launched(asking, (4,), read, 5, 1.0, 128, y := torch.empty_like(x))
         return y
 
