@@ -1,6 +1,7 @@
-"""The fused ops by the Triton kernels: what ``fused=True`` runs on a GPU (see `interface.Backend`).
+"""The fused ops by the Triton kernels: what ``fused=True`` runs on a GPU.
 
-T is the compute dtype, R the dtype of the residual stream; the kernels sum and keep statistics in float32.
+`interface.Backend` gives the types of long lists of arguments. T is the compute dtype, R the dtype of the residual
+stream; the kernels sum and keep statistics in float32.
 """
 
 from __future__ import annotations
@@ -58,17 +59,7 @@ def _above_zero(eps: float) -> float:
 
 
 @replayed
-def block_fwd(
-    x: Tensor,
-    weights: BlockWeights,
-    drop_scale: Tensor | None,
-    eps: float,
-    act: str,
-    recompute: int,
-    dtype: torch.dtype,
-    narrow: Tensor | None = None,
-    copies: bool = False,
-) -> Gradients:
+def block_fwd(x, weights, drop_scale, eps, act, recompute, dtype, narrow=None, copies=False) -> Gradients:
     """y, and what ``recompute`` keeps of `Saved`; the statistics are the kernels' partial ones.
 
     In a group ``narrow`` is x in T, where x is wider, and where the next block asks for one (``copies``), such a copy
@@ -94,19 +85,7 @@ def _stream(dtype: torch.dtype, weights: BlockWeights) -> torch.dtype:
 
 
 @replayed
-def block_bwd(
-    dy: Tensor,
-    x: Tensor,
-    saved: Saved,
-    weights: BlockWeights,
-    drop_scale: Tensor | None,
-    eps: float,
-    act: str,
-    dtype: torch.dtype,
-    needs_x: bool,
-    needs_dwconv: bool,
-    dx_dtype: torch.dtype | None = None,
-) -> Gradients:
+def block_bwd(dy, x, saved, weights, drop_scale, eps, act, dtype, needs_x, needs_dwconv, dx_dtype=None) -> Gradients:
     """Gradients of x and of the weights. ``dx_dtype``: that of the real x, in a group that kept a copy in T."""
     rows, weights = (-1, x.shape[3]), _dense(weights)
     u, statistics, a, _ = saved
@@ -189,9 +168,7 @@ def dwconv_layernorm_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.
 
 @_like_its_inputs
 @replayed
-def dwconv_layernorm_bwd(
-    dn: Tensor, x: Tensor, u: Tensor, statistics: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype
-) -> Gradients:
+def dwconv_layernorm_bwd(dn, x, u, statistics, weights, eps, dtype) -> Gradients:
     """Gradients of x and of the weights."""
     weight, _, ln_weight, _ = _dense(weights)
     du, dg, dbeta = layernorm_bwd(dn, u, statistics, ln_weight, _above_zero(eps))
@@ -201,15 +178,7 @@ def dwconv_layernorm_bwd(
 
 
 @replayed
-def pointwise_mlp_fwd(
-    x: Tensor,
-    residual: Tensor | None,
-    weights: MlpWeights,
-    drop_scale: Tensor | None,
-    act: str,
-    recompute: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
+def pointwise_mlp_fwd(x, residual, weights, drop_scale, act, recompute, dtype) -> tuple[Tensor, Tensor | None]:
     """y, and the hidden units at level 0 of ``recompute``."""
     rows, block = (-1, x.shape[3]), _without_norm(weights)
     folded = fold_fwd(block, dtype, layer_scale=False)
@@ -222,15 +191,7 @@ def pointwise_mlp_fwd(
 
 @_like_its_inputs
 @replayed
-def pointwise_mlp_bwd(
-    dy: Tensor,
-    x: Tensor,
-    a: Tensor | None,
-    weights: MlpWeights,
-    drop_scale: Tensor | None,
-    act: str,
-    dtype: torch.dtype,
-) -> Gradients:
+def pointwise_mlp_bwd(dy, x, a, weights, drop_scale, act, dtype) -> Gradients:
     """Gradients of x and of the weights; the residual's is dy."""
     rows, block = (-1, x.shape[3]), _without_norm(weights)
     folded = fold_fwd(block, dtype, layer_scale=True)
@@ -247,9 +208,7 @@ def patchify_stem_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dty
 
 @_like_its_inputs
 @replayed
-def patchify_stem_bwd(
-    dy: Tensor, x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype, needs_x: bool
-) -> Gradients:
+def patchify_stem_bwd(dy, x, weights, eps, dtype, needs_x) -> Gradients:
     """Gradients of the image and of the weights."""
     return patchify.stem_bwd(dy, x, *_dense(weights), _above_zero(eps), dtype, needs_x)
 
@@ -264,16 +223,7 @@ def downsample_fwd(x: Tensor, weights: NormConv, eps: float, dtype: torch.dtype)
 
 @_like_its_inputs
 @replayed
-def downsample_bwd(
-    dy: Tensor,
-    x: Tensor,
-    weights: NormConv,
-    eps: float,
-    dtype: torch.dtype,
-    needs_norm: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> Gradients:
+def downsample_bwd(dy, x, weights, eps, dtype, needs_norm, needs_weight, needs_bias) -> Gradients:
     """Gradients of x and of the weights: all of them, for they come out of the same launches."""
     ln_weight, ln_bias, weight, bias = _dense(weights)
     parameters = weight, bias, ln_weight, ln_bias
