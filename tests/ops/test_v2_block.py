@@ -13,7 +13,7 @@ from support import BOUNDS, relative_error
 
 from convnext_fast import ops
 from convnext_fast.backends import reference
-from convnext_fast.backends.cpu import grn_mlp
+from convnext_fast.backends.cpu import response_norm
 from convnext_fast.config import ACTIVATIONS
 from convnext_fast.ops import call
 from convnext_fast.ops.folding import freeze_block
@@ -85,7 +85,7 @@ def test_block(shape, hidden, kernel, dtype, act, recompute, layout, drop, dwcon
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_several_blocks_of_samples(recompute, dtype, monkeypatch):
     """Samples of which one alone fills the cache, with more and with fewer pixels than channels, and no drop path."""
-    monkeypatch.setattr(grn_mlp, "_CACHE_BYTES", 1)
+    monkeypatch.setattr(response_norm, "_CACHE_BYTES", 1)
     torch.manual_seed(0)
     for side in (2, 5):
         parameters, x = v2_parameters(12, 20, 7, dtype), activations((3, side, side, 12), dtype, "contiguous")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.weights import FrozenBlock
-from .grn_mlp import ResponseNorm
 from .llvm import CompiledBlock, Kernel, dense, launchers
+from .response_norm import ResponseNorm
 
 
 class CompiledV2Block(Kernel):
@@ -35,10 +35,10 @@ class V2Launch:
         samples, height, width, channels = shape
         pixels, self.parts, counts = height * width, [], []
         row_bytes = 8 * block.hidden  # twice h: smaller blocks take 0.95 of the time at 8 images
-        for part, _ in ResponseNorm(block.weights[-1], None, pixels).blocks(samples * pixels, row_bytes, False):
-            counts.append(part.stop - part.start)
+        for rows in ResponseNorm(block.weights[-1], None, pixels).blocks(samples * pixels, row_bytes):
+            counts.append((rows.stop - rows.start) // pixels)
             launch = Kernel.launch(block, (counts[-1], height, width, channels), eps)
-            self.parts.append((4 * part.start * pixels * channels, launch))
+            self.parts.append((4 * rows.start * channels, launch))
         largest = self.parts[0][1]
         self.scratch_size, self.wants_zeros = largest.scratch_size, largest.wants_zeros
         self.row, self.tail = block.hidden + launchers().PADDING, block.machine.rows

@@ -1,5 +1,5 @@
-"""`grn_mlp.grn_mlp_fwd` and `grn_mlp_bwd` as kernels of our own for an x86 CPU, as `llvm_mlp` has them without a global
-response norm: blocks are of whole samples, and each kernel makes two passes over a block.
+"""`mlp.mlp_fwd` and `mlp_bwd` with a global response norm as kernels of our own for an x86 CPU, as `llvm_mlp` has them
+without one: blocks are of whole samples, and each kernel makes two passes over a block.
 
 P pixels, C channels, K hidden units; everything is float32.
 """
@@ -16,45 +16,38 @@ from .llvm import dense
 from .llvm_mlp import pack
 
 
-def machine_for(rows: tuple[Tensor | None, ...], mlp: Any, norm: Any, grn: Any) -> Any:
-    """The machine of the kernels; None if not supported. rows: see `llvm_mlp.machine_for`."""
-    served = all(t is None or t.dtype == torch.float32 for t in grn[:2]) and mlp.gamma is None
-    return llvm_mlp.machine_for(rows, mlp, norm) if served else None
-
-
 def grn_mlp_fwd(machine, x, residual, norm, mlp, grn, scale, save_hidden) -> tuple[Tensor, Tensor | None, Tensor]:
-    """As `grn_mlp.grn_mlp_fwd`, whose arguments it takes; scale: (P, 1)."""
+    """As `mlp.mlp_fwd`, whose arguments it takes; scale: (P, 1)."""
     kernels, (hidden, channels) = llvm.launchers(), mlp.w1.shape
     y, norms = torch.empty_like(x), x.new_empty(len(x) // grn.pixels, hidden)
     a = x.new_empty(len(x), hidden) if save_hidden else None
     w1, w2 = pack(machine, mlp.w1, None, True), pack(machine, mlp.w2, None, True)
     given = *llvm_mlp.affine(x, norm), w1, dense(mlp.b1), w2, dense(mlp.b2), *_affine(grn)
     sizes, scale = kernels.GrnMlpSizes(channels, hidden, save_hidden, scale is not None), dense(scale)
-    blocks = list(grn.blocks(len(x), 8 * hidden, False))  # as of frozen blocks
-    count = blocks[0][0].stop
-    h = x.new_empty(count * grn.pixels + machine.rows, hidden + kernels.PADDING)
-    squares = x.new_empty(count * kernels.units_of(grn.pixels), hidden)
-    for samples, rows in blocks:
-        parts = (None if t is None else t[rows] for t in (x, residual, y, a, scale))
-        tensors = *parts, *given, norms[samples], h, squares
-        kernels.run_samples(machine, sizes, len(norms[samples]), grn.pixels, norm.eps, *llvm_mlp.addresses(tensors))
+    blocks = grn.blocks(len(x), 8 * hidden)  # as of frozen blocks
+    h = x.new_empty(blocks[0].stop + machine.rows, hidden + kernels.PADDING)
+    squares = x.new_empty(grn.samples(blocks[0]).stop * kernels.units_of(grn.pixels), hidden)
+    for rows in blocks:
+        parts, own = (None if t is None else t[rows] for t in (x, residual, y, a, scale)), norms[grn.samples(rows)]
+        tensors = *parts, *given, own, h, squares
+        kernels.run_samples(machine, sizes, len(own), grn.pixels, norm.eps, *llvm_mlp.addresses(tensors))
     return y, a, norms
 
 
 def grn_mlp_bwd(machine, dy, x, a, norm, mlp, grn, scale) -> tuple[Tensor | None, ...]:
-    """As `grn_mlp.grn_mlp_bwd`, whose arguments it takes; scale: (P, 1). The norms are computed again."""
+    """As `mlp.mlp_bwd`, whose arguments it takes; scale: (P, 1). The norms are computed again."""
     kernels, (hidden, channels) = llvm.launchers(), mlp.w1.shape
     given = *llvm_mlp.weights_of_backward(machine, x, a, norm, mlp), *_affine(grn)
     sizes, scale = kernels.GrnMlpBwdSizes(channels, hidden, a is not None, scale is not None), dense(scale)
     units, d_gamma, d_beta = kernels.units_of(grn.pixels), x.new_empty(len(x) // grn.pixels, hidden), []
-    row_bytes = 8 * (channels + hidden + 2 * kernels.PADDING)
-    blocks = list(grn.blocks(len(x), row_bytes, False))
-    operands = llvm_mlp.Operands(machine, x, channels, hidden, blocks[0][1].stop)
-    for samples, rows in blocks:
-        count = len(d_gamma[samples])
+    blocks = grn.blocks(len(x), 8 * (channels + hidden + 2 * kernels.PADDING))
+    operands = llvm_mlp.Operands(machine, x, channels, hidden, blocks[0].stop)
+    for rows in blocks:
+        own = d_gamma[grn.samples(rows)]
+        count = len(own)
         sums, products = x.new_empty(count * units, hidden + 3 * channels), x.new_empty(count * units, 3, hidden)
         pixels = (None if t is None else t[rows] for t in (dy, x, a, scale, operands.dx))
-        tensors = *pixels, *operands.padded, sums, *given, d_gamma[samples], products
+        tensors = *pixels, *operands.padded, sums, *given, own, products
         kernels.run_samples(machine, sizes, count, grn.pixels, norm.eps, *llvm_mlp.addresses(tensors))
         operands.add(sums, rows)
         d_beta.append(products[:, 2].sum(0))

@@ -25,12 +25,17 @@ _LEAST_ROWS_OF_WIDE = 384
 """The least rows with which the forward of a wide layer is worth packing its weights, which are not in the cache."""
 
 
-def machine_for(rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None) -> Any:
-    """The machine of the kernels; None if not supported. rows: x, and the residual or dy and a."""
-    if norm is None or mlp.act != "gelu":
+def machine_for(
+    rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None, grn: tuple[Tensor | None, ...] | None = None
+) -> Any:
+    """The machine of the kernels, with ``grn`` of `llvm_grn_mlp`; None if not supported.
+
+    rows: x, and the residual or dy and a.
+    """
+    if norm is None or mlp.act != "gelu" or (grn is not None and mlp.gamma is not None):
         return None
     served = all(t is None or (onednn.supports(t) and t.is_contiguous()) for t in rows)
-    parameters = (*mlp[:5], norm.weight, norm.bias)
+    parameters = (*mlp[:5], norm.weight, norm.bias, *(() if grn is None else grn[:2]))
     served = served and all(t is None or t.dtype == torch.float32 for t in parameters)
     return llvm.machine_for(*mlp.w1.shape) if served else None
 

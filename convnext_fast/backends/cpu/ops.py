@@ -17,9 +17,9 @@ from .. import reference
 from ..interface import Gradients, like_inputs
 from . import llvm, onednn
 from .aten_layers import Mlp, Norm, linear, sum_dtype
-from .grn_mlp import ResponseNorm, grn_mlp_bwd, grn_mlp_fwd
 from .mlp import mlp_bwd, mlp_fwd
 from .packed_weights import prepared_block, prepared_downsample
+from .response_norm import ResponseNorm
 
 
 def _dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -58,14 +58,9 @@ def block_fwd(
     LayerNorm's statistics are cheaper to compute again, with the normalised activations, than to save.
     """
     u = _dwconv(x, weights.dwconv_weight, weights.dwconv_bias, dtype)
-    norm, mlp = _parts(weights, eps, act)
-    saves_u = recompute < 2
-    grn = _response_norm(weights, x)
-    if grn is not None:
-        y, a, norms = grn_mlp_fwd(u, x.reshape(u.shape), norm, mlp, grn, drop_scale, save_hidden=recompute == 0)
-        return y.view(x.shape), u if saves_u else None, None, a, norms if saves_u else None
-    y, a = mlp_fwd(u, x.reshape(u.shape), norm, mlp, drop_scale, save_hidden=recompute == 0, overwrite=not saves_u)
-    return y.view(x.shape), u if saves_u else None, None, a, None
+    parts, saves_u = _parts(weights, x, eps, act), recompute < 2
+    y, a, norms = mlp_fwd(u, x.reshape(u.shape), *parts, drop_scale, recompute == 0, overwrite=not saves_u)
+    return y.view(x.shape), u if saves_u else None, None, a, norms if saves_u else None
 
 
 def block_bwd(dy, x, saved, weights, drop_scale, eps, act, dtype, needs_x, needs_dwconv) -> Gradients:
@@ -73,13 +68,8 @@ def block_bwd(dy, x, saved, weights, drop_scale, eps, act, dtype, needs_x, needs
     u, dwconv_weight = saved.u, weights.dwconv_weight
     if u is None:
         u = _dwconv(x, dwconv_weight, weights.dwconv_bias, dtype)
-    norm, mlp = _parts(weights, eps, act)
-    grn = _response_norm(weights, x)
-    if grn is None:
-        du, *d_parameters = mlp_bwd(dy.reshape(u.shape), u, saved.a, norm, mlp, drop_scale)
-        d_parameters += None, None
-    else:
-        du, *d_parameters = grn_mlp_bwd(dy.reshape(u.shape), u, saved.a, saved.norms, norm, mlp, grn, drop_scale)
+    parts = _parts(weights, x, eps, act)
+    du, *d_parameters = mlp_bwd(dy.reshape(u.shape), u, saved.a, *parts, drop_scale, saved.norms)
     needs_bias = needs_dwconv and weights.dwconv_bias is not None
     dx, dweight, dbias = _dwconv_bwd(du, x, dwconv_weight, needs_x, needs_dwconv, needs_bias)
     if dx is not None:
@@ -87,13 +77,13 @@ def block_bwd(dy, x, saved, weights, drop_scale, eps, act, dtype, needs_x, needs
     return like_inputs((dx, dweight, dbias, *d_parameters), x, weights)
 
 
-def _parts(weights: BlockWeights, eps: float, act: str) -> tuple[Norm, Mlp]:
-    return Norm(weights.ln_weight, weights.ln_bias, eps), Mlp(*weights.mlp(), act)
+def _parts(weights: BlockWeights, x: Tensor, eps: float, act: str) -> tuple[Norm, Mlp, ResponseNorm | None]:
+    grn = _response_norm(x, weights.grn_weight, weights.grn_bias)
+    return Norm(weights.ln_weight, weights.ln_bias, eps), Mlp(*weights.mlp(), act), grn
 
 
-def _response_norm(weights: BlockWeights | FrozenBlock, x: Tensor) -> ResponseNorm | None:
-    beta = weights.grn_bias if isinstance(weights, BlockWeights) else None
-    return None if weights.grn_weight is None else ResponseNorm(weights.grn_weight, beta, x.shape[1] * x.shape[2])
+def _response_norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> ResponseNorm | None:
+    return None if gamma is None else ResponseNorm(gamma, beta, x.shape[1] * x.shape[2])
 
 
 def frozen_block_fwd(x: Tensor, weights: FrozenBlock, eps: float, act: str, dtype: torch.dtype) -> Tensor:
@@ -104,11 +94,8 @@ def frozen_block_fwd(x: Tensor, weights: FrozenBlock, eps: float, act: str, dtyp
             return kernel(x, eps)
     u = _dwconv(x, weights.dwconv_weight, weights.dwconv_bias, dtype)
     norm, mlp = Norm(None, None, eps), Mlp(weights.w1, weights.b1[0], weights.w2, weights.b2, None, act)
-    grn = _response_norm(weights, x)
-    if grn is not None:
-        return grn_mlp_fwd(u, x.reshape(u.shape), norm, mlp, grn, None)[0].view(x.shape)
-    y, _ = mlp_fwd(u, x.reshape(u.shape), norm, mlp, None, overwrite=True)
-    return y.view(x.shape)
+    grn = _response_norm(x, weights.grn_weight, None)
+    return mlp_fwd(u, x.reshape(u.shape), norm, mlp, grn, None, overwrite=True)[0].view(x.shape)
 
 
 def dwconv_layernorm_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,9 +105,7 @@ def dwconv_layernorm_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.
     return n.view(x.shape), u.view(x.shape), torch.stack((mean, rstd))
 
 
-def dwconv_layernorm_bwd(
-    dn: Tensor, x: Tensor, u: Tensor, statistics: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype
-) -> Gradients:
+def dwconv_layernorm_bwd(dn, x, u, statistics, weights, eps, dtype) -> Gradients:
     """Gradients of x and of the weights."""
     rows = (-1, x.shape[3])
     norm = Norm(weights.ln_weight, weights.ln_bias, eps)
@@ -132,17 +117,16 @@ def dwconv_layernorm_bwd(
 def pointwise_mlp_fwd(x, residual, weights, drop_scale, act, recompute, dtype) -> tuple[Tensor, Tensor | None]:
     """y, and the hidden units at level 0 of ``recompute``."""
     rows = (-1, x.shape[3])
-    residual = None if residual is None else residual.reshape(rows)
-    saves = recompute == 0
-    y, a = mlp_fwd(x.to(dtype).reshape(rows), residual, None, Mlp(*weights, act), drop_scale, save_hidden=saves)
+    residual, parts = None if residual is None else residual.reshape(rows), (None, Mlp(*weights, act), None)
+    y, a, _ = mlp_fwd(x.to(dtype).reshape(rows), residual, *parts, drop_scale, save_hidden=recompute == 0)
     return y.view(x.shape), a
 
 
 def pointwise_mlp_bwd(dy, x, a, weights, drop_scale, act, dtype) -> Gradients:
     """Gradients of x and of the weights; the residual's is dy."""
-    rows = (-1, x.shape[3])
-    dx, _, _, *d_mlp = mlp_bwd(dy.reshape(rows), x.to(dtype).reshape(rows), a, None, Mlp(*weights, act), drop_scale)
-    return like_inputs((dx.view(x.shape), *d_mlp), x, weights)
+    rows, parts = (-1, x.shape[3]), (None, Mlp(*weights, act), None)
+    dx, _, _, *d_mlp = mlp_bwd(dy.reshape(rows), x.to(dtype).reshape(rows), a, *parts, drop_scale)
+    return like_inputs((dx.view(x.shape), *d_mlp[:5]), x, weights)
 
 
 def patchify_stem_fwd(x: Tensor, weights: ConvNorm, eps: float, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:

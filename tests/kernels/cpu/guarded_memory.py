@@ -14,7 +14,7 @@ from frozen_support import frozen_v2_weights, frozen_weights
 
 from convnext_fast.backends.cpu import llvm, llvm_grn, llvm_grn_mlp, llvm_mlp
 from convnext_fast.backends.cpu.aten_layers import Mlp, Norm
-from convnext_fast.backends.cpu.grn_mlp import ResponseNorm
+from convnext_fast.backends.cpu.response_norm import ResponseNorm
 
 PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import draws_for, randomise, relative_error
 
 from convnext_fast import ConvNext, ConvNextV2Config
-from convnext_fast.backends.cpu import grn_mlp, packed_weights
+from convnext_fast.backends.cpu import packed_weights, response_norm
 
 launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
 from convnext_fast.kernels.cpu.machine import AVX2  # noqa: E402
@@ -52,7 +52,7 @@ def test_equal_bits_for_every_number_of_threads_and_batch(machine, image, thread
         threads(count)
         assert torch.equal(block(x, 1e-6), expected)
         assert torch.equal(torch.cat([block(one, 1e-6) for one in x.split(1)]), expected)
-    monkeypatch.setattr(grn_mlp, "_CACHE_BYTES", 1)  # each sample in a block of its own
+    monkeypatch.setattr(response_norm, "_CACHE_BYTES", 1)  # each sample in a block of its own
     assert torch.equal(block(x, 1e-6), expected)
 
 

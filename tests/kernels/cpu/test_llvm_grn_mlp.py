@@ -11,8 +11,9 @@ from test_llvm_mlp import check_results, orders, parameters
 
 from convnext_fast import ConvNext, ConvNextV2Config
 from convnext_fast.backends import reference
-from convnext_fast.backends.cpu import grn_mlp, llvm, llvm_grn_mlp
-from convnext_fast.backends.cpu.grn_mlp import ResponseNorm
+from convnext_fast.backends.cpu import llvm, llvm_grn_mlp, llvm_mlp, response_norm
+from convnext_fast.backends.cpu.mlp import row_scale
+from convnext_fast.backends.cpu.response_norm import ResponseNorm
 
 launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
 from convnext_fast.kernels.cpu.machine import AVX2  # noqa: E402
@@ -46,7 +47,7 @@ def plain(dtype, dy, u, residual, norm, mlp, grn, scale):
 
 
 def ours(machine, dy, u, residual, norm, mlp, grn, scale, saves):
-    scale = grn_mlp.row_scale(scale, u)
+    scale = row_scale(scale, u)
     y, a, norms = llvm_grn_mlp.grn_mlp_fwd(machine, u, residual, norm, mlp, grn, scale, saves)
     assert (a is not None) == saves
     assert norms.shape == (len(u) // grn.pixels, len(mlp.w1))
@@ -120,7 +121,7 @@ def test_equal_bits_for_every_number_of_threads_level_and_block(
         threads(count)
         for saves in (True, False):
             assert same(ours(machine, *given_, saves), expected)
-    monkeypatch.setattr(grn_mlp, "_CACHE_BYTES", 1)  # each sample in a block of its own
+    monkeypatch.setattr(response_norm, "_CACHE_BYTES", 1)  # each sample in a block of its own
     got = ours(machine, *given_, True)
     assert same(got[:2], expected[:2])
     check((got, given_))
@@ -139,14 +140,14 @@ def test_a_bad_number_affects_only_its_sample(machine, bad):
 
 def test_supported_arguments():
     dy, u, _, norm, mlp, grn, _ = draw(2, 5, 32, 64)
-    assert llvm_grn_mlp.machine_for((dy, u), mlp, norm, grn) is not None
+    assert llvm_mlp.machine_for((dy, u), mlp, norm, grn) is not None
     for other, response in (
         (mlp._replace(gamma=torch.ones(32)), grn),
         (mlp._replace(act="silu"), grn),
         (mlp, grn._replace(gamma=grn.gamma.double())),
         (mlp, grn._replace(beta=grn.beta.half())),
     ):
-        assert llvm_grn_mlp.machine_for((dy, u), other, norm, response) is None
+        assert llvm_mlp.machine_for((dy, u), other, norm, response) is None
 
 
 @pytest.mark.parametrize("serving", [True, False])

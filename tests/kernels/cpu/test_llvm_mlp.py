@@ -221,8 +221,8 @@ def test_parameters_of_any_strides(serving, layer_scale, dimensions, monkeypatch
 
     def step(change):
         odd = Norm(*map(change, norm[:2]), norm.eps), Mlp(*(None if t is None else change(t) for t in mlp[:5]), mlp.act)
-        y, a = cpu_mlp.mlp_fwd(u, residual, *odd, change(torch.ones(3)), save_hidden=True)
-        return [y, *cpu_mlp.mlp_bwd(dy, u, a, *odd, change(torch.ones(3)))]
+        y, a, _ = cpu_mlp.mlp_fwd(u, residual, *odd, None, change(torch.ones(3)), save_hidden=True)
+        return [y, *cpu_mlp.mlp_bwd(dy, u, a, *odd, None, change(torch.ones(3)))]
 
     def some(tensor):
         return strided(tensor) if tensor.dim() in dimensions else tensor.contiguous()
@@ -262,8 +262,8 @@ def test_both_ways_with_factors_of_samples(serving, saves, samples, monkeypatch)
         real = getattr(llvm_mlp, name)
         monkeypatch.setattr(llvm_mlp, name, lambda *a, r=real, n=name: called.append(n) or r(*a))
     (dy, u, residual), (norm, mlp), factors = torch.randn(3, 60, 32), parameters(32, 64), torch.rand(samples) + 0.5
-    y, a = cpu_mlp.mlp_fwd(u, residual, norm, mlp, factors, save_hidden=saves)
-    got = [y, *cpu_mlp.mlp_bwd(dy, u, a, norm, mlp, factors)]
+    y, a, _ = cpu_mlp.mlp_fwd(u, residual, norm, mlp, None, factors, save_hidden=saves)
+    got = [y, *cpu_mlp.mlp_bwd(dy, u, a, norm, mlp, None, factors)[:8]]
     check((got, (dy, u, residual, norm, mlp, factors.repeat_interleave(60 // samples)[:, None])))
     assert called == (["mlp_fwd", "mlp_bwd"] if serving else [])
 
@@ -273,5 +273,5 @@ def test_a_wide_layer_is_packed_only_for_many_rows(channels, rows, pays, monkeyp
     called = []
     monkeypatch.setattr(llvm_mlp, "mlp_fwd", lambda *_: called.append(1) or (None, None))
     x, (norm, mlp) = torch.randn(rows, channels), parameters(channels, 4 * channels)
-    cpu_mlp.mlp_fwd(x, x, norm, mlp, None)
+    cpu_mlp.mlp_fwd(x, x, norm, mlp, None, None)
     assert bool(called) is pays
