@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .config_base import ConfigBase
+from .config_base import ConfigBase, alias
 from .config_checks import (
     MOST_LABELS,
     MOST_STAGES,
@@ -263,14 +263,8 @@ class ConvNextConfig(ConfigBase):
         if list(names) != self.stage_names:
             raise ValueError(f"stage_names is {list(names)}: expected {self.stage_names}, which follow from num_stages")
 
-    @property
-    def num_hidden_layers(self) -> int:
-        """transformers' other name of ``num_stages``."""
-        return self.num_stages
-
-    @num_hidden_layers.setter
-    def num_hidden_layers(self, count: int) -> None:
-        self.num_stages = count
+    num_hidden_layers = alias("num_stages")
+    """transformers' other name of it."""
 
     @property
     def drop_path_rates(self) -> list[list[float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .files import find_file, json_text, local_path, read_json, write_files
+from .files import find_file, json_text, local_path, read_json
 from .hub import split_loading
 from .saved_json import SavedJson
 from .virtual_subclass import VirtualSubclass
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
 SECTION = "convnext_fast"
 """Key of a ``config.json`` under which folders of other formats than transformers' keep the whole configuration."""
+
+
+def alias(path: str) -> Any:
+    """An attribute that stands for another one, of the object or of one that it holds."""
+    *owner, name = path.split(".")
+    holder = operator.attrgetter(*owner) if owner else lambda self: self
+    return property(lambda self: getattr(holder(self), name), lambda self, value: setattr(holder(self), name, value))
 
 
 class ConfigBase(SavedJson, VirtualSubclass):
@@ -38,6 +46,8 @@ class ConfigBase(SavedJson, VirtualSubclass):
     architectures: list[str] | None = None
     transformers_version: str | None = None
     dtype: torch.dtype | None = None
+    torch_dtype = alias("dtype")
+    """transformers' older name of it."""
     name_or_path: str = ""
     """Where `from_pretrained` read it; not written."""
 
@@ -67,15 +77,6 @@ class ConfigBase(SavedJson, VirtualSubclass):
             else:
                 setattr(self, name, value)
 
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        """transformers' older name of ``dtype``."""
-        return self.dtype
-
-    @torch_dtype.setter
-    def torch_dtype(self, dtype: torch.dtype | str | None) -> None:
-        self.dtype = dtype
-
     def _own_values(self) -> dict[str, Any]:
         """The attributes that are written: not the private ones, nor what any configuration has by default."""
         usual = vars(ConfigBase)
@@ -91,11 +92,6 @@ class ConfigBase(SavedJson, VirtualSubclass):
         """`to_diff_dict`, or else `to_dict`, as JSON."""
         fields = self.to_diff_dict() if use_diff else self.to_dict()
         return json_text(fields, indent=2, sort_keys=True) + "\n"
-
-    def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
-        """Write `to_json_string` into a file."""
-        path, text = local_path(json_file_path), self.to_json_string(use_diff)
-        write_files(path.parent, {path.name: lambda place: place.write_text(text, encoding="utf-8")})
 
     def update(self, config_dict: Mapping[str, Any]) -> None:
         """Assign many fields."""
@@ -159,30 +155,20 @@ class ConfigBase(SavedJson, VirtualSubclass):
     @classmethod
     def from_file(cls, path: Path) -> Self:
         """Read a file laid out as ``config.json`` is; see `from_pretrained`."""
-        fields = read_json(path)
-        # Folders of other formats than transformers' keep the configuration apart from what those libraries read.
-        fields = fields[SECTION] if isinstance(fields.get(SECTION), dict) else fields
+        fields, where = read_json(path), str(path)
+        if SECTION in fields:
+            fields, where = fields[SECTION], f"{path}, {SECTION}"
         known = [name for name, kind in cls.kinds.items() if issubclass(kind, cls)] or [cls.model_type]
-        if fields.get("model_type") not in known:
+        if isinstance(fields, dict) and fields.get("model_type") not in known:
             expected = " or ".join(map(repr, known))
-            raise ValueError(f"{path} describes a model of type {fields.get('model_type')!r}: expected {expected}")
+            raise ValueError(f"{where} describes a model of type {fields.get('model_type')!r}: expected {expected}")
         try:
             return cls.from_dict(fields)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    @classmethod
-    def from_json_file(cls, json_file: str | Path) -> Self:
-        """transformers' name of `from_file`, which takes files without a ``model_type``, too."""
-        return cls.from_dict(read_json(Path(json_file)))
+            raise ValueError(f"{where}: {error}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.to_dict())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ConfigBase) and self.to_dict() == other.to_dict()
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 _OF_CLASS = ("version", "file_name", "kinds", "sub_configs", "transformers_base")

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .files import json_writer, local_path, write_files
+from .files import json_text, json_writer, local_path, read_json, write_files
 from .hub import push
 
 
 class SavedJson:
-    """Mix-in: writes, uploads and shows what `to_dict` gives."""
+    """Mix-in: writes, uploads, compares and shows what `to_dict` gives."""
 
     file_name: ClassVar[str]
 
@@ -21,6 +21,20 @@ class SavedJson:
     def to_dict(self) -> dict[str, Any]:
         """What is written."""
         raise NotImplementedError
+
+    def to_json_string(self) -> str:
+        """`to_dict` as JSON."""
+        return json_text(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | Path, *how: Any, **options: Any) -> None:
+        """Write `to_json_string`, which takes further arguments, into a file."""
+        path, text = local_path(json_file_path), self.to_json_string(*how, **options)
+        write_files(path.parent, {path.name: lambda place: place.write_text(text, encoding="utf-8")})
+
+    @classmethod
+    def from_json_file(cls, json_file: str | Path) -> Any:
+        """The inverse of `to_json_file`."""
+        return cls.from_dict(read_json(local_path(json_file)))  # type: ignore[attr-defined]
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> list[str]:
         """Write ``file_name`` into a folder, which is made if it is missing, and return its path.
@@ -44,6 +58,11 @@ class SavedJson:
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload ``file_name`` to a Hugging Face hub repository; see `hub.push`."""
         return push(self.save_pretrained, repo_id, **options)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SavedJson) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, default=str)}"

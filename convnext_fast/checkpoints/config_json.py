@@ -39,19 +39,14 @@ def read_config(source: str | Path, loading: Loading = ANYWHERE) -> SavedConfig:
     arguments = fields.get("model_args")
     arguments = arguments if isinstance(arguments, dict) else {}
     pool = arguments.get("global_pool", "avg")
-    if SECTION in fields:
-        try:
-            return SavedConfig(ConvNextConfig.from_dict(fields[SECTION]), {}, pool)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, {SECTION}: {error}") from None
-    if "model_type" not in fields and "architecture" in fields:
+    if not {SECTION, "model_type"} & fields.keys() and "architecture" in fields:
         architecture = str(fields["architecture"])
         if not architecture.startswith(("convnext_", "convnextv2_")):
             raise ValueError(
                 f"{path} describes timm's {architecture!r}: expected one of its 'convnext_…' and 'convnextv2_…' models"
             )
         return SavedConfig(None, _timm_amendments(fields, arguments), pool)
-    return SavedConfig(ConvNextConfig.from_file(path), {})
+    return SavedConfig(ConvNextConfig.from_file(path), {}, pool)
 
 
 def config_fields(

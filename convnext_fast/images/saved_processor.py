@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import find_file, json_text, json_writer, local_path, read_json, write_files
+from ..files import find_file, local_path, read_json
 from ..hub import split_loading
 from ..saved_json import SavedJson
 from ..virtual_subclass import VirtualSubclass
@@ -38,20 +38,6 @@ class SavedProcessor(SavedJson, VirtualSubclass):
             if value is not None and name != "device":
                 fields[name] = int(value) if name == "resample" else copy.deepcopy(value)
         return fields
-
-    def to_json_string(self) -> str:
-        """`to_dict` as JSON."""
-        return json_text(self.to_dict(), indent=2, sort_keys=True) + "\n"
-
-    def to_json_file(self, json_file_path: str | Path) -> None:
-        """Write `to_json_string` into a file."""
-        path = local_path(json_file_path)
-        write_files(path.parent, {path.name: json_writer(self.to_dict())})
-
-    @classmethod
-    def from_json_file(cls, json_file: str | Path) -> Any:
-        """The inverse of `to_json_file`."""
-        return cls.from_dict(read_json(local_path(json_file)))
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], *, return_unused_kwargs: bool = False, **overrides: Any) -> Any:
@@ -102,8 +88,3 @@ class SavedProcessor(SavedJson, VirtualSubclass):
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
         return cls.from_dict(fields, return_unused_kwargs=return_unused_kwargs, **overrides)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, SavedProcessor) and self.to_dict() == other.to_dict()
-
-    __hash__ = None  # type: ignore[assignment]
