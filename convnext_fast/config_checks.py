@@ -14,7 +14,7 @@ MOST_STAGES = 14
 MOST_LABELS = 1 << 17
 
 
-def integer(name: str, value: Any, least: int, most: int) -> int:
+def integer(name: str, value: Any, least: int, most: float = math.inf) -> int:
     """An integer of the range."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r:.80}: expected an integer of at least {least}")
@@ -50,9 +50,10 @@ def size(name: str, value: Any, most: int) -> int | list[int] | tuple[int, ...]:
     return integer(name, value, 1, most)
 
 
-def real(name: str, value: Any, least: float | None = None, most: float | None = None) -> float:
-    """A finite number of the range."""
-    allowed = "a number"
+def real(
+    name: str, value: Any, least: float | None = None, most: float | None = None, allowed: str = "a number"
+) -> float:
+    """A finite number of the range, which a message calls ``allowed``."""
     if least is not None:
         allowed += f" of at least {least}" if most is None else f" in [{least}, {most}]"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -102,6 +103,14 @@ def floating(name: str, value: Any) -> torch.dtype | None:
     if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise TypeError(f"{name} is {value!r}: expected a floating torch.dtype, or None to keep the checkpoint's")
     return found
+
+
+def device(name: str, value: Any) -> torch.device:
+    """A device, given as one, by its name or by its index."""
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{name} is {value!r:.80}: expected one of PyTorch's devices") from None
 
 
 def states(name: str, value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
@@ -13,6 +12,7 @@ import PIL.Image
 import torch
 
 from ..config import MOST_SIDE
+from ..config_checks import device, one_of, real
 from .batch_feature import FRAMEWORKS
 from .transforms import CHANNELS_FIRST, CHANNELS_LAST
 
@@ -94,13 +94,8 @@ def _flag(name: str, value: Any) -> bool:
 
 def _number(name: str, value: Any, positive: bool = False) -> float:
     allowed = "a positive number" if positive else "a finite number"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r:.80}: expected {allowed}")
-    try:
-        value = float(value)
-    except OverflowError:
-        raise ValueError(f"{name} is out of a float's range: expected {allowed}") from None
-    if not math.isfinite(value) or (positive and value <= 0):
+    value = real(name, value, allowed=allowed)
+    if positive and value <= 0:
         raise ValueError(f"{name} is {value}: expected {allowed}")
     return value
 
@@ -151,22 +146,8 @@ def _resample(name: str, value: Any) -> PIL.Image.Resampling:
 
 
 def _one_of(*allowed: str) -> Callable[[str, Any], str]:
-    def check(name: str, value: Any) -> str:
-        # Enumerations of strings, such as transformers' ChannelDimension and TensorType, carry the string as value.
-        text = getattr(value, "value", value)
-        if not isinstance(text, str) or text not in allowed:
-            kind = ValueError if isinstance(text, str) else TypeError
-            raise kind(f"{name} is {text!r}: expected one of {', '.join(allowed)}")
-        return text
-
-    return check
-
-
-def _device(name: str, value: Any) -> torch.device:
-    try:
-        return torch.device(value)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"{name} is {value!r:.80}: expected one of PyTorch's devices") from None
+    # Enumerations of strings, such as transformers' ChannelDimension and TensorType, carry the string as value.
+    return lambda name, value: one_of(name, getattr(value, "value", value), allowed)
 
 
 _LAYOUT = _one_of(CHANNELS_FIRST, CHANNELS_LAST)
@@ -186,7 +167,7 @@ _OPTIONS: dict[str, tuple[Callable[[str, Any], Any], Any]] = {
     "return_tensors": (_one_of(*FRAMEWORKS), None),
     "data_format": (_LAYOUT, None),
     "input_data_format": (_LAYOUT, None),
-    "device": (_device, None),
+    "device": (device, None),
 }
 """The check of each option, and its default."""
 DEFAULTS = {name: default for name, (_, default) in _OPTIONS.items()}

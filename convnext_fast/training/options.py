@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from ..config_checks import integer, one_of
 from .augment import AUGMENTATIONS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -56,11 +57,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
-            value = getattr(self, name)
-            integral = isinstance(value, int) and not isinstance(value, bool)
-            if not integral or value < least:
-                kind = ValueError if integral else TypeError
-                raise kind(f"{name} is {value!r}: expected an integer of at least {least}")
+            integer(name, getattr(self, name), least)
         for name in ("lr", "min_lr", "weight_decay", "clip_grad", "mixup", "cutmix"):
             self._check(name, math.inf)
         for name in ("label_smoothing", "ema", *(() if self.drop_path is None else ("drop_path",))):
@@ -77,8 +74,7 @@ class TrainingOptions:
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}: expected two numbers in [0, 1)")
         for name, known in (("augmentation", AUGMENTATIONS), ("dtype", DTYPES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
+            one_of(name, getattr(self, name), known)
 
     def _check(self, name: str, end: float) -> None:
         value = getattr(self, name)
