@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +18,9 @@ from ..hub import ANYWHERE, Loading, split_loading
 from .config_json import SavedConfig, config_fields, read_config, warn_of_lost_fields
 from .formats import from_sparse, from_timm, infer_config, recognise, to_timm
 from .loading_options import sorted_options, spread
-from .matching import Checkpoint, Loadable, check_version, match_tensors
-from .tensor_files import WEIGHT_SUFFIXES, read_weights
-from .weight_files import DEFAULT_FILES, WeightFiles
+from .matching import Checkpoint, Loadable, config_for, match_tensors
+from .tensor_files import WEIGHT_SUFFIXES, read_weights, with_variant
+from .weight_files import part_writers, pickle_writer, safetensors_writer, size_in_bytes, stale_files
 
 Model = TypeVar("Model", bound=Loadable)
 
@@ -130,12 +131,7 @@ def load_model(
     loading, options = split_loading(options)
     chosen = sorted_options(cls, options, dtype, device)
     checkpoint = load_checkpoint(source, use_ema=use_ema, config=config, loading=loading, state_dict=state_dict)
-    config, fields = checkpoint.config, chosen.fields
-    if num_labels is not None and (num_labels != config.num_labels or "id2label" in fields):
-        fields = {"num_labels": num_labels} | fields
-    if fields:
-        config = config.amended(**fields)
-    check_version(cls, config, source)
+    config = config_for(cls, checkpoint.config, chosen.fields, num_labels, source)
     model_options = chosen.model
     if cls.checkpoint_format == "timm":
         own = {"head_norm_first": checkpoint.head_norm_first, "global_pool": checkpoint.global_pool}
@@ -201,8 +197,8 @@ def save_model(
     if format is not None and format != own:
         named, extra = to_timm(tensors, own)
         tensors = from_timm(named, format, extra, pool)
-    files = WeightFiles(variant, safe_serialization, max_shard_size)
-    write_folder(directory, model.config, format or own, tensors, options, files)
+    files = {"max_shard_size": max_shard_size, "safe_serialization": safe_serialization, "variant": variant}
+    write_folder(directory, model.config, format or own, tensors, options, **files)
 
 
 def _common_dtype(tensors: Any) -> torch.dtype:
@@ -223,11 +219,13 @@ def write_folder(
     format: str,
     tensors: dict[str, Tensor],
     options: Mapping[str, Any],
-    files: WeightFiles = DEFAULT_FILES,
+    max_shard_size: int | str = "5GB",
+    safe_serialization: bool = True,
+    variant: str | None = None,
 ) -> None:
-    """Write ``config.json`` and the weights into a folder, which is made if it is missing, each file atomically.
+    """Write ``config.json`` and the weights into a folder, see `save_model`; weights of an earlier save are removed.
 
-    Weights of an earlier save there are removed. ``options``: ``head_norm_first`` and ``global_pool`` of a timm model.
+    ``options``: ``head_norm_first`` and ``global_pool`` of a timm model.
     """
     directory = local_path(directory)
     if directory.is_file():
@@ -235,6 +233,9 @@ def write_folder(
     warn_of_lost_fields(config, format, with_config=True)
     found = _common_dtype(tensors.values()) if tensors else config.dtype or torch.get_default_dtype()
     dtype = str(found).removeprefix("torch.")
-    writers = files.writers(tensors, in_parts=format == "transformers")
+    safe, pickled = (with_variant(name, variant) for name in ("model.safetensors", "pytorch_model.bin"))
+    file, write = (safe, safetensors_writer) if safe_serialization else (pickled, pickle_writer)
+    limit = size_in_bytes(max_shard_size)
+    writers = part_writers(tensors, limit if format == "transformers" else math.inf, file, write)
     writers["config.json"] = json_writer(config_fields(config, format, tensors, dtype, options))
-    write_files(directory, writers, files.stale(directory, writers))
+    write_files(directory, writers, stale_files(directory, {safe, file}, writers))

@@ -64,11 +64,17 @@ class Fit(NamedTuple):
         return {**found, "mismatched_keys": mismatched, "error_msgs": []}
 
 
-def check_version(cls: type, config: ConvNextConfig, source: Any) -> None:
-    """Refuse a checkpoint with the configuration of V1 for a class of V2, and the other way round."""
+def config_for(
+    cls: type, config: ConvNextConfig, fields: dict[str, Any], num_labels: int | None, source: Any
+) -> ConvNextConfig:
+    """A checkpoint's configuration with other fields; refuses that of V1 for a class of V2, and the other way round."""
+    if num_labels is not None and (num_labels != config.num_labels or "id2label" in fields):
+        fields = {"num_labels": num_labels} | fields
+    config = config.amended(**fields) if fields else config
     version = getattr(cls, "config_class", type(config)).version  # `ConvNext` is both
     if config.version != version:
         raise ValueError(f"{source} holds a ConvNeXt V{config.version}: expected V{version} for {cls.__name__}")
+    return config
 
 
 def match_tensors(
@@ -92,8 +98,8 @@ def match_tensors(
     if getattr(model, "features_only", False):
         kept = tuple(f"stages.{i}." for i in range(len(model.stages)))
         spare |= {layer for layer in _layers(state) if layer.startswith("stages.") and not layer.startswith(kept)}
-    if format == "transformers":
-        state = {name: tensor[None, None, None] if _is_grn(name, tensor) else tensor for name, tensor in state.items()}
+    if format == "transformers":  # whose parameters of a global response norm are (1, 1, 1, K), not (K,)
+        state |= {name: t[None, None, None] for name, t in state.items() if ".grn." in name and t.dim() == 1}
     dropped = [name for name in state if _layer(name) in spare]
     new = [name for name in names if _layer(name) in fresh]
     for name in dropped:
@@ -140,11 +146,6 @@ def _optional(wanted: set[str], held: set[str]) -> tuple[set[str], set[str]]:
     if not wanted & _FINAL_NORMS:
         may_go |= _FINAL_NORMS
     return may_start & (wanted - held), may_go & (held - wanted)
-
-
-def _is_grn(name: str, tensor: Tensor) -> bool:
-    """Whether this is a parameter of a global response norm as timm has it, (K,); transformers' are (1, 1, 1, K)."""
-    return ".grn." in name and tensor.dim() == 1
 
 
 def _layer(name: str) -> str:

@@ -47,7 +47,9 @@ def read_weights(source: str | Path, *, use_ema: bool = False, loading: Loading 
     if path.is_file():
         source, file = path.parent, path
     else:
-        file = find_file(source, *_weight_files(loading), loading=loading)
+        safe = loading.use_safetensors
+        names = [name for name in _WEIGHT_FILES if safe is None or safe == (".safetensors" in name)]
+        file = find_file(source, *(with_variant(name, loading.variant) for name in names), loading=loading)
     content = _read_shards(source, file, loading) if file.name.endswith(".index.json") else _read_file(file)
     return _state_dict(content, file, use_ema)
 
@@ -56,12 +58,6 @@ def with_variant(name: str, variant: str | None) -> str:
     """The name of a weights file of a variant, before its last suffix."""
     stem, _, suffix = name.rpartition(".")
     return name if variant is None else f"{stem}.{variant}.{suffix}"
-
-
-def _weight_files(loading: Loading) -> list[str]:
-    wanted = loading.use_safetensors
-    names = [name for name in _WEIGHT_FILES if wanted is None or wanted == (".safetensors" in name)]
-    return [with_variant(name, loading.variant) for name in names]
 
 
 def _read_shards(source: str | Path, index: Path, loading: Loading = ANYWHERE) -> dict[str, Tensor]:

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import json_writer
-from .tensor_files import with_variant
 
 Writer = Callable[[Path], None]
-
-
-class WeightFiles(NamedTuple):
-    """How the weights of a folder are kept; see `load_save.save_model`."""
-
-    variant: str | None = None
-    safe_serialization: bool = True
-    max_shard_size: int | str = "5GB"
-
-    def writers(self, tensors: Mapping[str, Tensor], in_parts: bool) -> dict[str, Writer]:
-        """Writers of one file or, ``in_parts``, of files of at most ``max_shard_size`` and their index."""
-        limit = size_in_bytes(self.max_shard_size)
-        write = safetensors_writer if self.safe_serialization else _plain_pickle_writer
-        return part_writers(tensors, limit if in_parts else math.inf, self._file(self.safe_serialization), write)
-
-    def stale(self, directory: Path, written: Mapping[str, Any]) -> list[str]:
-        """See `stale_files`."""
-        return stale_files(directory, {self._file(True), self._file(self.safe_serialization)}, written)
-
-    def _file(self, safe: bool) -> str:
-        return with_variant("model.safetensors" if safe else "pytorch_model.bin", self.variant)
 
 
 def part_writers(
@@ -89,12 +66,9 @@ def safetensors_writer(tensors: Mapping[str, Tensor], framework: str = "pt") -> 
     return lambda path: save_file(_packed(tensors), path, metadata={"format": framework})
 
 
-def pickle_writer(tensors: Mapping[str, Tensor], key: str | None) -> Writer:
+def pickle_writer(tensors: Mapping[str, Tensor], key: str | None = None) -> Writer:
     """A writer of a .pth file, for `write_files`; the state dict nests under ``key`` where one is given."""
     return lambda path: torch.save(_packed(tensors) if key is None else {key: _packed(tensors)}, path)
-
-
-DEFAULT_FILES = WeightFiles()
 
 
 def size_in_bytes(size: int | str) -> int:
@@ -105,10 +79,6 @@ def size_in_bytes(size: int | str) -> int:
     if isinstance(size, bool) or count < 1:
         raise ValueError(f"the size is {size!r}: expected a number of bytes, or such as '5GB' or '200MB'")
     return count
-
-
-def _plain_pickle_writer(tensors: Mapping[str, Tensor]) -> Writer:
-    return pickle_writer(tensors, None)
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

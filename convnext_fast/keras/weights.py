@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checkpoints.config_json import config_fields, warn_of_lost_fields
 from ..checkpoints.load_save import load_checkpoint
 from ..checkpoints.loading_options import sorted_options
-from ..checkpoints.matching import check_version, match_tensors
+from ..checkpoints.matching import config_for, match_tensors
 from ..checkpoints.tensorflow import MODEL_H5, h5_part_writer, h5_writer, to_tensorflow
 from ..checkpoints.weight_files import part_writers, safetensors_writer, size_in_bytes, stale_files
 from ..files import json_writer, local_path, write_files
@@ -57,11 +57,7 @@ def load_pretrained(
     loading, options = split_loading(options)
     chosen = sorted_options(cls, options, None)
     checkpoint = load_checkpoint(source, use_ema=use_ema, config=config, loading=loading)
-    config, fields = checkpoint.config, chosen.fields
-    if num_labels is not None and (num_labels != config.num_labels or "id2label" in fields):
-        fields = {"num_labels": num_labels} | fields
-    check_version(cls, config, source)
-    model = cls(config.amended(**fields) if fields else config, **chosen.model)
+    model = cls(config_for(cls, checkpoint.config, chosen.fields, num_labels, source), **chosen.model)
     named = list(_named(model))
     shapes = {name: torch.empty([v.shape[i] for i in order], device="meta") for name, order, v in named}
     # What `fit` asks of a model; PyTorch's own `state_dict` of a Keras model has other names.
