@@ -1,4 +1,4 @@
-"""What a ConvNeXt costs, counted from its configuration, and what runs on this machine."""
+"""What a ConvNeXt costs, counted from its parameters' shapes, and what runs on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..backends.cpu import llvm
 from ..checkpoints.load_save import load_checkpoint
 from ..config import VARIANTS, ConvNextConfig
 from ..console import Console, print_table
-from ..models.layers import KERNEL_SIZE
+from ..models.convnext import ConvNext
 
 
 class Count(NamedTuple):
@@ -37,27 +37,17 @@ def count(config: ConvNextConfig, image_size: int | tuple[int, int] | None = Non
     """
     size = config.image_size if image_size is None else image_size
     height, width = (size, size) if isinstance(size, int) else size
-    patch_h, patch_w = config.patch_shape
-    before = config.hidden_sizes[0]
-    height, width = height // patch_h, width // patch_w
-    weights = config.num_channels * patch_h * patch_w * before
-    counts = [Count("stem", 0, before, height, width, weights + 3 * before, weights * height * width)]
-    # Biases of three layers (C, 4C, C), LayerNorm's two vectors, γ, and V2's two of the response norm (4C).
-    vectors = 8 + (8 if config.version == 2 else 0) + (1 if config.layer_scale_init_value > 0 else 0)
-    for i, (channels, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
-        parameters = macs = 0
-        if i:
-            height, width = height // 2, width // 2
-            weights = 4 * before * channels
-            parameters, macs = weights + channels + 2 * before, weights * height * width
-        weights = KERNEL_SIZE**2 * channels + 8 * channels**2
-        parameters += depth * (weights + vectors * channels)
-        macs += depth * weights * height * width
-        counts.append(Count(f"stage{i + 1}", depth, channels, height, width, parameters, macs))
-        before = channels
-    classifier = before * config.num_labels
-    head = Count("head", 0, config.num_labels or before, 1, 1, classifier + config.num_labels + 2 * before, classifier)
-    return [*counts, head]
+    height, width = (side // patch for side, patch in zip((height, width), config.patch_shape, strict=True))
+    model, widths = ConvNext(config, device="meta"), config.hidden_sizes
+    parts = [("stem", model.stem, 0, widths[0], height, width)]
+    for i, (stage, depth) in enumerate(zip(model.stages, config.depths, strict=True)):
+        parts.append((f"stage{i + 1}", stage, depth, widths[i], height >> i, width >> i))
+    counts = []
+    for name, part, *sizes in [*parts, ("head", model.head, 0, config.num_labels or widths[-1], 1, 1)]:
+        own = list(part.parameters())
+        per_pixel = sum(weight.numel() for weight in own if weight.dim() > 1)
+        counts.append(Count(name, *sizes, sum(p.numel() for p in own), sizes[-2] * sizes[-1] * per_pixel))
+    return counts
 
 
 def versions() -> dict[str, str]:
