@@ -10,20 +10,8 @@ from typing import Any
 
 import torch
 
+from . import config_checks as checks
 from .config_base import ConfigBase, alias
-from .config_checks import (
-    MOST_LABELS,
-    MOST_STAGES,
-    floating,
-    integer,
-    integers,
-    labels,
-    mapping,
-    one_of,
-    real,
-    size,
-    states,
-)
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "selu")
 _ACTIVATION_ALIASES = {"swish": "silu"}
@@ -57,22 +45,22 @@ VARIANTS |= {
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "num_channels": functools.partial(integer, least=1, most=MOST_CHANNELS),
-    "patch_size": functools.partial(size, most=MOST_SIDE),
-    "num_stages": functools.partial(integer, least=1, most=MOST_STAGES),
-    "hidden_sizes": functools.partial(integers, least=1, most=MOST_CHANNELS),
-    "depths": functools.partial(integers, least=0, most=MOST_BLOCKS),
-    "hidden_act": functools.partial(one_of, allowed=(*ACTIVATIONS, *_ACTIVATION_ALIASES)),
-    "initializer_range": functools.partial(real, least=0),
-    "layer_norm_eps": functools.partial(real, least=0),
-    "layer_scale_init_value": real,
-    "drop_path_rate": functools.partial(real, least=0, most=1),
-    "image_size": functools.partial(size, most=MOST_SIDE),
-    "norm_eps": functools.partial(real, least=0),
-    "problem_type": lambda name, value: None if value is None else one_of(name, value, PROBLEM_TYPES),
-    "label2id": mapping,
-    "output_hidden_states": states,
-    "dtype": floating,
+    "num_channels": functools.partial(checks.integer, least=1, most=MOST_CHANNELS),
+    "patch_size": functools.partial(checks.size, most=MOST_SIDE),
+    "num_stages": functools.partial(checks.integer, least=1, most=checks.MOST_STAGES),
+    "hidden_sizes": functools.partial(checks.integers, least=1, most=MOST_CHANNELS),
+    "depths": functools.partial(checks.integers, least=0, most=MOST_BLOCKS),
+    "hidden_act": functools.partial(checks.one_of, allowed=(*ACTIVATIONS, *_ACTIVATION_ALIASES)),
+    "initializer_range": functools.partial(checks.real, least=0),
+    "layer_norm_eps": functools.partial(checks.real, least=0),
+    "layer_scale_init_value": checks.real,
+    "drop_path_rate": functools.partial(checks.real, least=0, most=1),
+    "image_size": functools.partial(checks.size, most=MOST_SIDE),
+    "norm_eps": functools.partial(checks.real, least=0),
+    "problem_type": lambda name, value: None if value is None else checks.one_of(name, value, PROBLEM_TYPES),
+    "label2id": checks.mapping,
+    "output_hidden_states": checks.states,
+    "dtype": checks.floating,
     "name_or_path": lambda name, value: str(value),
 }
 """What is checked when a field is assigned."""
@@ -161,7 +149,7 @@ class ConvNextConfig(ConfigBase):
         else:
             self.id2label = id2label
             if num_labels is not None:
-                _check_count(integer("num_labels", num_labels, 0, MOST_LABELS), self.id2label)
+                _check_count(checks.integer("num_labels", num_labels, 0, checks.MOST_LABELS), self.id2label)
         if label2id is not None:
             self.label2id = label2id
         self._out_features = self._outputs(out_features, out_indices)
@@ -232,7 +220,7 @@ class ConvNextConfig(ConfigBase):
 
     @id2label.setter
     def id2label(self, names: Mapping[int | str, str]) -> None:
-        self._id2label = labels("id2label", names)
+        self._id2label = checks.labels("id2label", names)
         self.label2id = {name: i for i, name in self._id2label.items()}
 
     @property
@@ -298,7 +286,9 @@ class ConvNextConfig(ConfigBase):
             if list(out_features) != sorted(out_features, key=names.index):
                 raise ValueError(f"out_features is {list(out_features)}: expected the order of {names}")
         if out_indices is not None:
-            positive = [i % len(names) for i in integers("out_indices", out_indices, -len(names), len(names) - 1)]
+            positive = [
+                i % len(names) for i in checks.integers("out_indices", out_indices, -len(names), len(names) - 1)
+            ]
             if not positive or positive != sorted(set(positive)):
                 raise ValueError(f"out_indices is {list(out_indices)}: expected increasing indices into {names}")
             from_indices = [names[i] for i in positive]
@@ -360,4 +350,4 @@ def _check_count(num_labels: int, id2label: Mapping[Any, str]) -> None:
 
 
 def _new_labels(count: Any) -> dict[int, str]:
-    return {i: f"LABEL_{i}" for i in range(integer("num_labels", count, 0, MOST_LABELS))}
+    return {i: f"LABEL_{i}" for i in range(checks.integer("num_labels", count, 0, checks.MOST_LABELS))}

@@ -10,23 +10,12 @@ import PIL.Image
 import torch
 
 from ..config import MOST_SIDE
+from . import transforms
 from .batch_feature import BatchFeature, to_framework
 from .files import fetch_image
 from .options import DEFAULTS, ImageOptions, check_names, check_option
 from .saved_processor import TYPES, SavedProcessor
-from .transforms import (
-    CHANNELS_LAST,
-    Picture,
-    center_crop,
-    flatten_images,
-    output_dtype,
-    picture_size,
-    read_picture,
-    rescale_and_normalize,
-    resize,
-    shortest_edge_size,
-    to_array,
-)
+from .transforms import CHANNELS_LAST, Picture
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -117,12 +106,12 @@ class ConvNextImageProcessor(SavedProcessor):
         """
         values = self._resolve(options)
         arrays, factors = [], []
-        for i, image in enumerate(flatten_images(images)):
+        for i, image in enumerate(transforms.flatten_images(images)):
             where = f"image {i}"
             image = _fetched(image, where) if isinstance(image, str) else image
-            picture = read_picture(image, where, values["input_data_format"], bool(values["do_convert_rgb"]))
+            picture = transforms.read_picture(image, where, values["input_data_format"], bool(values["do_convert_rgb"]))
             picture, fractions = self._shape(picture, values, where)
-            array = to_array(picture)
+            array = transforms.to_array(picture)
             if values["do_normalize"]:
                 _check_channels(array.shape[0], values, where)
             arrays.append(array)
@@ -131,12 +120,13 @@ class ConvNextImageProcessor(SavedProcessor):
 
         mean, std = (values["image_mean"], values["image_std"]) if values["do_normalize"] else (None, None)
         dtypes = [
-            output_dtype(array.dtype, bool(by), mean is not None) for array, by in zip(arrays, factors, strict=True)
+            transforms.output_dtype(array.dtype, bool(by), mean is not None)
+            for array, by in zip(arrays, factors, strict=True)
         ]
         outputs = _allocate([array.shape for array in arrays], dtypes, values)
         last = values["data_format"] == CHANNELS_LAST
         for array, by, output in zip(arrays, factors, outputs, strict=True):
-            rescale_and_normalize(array, by, mean, std, output.transpose(2, 0, 1) if last else output)
+            transforms.rescale_and_normalize(array, by, mean, std, output.transpose(2, 0, 1) if last else output)
         framework, device = values["return_tensors"], values["device"]
         if device is not None and framework != "pt":
             raise ValueError(f"device is {device}, return_tensors {framework!r}: expected 'pt', for tensors of PyTorch")
@@ -170,18 +160,18 @@ class ConvNextImageProcessor(SavedProcessor):
                         f"crop_pct is {values['crop_pct']}: with size {side} it resizes to {edge:.3g} pixels, expected "
                         f"1 to {MOST_SIDE:,}"
                     )
-                target = shortest_edge_size(*picture_size(picture), int(edge))
+                target = transforms.shortest_edge_size(*transforms.picture_size(picture), int(edge))
             _check_pixels(target, f"{where} would be resized to")
-            picture, fractions = resize(picture, target, values["resample"], where)
+            picture, fractions = transforms.resize(picture, target, values["resample"], where)
             if side < WARP_EDGE:
-                picture = center_crop(picture, (side, side))
+                picture = transforms.center_crop(picture, (side, side))
         if values["do_center_crop"]:
             crop = values["crop_size"]
             if "height" not in crop:
                 raise ValueError(f"crop_size is {crop}: expected an integer or {{'height': …, 'width': …}}")
             target = crop["height"], crop["width"]
             _check_pixels(target, "crop_size is")
-            picture = center_crop(picture, target)
+            picture = transforms.center_crop(picture, target)
         return picture, fractions
 
 

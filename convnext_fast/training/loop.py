@@ -26,32 +26,15 @@ from torch.nn.parallel import DistributedDataParallel
 from ..files import json_writer, write_files
 from ..images.processor import ConvNextImageProcessor
 from ..models.convnext import ConvNext
+from . import distributed, state
 from .data import Batch, EpochSampler, batches, dead_worker, evaluation_loader, training_loader
-from .distributed import (
-    STRATEGIES,
-    Process,
-    barrier,
-    from_all_processes,
-    raise_on_all,
-    shard,
-    sum_over_processes,
-)
+from .distributed import STRATEGIES, Process
 from .ema import Ema
 from .evaluation import Reporter, autocast, evaluate
 from .faults import bad_gradients, first_bad_layer
 from .optim import learning_rate, moments, parameter_groups, set_learning_rate
 from .options import TrainingOptions
 from .pictures import PICTURES, ImageSet, changed_files
-from .state import (
-    HISTORY,
-    find_checkpoint,
-    load_facts,
-    load_tensors,
-    lock_folder,
-    remove_temporary_files,
-    save_sharded_state,
-    save_state,
-)
 
 MODEL = "model"
 
@@ -119,7 +102,7 @@ class Trainer:
         if self.sharded:
             self._skeleton = copy.deepcopy(model).to("meta")
             for part in (model, self.ema.module) if self.ema else (model,):
-                shard(part, process, self.dtype)
+                distributed.shard(part, process, self.dtype)
         groups = parameter_groups(model, options.weight_decay, options.layer_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.dtype == torch.float16)
@@ -134,7 +117,7 @@ class Trainer:
         }
         self.output.mkdir(parents=True, exist_ok=True)
         self._lock = self._lock_output()
-        checkpoint = find_checkpoint(self.output)
+        checkpoint = state.find_checkpoint(self.output)
         if checkpoint is not None:
             if not resume:
                 raise ValueError(f"{self.output} already holds a run: resume it, or choose another folder")
@@ -143,20 +126,20 @@ class Trainer:
             with contextlib.suppress(OSError):  # only a message needs it, and a full disk shows at the first checkpoint
                 write_files(self.output, {PICTURES: json_writer(files)})
         self.saved = self.step
-        barrier()
+        distributed.barrier()
         if process.rank == 0:
-            remove_temporary_files(self.output)
-            remove_temporary_files(self.output / MODEL)
-        barrier()
+            state.remove_temporary_files(self.output)
+            state.remove_temporary_files(self.output / MODEL)
+        distributed.barrier()
 
     def _lock_output(self) -> IO[str] | None:
         """Lock the folder in the first process; all raise if it cannot."""
         lock = fault = None
         try:
-            lock = lock_folder(self.output) if self.process.rank == 0 else None
+            lock = state.lock_folder(self.output) if self.process.rank == 0 else None
         except (OSError, ValueError) as error:
             fault = error
-        raise_on_all(fault, self.process.device)
+        distributed.raise_on_all(fault, self.process.device)
         return lock
 
     @property
@@ -220,7 +203,7 @@ class Trainer:
 
     def _checked(self, batch: Batch | Exception, reporter: Reporter) -> tuple[Tensor, Tensor]:
         """The batch, if no process has an error instead."""
-        raise_on_all(batch if isinstance(batch, Exception) else None, self.process.device)
+        distributed.raise_on_all(batch if isinstance(batch, Exception) else None, self.process.device)
         for text in batch.unreadable:
             if text not in self._warned:
                 self._warned.add(text)
@@ -238,7 +221,7 @@ class Trainer:
         with autocast(device, self.dtype):
             logits = model(pixels)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=options.label_smoothing)
-        value = float(sum_over_processes(loss.detach().clone()) / self.process.world)
+        value = float(distributed.sum_over_processes(loss.detach().clone()) / self.process.world)
         if not math.isfinite(value):
             self._skip_or_raise(f"the loss is {value}", self._first_bad_layer(model, pixels), lr, reporter)
             return value, lr
@@ -252,7 +235,9 @@ class Trainer:
         # that is not finite at a scale below 1 is no overflow.
         scaling = self.scaler.is_enabled()
         if not math.isfinite(norm) and not (scaling and self.scaler.get_scale() >= 1.0):
-            names = dict.fromkeys(name for names in from_all_processes(bad_gradients(self.model)) for name in names)
+            names = dict.fromkeys(
+                name for names in distributed.from_all_processes(bad_gradients(self.model)) for name in names
+            )
             self._skip_or_raise(f"the norm of the gradient is {float(norm)}", ", ".join(names), lr, reporter)
             if scaling:
                 self.scaler.update()
@@ -276,7 +261,7 @@ class Trainer:
         self._seed()
         with autocast(self.process.device, self.dtype):
             mine = first_bad_layer(self.model, model, pixels)
-        found = [bad for bad in from_all_processes(mine) if bad is not None]
+        found = [bad for bad in distributed.from_all_processes(mine) if bad is not None]
         return min(found)[1] if found else "the loss itself, for every layer's output is finite"
 
     def _skip_or_raise(self, what: str, where: str, lr: float, reporter: Reporter) -> None:
@@ -312,10 +297,10 @@ class Trainer:
             result.load_state_dict(tensors, assign=True)
         if self.process.rank == 0:
             # A run killed right after its last checkpoint lacks that checkpoint's history.
-            write_files(self.output, {HISTORY: json_writer({"epochs": self.history})})
+            write_files(self.output, {state.HISTORY: json_writer({"epochs": self.history})})
             result.save_pretrained(directory, format="transformers")
             self.processor.save_pretrained(directory)
-        barrier()
+        distributed.barrier()
 
     def _tensors(self) -> dict[str, Any]:
         return {
@@ -328,14 +313,14 @@ class Trainer:
         facts = {"step": self.step, "epoch": self.epoch, "history": self.history, "identity": self._identity}
         facts["scaler"] = self.scaler.state_dict()
         if self.sharded:
-            save_sharded_state(self.output, self._tensors(), facts)
+            state.save_sharded_state(self.output, self._tensors(), facts)
         elif self.process.rank == 0:
-            save_state(self.output, self._tensors(), facts)
+            state.save_state(self.output, self._tensors(), facts)
         self.saved = self.step
-        barrier()
+        distributed.barrier()
 
     def _restore(self, checkpoint: Path) -> None:
-        facts = load_facts(checkpoint)
+        facts = state.load_facts(checkpoint)
         for name, value in self._identity.items():
             before = facts["identity"].get(name)
             if before != value:
@@ -343,7 +328,7 @@ class Trainer:
                 files = changed_files(self.output, self._training.files()) if name == "pictures" else ""
                 raise ValueError(f"cannot resume {self.output}: {words}{files and f': {files}'}")
         self._check(checkpoint, facts)
-        load_tensors(checkpoint, self._tensors())
+        state.load_tensors(checkpoint, self._tensors())
         self.scaler.load_state_dict(facts["scaler"])
         self.step, self.epoch, self.history = facts["step"], facts["epoch"], facts["history"]
 
