@@ -4,7 +4,19 @@ import torch
 from block_cases import block_parameters, v2_parameters
 
 from convnext_fast.backends import reference
+from convnext_fast.models.layer_changes import changed
+from convnext_fast.models.plan import ChainPlan
+from convnext_fast.models.run_plan import read, step_of
+from convnext_fast.ops.folded_weights import folded
 from convnext_fast.ops.folding import freeze_block
+
+
+def folded_weights(module):
+    """What a frozen block or downsampling layer computes with; None of any other module, or where its plan fails."""
+    state = module._convnext_fast
+    if state.trainable is None or isinstance(state.plan, ChainPlan) or changed(module, state.plan) is not None:
+        return None
+    return folded(step_of(module, state.plan, read(module, state.plan), state.token))
 
 
 @torch.no_grad()

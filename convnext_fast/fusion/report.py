@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..models.freezing import can_freeze, check_has_graphs, freeze, is_frozen, state_of, unfreeze
+from ..models.freezing import check_has_graphs, freeze, is_frozen, state_of, unfreeze
 from ..models.plan import ChainPlan, PatchPlan, holder_of
 from ..models.switches import ConvNextSwitches
 
@@ -52,7 +52,7 @@ class FuseReport:
         Raises:
             ValueError: nothing of the model can be frozen; or ``cuda_graph``, and it is not on a CUDA device.
         """
-        modules = [module for module in self.model.modules() if can_freeze(module)]
+        modules = [module for module in self.model.modules() if state_of(module) is not None]
         if not any(not isinstance(state_of(module).plan, ChainPlan) for module in modules):
             raise ValueError(f"freeze() found nothing that runs on the fused ops:\n{self}")
         if cuda_graph:

@@ -21,8 +21,11 @@ class DropPath(nn.Module):
         if self.rate == 0.0 or not self.training:
             return None
         keep = 1.0 - self.rate
-        kept = x.new_empty(x.shape[0]).bernoulli_(keep)
+        kept = self._kept(x, keep)
         return kept / keep if keep > 0.0 else kept
+
+    def _kept(self, x: Tensor, keep: float) -> Tensor:
+        return x.new_empty(x.shape[0]).bernoulli_(keep)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, H, W) with each sample's factor applied."""
@@ -37,11 +40,6 @@ class DropPath(nn.Module):
 class ConvNextDropPath(DropPath):
     """Stochastic depth that draws from the random stream as transformers does."""
 
-    def draw(self, x: Tensor) -> Tensor | None:
-        """As `DropPath.draw`."""
-        if self.rate == 0.0 or not self.training:
-            return None
-        keep = 1.0 - self.rate
+    def _kept(self, x: Tensor, keep: float) -> Tensor:
         shape = (x.shape[0],) + (1,) * (x.dim() - 1)
-        kept = torch.floor(torch.rand(shape, dtype=x.dtype, device=x.device) + keep).flatten()
-        return kept / keep if keep > 0.0 else kept
+        return torch.floor(torch.rand(shape, dtype=x.dtype, device=x.device) + keep).flatten()

@@ -11,12 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from ..backends.steps import Step
-from ..ops.folded_weights import Folded, folded, new_token
-from .layer_changes import changed
+from ..ops.folded_weights import new_token
 from .plan import BlockPlan, ChainPlan, Path, Plan, follow, remember, weights_of
 from .records import STATE, Record
-from .run_plan import Read, read, step_of
+from .run_plan import Read
 from .whole_runs import WholeRuns
 
 
@@ -58,11 +56,6 @@ def set_plan(module: nn.Module, plan: Plan) -> None:
     setattr(module, STATE, State(plan) if state is None else State(plan, state.trainable, state.cuda_graph))
 
 
-def can_freeze(module: nn.Module) -> bool:
-    """Whether ``module`` has a plan."""
-    return state_of(module) is not None
-
-
 def is_frozen(module: nn.Module) -> bool:
     """Whether ``module`` itself is frozen."""
     state = state_of(module)
@@ -70,7 +63,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def freeze(module: nn.Module, cuda_graph: bool = False) -> None:
-    """Have a module that `can_freeze` compute with folded copies of its weights, and turn their gradients off."""
+    """Have a module that has a plan compute with folded copies of its weights, and turn their gradients off."""
     state = state_of(module)
     before = set(state.trainable or ())
     for path, parameter in _parameters(module, state.plan):
@@ -97,19 +90,6 @@ def unfreeze(module: nn.Module) -> None:
         parameter = getattr(follow(module, tuple(path)), name, None)
         if isinstance(parameter, nn.Parameter):
             parameter.requires_grad_(True)
-
-
-def folded_weights(module: nn.Module) -> Folded | None:
-    """What a frozen block or downsampling layer computes with; None of any other module, or where its plan fails."""
-    step = _step(module) if is_frozen(module) else None
-    return None if step is None else folded(step)
-
-
-def _step(module: nn.Module) -> Step | None:
-    state = state_of(module)
-    if isinstance(state.plan, ChainPlan) or changed(module, state.plan) is not None:
-        return None
-    return step_of(module, state.plan, read(module, state.plan), state.token)
 
 
 def _parameters(module: nn.Module, plan: Plan) -> Iterator[tuple[Path, nn.Parameter]]:

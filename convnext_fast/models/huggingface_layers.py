@@ -16,7 +16,6 @@ from .layers import (
     Downsample,
     GlobalResponseNorm,
     LayerNorm2d,
-    Parts,
     PatchLayer,
     Stage,
     new_layer_scale,
@@ -40,10 +39,6 @@ class ConvNextLayer(ConvNextBlockBase):
         paths = ("dwconv",), ("layernorm",), ("pwconv1",), ("pwconv2",), ("grn",) if config.version == 2 else None
         self.declare(*paths, "layer_scale_parameter", config.activation)
         self.fused = fused
-
-    def parts(self) -> Parts:
-        """The layers of this block."""
-        return Parts(self.dwconv, self.layernorm, self.pwconv1, self.pwconv2, self.layer_scale_parameter)
 
     def branch(self, x: Tensor) -> Tensor:
         """γ · fc2(grn(act(fc1(LayerNorm(dwconv(x)))))) by calling the layers: (N, C, H, W) to (N, H, W, C)."""

@@ -7,7 +7,7 @@ the ops work on are free. They are plain modules that declare a plan (see `fused
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,14 @@ _LIVE = ("eps", "rate")
 """Settings of layers that every forward reads anew."""
 
 
+def _of_plan(name: str) -> Any:
+    """A field of a module's plan as its attribute."""
+    return property(
+        lambda self: getattr(state_of(self).plan, name),
+        lambda self, value: set_plan(self, state_of(self).plan._replace(**{name: value})),
+    )
+
+
 class OwnModule(FusedModule):
     """A `FusedModule` of this package.
 
@@ -32,23 +40,7 @@ class OwnModule(FusedModule):
         fused: run the fused ops; otherwise call the layers.
     """
 
-    @property
-    def fused(self) -> bool:  # noqa: D102 - see the class
-        return state_of(self).plan.fused
-
-    @fused.setter
-    def fused(self, value: bool) -> None:
-        set_plan(self, state_of(self).plan._replace(fused=bool(value)))
-
-
-class Parts(NamedTuple):
-    """The layers of a block, under whatever names."""
-
-    dwconv: nn.Conv2d
-    norm: nn.LayerNorm
-    fc1: nn.Linear
-    fc2: nn.Linear
-    gamma: nn.Parameter | None
+    fused = _of_plan("fused")
 
 
 class ConvNextBlockBase(OwnModule):
@@ -63,6 +55,8 @@ class ConvNextBlockBase(OwnModule):
     """
 
     drop_path: DropPath
+    recompute = _of_plan("recompute")
+    act_name = _of_plan("act")
 
     def declare(
         self, dwconv: Path, norm: Path, fc1: Path, fc2: Path, grn: Path | None, gamma: str, act: str, *others: Path
@@ -73,32 +67,12 @@ class ConvNextBlockBase(OwnModule):
         plan = BlockPlan(dwconv, norm, fc1, fc2, gamma, ("drop_path",), "rate", act, watched, own=True)
         set_plan(self, plan if grn is None else plan._replace(grn=grn, grn_names=("weight", "bias")))
 
-    def parts(self) -> Parts:
-        """The layers of this block."""
-        raise NotImplementedError
-
     def branch(self, x: Tensor) -> Tensor:
         """γ · fc2(grn(act(fc1(LayerNorm(dwconv(x)))))) by calling the layers: (N, C, H, W) to (N, H, W, C)."""
         raise NotImplementedError
 
     def _plain_forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.branch(x).permute(0, 3, 1, 2))
-
-    @property
-    def recompute(self) -> int:  # noqa: D102 - see the class
-        return state_of(self).plan.recompute
-
-    @recompute.setter
-    def recompute(self, level: int) -> None:
-        set_plan(self, state_of(self).plan._replace(recompute=level))
-
-    @property
-    def act_name(self) -> str:  # noqa: D102 - see the class
-        return state_of(self).plan.act
-
-    @act_name.setter
-    def act_name(self, name: str) -> None:
-        set_plan(self, state_of(self).plan._replace(act=name))
 
     def extra_repr(self) -> str:
         """The block's options, for `repr`."""
@@ -164,10 +138,6 @@ class ConvNextBlock(ConvNextBlockBase):
         response = ("mlp", "grn") if grn else None
         self.declare(("conv_dw",), ("norm",), ("mlp", "fc1"), ("mlp", "fc2"), response, "gamma", act, ("mlp",))
         self.fused = fused
-
-    def parts(self) -> Parts:
-        """The layers of this block."""
-        return Parts(self.conv_dw, self.norm, self.mlp.fc1, self.mlp.fc2, self.gamma)
 
     @property
     def act_name(self) -> str:

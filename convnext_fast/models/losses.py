@@ -27,13 +27,10 @@ def classification_loss(logits: Tensor, labels: Tensor, config: ConvNextConfig) 
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is a {type(labels).__name__}: expected a tensor")
     batch, count = logits.shape
-    kind = config.problem_type
+    kind, why = config.problem_type, ", the config.problem_type, which the first labels set where it was None"
     if kind is None:
         several = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-        kind = "regression" if count == 1 else several
-    why = (
-        "" if config.problem_type is None else ", the config.problem_type, which the first labels set where it was None"
-    )
+        kind, why = "regression" if count == 1 else several, ""
     loss = _loss(logits, labels.to(logits.device), kind, batch, count, why)
     if config.problem_type is None:
         config.problem_type = kind

@@ -69,7 +69,8 @@ class Record:
     def holds(self, module: nn.Module | None) -> bool:
         """Whether nothing changed; ``module``: the one that asks, which may be a replica of the one that was seen."""
         return (
-            (module is None or self._holds_for(module))
+            (module is None or module._modules is self._root)
+            and (module is None or list(map(vars(module).get, self._own_names)) == self._own_values)
             and list(map(type, self._others)) == self._kinds
             and not any(self._empty)
             and all(map(operator.is_, map(_get, self._hook_owners, self._hook_names), self._hooks))
@@ -78,9 +79,6 @@ class Record:
             and all(map(operator.is_, _flat(map(_values, self._holders)), self._held))
             and list(map(_get, self._settings, self._names)) == self._values
         )
-
-    def _holds_for(self, module: nn.Module) -> bool:
-        return module._modules is self._root and list(map(vars(module).get, self._own_names)) == self._own_values
 
     def sees(self, weights: Iterable[Any]) -> bool:
         """Whether all of these, but None, are among what is compared."""

@@ -63,18 +63,13 @@ def run(module: nn.Module, plan: BlockPlan | PatchPlan, found: Read, x: Tensor, 
     """x (N, C, H, W) to (N, C', H', W'), in channels_last memory, by the fused ops or by the plain reference."""
     if isinstance(plan, PatchPlan):
         x = (patchify_stem if plan.stem else downsample)(x, tuple(found.weights), found.eps, fused)
-        return run_following(module, plan, x)
+        for following in () if plan.following is None else follow(module, plan.following):
+            x = following(x)
+        return x
     scale = None
     if plan.drop_path is not None:
         scale = drop_scale(follow(module, plan.drop_path), plan.rate, found.weights.gamma, x)
     return convnext_block(x, tuple(found.weights), scale, found.eps, plan.act, plan.recompute, fused)
-
-
-def run_following(module: nn.Module, plan: PatchPlan, x: Tensor) -> Tensor:
-    """What ``module`` calls after its pair of layers."""
-    for following in () if plan.following is None else follow(module, plan.following):
-        x = following(x)
-    return x
 
 
 def drop_scale(drop_path: nn.Module, rate: str, gamma: Tensor | None, x: Tensor) -> Tensor | None:

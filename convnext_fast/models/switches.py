@@ -13,8 +13,9 @@ from ..backends import choose
 from ..backends.cpu import llvm
 from ..config import ConvNextConfig
 from ..ops import call
-from .freezing import can_freeze, check_has_graphs, freeze, is_frozen, unfreeze
+from .freezing import check_has_graphs, freeze, is_frozen, state_of, unfreeze
 from .layers import ConvNextBlockBase, OwnModule
+from .plan import follow
 from .whole_runs import WholeRuns, outputs_of
 
 
@@ -70,7 +71,8 @@ class ConvNextSwitches(nn.Module):
             return backend
         if self.config.version == 2 and not all(map(is_frozen, self.blocks())):
             return "aten"
-        sizes = {(*block.parts().fc1.weight.shape[::-1], block.act_name) for block in self.blocks()}
+        plans = [(block, state_of(block).plan) for block in self.blocks()]
+        sizes = {(*follow(block, plan.fc1).weight.shape[::-1], plan.act) for block, plan in plans}
         return "cpu" if all(llvm.serves_block(*size) for size in sizes) else "aten"
 
     def run_whole(self, parts: Sequence[nn.Module], x: Tensor, last: bool = False) -> list[Tensor] | None:
@@ -104,7 +106,7 @@ class ConvNextSwitches(nn.Module):
             check_has_graphs(self)
         self.eval()
         for module in self.modules():
-            if can_freeze(module):
+            if state_of(module) is not None:
                 freeze(module, cuda_graph)
         rest = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.requires_grad_(False)

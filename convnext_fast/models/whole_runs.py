@@ -177,20 +177,17 @@ def _steps(module: nn.Module, frozen: bool, layers: list[nn.Module] | None) -> l
     if frozen and state.trainable is None:
         return None
     step = step_of(module, plan, read(module, plan), state.token)
-    if not _are_plain(step.weights):
+    if not all(w is None or type(w) in (nn.Parameter, Tensor) for w in step.weights):
         return None
     if torch.compiler.is_compiling():
         trained = any(w is not None and w.requires_grad for w in step.weights)
-        if (trained and (frozen or torch.is_grad_enabled())) or (not frozen and _drops(module, plan)):
+        drop_path = plan.drop_path if isinstance(plan, BlockPlan) else None
+        drops = not frozen and drop_path is not None and follow(module, drop_path).training
+        if drops or (trained and (frozen or torch.is_grad_enabled())):
             return None
     following = isinstance(plan, PatchPlan) and plan.following is not None
     rest = _joined(follow(module, plan.following), frozen, layers) if following else []
     return None if rest is None else [step, *rest]
-
-
-def _drops(module: nn.Module, plan: BlockPlan | PatchPlan) -> bool:
-    drop_path = plan.drop_path if isinstance(plan, BlockPlan) else None
-    return drop_path is not None and follow(module, drop_path).training
 
 
 def _reason(root: nn.Module | None, parts: Sequence[nn.Module]) -> str:
@@ -216,10 +213,6 @@ def _joined(modules: Iterable[nn.Module], frozen: bool, layers: list[nn.Module] 
             return None
         found += steps
     return found
-
-
-def _are_plain(weights: Iterable[Tensor | None]) -> bool:
-    return all(w is None or type(w) in (nn.Parameter, Tensor) for w in weights)
 
 
 _FORWARDS = [nn.Sequential.forward, nn.Identity.forward]

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from frozen_support import folded_weights
 from support import no_worse, randomise, relative_error
 from torch import nn
 from weight_changes import LAYER_CHANGES, averages, random_like
 
 from convnext_fast import ConvNext, ConvNextConfig, ConvNextModel, ConvNextV2Config
 from convnext_fast.backends import environment
-from convnext_fast.models.freezing import folded_weights
 
 CONFIG = ConvNextConfig(num_stages=2, hidden_sizes=[16, 24], depths=[2, 1], num_labels=5)
 V2 = ConvNextV2Config(num_stages=2, hidden_sizes=[16, 24], depths=[2, 1], num_labels=5)

@@ -8,10 +8,11 @@ import io
 import pytest
 import torch
 from convnext_fast.kernels.weights import FrozenBlock, FrozenDownsample
+from frozen_support import folded_weights
 from support import BOUNDS, randomise, relative_error
 
 from convnext_fast import ConvNext, ConvNextConfig, ConvNextForImageClassification, ops
-from convnext_fast.models.freezing import folded_weights, is_frozen
+from convnext_fast.models.freezing import is_frozen
 from convnext_fast.ops.operators import OPERATORS
 
 CONFIG = {"num_stages": 2, "hidden_sizes": [8, 12], "depths": [1, 2], "num_labels": 5}

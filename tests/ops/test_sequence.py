@@ -12,7 +12,7 @@ from torch import nn
 from convnext_fast import ConvNext, ConvNextBackbone, ConvNextConfig, ConvNextModel
 from convnext_fast.backends.cpu import llvm
 from convnext_fast.models.freezing import freeze, state_of, unfreeze
-from convnext_fast.models.layers import Stem
+from convnext_fast.models.layers import ConvNextBlock, Stem
 from convnext_fast.models.plan import ChainPlan
 from convnext_fast.models.whole_runs import WholeRuns, outputs_of
 
@@ -78,6 +78,10 @@ def stages(model):
 
 def blocks_of(model, stage):
     return stages(model)[stage].blocks if isinstance(model, ConvNext) else stages(model)[stage].layers
+
+
+def dwconv_of(block):
+    return block.conv_dw if isinstance(block, ConvNextBlock) else block.dwconv
 
 
 def downsampling(model):
@@ -173,7 +177,7 @@ def test_weights_that_move_in_memory(model):
 def test_a_sequence_refuses_what_a_block_refuses(model):
     x = torch.randn(1, 3, 32, 32)
     block = blocks_of(model, 0)[1]
-    conv = block.parts().dwconv
+    conv = dwconv_of(block)
     plain = conv.weight
     with torch.no_grad():
         output(model, x)
@@ -369,7 +373,7 @@ class OtherNorm(nn.LayerNorm):
 
 
 def dilate(model):
-    conv = blocks_of(model, 0)[1].parts().dwconv
+    conv = dwconv_of(blocks_of(model, 0)[1])
     conv.dilation, conv.padding = (2, 2), (6, 6)
 
 
