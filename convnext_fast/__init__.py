@@ -7,8 +7,14 @@ from .fusion.apply import FuseReport, fuse, unfuse
 from .images.processor import ConvNextFeatureExtractor, ConvNextImageProcessor
 from .models.convnext import ConvNext
 from .models.graphed import graphed
-from .models.huggingface import ConvNextBackbone, ConvNextForImageClassification, ConvNextModel
-from .models.huggingface_v2 import ConvNextV2Backbone, ConvNextV2ForImageClassification, ConvNextV2Model
+from .models.huggingface import (
+    ConvNextBackbone,
+    ConvNextForImageClassification,
+    ConvNextModel,
+    ConvNextV2Backbone,
+    ConvNextV2ForImageClassification,
+    ConvNextV2Model,
+)
 from .triton_import import install
 
 install()

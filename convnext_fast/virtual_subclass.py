@@ -19,13 +19,9 @@ class VirtualSubclass:
     transformers_base: ClassVar[tuple[str, str]]
     """Module and name of the class."""
 
-    def _seen_class(self) -> type:
-        return seen_class(type(self))
-
-    def _set_class(self, kind: type) -> None:
-        object.__dict__["__class__"].__set__(self, kind)
-
-    __class__ = property(_seen_class, _set_class)  # type: ignore[assignment]
+    __class__ = property(  # type: ignore[assignment]
+        lambda self: seen_class(type(self)), lambda self, kind: object.__dict__["__class__"].__set__(self, kind)
+    )
 
     @classmethod
     def for_transformers(cls) -> type:

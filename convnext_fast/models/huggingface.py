@@ -1,4 +1,4 @@
-"""ConvNeXt with transformers' classes: `ConvNextModel`, `ConvNextForImageClassification`, `ConvNextBackbone`."""
+"""ConvNeXt with transformers' classes: a model, a classifier and a backbone of V1, and the same of V2."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..config import ConvNextConfig
+from ..config import ConvNextConfig, ConvNextV2Config
+from ..config_base import alias
 from .huggingface_layers import ConvNextEmbeddings, ConvNextEncoder
 from .layers import LayerNorm2d
 from .losses import classification_loss
@@ -20,24 +20,9 @@ from .switches import check_image, init_weights
 
 
 class ConvNextModel(ConvNextPreTrainedModel):
-    """The model without a classifier; keys ``embeddings.…``, ``encoder.…``, ``layernorm.…``.
+    """The model without a classifier; keys ``embeddings.…``, ``encoder.…``, ``layernorm.…``."""
 
-    Args:
-        config: the architecture.
-        fused: run the fused ops; False runs plain eager PyTorch. Assign ``model.fused`` to switch.
-        device, dtype: of the parameters.
-    """
-
-    def __init__(
-        self,
-        config: ConvNextConfig,
-        *,
-        fused: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(config)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    def _make(self, config: ConvNextConfig, fused: bool, **factory: Any) -> None:
         self.embeddings = ConvNextEmbeddings(config, fused, **factory)
         self.encoder = ConvNextEncoder(config, fused, **factory)
         self.layernorm = nn.LayerNorm(config.hidden_sizes[-1], eps=config.layer_norm_eps, **factory)
@@ -68,28 +53,15 @@ class ConvNextModel(ConvNextPreTrainedModel):
 class ConvNextForImageClassification(ConvNextPreTrainedModel):
     """`ConvNextModel` with a linear classifier on the pooled features; keys ``convnext.…``, ``classifier.…``.
 
-    Args: as `ConvNextModel`. A configuration with no labels makes a model without a classifier.
+    A configuration with no labels makes a model without a classifier.
     """
 
     base_class = ConvNextModel
 
-    def __init__(
-        self,
-        config: ConvNextConfig,
-        *,
-        fused: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        base = self.base_class(config, fused=fused, device=device, dtype=dtype)
-        self.add_module(self.base_model_prefix, base)
-        width = config.hidden_sizes[-1]
-        has_labels = config.num_labels > 0
-        self.classifier: nn.Module = (
-            nn.Linear(width, config.num_labels, device=device, dtype=dtype) if has_labels else nn.Identity()
-        )
+    def _make(self, config: ConvNextConfig, fused: bool, **factory: Any) -> None:
+        self.num_labels = count = config.num_labels
+        self.add_module(self.base_model_prefix, self.base_class(config, fused=fused, **factory))
+        self.classifier = nn.Linear(config.hidden_sizes[-1], count, **factory) if count else nn.Identity()
         init_weights(self.classifier, config.initializer_range)
 
     def forward(
@@ -116,7 +88,7 @@ class ConvNextForImageClassification(ConvNextPreTrainedModel):
 class ConvNextBackbone(ConvNextPreTrainedModel):
     """Feature maps for detection and segmentation; keys ``embeddings.…``, ``encoder.…``, ``hidden_states_norms.…``.
 
-    Args: as `ConvNextModel`. ``config.out_features`` chooses the maps.
+    ``config.out_features`` chooses the maps.
 
     Attributes:
         out_features, out_indices, channels: names, indices and widths of the maps returned. The first two are those of
@@ -126,16 +98,7 @@ class ConvNextBackbone(ConvNextPreTrainedModel):
 
     has_attentions = False
 
-    def __init__(
-        self,
-        config: ConvNextConfig,
-        *,
-        fused: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(config)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    def _make(self, config: ConvNextConfig, fused: bool, **factory: Any) -> None:
         self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
         self.embeddings = ConvNextEmbeddings(config, fused, **factory)
         self.encoder = ConvNextEncoder(config, fused, **factory)
@@ -148,28 +111,13 @@ class ConvNextBackbone(ConvNextPreTrainedModel):
         self.post_init()
 
     stage_names = property(lambda self: self.config.stage_names)
+    out_features, out_indices = alias("config.out_features"), alias("config.out_indices")
 
     @property
     def backbone_type(self) -> Any:
         """The member TRANSFORMERS of transformers' ``BackboneType``, or its value where that is not loaded."""
         kinds = getattr(sys.modules.get("transformers.backbone_utils"), "BackboneType", str)
         return kinds("transformers")
-
-    @property
-    def out_features(self) -> list[str]:  # noqa: D102 - see the class
-        return self.config.out_features
-
-    @out_features.setter
-    def out_features(self, names: Sequence[str] | None) -> None:
-        self.config.out_features = names
-
-    @property
-    def out_indices(self) -> list[int]:  # noqa: D102 - see the class
-        return self.config.out_indices
-
-    @out_indices.setter
-    def out_indices(self, indices: Sequence[int] | None) -> None:
-        self.config.out_indices = indices
 
     @property
     def channels(self) -> list[int]:
@@ -200,3 +148,25 @@ class ConvNextBackbone(ConvNextPreTrainedModel):
         maps = tuple(self.hidden_states_norms[name](states[i]) for name, i in chosen)
         hidden = self._hidden_states(states, output_hidden_states)
         return self._returned(BackboneOutput(feature_maps=maps, hidden_states=hidden), return_dict)
+
+
+class ConvNextV2Model(ConvNextModel):
+    """`ConvNextModel` of ConvNeXt V2; arguments, outputs and keys alike, and ``grn.…`` in each block."""
+
+    config_class = ConvNextV2Config
+    base_model_prefix = "convnextv2"
+
+
+class ConvNextV2ForImageClassification(ConvNextForImageClassification):
+    """`ConvNextForImageClassification` of ConvNeXt V2; keys ``convnextv2.…``, ``classifier.…``."""
+
+    config_class = ConvNextV2Config
+    base_model_prefix = "convnextv2"
+    base_class = ConvNextV2Model
+
+
+class ConvNextV2Backbone(ConvNextBackbone):
+    """`ConvNextBackbone` of ConvNeXt V2; arguments, outputs and keys alike, and ``grn.…`` in each block."""
+
+    config_class = ConvNextV2Config
+    base_model_prefix = "convnextv2"

@@ -22,7 +22,13 @@ Output = TypeVar("Output", bound=ModelOutput)
 
 
 class ConvNextPreTrainedModel(VirtualSubclass, ConvNextSwitches):
-    """What the three models share. By ``isinstance`` also a ``PreTrainedModel`` of transformers, for its Trainer."""
+    """What the three models share. By ``isinstance`` also a ``PreTrainedModel`` of transformers, for its Trainer.
+
+    Args:
+        config: the architecture.
+        fused: run the fused ops; False runs plain eager PyTorch. Assign ``model.fused`` to switch.
+        device, dtype: of the parameters.
+    """
 
     transformers_base = "transformers.modeling_utils", "PreTrainedModel"
     config_class = ConvNextConfig
@@ -39,13 +45,24 @@ class ConvNextPreTrainedModel(VirtualSubclass, ConvNextSwitches):
     all_tied_weights_keys: ClassVar[dict[str, str]] = {}
     can_generate = _can_set_attn_implementation = _can_set_experts_implementation = classmethod(lambda cls: False)
 
-    def __init__(self, config: ConvNextConfig):
+    def __init__(
+        self,
+        config: ConvNextConfig,
+        *,
+        fused: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         kind = self.config_class
         if not isinstance(config, kind) or config.version != kind.version:
             raise TypeError(f"config is a {type(config).__name__}: expected a convnext_fast.{kind.__name__}")
         config.validate()
         self.config = config
+        self._make(config, fused, device=device, dtype=dtype)
+
+    def _make(self, config: ConvNextConfig, fused: bool, **factory: Any) -> None:
+        """Make the layers of one of the models; a user's own makes them in its constructor."""
 
     def post_init(self) -> None:
         """Initialise what is not loaded yet, and enable checkpointing where the configuration says so."""
