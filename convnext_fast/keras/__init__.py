@@ -14,8 +14,12 @@ except ImportError as error:
 if int(keras.__version__.partition(".")[0]) < 3:
     raise ImportError(f"this is Keras {keras.__version__}, expected 3.15 or later: {how_to_install('keras')}")
 
-from .models import TFConvNextForImageClassification, TFConvNextModel
-from .models_v2 import TFConvNextV2ForImageClassification, TFConvNextV2Model
+from .models import (
+    TFConvNextForImageClassification,
+    TFConvNextModel,
+    TFConvNextV2ForImageClassification,
+    TFConvNextV2Model,
+)
 
 __all__ = [
     "TFConvNextForImageClassification",

@@ -39,7 +39,10 @@ def sample_losses(labels: Any, logits: Any, problem_type: str | None) -> tuple[A
         if len(labels.shape) > 1 and tuple(labels.shape[1:]) != (1,):
             raise ValueError(f"labels have shape {tuple(labels.shape)}: expected (N,) for {kind}")
         labels = ops.reshape(labels, (-1,))
-        _check_range(labels, count)
+        values = _read(labels)
+        outside = [] if values is None else values[(values != LEFT_OUT) & ((values < 0) | (values >= count))]
+        if len(outside):
+            raise ValueError(f"labels hold {outside[0]}: expected class indices from 0 to {count - 1}, or {LEFT_OUT}")
         counts = labels != LEFT_OUT
         inside = (labels >= 0) & (labels < count)
         safe = ops.where(inside, labels, ops.zeros_like(labels))
@@ -63,13 +66,6 @@ def mean_of(losses: Any, counts: Any, weights: Any = None) -> Any:
     if weights is not None:
         losses = losses * ops.reshape(ops.cast(weights, losses.dtype), (-1,))
     return ops.sum(losses) / ops.maximum(ops.sum(ops.cast(counts, losses.dtype)), 1.0)
-
-
-def _check_range(labels: Any, count: int) -> None:
-    values = _read(labels)
-    outside = [] if values is None else values[(values != LEFT_OUT) & ((values < 0) | (values >= count))]
-    if len(outside):
-        raise ValueError(f"labels hold {outside[0]}: expected class indices from 0 to {count - 1}, or {LEFT_OUT}")
 
 
 def _read(labels: Any) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""`TFConvNextModel` and `TFConvNextForImageClassification`: transformers' TensorFlow classes as Keras 3 models."""
+"""transformers' TensorFlow classes as Keras 3 models: a model and a classifier of V1, and the same of V2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import keras
 import torch
 from keras import ops
 
-from ..config import ConvNextConfig
+from ..config import ConvNextConfig, ConvNextV2Config
 from .fused import ON_TORCH
 from .layers import ConvNextMainLayer, dense
 from .losses import mean_of, sample_losses
@@ -108,17 +108,9 @@ class TFConvNextPreTrainedModel(keras.Model):
         """A model with the weights of a folder, file or hub id; see `weights.load_pretrained`."""
         return load_pretrained(cls, pretrained_model_name_or_path, **options)
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        *,
-        safe_serialization: bool = False,
-        saved_model: bool = False,
-        max_shard_size: int | str = "5GB",
-    ) -> None:
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write ``config.json`` and ``tf_model.h5``, which transformers 4 reads; see `weights.save_pretrained`."""
-        options = {"safe_serialization": safe_serialization, "saved_model": saved_model}
-        save_pretrained(self, save_directory, max_shard_size=max_shard_size, **options)
+        save_pretrained(self, save_directory, **options)
 
     def export(self, filepath: str | Path, format: str = "tf_saved_model", **options: Any) -> None:
         """Write a program for images of ``config.image_size``, as `keras.Model.export` does.
@@ -239,6 +231,22 @@ class TFConvNextForImageClassification(TFConvNextPreTrainedModel):
             raise ValueError("no labels: expected them in y, or as labels in the inputs")
         own = mean_of(*sample_losses(targets["logits"], outputs["logits"], self.config.problem_type), sample_weight)
         return own + sum(map(ops.sum, self.losses))
+
+
+@keras.saving.register_keras_serializable("convnext_fast")
+class TFConvNextV2Model(TFConvNextModel):
+    """`TFConvNextModel` of ConvNeXt V2; arguments and outputs alike, and ``grn`` in each block."""
+
+    config_class = ConvNextV2Config
+    base_model_prefix = "convnextv2"
+
+
+@keras.saving.register_keras_serializable("convnext_fast")
+class TFConvNextV2ForImageClassification(TFConvNextForImageClassification):
+    """`TFConvNextForImageClassification` of ConvNeXt V2; arguments and outputs alike, and ``grn`` in each block."""
+
+    config_class = ConvNextV2Config
+    base_model_prefix = "convnextv2"
 
 
 def _plain(value: Any) -> Any:
