@@ -26,8 +26,7 @@ from ..models.records import STATE
 from ..models.whole_runs import runs_as_steps
 from .confirm import confirm
 from .find_blocks import find_blocks, make_plan
-from .find_chains import find_chains
-from .find_parts import find_parts
+from .find_chains import find_chains, find_parts
 from .find_patch_layers import PatchLayer, find_patch_layers, make_patch_plan
 from .layer_kinds import Unfusable, others_of, takes_keywords
 from .report import FuseReport
@@ -67,7 +66,7 @@ def fuse(model: nn.Module, *, recompute: int | None = None, strict: bool = False
     fused: list[str] = []
     patches: list[str] = []
     blocks = dict(find_blocks(model))
-    blocks.update(_own_blocks(model))
+    blocks |= {name: block for name, block in model.named_modules() if isinstance(block, ConvNextBlockBase)}
     patch_layers = find_patch_layers(model, blocks.values()) if blocks else []
     known: dict[Any, str | None] = {}
     found: list[tuple[str, nn.Module, PatchLayer | None]] = [(name, block, None) for name, block in blocks.items()]
@@ -194,10 +193,6 @@ def _new(host: type[nn.Module], of_parts: bool = False) -> nn.Module:
     """A fused module without its state."""
     kind = fused_class(host, of_parts)
     return kind.__new__(kind)
-
-
-def _own_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: block for name, block in model.named_modules() if isinstance(block, ConvNextBlockBase)}
 
 
 def _changed_since_fusing(model: nn.Module, found: list[nn.Module]) -> list[tuple[str, nn.Module, PatchLayer | None]]:

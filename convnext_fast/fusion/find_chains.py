@@ -1,21 +1,21 @@
-"""Recognise the containers of a fused model that only call what they hold, one after another.
+"""Recognise the modules of a fused model that call others of it one after another.
 
-Frozen, or on a GPU, such a container runs all that is in it as one sequence of steps. A `torch.nn.Sequential` of blocks
-and patch layers is one; so may be a stage, whose forward is then confirmed by running it with stand-ins. Nothing here
-changes a module.
+Frozen, or on a GPU, all that such a container calls runs as one sequence of steps. A `torch.nn.Sequential` of blocks
+and patch layers is one; so may be a stage, whose forward is then confirmed by running it with stand-ins. A model of
+transformers, whose embeddings and stages are parts of it, does other things, too. Nothing here changes a module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
 from ..models.freezing import state_of
 from ..models.layer_changes import own_tensors
-from ..models.plan import ChainPlan, Path, called_by, settings_of, watch
+from ..models.plan import ChainPlan, Path, called_by, follow, settings_of, watch
 from ..models.switches import ConvNextSwitches
-from .confirm import confirm_chain
+from .confirm import calls_in_turn, confirm_chain
 from .layer_kinds import Unfusable, check_forward
 
 
@@ -71,3 +71,32 @@ def _lists(container: nn.Module, path: Path = ()) -> list[Path]:
         if isinstance(child, nn.ModuleList):
             found += [(*path, name), *_lists(child, (*path, name))]
     return found
+
+
+def find_parts(model: nn.Module) -> list[tuple[nn.Module, ChainPlan]]:
+    """The modules of ``model``, which is fused already, that call several of its parts and do other things, too.
+
+    The outputs of the parts can be computed as one sequence before the module runs. ``model`` itself stays as it is,
+    for its class is what other code looks at, and so do this package's own.
+    """
+    return [] if isinstance(model, ConvNextSwitches) else [f for child in model.children() for f in _find_parts(child)]
+
+
+def _find_parts(module: nn.Module) -> Iterator[tuple[nn.Module, ChainPlan]]:
+    if state_of(module) is not None or isinstance(module, ConvNextSwitches):
+        return
+    parts = list(_parts(module))
+    if len({path[0] for path in parts}) > 1 and calls_in_turn(module, [follow(module, path) for path in parts]):
+        names, values = (tuple(setting[i] for setting in settings_of(module)) for i in range(2))
+        yield module, ChainPlan(None, (), names, values, tuple(parts))
+    else:
+        for child in module.children():
+            yield from _find_parts(child)
+
+
+def _parts(module: nn.Module, path: Path = ()) -> Iterator[Path]:
+    """Where the outermost fused modules in ``module`` are."""
+    for name, child in module._modules.items():
+        if child is not None:
+            inner = *path, name
+            yield from [inner] if state_of(child) is not None else _parts(child, inner)
