@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support import draws_for, no_worse_together, relative_error
 
 from convnext_fast import ops
-from convnext_fast.backends.cpu import llvm, mlp, onednn, row_blocks
+from convnext_fast.backends.cpu import aten_layers, llvm, mlp, onednn
 from convnext_fast.backends.cpu import ops as cpu
 
 ACTIVATIONS = {None: lambda t: t, "gelu": F.gelu, "gelu_new": lambda t: F.gelu(t, approximate="tanh"), "silu": F.silu}
@@ -104,11 +104,11 @@ def check_weight_gradient(shape, side, dtype):
 @settings(max_examples=40, deadline=None)
 def test_frozen_block(shape, hidden, side, act, most_rows):
     """By ATen calls, also cut into blocks of rows."""
-    blocks, found, sizes = functools.partial(row_blocks.row_blocks, most=most_rows), [], []
+    blocks, found, sizes = functools.partial(aten_layers.row_blocks, most=most_rows), [], []
     with (
         mock.patch.object(llvm, "machine_for", return_value=None),
         mock.patch.object(mlp, "row_blocks", blocks),
-        mock.patch.object(row_blocks, "_LEAST_ROWS", 1),
+        mock.patch.object(aten_layers, "_LEAST_ROWS", 1),
     ):
         for _ in draws_for(math.prod(shape)):
             weights, x = frozen_weights(shape[3], hidden, side), torch.randn(shape)

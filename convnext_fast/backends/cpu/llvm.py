@@ -159,12 +159,6 @@ def run(
     return [results[end] for end in ends]
 
 
-def prepare_downsample(weight: Tensor, bias: Tensor) -> CompiledPatches | None:
-    """`weights.FrozenDownsample` made ready; None where the kernel does not serve."""
-    machine = machine_for(*weight.shape[:2])
-    return None if machine is None else CompiledPatches(machine, weight, bias)
-
-
 def prepare_stem(weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor) -> CompiledPatches | None:
     """The kernel of a stem, with its weights packed as they are now; None if it is not supported."""
     machine = machine_for(weight.shape[0])

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from . import llvm, onednn
-from .aten_layers import Mlp, Norm
+from .aten_layers import Mlp, Norm, row_blocks
 from .llvm import dense
-from .row_blocks import row_blocks
 
 _MOST_ROWS, _BLOCK_BYTES = 4096, 32 << 20
 """Limits of a block in the backward: its n, dz, h and da stay near the last-level cache."""

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from . import llvm_grn_mlp, llvm_mlp
-from .aten_layers import Mlp, Norm, activation, activation_and_bwd_, linear, sum_dtype
+from .aten_layers import Mlp, Norm, activation, activation_and_bwd_, linear, row_blocks, sum_dtype
 from .response_norm import ResponseNorm
-from .row_blocks import row_blocks
 
 
 def mlp_fwd(

@@ -23,17 +23,15 @@ _KEPT: dict[int, tuple[Weights, llvm.Kernel]] = {}
 """By the ``id`` of a weight, until it is freed: the other weights, and what was made of all."""
 
 
-def _kept(weight: Tensor, others: Weights, make: Callable[[], llvm.Kernel | None]) -> llvm.Kernel | None:
+def _kept(weight: Tensor, others: Weights, make: Callable[[], llvm.Kernel]) -> llvm.Kernel:
     """The result of ``make`` for exactly these weights, which must never change."""
     kept = _KEPT.get(id(weight))
     if kept is not None and all(map(operator.is_, kept[0], others)):
         return kept[1]
-    kernel = make()
-    if kernel is not None:
-        if kept is None:
-            weakref.finalize(weight, _KEPT.pop, id(weight), None)
-        _KEPT[id(weight)] = others, kernel
-    return kernel
+    if kept is None:
+        weakref.finalize(weight, _KEPT.pop, id(weight), None)
+    _KEPT[id(weight)] = others, make()
+    return _KEPT[id(weight)][1]
 
 
 def prepared_block(weights: FrozenBlock, act: str) -> llvm.Kernel | None:
@@ -47,7 +45,8 @@ def prepared_block(weights: FrozenBlock, act: str) -> llvm.Kernel | None:
 
 def prepared_downsample(weight: Tensor, bias: Tensor) -> llvm.Kernel | None:
     """`ops.frozen_downsample_fwd` for these weights; None if not supported."""
-    return _kept(weight, (bias,), lambda: llvm.prepare_downsample(weight, bias))
+    machine = llvm.machine_for(*weight.shape[:2])
+    return None if machine is None else _kept(weight, (bias,), lambda: llvm.CompiledPatches(machine, weight, bias))
 
 
 def kernels_for(

@@ -106,14 +106,14 @@ def test_default_dtype_and_vectors_of_another_dtype(dtype):
     x, picture = torch.randn(2, 9, 11, 32), torch.randn(1, 3, 17, 18)
     expected = (
         llvm.CompiledBlock(weights, AVX2)(x, 1e-6),
-        llvm.prepare_downsample(*frozen)(x, 1e-6),
+        packed_weights.prepared_downsample(*frozen)(x, 1e-6),
         llvm.prepare_stem(*stem)(picture, 1e-6),
     )
     torch.set_default_dtype(dtype)
     try:
         got = (
             llvm.CompiledBlock(weights._replace(**biases), AVX2)(x, 1e-6),
-            llvm.prepare_downsample(frozen.weight, strided(frozen.bias))(x, 1e-6),
+            packed_weights.prepared_downsample(frozen.weight, strided(frozen.bias))(x, 1e-6),
             llvm.prepare_stem(stem[0], *map(strided, stem[1:]))(picture, 1e-6),
         )
     finally:
@@ -198,7 +198,7 @@ def test_downsampling(image, channels, out_channels, patch):
             n = F.layer_norm(x.to(dtype), [channels], eps=1e-6).permute(0, 3, 1, 2)
             return F.conv2d(n, *(t.to(dtype) for t in frozen), stride=patch).permute(0, 2, 3, 1)
 
-        return llvm.prepare_downsample(*frozen)(x, 1e-6), plain(torch.float64), plain(torch.float32)
+        return packed_weights.prepared_downsample(*frozen)(x, 1e-6), plain(torch.float64), plain(torch.float32)
 
     check(*(results() for _ in draws_for(patches(image, patch) * out_channels)))
 
