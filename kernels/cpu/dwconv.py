@@ -120,12 +120,8 @@ class DwconvSizes(NamedTuple):
         """For images of a width."""
         return cls(channels, side, min(width, GROUP))
 
-    def emit(self, machine: Machine) -> ir.Module:
-        """The module."""
-        return Dwconv(machine, self).emit()
 
-
-class Dwconv(Convolving):
+class Dwconv(Convolving, sizes=DwconvSizes):
     """Emits the kernel of `DwconvSizes`."""
 
     def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:

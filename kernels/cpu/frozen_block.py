@@ -40,12 +40,8 @@ class BlockSizes(NamedTuple):
         """Numbers of a row of scratch memory: n and h."""
         return self.channels + self.hidden + 2 * PADDING
 
-    def emit(self, machine: Machine) -> ir.Module:
-        """The module."""
-        return Block(machine, self).emit()
 
-
-class Block(Convolving):
+class Block(Convolving, sizes=BlockSizes):
     """Emits the kernel of `BlockSizes`."""
 
     def __init__(self, machine: Machine, sizes: BlockSizes):

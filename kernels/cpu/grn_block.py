@@ -31,12 +31,8 @@ class GrnBlockSizes(BlockSizes):
         """Numbers of a row of scratch memory: n."""
         return self.channels + PADDING
 
-    def emit(self, machine: Machine) -> ir.Module:
-        """The module."""
-        return GrnBlock(machine, self).emit()
 
-
-class GrnBlock(GrnForward, Convolving):
+class GrnBlock(GrnForward, Convolving, sizes=GrnBlockSizes):
     """Emits the kernel of `GrnBlockSizes`."""
 
     def __init__(self, machine: Machine, sizes: GrnBlockSizes):

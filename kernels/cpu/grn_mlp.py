@@ -10,7 +10,6 @@ from __future__ import annotations
 from llvmlite import ir
 
 from .grn_passes import GrnForward
-from .machine import Machine
 from .mlp import Mlp, MlpSizes
 from .work_sharing import PADDING
 
@@ -25,12 +24,8 @@ class GrnMlpSizes(MlpSizes):
         """Numbers of a row of scratch memory: n."""
         return self.channels + PADDING
 
-    def emit(self, machine: Machine) -> ir.Module:
-        """The module."""
-        return GrnMlp(machine, self).emit()
 
-
-class GrnMlp(GrnForward, Mlp):
+class GrnMlp(GrnForward, Mlp, sizes=GrnMlpSizes):
     """Emits the kernel of `GrnMlpSizes`; a sample is one image row, see `work_sharing.numbers_of_samples`."""
 
     def first_chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:

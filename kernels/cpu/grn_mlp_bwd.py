@@ -14,7 +14,6 @@ from llvmlite import ir
 from .gelu import gelu, gelu_derivative
 from .gemm import store
 from .grn_passes import GrnPasses
-from .machine import Machine
 from .mlp_bwd import MlpBwd, MlpBwdSizes
 
 
@@ -26,12 +25,8 @@ class GrnMlpBwdSizes(MlpBwdSizes):
 
     addresses = (*MlpBwdSizes.addresses[:-1], "gamma", "beta", "d_gamma", "products", "scratch")
 
-    def emit(self, machine: Machine) -> ir.Module:
-        """The module."""
-        return GrnMlpBwd(machine, self).emit()
 
-
-class GrnMlpBwd(GrnPasses, MlpBwd):
+class GrnMlpBwd(GrnPasses, MlpBwd, sizes=GrnMlpBwdSizes):
     """Emits the kernel of `GrnMlpBwdSizes`; a sample is one image row, see `work_sharing.numbers_of_samples`."""
 
     end = staticmethod(store), 1

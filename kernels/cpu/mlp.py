@@ -37,10 +37,6 @@ class MlpSizes(NamedTuple):
         """Numbers of a row of scratch memory: n and h."""
         return self.channels + self.hidden + 2 * PADDING
 
-    def emit(self, machine: Machine) -> ir.Module:
-        """The module."""
-        return Mlp(machine, self).emit()
-
 
 def store_both(e: Emitter, z: ir.Value, places: Sequence[ir.Value]) -> None:
     """h = GELU(z) and a = z, for places in h and in a."""
@@ -48,7 +44,7 @@ def store_both(e: Emitter, z: ir.Value, places: Sequence[ir.Value]) -> None:
     e.store(z, places[1])
 
 
-class Mlp(ParallelKernel):
+class Mlp(ParallelKernel, sizes=MlpSizes):
     """Emits the kernel of `MlpSizes`; its pixels are one image row, see `work_sharing.numbers_of_rows`."""
 
     def __init__(self, machine: Machine, sizes: MlpSizes):

@@ -46,10 +46,6 @@ class MlpBwdSizes(NamedTuple):
         """Numbers of a row of scratch memory: dn, and dn∘x̂."""
         return 2 * (self.channels + PADDING)
 
-    def emit(self, machine: Machine) -> ir.Module:
-        """The module."""
-        return MlpBwd(machine, self).emit()
-
 
 def through_gelu(e: Emitter, dh: ir.Value, places: Sequence[ir.Value]) -> None:
     """da = dh·GELU'(a) and h = GELU(a), for places in da, h and a; a may be h."""
@@ -58,7 +54,7 @@ def through_gelu(e: Emitter, dh: ir.Value, places: Sequence[ir.Value]) -> None:
     e.store(gelu(e, a), places[1])
 
 
-class MlpBwd(ParallelKernel):
+class MlpBwd(ParallelKernel, sizes=MlpBwdSizes):
     """Emits the kernel of `MlpBwdSizes`; its pixels are one image row, see `work_sharing.numbers_of_rows`."""
 
     end: tuple[Epilogue, int] = staticmethod(through_gelu), 3

@@ -47,12 +47,8 @@ class PatchSizes(NamedTuple):
         """Numbers of a row of scratch memory: a patch."""
         return self.depth + PADDING
 
-    def emit(self, machine: Machine) -> ir.Module:
-        """The module."""
-        return Patches(machine, self).emit()
 
-
-class Patches(ParallelKernel):
+class Patches(ParallelKernel, sizes=PatchSizes):
     """Emits the kernel of `PatchSizes`."""
 
     def __init__(self, machine: Machine, sizes: PatchSizes):

@@ -139,6 +139,11 @@ class ParallelKernel:
     row of scratch memory.
     """
 
+    def __init_subclass__(cls, sizes: Any = None) -> None:
+        """``sizes``: the class whose ``emit`` gives this kernel's module for a machine."""
+        if sizes is not None:
+            sizes.emit = lambda self, machine: cls(machine, self).emit()
+
     def __init__(self, machine: Machine, sizes: Any):
         self.module, self.machine, self.sizes = ir.Module(), machine, sizes
 
