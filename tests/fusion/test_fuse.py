@@ -404,16 +404,27 @@ def test_compiles_as_one_graph(training, image):
     assert relative_error(report(image), model(image)) <= FLOAT32_BOUND
 
 
-def test_exports_packages_and_traces(image, tmp_path):
-    """`torch.export` with a dynamic batch, AOTInductor from it, `torch.jit.trace`, `torch.fx`."""
+def exported(image):
+    """(the program of a fused model with a dynamic batch, that model, what it made before it was fused)."""
     model = Logits(tiny()).eval()
     expected = model(image)
     fuse(model)
     batch = torch.export.Dim("batch", min=1, max=16)
-    program = torch.export.export(model, (image,), dynamic_shapes=({0: batch},))
-    assert relative_error(program.module()(image), expected) <= FLOAT32_BOUND
+    return torch.export.export(model, (image,), dynamic_shapes=({0: batch},)), model, expected
+
+
+@pytest.mark.thorough
+def test_packages_ahead_of_time(image, tmp_path):
+    """AOTInductor, most of whose time a C++ compiler takes."""
+    program, _, expected = exported(image)
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     assert relative_error(torch._inductor.aoti_load_package(package)(image), expected) <= FLOAT32_BOUND
+
+
+def test_exports_and_traces(image):
+    """`torch.export` with a dynamic batch, `torch.jit.trace`, `torch.fx`."""
+    program, model, expected = exported(image)
+    assert relative_error(program.module()(image), expected) <= FLOAT32_BOUND
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(model, (image,))

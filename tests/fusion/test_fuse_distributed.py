@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from support import FLOAT32_BOUND, randomise, relative_error
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from training_support import finish, start_ranks
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
 from convnext_fast import fuse, unfuse
@@ -42,10 +41,9 @@ def losses(model, images, optimiser):
     return torch.stack(found)
 
 
-def worker(rank, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def worker():
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     config = ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 2], num_stages=2, num_labels=5)
     model = randomise(ConvNextForImageClassification(config))
@@ -88,7 +86,4 @@ def worker(rank, port):
 
 
 def test_two_processes():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port,), nprocs=2)
+    assert finish(start_ranks(2, worker)) == [0, 0]

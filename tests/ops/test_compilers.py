@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from convnext_fast import ConvNext, ConvNextConfig, ConvNextForImageClassification
 from convnext_fast.cli.export import export_onnx
 
-FIELDS = {"num_stages": 2, "hidden_sizes": [8, 12], "depths": [1, 2], "num_labels": 5}
+FIELDS = {"num_stages": 2, "hidden_sizes": [8, 12], "depths": [1, 1], "num_labels": 5}
 
 
 def build(surface, dtype=torch.float32, **fields):

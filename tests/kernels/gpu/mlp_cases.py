@@ -169,12 +169,12 @@ def check_result_in_two_dtypes(case: Case, forward) -> None:
 
 
 def check_backward(case: Case, backward=mlp_bwd, save_hidden: bool = False) -> None:
-    """Every gradient as good as eager autograd's, and of executed machine code a second run equal to the bit."""
+    """Every gradient as good as eager autograd's, and of the first draw's executed machine code equal bits again."""
     results = []
     for draw in range(case.draws):
         given = inputs(case, draw)
         grads = gradients(case, given, backward, save_hidden)
-        if not INTERPRETING:
+        if not INTERPRETING and draw == 0:
             for name, grad in gradients(case, given, backward, save_hidden).items():
                 assert torch.equal(grads[name], grad), name
         assert grads["du"].dtype == case.dtype
