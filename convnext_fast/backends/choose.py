@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from types import ModuleType
 from typing import Literal
 
@@ -29,9 +30,22 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-# Asked while a compiler traces, for PyTorch 2.9 takes the one for a part of the graph, and the other for yes.
-_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _is_ahead_of_time() -> bool:
+    """Whether AOTInductor compiles, whose programs run without Python."""
+    inductor = sys.modules.get("torch._inductor.virtualized")
+    return inductor is not None and inductor.V.aot_compilation is True
+
+
+# Asked while a compiler traces, for PyTorch 2.9 takes the first for a part of the graph, and the second for yes.
+for _function in (_is_transformed, is_exporting, _is_ahead_of_time):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_whole(device: torch.device) -> bool:
+    """Whether a compiler gets the launches of a fused op on ``device`` as one operator: where one call of C makes them,
+    that is on NVIDIA's GPUs, unless the program will run without Python.
+    """
+    return device.type == "cuda" and torch.version.hip is None and not _is_ahead_of_time()
 
 
 def select(device: torch.device, dtype: torch.dtype) -> Name:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..backends.steps import Kind, Step
 from ..ops import call, live_sequence, sequence
 from .layer_changes import changed, has_hooks
-from .plan import BlockPlan, ChainPlan, PatchPlan, called_by, follow, recall
+from .plan import ChainPlan, PatchPlan, called_by, follow, recall
 from .records import STATE, Record
 from .run_plan import read, step_of
 
@@ -71,7 +71,7 @@ class _WholeRun:
         every = list(chain.from_iterable(steps))
         self.sequence = sequence.FrozenSequence(every, cuda_graph) if frozen else live_sequence.LiveSequence(every)
         self.ends = [count - 1 for count in accumulate(map(len, steps))]
-        self.weights = [w for step in every for w in step.weights if w is not None]
+        self.weights = _weights(every)
         self.record = Record(root, layers)
         self._parts = () if root is not None else tuple(parts)
 
@@ -104,8 +104,11 @@ def outputs_of(
         steps = _steps_of_parts(frozen, root, parts, None)
         if steps is None:
             return None
-        ends = [count - 1 for count in accumulate(map(len, steps))]
-        return sequence.compiled(list(chain.from_iterable(steps)), x, ends[-1:] if last else ends, frozen)
+        every, ends = list(chain.from_iterable(steps)), [count - 1 for count in accumulate(map(len, steps))]
+        ends = ends[-1:] if last else ends
+        if not frozen and (call.autocasts(x) or call.wants_gradient(x, *_weights(every)) or any(map(_drops, every))):
+            return live_sequence.compiled(every, x, ends)
+        return None if call.wants_gradient(x) else sequence.compiled(every, x, ends, frozen)
     run = _run_that_holds(runs, frozen, state.cuda_graph, root, parts)
     if run is None or (frozen and any(map(_wants_gradient, run.weights))):  # without gradients too: they are trained
         return None
@@ -177,17 +180,25 @@ def _steps(module: nn.Module, frozen: bool, layers: list[nn.Module] | None) -> l
     if frozen and state.trainable is None:
         return None
     step = step_of(module, plan, read(module, plan), state.token)
-    if not all(w is None or type(w) in (nn.Parameter, Tensor) for w in step.weights):
+    if not _are_plain(step.weights):
         return None
-    if torch.compiler.is_compiling():
-        trained = any(w is not None and w.requires_grad for w in step.weights)
-        drop_path = plan.drop_path if isinstance(plan, BlockPlan) else None
-        drops = not frozen and drop_path is not None and follow(module, drop_path).training
-        if drops or (trained and (frozen or torch.is_grad_enabled())):
-            return None
+    if torch.compiler.is_compiling() and frozen and any(map(_wants_gradient, _weights([step]))):
+        return None
     following = isinstance(plan, PatchPlan) and plan.following is not None
     rest = _joined(follow(module, plan.following), frozen, layers) if following else []
     return None if rest is None else [step, *rest]
+
+
+def _are_plain(weights: Iterable[Tensor | None]) -> bool:
+    return all(w is None or type(w) in (nn.Parameter, Tensor) for w in weights)
+
+
+def _weights(steps: Iterable[Step]) -> list[Tensor]:
+    return [w for step in steps for w in step.weights if w is not None]
+
+
+def _drops(step: Step) -> bool:
+    return step.draw is not None and step.draw.args[0].training
 
 
 def _reason(root: nn.Module | None, parts: Sequence[nn.Module]) -> str:

@@ -114,6 +114,11 @@ def refuse_batches(dy: Tensor) -> None:
         )
 
 
+def no_second_derivative(ctx: Any, *_: object) -> Gradients:
+    """The formula of a backward operator."""
+    raise NotImplementedError(f"the fused ops have no second derivatives: take {REFERENCE}, or torch.func, which does")
+
+
 def gradients(
     name: str, ctx: Any, needs: Needs, dy: Tensor | None, run: Callable[..., Sequence[Tensor | None]]
 ) -> Gradients:

@@ -31,8 +31,12 @@ _KEPT = 1 + len(Saved._fields)
 def run(x: Tensor, blocks: tuple[BlockCall, ...], dtype: torch.dtype) -> Tensor:
     """x (N, H, W, C), contiguous, through blocks, by the Triton kernels.
 
-    All tensors are plain (see `call.is_plain`), and none is a negative view.
+    All tensors are plain (see `call.is_plain`), and none is a negative view; or a compiler traces all of them.
     """
+    if torch.compiler.is_compiling():
+        from . import block_group_operator  # when it is needed: it imports PyTorch's compiler
+
+        return block_group_operator.run(x, blocks, dtype)
     if not torch.is_grad_enabled():
         return compute("blocks_fwd", "triton", (x, blocks, dtype))[-1]
     weights = [weight for block in blocks for weight in block[0]]

@@ -1,8 +1,8 @@
 """Parts of a model that is not frozen, one after another on a GPU, with nothing but their kernels in between.
 
 Without gradients they are one plan, on the live weights. With gradients, drop path or autocast, a stem and a
-downsampling layer are a call of their op each, and several blocks one of `block_group`. Arguments are checked where a
-weight or the input is unlike those before.
+downsampling layer are a call of their op each, and several blocks one of `block_group`, in a compiler's graph too.
+Arguments are checked where a weight or the input is unlike those before.
 """
 
 from __future__ import annotations
@@ -49,11 +49,10 @@ class LiveSequence:
         if seen is None or seen != self._seen:
             dtypes = {w.dtype for w in self._weights}
             self._one_dtype = dtypes.pop() if len(dtypes) == 1 else None
-            self._layer_scales = {step.weights.gamma.dtype for step in self._steps if _has_layer_scale(step)}
+            self._layer_scales = _layer_scales(self._steps)
             self._checked = set()
             self._seen = seen  # last: then other threads may rely on the rest
-        streams = {torch.promote_types(x.dtype, t) for t in self._layer_scales}
-        if torch.float64 in streams or (not call.autocasts(x) and streams - {x.dtype}):
+        if not _keeps_its_dtype(x, self._layer_scales):
             return None
         x = x if self._steps[0].kind == Kind.STEM else x.permute(0, 2, 3, 1).contiguous()
         kind = *kind_of(x), dtype
@@ -65,29 +64,11 @@ class LiveSequence:
         if self._is_one_plan(x, dtype):
             steps = tuple([(_flat(step), step.eps, step.act) for step in self._steps])
             return list(map(as_nchw, choose.module("triton").steps(x, steps, tuple(ends), dtype)))
-        results = []
-        for group in self._groups_to(ends):
-            x = _run_group(group, x, dtype)
-            if group[-1] is self._steps[ends[len(results)]]:
-                results.append(as_nchw(x))
-                x = results[-1].permute(0, 2, 3, 1)  # gradients pass through what is returned
-        return results
-
-    def _groups_to(self, ends: Sequence[int]) -> list[list[Step]]:
-        """The steps, several blocks in a group, other steps alone; each of ``ends`` ends a group."""
         known, groups = self._groups  # read once: other threads may ask for other ends
         if known != ends:
-            groups = []
-            joins = False
-            for i, step in enumerate(self._steps):
-                block = step.kind == Kind.BLOCK
-                if joins and block and len(groups[-1]) < block_group.MOST:
-                    groups[-1].append(step)
-                else:
-                    groups.append([step])
-                joins = block and i not in ends
+            groups = _groups_to(self._steps, ends)
             self._groups = list(ends), groups
-        return groups
+        return _run_groups(groups, x, ends, dtype)
 
     def _is_one_plan(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether no gradient is wanted, no sample dropped, and everything has one dtype."""
@@ -100,14 +81,48 @@ class LiveSequence:
         )
 
 
+def compiled(steps: Sequence[Step], x: Tensor, ends: Sequence[int]) -> list[Tensor] | None:
+    """As `LiveSequence` in a compiler's graph, with gradients; None where the modules have to be called."""
+    if not choose.is_whole(x.device) or not _keeps_its_dtype(x, _layer_scales(steps)):
+        return None
+    x = x if steps[0].kind == Kind.STEM else x.permute(0, 2, 3, 1).contiguous()
+    check_steps(steps, x)
+    return _run_groups(_groups_to(steps, ends), x, ends, call.compute_dtype(x))
+
+
+def _groups_to(steps: Sequence[Step], ends: Sequence[int]) -> list[list[Step]]:
+    """The steps, several blocks in a group, other steps alone; each of ``ends`` ends a group."""
+    groups: list[list[Step]] = []
+    joins = False
+    for i, step in enumerate(steps):
+        block = step.kind == Kind.BLOCK
+        if joins and block and len(groups[-1]) < block_group.MOST:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+        joins = block and i not in ends
+    return groups
+
+
+def _run_groups(groups: list[list[Step]], x: Tensor, ends: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    results, last = [], -1
+    for group in groups:
+        x, last = _run_group(group, x, dtype), last + len(group)
+        if last in ends:
+            results.append(as_nchw(x))
+            x = results[-1].permute(0, 2, 3, 1)  # gradients pass through what is returned
+    return results
+
+
 def _run_group(group: list[Step], x: Tensor, dtype: torch.dtype) -> Tensor:
     step = group[0]
+    run = call.run if torch.compiler.is_compiling() else call.run_plain
     if step.kind == Kind.STEM:
         # Autocast has LayerNorm, and with it the residual stream, in float32 on every device but a CPU.
         out_dtype = torch.float32 if call.autocasts(x) and not x.is_cpu else dtype
-        return call.run_plain("patchify_stem_fwd", "triton", x, step.weights, step.eps, dtype, out_dtype)
+        return run("patchify_stem_fwd", "triton", x, step.weights, step.eps, dtype, out_dtype)
     if step.kind == Kind.DOWNSAMPLE:
-        return call.run_plain("downsample_fwd", "triton", x, step.weights, step.eps, dtype)
+        return run("downsample_fwd", "triton", x, step.weights, step.eps, dtype)
     recomputes = torch.is_grad_enabled()
     blocks = []
     for step in group:
@@ -116,8 +131,15 @@ def _run_group(group: list[Step], x: Tensor, dtype: torch.dtype) -> Tensor:
     return block_group.run(x, tuple(blocks), dtype)
 
 
-def _has_layer_scale(step: Step) -> bool:
-    return step.kind == Kind.BLOCK and step.weights.gamma is not None
+def _layer_scales(steps: Sequence[Step]) -> set[torch.dtype]:
+    """Their dtypes."""
+    return {step.weights.gamma.dtype for step in steps if step.kind == Kind.BLOCK and step.weights.gamma is not None}
+
+
+def _keeps_its_dtype(x: Tensor, layer_scales: set[torch.dtype]) -> bool:
+    """Whether no layer scale is wider than the residual stream of x may become."""
+    streams = {torch.promote_types(x.dtype, dtype) for dtype in layer_scales}
+    return torch.float64 not in streams and (call.autocasts(x) or streams <= {x.dtype})
 
 
 def _flat(step: Step) -> tuple[Tensor | None, ...]:

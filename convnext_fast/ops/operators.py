@@ -2,15 +2,15 @@
 
 Each operator branches on the device inside its body, so that a compiler traces the path that will run: it sees the
 kernels that a GPU runs. On NVIDIA's it calls each op as one operator, ``<name>_gpu``, whose launches one call of C
-repeats: launched one by one by compiled code, they took the host 1.3 times as long as the unfused model. AOTInductor's
-programs run without Python, so it sees the kernels there, too. On a CPU it calls the ops that `result_shapes` knows as
+repeats: launched one by one by compiled code, they took the host 1.3 times as long as the unfused model. (Several blocks
+of a model are one: see `block_group_operator`.) AOTInductor's programs run without Python, so it sees the kernels there,
+too. On a CPU it calls the ops that `result_shapes` knows as
 one operator each, ``<name>_cpu``: loops over rows and samples, kernels, and calls of oneDNN that it cannot improve. The
 others it traces or replaces.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..backends import choose
-from ..backends.interface import Gradients
 from . import autograd, result_shapes
 from .compute import compute
 from .signatures import SIGNATURES, Signature, flatten
@@ -56,7 +55,7 @@ def _register(signature: Signature) -> Any:
             if x.device.type == "cpu":
                 if on_cpu is not None and choose.select(x.device, torch.float32) in ("cpu", "aten"):
                     return on_cpu(*flat)
-            elif x.device.type == "cuda" and torch.version.hip is None and not _is_ahead_of_time():
+            elif choose.is_whole(x.device):
                 return on_gpu(*flat)
         return whole(*flat)
 
@@ -68,7 +67,7 @@ def _register(signature: Signature) -> Any:
             setup_context=lambda ctx, inputs, output: autograd.save(name, ctx, signature.group(inputs), output),
         )
     elif name.endswith("_bwd"):
-        operator.register_autograd(_no_second_derivative)
+        operator.register_autograd(autograd.no_second_derivative)
     return operator
 
 
@@ -80,20 +79,8 @@ def _register_whole(name: str, whole: Callable[..., Any]) -> Any:
     return getattr(torch.ops.convnext_fast, name)
 
 
-def _is_ahead_of_time() -> bool:
-    """Whether AOTInductor compiles, whose programs run without Python."""
-    inductor = sys.modules.get("torch._inductor.virtualized")
-    return inductor is not None and inductor.V.aot_compilation is True
-
-
 def _run(ctx: Any, name: str, *arguments: Any) -> Any:
     return map(autograd.present, OPERATORS[name](*flatten(arguments)))
-
-
-def _no_second_derivative(ctx: Any, *_: object) -> Gradients:
-    raise NotImplementedError(
-        f"the fused ops have no second derivatives: take {autograd.REFERENCE}, or torch.func, which does"
-    )
 
 
 def _present(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:

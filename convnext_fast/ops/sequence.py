@@ -35,15 +35,15 @@ kind_of = operator.attrgetter("shape", "dtype", "device")
 def backend_for(x: Tensor) -> choose.Name | None:
     """Where steps on x (N, C, H, W) run; None where they cannot.
 
-    Where a compiler traces, they are not for export, and need no gradient.
+    Where a compiler traces, they are not for export, and where an op is not one operator they need no gradient.
     """
     if not isinstance(x, Tensor) or x.dim() != 4 or _hooks_everywhere():
         return None
     backend = choose.select(x.device, call.compute_dtype(x))
     if torch.compiler.is_compiling():
         served = backend == "triton" or (x.dtype == torch.float32 and x.device.type == "cpu" and backend == "aten")
-        plain = not (call.wants_gradient(x) or call.autocasts(x) or choose.is_exporting())
-        return backend if plain and served else None
+        plain = choose.is_whole(x.device) or not (call.wants_gradient(x) or call.autocasts(x))
+        return backend if plain and served and not choose.is_exporting() else None
     return None if backend == "reference" else backend
 
 

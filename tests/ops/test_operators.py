@@ -23,11 +23,12 @@ from convnext_fast.ops.signatures import SIGNATURES
 def test_every_registered_operator_is_checked():
     """Here or, through the kernels, in kernels/machine_code: test_operators_executed.py, and dwconv in its own file.
 
-    Those of sequence_operator.py in test_sequence_operator.py and in the interpreter's test_model_interpreted.py.
+    Those of sequence_operator.py in test_sequence_operator.py and in the interpreter's test_model_interpreted.py, those
+    of block_group_operator.py in the interpreter's test_live_sequence.py.
     """
-    for module in ("backends.dwconv", "ops.sequence_operator"):
+    for module in ("backends.dwconv", "ops.sequence_operator", "ops.block_group_operator"):
         importlib.import_module(f"convnext_fast.{module}")
-    elsewhere = "dwconv", "dwconv_wgrad_sums", "frozen_steps", "live_steps"
+    elsewhere = "dwconv", "dwconv_wgrad_sums", "frozen_steps", "live_steps", "blocks_fwd_gpu", "blocks_bwd_gpu"
     compiled = {f"{name}_cpu" for name in ON_CPU} | {f"{name}_gpu" for name in SIGNATURES}
     assert registered() == {*ON_CPU, *KERNELS_ALONE, *elsewhere, *compiled}
 

@@ -40,12 +40,12 @@ with torch.no_grad():
         model(image(side))
     found["a new size"], found["again"] = (counted(model, image(96)) for _ in range(2))
 
-for function in (gpu.block_fwd, gpu.block_bwd):
+for function in (gpu.blocks_fwd, gpu.blocks_bwd):
     function.calls.forget()
 compiled = torch.compile(model)
 for _ in range(3):
     step(compiled, image(64))
-found["compiled"] = [len(function.calls.native) for function in (gpu.block_fwd, gpu.block_bwd)]
+found["compiled"] = [len(function.calls.native) for function in (gpu.blocks_fwd, gpu.blocks_bwd)]
 
 
 def called():

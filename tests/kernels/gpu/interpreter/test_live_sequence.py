@@ -13,8 +13,7 @@ from convnext_fast.backends import environment
 from convnext_fast.backends.steps import WEIGHTS, Step
 from convnext_fast.models import fused_module, switches, whole_runs
 from convnext_fast.models.whole_runs import outputs_of, steps_of
-from convnext_fast.ops import block_group
-from convnext_fast.ops.live_sequence import LiveSequence
+from convnext_fast.ops import block_group, block_group_operator, live_sequence
 
 DEEP = ConvNextConfig(num_stages=2, hidden_sizes=[8, 8], depths=[1, 2], num_labels=3, drop_path_rate=0.3)
 
@@ -46,6 +45,12 @@ def by_modules(monkeypatch):
             return function()
 
     return call
+
+
+@pytest.fixture(params=[block_group, block_group_operator], ids=["node", "operator"])
+def _groups(request, monkeypatch):
+    """Blocks one after another as a node of autograd's, or as the operator that a compiler gets."""
+    monkeypatch.setattr(block_group, "run", request.param.run)
 
 
 @torch.no_grad()
@@ -82,6 +87,7 @@ def assert_same(results, expected):
     assert all(itertools.starmap(torch.equal, zip(results, expected, strict=True)))
 
 
+@pytest.mark.usefixtures("_groups")
 @pytest.mark.parametrize(("recompute", "training"), [(0, True), (1, False), (2, True)])
 def test_a_training_step_has_the_bits_of_one_by_modules(runs, by_modules, recompute, training):
     model, x = deep().train(training), torch.randn(2, 3, 8, 16, requires_grad=True)
@@ -91,6 +97,7 @@ def test_a_training_step_has_the_bits_of_one_by_modules(runs, by_modules, recomp
     assert runs == [True]
 
 
+@pytest.mark.usefixtures("_groups")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_autocast(runs, by_modules, dtype):
     model, x = deep().train(), torch.randn(2, 3, 8, 16, dtype=dtype)
@@ -104,6 +111,7 @@ def test_autocast(runs, by_modules, dtype):
     assert runs == [True, True, True]
 
 
+@pytest.mark.usefixtures("_groups")
 def test_parts_that_take_no_gradient(runs, by_modules):
     """Some weights of some blocks, all that comes before a block, and everything but the head."""
     model, x = deep().train(), torch.randn(1, 3, 8, 8)
@@ -146,9 +154,8 @@ def test_groups_end_where_an_output_is_wanted(monkeypatch):
     monkeypatch.setattr(block_group, "MOST", 3)
     block, other = (Step(kind, WEIGHTS[kind](*[None] * len(WEIGHTS[kind]._fields)), 0.0) for kind in (2, 1))
     steps = [other, *[block._replace(eps=float(i)) for i in range(5)], other, block]
-    sequence = LiveSequence(steps)
-    for ends, expected in (([7], [1, 3, 2, 1, 1]), ([1, 3, 7], [1, 1, 2, 2, 1, 1]), ([7], [1, 3, 2, 1, 1])):
-        groups = sequence._groups_to(ends)
+    for ends, expected in (([7], [1, 3, 2, 1, 1]), ([1, 3, 7], [1, 1, 2, 2, 1, 1])):
+        groups = live_sequence._groups_to(steps, ends)
         assert [each for group in groups for each in group] == steps
         assert list(map(len, groups)) == expected
 
@@ -235,7 +242,7 @@ def test_a_hook_in_a_new_dictionary_is_called(runs):
 def test_a_stem_under_autocast_is_no_part_of_a_plan(monkeypatch):
     """Its result has another dtype, on a GPU."""
     model = deep().half().eval()
-    sequence = LiveSequence(steps_of(nn.Sequential(model.stem, model.stages), frozen=False))
+    sequence = live_sequence.LiveSequence(steps_of(nn.Sequential(model.stem, model.stages), frozen=False))
     x = torch.randn(1, 3, 8, 8).half()
     with torch.no_grad():
         sequence(x, [4])
