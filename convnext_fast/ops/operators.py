@@ -2,11 +2,10 @@
 
 Each operator branches on the device inside its body, so that a compiler traces the path that will run: it sees the
 kernels that a GPU runs. On NVIDIA's it calls each op as one operator, ``<name>_gpu``, whose launches one call of C
-repeats: launched one by one by compiled code, they took the host 1.3 times as long as the unfused model. (Several blocks
-of a model are one: see `block_group_operator`.) AOTInductor's programs run without Python, so it sees the kernels there,
-too. On a CPU it calls the ops that `result_shapes` knows as
-one operator each, ``<name>_cpu``: loops over rows and samples, kernels, and calls of oneDNN that it cannot improve. The
-others it traces or replaces.
+repeats: launched one by one by compiled code, they took the host 1.3 times as long as the unfused model. Several blocks
+of a model are one such operator (`block_group_operator`). AOTInductor's programs run without Python, so it sees the
+kernels there, too. On a CPU it calls the ops that `result_shapes` knows as one operator each, ``<name>_cpu``: loops
+over rows and samples, kernels, and calls of oneDNN that it cannot improve. The others it traces or replaces.
 """
 
 from __future__ import annotations
