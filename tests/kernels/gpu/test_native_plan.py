@@ -106,6 +106,15 @@ def test_nested_tuples_are_taken_in_order(device):
     ]
 
 
+def test_types_may_be_promoted(device):
+    def function(x, weight):
+        return scaled(Kernel())(x, weight, torch.promote_types(x.dtype, weight.dtype).itemsize * EPS)
+
+    call = known(function, X, WEIGHT)
+    call(X, WEIGHT)
+    assert len(device.launches) == 3
+
+
 def test_parts_of_one_allocation(device):
     kernel = Kernel()
 
