@@ -5,6 +5,7 @@ Repeated launches have addresses in the place of tensors, which the emulator doe
 back, and fills what a call allocates with NaN, so that memory that is read before it is written shows.
 """
 
+import contextlib
 from types import SimpleNamespace
 from unittest import mock
 
@@ -136,8 +137,11 @@ def repeating(request, emulating, monkeypatch):
     forget()
 
 
+REPLAYED = (*ALL, "dwconv", gpu.blocks_fwd, gpu.blocks_bwd, gpu.steps)
+
+
 def forget():
-    for name in (*ALL, "dwconv", gpu.blocks_fwd, gpu.blocks_bwd, gpu.steps):
+    for name in REPLAYED:
         calls_of(name).forget()
 
 
@@ -176,10 +180,11 @@ def function_of(name):
 
 
 def as_written(name, arguments):
-    with (
-        mock.patch.object(replaying, "is_replayable", return_value=False),
-        mock.patch.object(calls_of(name), "repeat", None),
-    ):
+    """Without replay, neither of this call nor of those within it."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(replaying, "is_replayable", return_value=False))
+        for each in {calls_of(name), *map(calls_of, REPLAYED)}:
+            stack.enter_context(mock.patch.object(each, "repeat", None))
         return function_of(name)(*arguments)
 
 
