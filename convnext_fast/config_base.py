@@ -156,12 +156,14 @@ class ConfigBase(SavedJson, VirtualSubclass):
     def from_file(cls, path: Path) -> Self:
         """Read a file laid out as ``config.json`` is; see `from_pretrained`."""
         fields, where = read_json(path), str(path)
-        if SECTION in fields:
-            fields, where = fields[SECTION], f"{path}, {SECTION}"
         known = [name for name, kind in cls.kinds.items() if issubclass(kind, cls)] or [cls.model_type]
-        if isinstance(fields, dict) and fields.get("model_type") not in known:
+        model_type = fields.get("model_type")
+        if isinstance(fields.get(SECTION), dict):
+            fields, where = fields[SECTION], f"{path}, {SECTION}"
+            model_type = fields.get("model_type", known[0])
+        if model_type not in known:
             expected = " or ".join(map(repr, known))
-            raise ValueError(f"{where} describes a model of type {fields.get('model_type')!r}: expected {expected}")
+            raise ValueError(f"{where} describes a model of type {model_type!r}: expected {expected}")
         try:
             return cls.from_dict(fields)
         except (TypeError, ValueError) as error:

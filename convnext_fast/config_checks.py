@@ -27,7 +27,7 @@ def integer(name: str, value: Any, least: int, most: float = math.inf) -> int:
 
 def _shown(value: Any) -> str:
     """A number in a message; Python refuses to write one of thousands of digits."""
-    return str(value) if abs(value) < 1 << 64 else "a number of more than 64 bits"
+    return str(value) if abs(value) < 1 << 64 else "a number of more than 19 digits"
 
 
 def integers(name: str, value: Any, least: int, most: int) -> list[int] | tuple[int, ...]:

@@ -29,7 +29,7 @@ from .launching import PLAIN, launch_hook, with_scratch_memory
 
 _aten = torch.ops.aten
 _EMPTY, _OPTIONS = _aten.empty.memory_format, {"dtype", "device", "pin_memory"}
-_ALLOCATIONS = (_EMPTY, _aten.empty_like.default, _aten.empty_strided.default)
+_ALLOCATIONS = (_EMPTY, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default)
 _ALIGNMENT = 512  # bytes, as CUDA's allocator gives: no kernel asks for more
 _FIRST, _APART = 1 << 60, 1 << 40  # addresses of what a recording allocates, above any real one
 
@@ -126,7 +126,11 @@ class Plan:
         """What is returned of the allocations ``made``."""
 
         def part(number: int, part: tuple | None) -> Tensor:
-            return made[number] if part is None else made[number].as_strided(*part)
+            whole = made[number]
+            if part is None:
+                return whole
+            shape, strides, offset = part  # within the allocation, which in a recording begins within its storage
+            return whole.as_strided(shape, strides, whole.storage_offset() + offset)
 
         results = [None if result is None else part(*result) for result in self.results]
         return results[0] if self.single else tuple(results)

@@ -34,7 +34,7 @@ _VALUES = frozenset((type(None), int, float, str, bool, torch.dtype))
 def is_replayable(tensor: Tensor) -> bool:
     """Whether calls on ``tensor`` may be repeated: on NVIDIA, as AMD's kernels also depend on a storage's size.
 
-    Dispatch modes would not see what is repeated. A recording does: of eighteen blocks, four kinds are worked out.
+    Dispatch modes would not see what is repeated. A recording does, so a group of blocks works out each kind once.
     """
     modes = torch._C._len_torch_dispatch_stack()
     return tensor.is_cuda and torch.version.hip is None and modes == (launch_hook.recording is not None)
@@ -128,7 +128,8 @@ class Calls:
 def description(args: tuple) -> Hashable | None:
     """Everything that a call depends on except values; None where it cannot be repeated.
 
-    C's own where C is there. It tells no negative views, whose memory holds other values: who calls resolves them.
+    C's own where C is there. It does not mark negative views, whose memory holds
+    other values: the caller resolves them.
     """
     if not is_replayable(args[0]):
         return None

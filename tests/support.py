@@ -36,14 +36,15 @@ def draws_for(values: int, together: int = 128) -> range:
 
 def no_worse_together(draws: Iterable[tuple[torch.Tensor, ...]], least: Iterable[float] = ()) -> bool:
     """`no_worse` in the geometric mean of draws (actual, expected, eager, …): a rare draw whose terms nearly cancel
-    decides nothing. Of several eagers, which sum in different orders, the worst counts.
+    decides nothing, but none may err 100 times as much as eager, where in 13,000 draws of the smallest shapes nine
+    times was the most. Of several eagers, which sum in different orders, the worst counts.
     """
     ratios = []
     for (actual, expected, *eager), size in itertools.zip_longest(draws, least, fillvalue=0.0):
         eps = torch.finfo(eager[0].dtype).eps
         ours, *theirs = (max(relative_error(each, expected, size), eps) for each in (actual, *eager))
         ratios.append(math.log(ours / max(theirs)))
-    return sum(ratios) <= len(ratios) * math.log(2)
+    return bool(ratios) and sum(ratios) <= len(ratios) * math.log(2) and max(ratios) <= math.log(100)
 
 
 @torch.no_grad()

@@ -241,3 +241,17 @@ def test_options_of_other_configurations_are_left_out(tmp_path):
 def test_a_model_type_that_is_no_name():
     with pytest.raises(ValueError, match=r"model_type is \['a'\]: expected 'convnext'"):
         ConvNextConfig.from_dict({"model_type": ["a"]})
+
+
+def test_the_section_of_this_package_in_a_file(tmp_path):
+    """Without a ``model_type`` it is of this model; where it is no section, the file's own fields count."""
+    path, fields = tmp_path / "config.json", ConvNextConfig(num_labels=3).to_dict()
+    for written in (
+        {"convnext_fast": {name: value for name, value in fields.items() if name != "model_type"}},
+        {**fields, "convnext_fast": None},
+    ):
+        path.write_text(json.dumps(written))
+        assert ConvNextConfig.from_pretrained(tmp_path).num_labels == 3
+    path.write_text(json.dumps({"convnext_fast": {**fields, "model_type": "resnet"}}))
+    with pytest.raises(ValueError, match=r"convnext_fast describes a model of type 'resnet'"):
+        ConvNextConfig.from_pretrained(tmp_path)

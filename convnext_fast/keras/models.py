@@ -108,9 +108,17 @@ class TFConvNextPreTrainedModel(keras.Model):
         """A model with the weights of a folder, file or hub id; see `weights.load_pretrained`."""
         return load_pretrained(cls, pretrained_model_name_or_path, **options)
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        safe_serialization: bool = False,
+        saved_model: bool = False,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
         """Write ``config.json`` and ``tf_model.h5``, which transformers 4 reads; see `weights.save_pretrained`."""
-        save_pretrained(self, save_directory, **options)
+        options = {"safe_serialization": safe_serialization, "saved_model": saved_model}
+        save_pretrained(self, save_directory, max_shard_size=max_shard_size, **options)
 
     def export(self, filepath: str | Path, format: str = "tf_saved_model", **options: Any) -> None:
         """Write a program for images of ``config.image_size``, as `keras.Model.export` does.

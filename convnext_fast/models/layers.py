@@ -7,6 +7,7 @@ the ops work on are free. They are plain modules that declare a plan (see `fused
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,11 +26,11 @@ _LIVE = ("eps", "rate")
 """Settings of layers that every forward reads anew."""
 
 
-def _of_plan(name: str) -> Any:
+def _of_plan(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Any:
     """A field of a module's plan as its attribute."""
     return property(
         lambda self: getattr(state_of(self).plan, name),
-        lambda self, value: set_plan(self, state_of(self).plan._replace(**{name: value})),
+        lambda self, value: set_plan(self, state_of(self).plan._replace(**{name: convert(value)})),
     )
 
 
@@ -40,7 +41,7 @@ class OwnModule(FusedModule):
         fused: run the fused ops; otherwise call the layers.
     """
 
-    fused = _of_plan("fused")
+    fused: bool = _of_plan("fused", bool)
 
 
 class ConvNextBlockBase(OwnModule):

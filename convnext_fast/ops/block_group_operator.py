@@ -60,12 +60,15 @@ def _backward(
     dtype: torch.dtype,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradient of x, if that is needed, then those of the weights; ``needs``: of x and of each of ``tensors``."""
+    """The gradient of x, if that is needed, then those of the weights.
+
+    results: those of `_forward` but the last. needs: of x and of each of ``tensors``.
+    """
     rest, inputs, saved = iter(results), [x], []
     for level in levels:
         kept = [next(rest) for _ in range(_KEPT[level])]
         saved.append(Saved(*kept, *[None] * (len(Saved._fields) - len(kept))))
-        inputs.append(next(rest))
+        inputs.append(next(rest, None))  # the last y is no input
     first, wanted = _wanted(masks, needs)
     arguments = inputs[first:-1], _blocks(tensors, masks, eps, acts, levels)[first:], saved[first:], wanted
     gradients = choose.module("triton").blocks_bwd(dy, *map(tuple, arguments), dtype)
@@ -99,7 +102,7 @@ def _wanted(masks: list[int], needs: list[bool]) -> tuple[int, list[tuple[bool, 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, tensors, *ctx.options = inputs
-    ctx.save_for_backward(x, *tensors, *output)
+    ctx.save_for_backward(x, *tensors, *output[:-1])
     ctx.count = len(tensors)
     ctx.mark_non_differentiable(*output[:-1])
     ctx.set_materialize_grads(False)

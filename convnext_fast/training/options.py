@@ -57,7 +57,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
-            integer(name, getattr(self, name), least)
+            object.__setattr__(self, name, integer(name, getattr(self, name), least))
         for name in ("lr", "min_lr", "weight_decay", "clip_grad", "mixup", "cutmix"):
             self._check(name, math.inf)
         for name in ("label_smoothing", "ema", *(() if self.drop_path is None else ("drop_path",))):

@@ -428,6 +428,7 @@ def dwconv_gluon(
             **_layouts(block // 4, x.element_size(), statistics),
         )  # fmt: skip
 
-    given = channels, height, width, taps, x.dtype, out_dtype, flip, statistics, bias is None, residual is None
+    residual_dtype = None if residual is None else residual.dtype
+    given = channels, height, width, taps, x.dtype, out_dtype, flip, statistics, bias is None, residual_dtype
     run(fastest(dwconv_gluon_kernel, run, candidates, x, batch, given))
     return u, stats

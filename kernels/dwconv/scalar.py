@@ -149,6 +149,7 @@ def dwconv_scalar(
             num_warps=config.num_warps, num_stages=1,
         )  # fmt: skip
 
-    given = channels, height, width, taps, out_dtype, flip, statistics, bias is None, residual is None
+    residual_dtype = None if residual is None else residual.dtype
+    given = channels, height, width, taps, out_dtype, flip, statistics, bias is None, residual_dtype
     run(fastest(dwconv_scalar_kernel, run, candidates, x, batch, given))
     return u, stats

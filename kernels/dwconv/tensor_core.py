@@ -277,6 +277,7 @@ def dwconv_tensor_core(
             num_warps=config.num_warps, num_stages=1,
         )  # fmt: skip
 
-    given = channels, height, width, taps, x.dtype, out_dtype, flip, statistics, bias is None, residual is None
+    residual_dtype = None if residual is None else residual.dtype
+    given = channels, height, width, taps, x.dtype, out_dtype, flip, statistics, bias is None, residual_dtype
     run(fastest(dwconv_tensor_core_kernel, run, candidates, x, batch, given))
     return u, stats

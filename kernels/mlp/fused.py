@@ -225,5 +225,7 @@ def fused_mlp_fwd(
         )  # fmt: skip
 
     candidates = fused_configs(C, K, lean, target_of(u), grn is not None, are_few(P, target_of(u)))
-    run(fastest(_mlp_fwd_kernel, run, candidates, u, P, (C, K, act, save_hidden, y.dtype, copy is None, samples)))
+    residual_dtype = None if residual is None else residual.dtype
+    given = C, K, act, save_hidden, residual_dtype, y.dtype, copy is None, samples
+    run(fastest(_mlp_fwd_kernel, run, candidates, u, P, given))
     return y, a

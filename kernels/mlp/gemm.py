@@ -337,7 +337,8 @@ def fc2(
 
     grn = scaling is not None
     candidates = gemm_configs(P, C, h.dtype, target_of(h), grn, per_sample if grn else None)
-    run(fastest(_fc2_kernel, run, candidates, h, P, (C, K, y.dtype, copy is None, samples)))
+    residual_dtype = None if residual is None else residual.dtype
+    run(fastest(_fc2_kernel, run, candidates, h, P, (C, K, residual_dtype, y.dtype, copy is None, samples)))
     return y
 
 

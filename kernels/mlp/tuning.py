@@ -115,7 +115,7 @@ def norm_blocks(stats: Tensor | None, channels: int, dtype: torch.dtype) -> tupl
 
 
 def are_few(rows: int, target: str) -> bool:
-    """Whether tiles of 64 rows leave processors of sm_90 idle: by the resource model the chain of a program counts."""
+    """Whether tiles of 64 rows leave processors of sm_90 idle, so that the latency of a program decides."""
     return target == "sm_90" and is_known(rows) and cdiv(rows, 64) <= PROCESSORS[target]
 
 

@@ -27,7 +27,7 @@ needs_onednn = pytest.mark.skipif(not onednn.supports(torch.empty(1)), reason="P
 @settings(max_examples=15, deadline=None)
 def test_linear(act, rows, channels, hidden, layout):
     found, added, sizes = [], [], []
-    for _ in draws_for(rows * hidden, 512):  # of GELU's tail eager has more digits
+    for _ in draws_for(rows * hidden, 512):  # eager is more accurate in GELU's tail
         x, residual = torch.randn(rows, channels), torch.randn(rows, hidden)
         weight = torch.randn(channels, hidden).t() if layout & 1 else torch.randn(hidden, channels)
         bias = torch.randn(hidden) if layout & 2 else None

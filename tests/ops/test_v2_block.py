@@ -98,6 +98,14 @@ def test_several_blocks_of_samples(recompute, dtype, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_the_dtype_of_a_result_does_not_depend_on_the_size():
+    """float16 in bfloat16's autocast, of one block of rows and of several."""
+    parameters = v2_parameters(12, 20, 7, torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        results = [ops.convnext_v2_block(torch.randn(3, side, side, 12).half(), **parameters) for side in (2, 4, 80)]
+    assert {y.dtype for y in results} == {torch.float16}
+
+
 def test_gradients_with_a_layer_scale_too():
     """As timm's blocks can have both."""
     torch.manual_seed(0)

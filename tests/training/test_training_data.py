@@ -233,6 +233,13 @@ def test_short_runs_warm_up_for_a_fifth():
     assert TrainingOptions(epochs=2, warmup_epochs=0).warmup_epochs == 0
 
 
+def test_integers_of_numpy_become_python_ones():
+    """Resuming refuses a checkpoint that holds NumPy's."""
+    options = TrainingOptions(epochs=np.int64(3), batch_size=np.int32(2), seed=np.int64(1))
+    assert {type(getattr(options, name)) for name in ("epochs", "batch_size", "seed")} == {int}
+    assert type(options.warmup_epochs) is float
+
+
 @pytest.mark.parametrize(
     ("field", "value", "error"),
     [

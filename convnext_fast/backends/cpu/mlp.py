@@ -58,7 +58,7 @@ def mlp_fwd(
             h, own, norms[grn.samples(rows)] = grn.forward(h, mlp, into_weight)
         z = own.second(h, None if residual is None else residual[rows], None if scale is None else scale[rows])
         if len(blocks) == 1:
-            return z, saved, norms
+            return z.to(like.dtype), saved, norms
         y[rows] = z
     return y, saved, norms
 

@@ -63,7 +63,7 @@ def check(*draws):
 
 
 def orders(rows, sample=None):
-    """Three orders of the rows, the first as they are; of many rows the sums are long enough to need but that one.
+    """Three orders of the rows, the first as they are; many rows make sums so long that one order is enough.
 
     ``sample``: rows that stay together.
     """

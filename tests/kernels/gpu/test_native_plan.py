@@ -128,6 +128,47 @@ def test_parts_of_one_allocation(device):
     assert (second.shape, first.shape, first.stride()) == ((8,), (2, 4), (4, 1))
 
 
+def test_parts_of_the_allocation_of_a_part(device):
+    """What a call within a recording returns of an allocation lies there in the plan around it too."""
+    kernel = Kernel()
+
+    @replaying.replayed
+    def halves(x):
+        both = torch.empty(2, 8)
+        launched(kernel, (1,), x, 1, 1.0, 0, both)
+        return both[1], both[0]
+
+    def function(x):
+        y = torch.empty(8)
+        for half in halves(x):
+            launched(kernel, (1,), half, 1, 1.0, 0, y)
+        return y
+
+    known(function, X)(X)
+    (_, _, _, both, _), *read = (launch[-1] for launch in device.launches)
+    assert [each[0] - both for each in read] == [32, 0]
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        torch.empty_like,
+        lambda x: x.new_empty(x.shape),
+        lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device),
+    ],
+)
+def test_every_way_to_allocate(device, allocate):
+    def function(x):
+        launched(Kernel(), (1,), x, 1, 1.0, 0, y := allocate(x))
+        return y
+
+    call = known(function, X)
+    y = call(X)
+    assert (y.shape, y.stride(), y.dtype) == (X.shape, X.stride(), X.dtype)
+    assert device.launches[0][-1][3] == y.data_ptr()
+
+
 def test_scratch_memory_is_shared_by_what_is_never_in_use_together():
     kernel = Kernel()
 
