@@ -20,7 +20,7 @@ from .plan import ChainPlan, PatchPlan, called_by, follow, recall
 from .records import STATE, Record
 from .run_plan import read, step_of
 
-_wants_gradient = operator.attrgetter("requires_grad")
+_wants_gradient = operator.attrgetter("requires_grad")  # which Dynamo does not trace
 _CALL = nn.Module.__call__
 
 
@@ -182,7 +182,7 @@ def _steps(module: nn.Module, frozen: bool, layers: list[nn.Module] | None) -> l
     step = step_of(module, plan, read(module, plan), state.token)
     if not _are_plain(step.weights):
         return None
-    if torch.compiler.is_compiling() and frozen and any(map(_wants_gradient, _weights([step]))):
+    if torch.compiler.is_compiling() and frozen and any(w.requires_grad for w in _weights([step])):
         return None
     following = isinstance(plan, PatchPlan) and plan.following is not None
     rest = _joined(follow(module, plan.following), frozen, layers) if following else []

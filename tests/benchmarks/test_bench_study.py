@@ -48,7 +48,8 @@ study.follow(steps, results, Lines(), lambda: None)
 def test_continues_after_a_kill(tmp_path, monkeypatch, capsys):
     """Rows of finished steps stay as they are; a step that was cut short is done anew; nothing is doubled."""
     command = [sys.executable, "-c", KILLED, str(tmp_path), "0.5"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # results of other numbers are refused
+    process = subprocess.Popen(command, cwd=ROOT, env=threads, stdout=subprocess.PIPE, text=True)
     assert [process.stdout.readline().split(":")[0] for _ in range(3)] == ["a/0", "a/1", "b/0"]
     process.send_signal(signal.SIGKILL)
     process.wait()
