@@ -256,7 +256,7 @@ def input_grad_config(channels: int, dtype: torch.dtype, target: str, grn: bool)
 
 def _third_stage(channels: int, target: str) -> bool:
     """Whether a third stage takes fewer registers beside a global response norm."""
-    return channels <= 48 and target in ("sm_80", "sm_86")
+    return channels <= 48 and target in ("sm_80", "sm_86", "sm_100")
 
 
 def weight_grad_config(
