@@ -238,11 +238,12 @@ def fold_bwd(sums: Sums, weights: BlockWeights, dwconv_sums: Tensor | None = Non
     w1, w2, b2, gamma = weights.w1, weights.w2, weights.b2, weights.gamma
     tiles = cdiv(K, BLOCK_K)
     partial = torch.empty((tiles, 4, C), dtype=torch.float32, device=w1.device)
+    num_warps = 8 if w1.dtype == torch.float16 or sums.grn is not None else 4  # 4 would spill on sm_120 and sm_100
     launch(
         _fold_bwd_kernel, (tiles, cdiv(C, 64)),
         *sums, w1, w2, weights.ln_weight, weights.ln_bias, gamma, grads.w1, grads.b1, grads.w2, grads.grn_weight,
         grads.grn_bias, partial, K, C, S, sums.db1.shape[0], sums.dz.shape[0], 0 if sums.grn is None else len(sums.grn),
-        BLOCK_K=BLOCK_K, BLOCK_C=64, num_warps=8 if w1.dtype == torch.float16 or sums.grn is not None else 4,  # where 4 spill
+        BLOCK_K=BLOCK_K, BLOCK_C=64, num_warps=num_warps,
     )  # fmt: skip
     splits, taps = (0, 0) if dwconv_sums is None else dwconv_sums.shape[:2]
     launch(
