@@ -158,9 +158,9 @@ class ConfigBase(SavedJson, VirtualSubclass):
         fields, where = read_json(path), str(path)
         known = [name for name, kind in cls.kinds.items() if issubclass(kind, cls)] or [cls.model_type]
         model_type = fields.get("model_type")
-        if isinstance(fields.get(SECTION), dict):
+        if fields.get(SECTION) is not None:
             fields, where = fields[SECTION], f"{path}, {SECTION}"
-            model_type = fields.get("model_type", known[0])
+            model_type = fields.get("model_type", known[0]) if isinstance(fields, dict) else known[0]
         if model_type not in known:
             expected = " or ".join(map(repr, known))
             raise ValueError(f"{where} describes a model of type {model_type!r}: expected {expected}")
