@@ -128,8 +128,8 @@ class Calls:
 def description(args: tuple) -> Hashable | None:
     """Everything that a call depends on except values; None where it cannot be repeated.
 
-    C's own where C is there. It does not mark negative views, whose memory holds
-    other values: the caller resolves them.
+    Where there is a C compiler this is C's own key. It does not mark negative views, whose memory holds other values:
+    the caller resolves them.
     """
     if not is_replayable(args[0]):
         return None

@@ -1,4 +1,4 @@
-"""`fuse` on the models of transformers: agreement, what survives, and how each is used afterwards."""
+"""`fuse` on the models of transformers: agreement, what survives, and what changes a block afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import warnings
 import pytest
 import torch
 from fuse_support import (
-    Logits,
     check_bfloat16,
     check_float32,
     everything,
@@ -390,67 +389,3 @@ def test_checkpointing(image):
         block.forward = lambda x, original=original: checkpoint(original, x, use_reentrant=False)
     for name, value in everything(model, image).items():
         assert relative_error(value, expected[name]) <= FLOAT32_BOUND, name
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_compiles_as_one_graph(training, image):
-    torch.compiler.reset()
-    model = Logits(tiny(drop_path_rate=0.0)).train(training)
-    expected = everything(model, image)
-    compiled = torch.compile(fuse(model).model, fullgraph=True, backend="aot_eager")
-    for name, value in everything(compiled, image).items():
-        assert relative_error(value, expected[name.removeprefix("_orig_mod.")]) <= FLOAT32_BOUND, name
-    report = torch.compile(fuse(model), fullgraph=True, backend="aot_eager")
-    assert relative_error(report(image), model(image)) <= FLOAT32_BOUND
-
-
-def exported(image):
-    """(the program of a fused model with a dynamic batch, that model, what it made before it was fused)."""
-    model = Logits(tiny()).eval()
-    expected = model(image)
-    fuse(model)
-    batch = torch.export.Dim("batch", min=1, max=16)
-    return torch.export.export(model, (image,), dynamic_shapes=({0: batch},)), model, expected
-
-
-@pytest.mark.thorough
-def test_packages_ahead_of_time(image, tmp_path):
-    """AOTInductor, most of whose time a C++ compiler takes."""
-    program, _, expected = exported(image)
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    assert relative_error(torch._inductor.aoti_load_package(package)(image), expected) <= FLOAT32_BOUND
-
-
-def test_exports_and_traces(image):
-    """`torch.export` with a dynamic batch, `torch.jit.trace`, `torch.fx`."""
-    program, model, expected = exported(image)
-    assert relative_error(program.module()(image), expected) <= FLOAT32_BOUND
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        traced = torch.jit.trace(model, (image,))
-    assert "convnext_fast::" not in str(traced.inlined_graph)
-    assert relative_error(traced(image), expected) <= FLOAT32_BOUND
-    stage = model.model.convnext.encoder.stages[0].layers[0]
-    x = torch.randn(2, 8, 6, 5)
-    assert relative_error(torch.fx.symbolic_trace(stage)(x), stage(x)) <= FLOAT32_BOUND
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_onnx_needs_no_operator_of_ours(image, tmp_path):
-    onnx = pytest.importorskip("onnx", reason="needs the extra export")
-    runtime = pytest.importorskip("onnxruntime", reason="needs the extra export")
-    model = Logits(tiny()).eval()
-    expected = model(image)
-    fuse(model)
-    old = torch.__version__.startswith("2.9.")  # it exports for one image or for several
-    batch = torch.export.Dim("batch", min=2 if old else 1, max=16)
-    path = str(tmp_path / "model.onnx")
-    torch.onnx.export(model, (image,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
-    graph = onnx.load(path).graph
-    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for x in (image, image[: 1 + old]):
-        (actual,) = session.run(None, {graph.input[0].name: x.numpy()})
-        assert relative_error(torch.from_numpy(actual), model(x)) <= FLOAT32_BOUND
-    assert relative_error(model(image), expected) <= FLOAT32_BOUND
-    assert fused_calls(model(image)) == 2
