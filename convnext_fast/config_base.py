@@ -15,7 +15,7 @@ import torch
 
 from .files import find_file, json_text, local_path, read_json
 from .hub import split_loading
-from .saved_json import SavedJson
+from .saved_json import SavedJson, save_text
 from .virtual_subclass import VirtualSubclass
 
 if TYPE_CHECKING:
@@ -92,6 +92,10 @@ class ConfigBase(SavedJson, VirtualSubclass):
         """`to_diff_dict`, or else `to_dict`, as JSON."""
         fields = self.to_diff_dict() if use_diff else self.to_dict()
         return json_text(fields, indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
+        """Write `to_json_string` into a file."""
+        save_text(json_file_path, self.to_json_string(use_diff))
 
     def update(self, config_dict: Mapping[str, Any]) -> None:
         """Assign many fields."""

@@ -26,10 +26,9 @@ class SavedJson:
         """`to_dict` as JSON."""
         return json_text(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
-    def to_json_file(self, json_file_path: str | Path, *how: Any, **options: Any) -> None:
-        """Write `to_json_string`, which takes further arguments, into a file."""
-        path, text = local_path(json_file_path), self.to_json_string(*how, **options)
-        write_files(path.parent, {path.name: lambda place: place.write_text(text, encoding="utf-8")})
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """Write `to_json_string` into a file."""
+        save_text(json_file_path, self.to_json_string())
 
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> Any:
@@ -66,3 +65,9 @@ class SavedJson:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, default=str)}"
+
+
+def save_text(file: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+    path = local_path(file)
+    write_files(path.parent, {path.name: lambda place: place.write_text(text, encoding="utf-8")})

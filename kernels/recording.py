@@ -2,9 +2,9 @@
 
 A plan holds for every call of the same kind, whatever memory its tensors lie in: an address is noted as a piece of
 memory and an offset into it. Memory that only the launches see comes from one allocation, in which pieces that are
-never used at the same time overlap. While a call is recorded, nothing is launched and no memory is taken. Afterwards the
-plan is repeated for that call, too. Where a recorded call makes calls whose plans are known, these become parts of its
-own plan.
+never used at the same time overlap. While a call is recorded, nothing is launched and no memory is taken. Afterwards
+the plan is repeated for that call, too. Where a recorded call makes calls whose plans are known, these become parts of
+its own plan.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def costs(specialised: Specialised, launch: Launch, listing: str, threads: int, 
 
     Raises:
         walking.UnknownFlow: the kernel's control flow depends on values of tensors.
-        NotImplementedError: it stores by TMA, whose bytes are not counted.
+        NotImplementedError: it stores by TMA, whose bytes are not counted. No kernel here does: TMA only loads.
     """
     if re.search(r"\bUTMASTG\b", listing):
         raise NotImplementedError(f"{launch.name} stores by TMA, whose bytes are not counted")
