@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .backends.triton_import import install
 from .config import VARIANTS, ConvNextConfig, ConvNextV2Config
 from .fusion.apply import FuseReport, fuse, unfuse
 from .images.processor import ConvNextFeatureExtractor, ConvNextImageProcessor
@@ -15,7 +16,6 @@ from .models.huggingface import (
     ConvNextV2ForImageClassification,
     ConvNextV2Model,
 )
-from .triton_import import install
 
 install()
 del install

@@ -1,12 +1,10 @@
-"""Tables, on rich, which the extra ``convnext-fast[demo]`` installs."""
+"""Text for people: messages, and tables on rich, which the extra ``convnext-fast[demo]`` installs."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-from .hub import how_to_install
 
 _UNPRINTED = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 """Control and format characters (escapes, right-to-left marks), lone surrogates, and ends of lines and paragraphs."""
@@ -23,6 +21,11 @@ def plain(text: str) -> str:
     Names of files and classes come from elsewhere, and may hold anything. Line ends and tabs stay.
     """
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in _UNPRINTED and c not in "\n\t" else c for c in text)
+
+
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra of this package, for messages."""
+    return f"pip install -e '.[{extra}]' in a clone of convnext_fast"
 
 
 def new_console() -> Console:

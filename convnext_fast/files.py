@@ -1,11 +1,10 @@
-"""Files: found in a folder or on the Hugging Face hub, read as JSON, and written whole or not at all."""
+"""Files: read as JSON, and written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,12 +12,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .hub import ANYWHERE, Loading, hub_file
-
 MOST_JSON_BYTES = 1 << 26
 """Of a JSON file that is read; a configuration with 20,000 classes takes one megabyte."""
 MOST_JSON_LEVELS = 64
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def local_path(source: str | Path) -> Path:
@@ -31,27 +27,6 @@ def local_path(source: str | Path) -> Path:
         return Path(source).expanduser()
     except RuntimeError:  # no user of this name: a file's name may begin with ~ too
         return Path(source)
-
-
-def find_file(source: str | Path, *names: str, loading: Loading = ANYWHERE) -> Path:
-    """The first of ``names`` that the folder or hub repository ``source`` holds, as a local path.
-
-    Hub files come through huggingface_hub: its cache, its ``HF_HUB_OFFLINE`` switch and its progress bars apply.
-
-    Raises:
-        FileNotFoundError: neither a folder nor a reachable hub repository, or it holds none of ``names``.
-        ImportError: ``source`` is a hub id and huggingface_hub is not installed.
-    """
-    folder, wanted = local_path(source), " or ".join(names)
-    if folder.is_dir():
-        folder = folder / loading.subfolder
-        found = next((folder / name for name in names if (folder / name).is_file()), None)
-        if found is not None:
-            return found
-        raise FileNotFoundError(f"the folder {folder} holds no {wanted}")
-    if folder.exists() or not _HUB_ID.fullmatch(str(source)):
-        raise FileNotFoundError(f"{source} is neither a folder nor a Hugging Face hub id (expected {wanted} in it)")
-    return hub_file(str(source), names, loading)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import VARIANTS, ConvNextConfig
-from ..config_base import SECTION
-from ..files import find_file, local_path, read_json
-from ..hub import ANYWHERE, Loading
+from ..config.base import SECTION
+from ..files import local_path, read_json
+from ..huggingface.hub import ANYWHERE, Loading, find_file
 
 _TIMM_ACTIVATIONS = {"gelu_tanh": "gelu_new", "swish": "silu"}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import ConvNextConfig
 from ..files import json_writer, local_path, write_files
-from ..hub import ANYWHERE, Loading, split_loading
+from ..huggingface.hub import ANYWHERE, Loading, split_loading
 from .config_json import SavedConfig, config_fields, read_config, warn_of_lost_fields
 from .formats import from_sparse, from_timm, infer_config, recognise, to_timm
 from .loading_options import sorted_options, spread

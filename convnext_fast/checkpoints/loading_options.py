@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .. import config_checks
-from ..config import ConvNextConfig
-from ..config_base import near_fields
+from ..config import ConvNextConfig, checks
+from ..config.base import near_fields
 
 _COMMON_FIELDS = {"output_hidden_states", "output_attentions", "return_dict"}
 _WITHOUT_EFFECT = {
@@ -87,7 +86,7 @@ def sorted_options(
     model, fields = ({name: options[name] for name in options if name in kind} for kind in (of_model, of_config))
     dtype = dtype if options.get("torch_dtype") is None else options["torch_dtype"]
     device, device_map = _placement(options.get("device_map"), device)
-    return Options(model, fields, config_checks.floating("dtype", dtype), device, device_map, options.get("max_memory"))
+    return Options(model, fields, checks.floating("dtype", dtype), device, device_map, options.get("max_memory"))
 
 
 def _placement(device_map: Any, device: Any) -> tuple[torch.device, Any]:
@@ -99,7 +98,7 @@ def _placement(device_map: Any, device: Any) -> tuple[torch.device, Any]:
     if device_map is not None and not isinstance(device_map, Mapping) and device_map not in _AUTOMATIC:
         raise TypeError(f"device_map is {device_map!r:.80}: expected a device, 'auto', or devices by module")
     where = "cpu" if device_map is not None else torch.get_default_device() if device is None else device
-    where = config_checks.device("device", where)
+    where = checks.device("device", where)
     if where.type == "meta":
         raise ValueError("device is meta, where tensors have no values: expected one to load the weights on")
     return where, device_map

@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..files import find_file, local_path, read_json
-from ..hub import ANYWHERE, Loading
+from ..files import local_path, read_json
+from ..huggingface.hub import ANYWHERE, Loading, find_file
 from .tensorflow import MODEL_H5, from_tensorflow, pytorch_name, read_h5
 
 # In the order of preference that transformers has.

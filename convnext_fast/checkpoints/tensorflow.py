@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hub import how_to_install
+from ..console import how_to_install
 
 MODEL_H5 = "tf_model.h5"
 _NAME = re.compile(r"(?:.*/)?(convnext(?:v2)?/(?:embeddings|encoder|layernorm)/.+|classifier/(?:kernel|bias)):0")

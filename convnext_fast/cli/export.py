@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..console import how_to_install
 from ..files import write_files
-from ..hub import how_to_install
 from ..models.convnext import ConvNext
 from ..models.switches import check_image
 

@@ -12,7 +12,7 @@ import PIL.Image
 import torch
 
 from ..config import MOST_SIDE
-from ..config_checks import device, one_of, real
+from ..config.checks import device, one_of, real
 from .batch_feature import FRAMEWORKS
 from .transforms import CHANNELS_FIRST, CHANNELS_LAST
 

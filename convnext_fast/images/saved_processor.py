@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import find_file, local_path, read_json
-from ..hub import split_loading
-from ..saved_json import SavedJson
-from ..virtual_subclass import VirtualSubclass
+from ..files import local_path, read_json
+from ..huggingface.hub import find_file, split_loading
+from ..huggingface.saved_json import SavedJson
+from ..huggingface.virtual_subclass import VirtualSubclass
 from .options import DEFAULTS, check_names
 
 TYPES = (

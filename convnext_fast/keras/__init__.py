@@ -2,7 +2,7 @@
 
 import os
 
-from ..hub import how_to_install
+from ..console import how_to_install
 
 try:
     import keras

@@ -20,7 +20,7 @@ from ..checkpoints.matching import config_for, match_tensors
 from ..checkpoints.tensorflow import MODEL_H5, h5_part_writer, h5_writer, to_tensorflow
 from ..checkpoints.weight_files import part_writers, safetensors_writer, size_in_bytes, stale_files
 from ..files import json_writer, local_path, write_files
-from ..hub import split_loading
+from ..huggingface.hub import split_loading
 from .fused import ON_TORCH, order_of
 
 SAFETENSORS = "model.safetensors"

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import ConvNextConfig, ConvNextV2Config
-from ..config_base import alias
+from ..config.base import alias
 from .huggingface_layers import ConvNextEmbeddings, ConvNextEncoder
 from .layers import LayerNorm2d
 from .losses import classification_loss

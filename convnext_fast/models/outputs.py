@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..virtual_subclass import VirtualSubclass
+from ..huggingface.virtual_subclass import VirtualSubclass
 
 
 class ModelOutput(VirtualSubclass, dict[str, Any]):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..checkpoints.load_save import load_model, save_model
 from ..config import ConvNextConfig
 from ..files import local_path
-from ..hub import push
-from ..virtual_subclass import VirtualSubclass
+from ..huggingface.hub import push
+from ..huggingface.virtual_subclass import VirtualSubclass
 from .huggingface_layers import ConvNextEncoder, ConvNextStage
 from .outputs import ModelOutput
 from .switches import ConvNextSwitches, init_weights

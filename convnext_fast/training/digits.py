@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..config import ConvNextConfig
-from ..hub import how_to_install
+from ..console import how_to_install
 from ..images.processor import ConvNextImageProcessor
 from .pictures import ImageSet
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from ..config_checks import integer, one_of
+from ..config.checks import integer, one_of
 from .augment import AUGMENTATIONS
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .files import json_text, json_writer, local_path, read_json, write_files
+from ..files import json_text, json_writer, local_path, read_json, write_files
 from .hub import push
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..console import how_to_install
+from ..files import local_path
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Loading(NamedTuple):
@@ -55,13 +61,29 @@ def split_loading(options: Mapping[str, Any]) -> tuple[Loading, dict[str, Any]]:
     return Loading(**loading), rest
 
 
-def how_to_install(extra: str) -> str:
-    """The command that installs an extra of this package, for messages."""
-    return f"pip install -e '.[{extra}]' in a clone of convnext_fast"
+def find_file(source: str | Path, *names: str, loading: Loading = ANYWHERE) -> Path:
+    """The first of ``names`` that the folder or hub repository ``source`` holds, as a local path.
+
+    Hub files come through huggingface_hub: its cache, its ``HF_HUB_OFFLINE`` switch and its progress bars apply.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a reachable hub repository, or it holds none of ``names``.
+        ImportError: ``source`` is a hub id and huggingface_hub is not installed.
+    """
+    folder, wanted = local_path(source), " or ".join(names)
+    if folder.is_dir():
+        folder = folder / loading.subfolder
+        found = next((folder / name for name in names if (folder / name).is_file()), None)
+        if found is not None:
+            return found
+        raise FileNotFoundError(f"the folder {folder} holds no {wanted}")
+    if folder.exists() or not _HUB_ID.fullmatch(str(source)):
+        raise FileNotFoundError(f"{source} is neither a folder nor a Hugging Face hub id (expected {wanted} in it)")
+    return _hub_file(str(source), names, loading)
 
 
-def hub_file(repository: str, names: tuple[str, ...], loading: Loading) -> Path:
-    """The first of ``names`` that a hub repository holds, as a local path; errors as of `files.find_file`."""
+def _hub_file(repository: str, names: tuple[str, ...], loading: Loading) -> Path:
+    """The first of ``names`` that a hub repository holds, as a local path; errors as of `find_file`."""
     try:
         from huggingface_hub import errors, hf_hub_download
     except ImportError:

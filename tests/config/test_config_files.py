@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from convnext_fast import ConvNextConfig, ConvNextV2Config
-from convnext_fast.hub import Loading, split_loading
+from convnext_fast.huggingface.hub import Loading, split_loading
 
 LOADING = {
     "revision": "main",

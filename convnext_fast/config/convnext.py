@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from . import config_checks as checks
-from .config_base import ConfigBase, alias
+from . import checks
+from .base import ConfigBase, alias
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "selu")
 _ACTIVATION_ALIASES = {"swish": "silu"}

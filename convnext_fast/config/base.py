@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .files import find_file, json_text, local_path, read_json
-from .hub import split_loading
-from .saved_json import SavedJson, save_text
-from .virtual_subclass import VirtualSubclass
+from ..files import json_text, local_path, read_json
+from ..huggingface.hub import find_file, split_loading
+from ..huggingface.saved_json import SavedJson, save_text
+from ..huggingface.virtual_subclass import VirtualSubclass
 
 if TYPE_CHECKING:
     from typing_extensions import Self
