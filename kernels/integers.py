@@ -29,7 +29,7 @@ def remembered(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args: object) -> object:
-        if any(type(arg) is torch.SymInt for arg in args):
+        if torch.SymInt in map(type, args):
             args = tuple(int(arg) if isinstance(arg, torch.SymInt) else arg for arg in args)
         return known(*args)
 

@@ -19,8 +19,8 @@ class _LaunchHook(threading.local):
     """This thread's hook.
 
     Attributes:
-        recording: the innermost recording that is under way (see recording.py). Its ``note`` takes each launch, which
-            is not made: the compiled kernel, the grid and all parameters in order.
+        recording: the innermost recording that is under way (see recording.py). Its ``launch`` takes note of each
+            launch, which is not made.
     """
 
     recording: Any = None
@@ -31,7 +31,7 @@ launch_hook = _LaunchHook()
 
 def is_traced(tensor: torch.Tensor) -> bool:
     """Whether a compiler traces ``tensor``, such as a fake or functional tensor."""
-    return type(tensor) not in PLAIN
+    return launch_hook.recording is None and type(tensor) not in PLAIN
 
 
 def with_scratch_memory(function: Callable, *args: Any, **options: Any) -> None:
@@ -62,18 +62,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """
     if 0 in grid:
         return
+    if launch_hook.recording is not None:
+        launch_hook.recording.launch(kernel, grid, args, meta)
+        return
     if not _ORDINARY.issuperset(map(type, args)) and any(isinstance(a, torch.Tensor) and is_traced(a) for a in args):
         torch.library.wrap_triton(kernel)[grid](*args, **meta)
         return
     # A kernel reads memory, where the numbers of a negative view have the other sign.
     args = tuple(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args)
     with current(args[0]):
-        if launch_hook.recording is None:
-            kernel[grid](*args, **meta)
-            return
-        compiled = kernel.run(*args, grid=grid, warmup=True, **meta)
-    constants = (None,) * (len(kernel.params) - len(args))  # the compiled kernel has them
-    launch_hook.recording.note(compiled, grid, (*args, *constants))
+        kernel[grid](*args, **meta)
 
 
 def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -40,10 +40,10 @@ static struct {
     ReadInt32 dtype, device_type, device_index;
 } torch_; /* each returns 0, or an error */
 
-static PyTypeObject *tensor_type, *parameter_type, *dtype_type;
+static PyTypeObject *tensor_type, *parameter_type, *recorded_type, *dtype_type;
 static Py_ssize_t tensor_offset; /* of the at::Tensor in a Python tensor */
 static PyObject *as_strided, *precision, *dispatch_modes, *runtime_knobs;
-static PyObject *enter_hook_name, *exit_hook_name, *calls_name;
+static PyObject *enter_hook_name, *exit_hook_name, *calls_name, *key_name;
 
 /* ---- The key of a call ---- */
 
@@ -90,8 +90,18 @@ static int add_tensor(Call *call, PyObject *tensor) {
     return add_word(call, facts) || add_bytes(call, sizes, 8 * dim) || add_bytes(call, strides, 8 * dim) ? -1 : 0;
 }
 
+/* What stands for a tensor in a recording has its part of the key, and no address. */
+static int add_recorded(Call *call, PyObject *value) {
+    PyObject *bytes = PyObject_GetAttr(value, key_name);
+    int unknown = !bytes || !PyBytes_Check(bytes) || add_bytes(call, PyBytes_AS_STRING(bytes), PyBytes_GET_SIZE(bytes));
+    Py_XDECREF(bytes);
+    PyErr_Clear();
+    return unknown ? -1 : 0;
+}
+
 static int add_value(Call *call, PyObject *value) {
     if (is_tensor(value)) return add_tensor(call, value);
+    if (Py_TYPE(value) == recorded_type) return add_recorded(call, value);
     if (value == Py_None) return add_word(call, NONE);
     if (value == Py_True) return add_word(call, TRUE_);
     if (value == Py_False) return add_word(call, FALSE_);
@@ -387,12 +397,13 @@ static Py_ssize_t find_offset(PyObject *tensor) {
     return found;
 }
 
-/* configure(tensor, parameter, functions of PyTorch, as_strided, precision, dispatch_modes, runtime_knobs) */
+/* configure(tensor, parameter, dtype's and RecordedTensor's types, functions of PyTorch, as_strided, precision,
+   dispatch_modes, runtime_knobs) */
 static PyObject *configure(PyObject *module, PyObject *arguments) {
-    PyObject *tensor, *parameter, *dtype, *functions;
+    PyObject *tensor, *parameter, *dtype, *recorded, *functions;
     unsigned long long f[7];
-    if (!PyArg_ParseTuple(arguments, "OOOO!OOOO", &tensor, &parameter, &dtype, &PyTuple_Type, &functions, &as_strided,
-                          &precision, &dispatch_modes, &runtime_knobs) ||
+    if (!PyArg_ParseTuple(arguments, "OOOOO!OOOO", &tensor, &parameter, &dtype, &recorded, &PyTuple_Type, &functions,
+                          &as_strided, &precision, &dispatch_modes, &runtime_knobs) ||
         !PyArg_ParseTuple(functions, "KKKKKKK", f, f + 1, f + 2, f + 3, f + 4, f + 5, f + 6))
         return NULL;
     tensor_offset = find_offset(tensor);
@@ -409,6 +420,7 @@ static PyObject *configure(PyObject *module, PyObject *arguments) {
     tensor_type = (PyTypeObject *)Py_NewRef(Py_TYPE(tensor));
     parameter_type = (PyTypeObject *)Py_NewRef(Py_TYPE(parameter));
     dtype_type = (PyTypeObject *)Py_NewRef(dtype);
+    recorded_type = (PyTypeObject *)Py_NewRef(recorded);
     Py_INCREF(as_strided);
     Py_INCREF(precision);
     Py_INCREF(dispatch_modes);
@@ -429,6 +441,7 @@ PyMODINIT_FUNC PyInit_native_plan(void) {
     enter_hook_name = PyUnicode_InternFromString("launch_enter_hook");
     exit_hook_name = PyUnicode_InternFromString("launch_exit_hook");
     calls_name = PyUnicode_InternFromString("calls");
+    key_name = PyUnicode_InternFromString("key");
     PyObject *module = PyModule_Create(&definition);
     if (!module || PyType_Ready(&PlanType) || PyModule_AddObject(module, "Plan", Py_NewRef(&PlanType)) ||
         PyModule_AddIntConstant(module, "MOST_BASES", MOST_BASES))

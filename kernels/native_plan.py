@@ -25,7 +25,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime.build import compile_module_from_src
 
-from .recording import Launch, Part, Place, Plan
+from .recorded_tensor import Place, RecordedTensor
+from .recording import Launch, Part, Plan
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _CONSTANT, _PART = -1, 0
@@ -80,9 +81,11 @@ def library() -> ModuleType | None:
         module = compile_module_from_src(_SOURCE.read_text(), "native_plan")
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         readers = tuple(_address(torch_cpu, f"aoti_torch_get_{name}") for name in _READERS)
+        with torch._C.DisableTorchFunction():  # for a recording may be under way
+            one = torch.empty(1)
         module.configure(
-            torch.empty(1), torch.nn.Parameter(torch.empty(1)), torch.dtype, readers, Tensor.as_strided,
-            float32_precision, torch._C._len_torch_dispatch_stack, knobs.runtime,
+            one, torch.nn.Parameter(one), torch.dtype, RecordedTensor, readers, Tensor.as_strided, float32_precision,
+            torch._C._len_torch_dispatch_stack, knobs.runtime,
         )  # fmt: skip
     except Exception as error:
         _warn(
@@ -111,13 +114,14 @@ def build(plan: Plan) -> Any | None:
     if module is None or plan.given + len(plan.allocations) > module.MOST_BASES:
         return None
     driver = cuda()
-    launches, parameters, owners = bytearray(), bytearray(), []
+    launches: list[int] = []
+    parameters, owners = bytearray(), []
     for launch in plan.launches:
         if isinstance(launch, Part):
             owner, count = of(launch.plan), len(launch.places)
             if owner is None:
                 return None
-            launches += struct.pack("7q", id(owner), 0, 0, 0, _PART, 0, count)
+            launches += id(owner), 0, 0, 0, _PART, 0, count
             parameters += struct.pack(f"{2 * count}q", *itertools.chain.from_iterable(launch.places))
         else:
             owner = launch.kernel
@@ -126,13 +130,13 @@ def build(plan: Plan) -> Any | None:
             if values is None:
                 return None
             warps, _, shared = owner.packed_metadata[:3]
-            launches += struct.pack("7q", driver.function_of(owner), *launch.grid, 32 * warps, shared, form.count)
+            launches += driver.function_of(owner), *launch.grid, 32 * warps, shared, form.count
             parameters += struct.pack(form.format, *values)
         owners.append(owner)
     return module.Plan(
         driver.launch, driver.current_device, plan.device, plan.given, plan.single, driver.stream_of,
-        driver.allocate, tuple(map(tuple, plan.allocations)), bytes(launches), bytes(parameters), tuple(plan.results),
-        owners,
+        driver.allocate, tuple(map(tuple, plan.allocations)), struct.pack(f"{len(launches)}q", *launches),
+        bytes(parameters), tuple(plan.results), owners,
     )  # fmt: skip
 
 
@@ -181,7 +185,7 @@ def _values(form: _Form, launch: Launch) -> list[Any] | None:
     """What ``form.format`` takes; None where C does not support a parameter."""
     values: list[Any] = []
     for value, pointer in zip(itertools.compress(launch.parameters, form.taken), form.pointers, strict=True):
-        if isinstance(value, Place) is not pointer:
+        if (type(value) is Place) is not pointer:
             return None
         values += value if pointer else (_CONSTANT, value)
     pointers = [(_CONSTANT, 0)] * form.scratch

@@ -2,9 +2,9 @@
 
 A plan holds for every call of the same kind, whatever memory its tensors lie in: an address is noted as a piece of
 memory and an offset into it. Memory that only the launches see comes from one allocation, in which pieces that are
-never used at the same time overlap. While a call is recorded, nothing is launched and no memory is taken. Afterwards
-the plan is repeated for that call, too. Where a recorded call makes calls whose plans are known, these become parts of
-its own plan.
+never used at the same time overlap. A call is recorded on what stands for its tensors (recorded_tensor.py): nothing is
+launched and no memory is taken. Afterwards the plan is repeated for that call, too. Where a recorded call makes other
+such calls, their plans become parts of its own.
 """
 
 from __future__ import annotations
@@ -13,32 +13,22 @@ import bisect
 import collections
 import contextlib
 import dataclasses
-import functools
-import itertools
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from triton.runtime import driver
 
+from .compiled import compiled
 from .launching import PLAIN, launch_hook, with_scratch_memory
+from .recorded_tensor import Place, RecordedTensor, UnrecordableError, dense, function_of
 
-_aten = torch.ops.aten
-_EMPTY, _OPTIONS = _aten.empty.memory_format, {"dtype", "device", "pin_memory"}
-_ALLOCATIONS = (_EMPTY, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default)
+_REAL = frozenset(PLAIN)
+TENSORS = _REAL | {RecordedTensor}
 _ALIGNMENT = 512  # bytes, as CUDA's allocator gives: no kernel asks for more
-_FIRST, _APART = 1 << 60, 1 << 40  # addresses of what a recording allocates, above any real one
-
-
-class Place(NamedTuple):
-    """An address: ``offset`` bytes into a numbered piece of memory."""
-
-    memory: int
-    offset: int
 
 
 class Address(int):
@@ -148,115 +138,99 @@ def tensors(args: tuple) -> list[Tensor]:
     """The tensors among the arguments and in their tuples, in order."""
     found = []
     for arg in args:
-        if type(arg) in PLAIN:
+        if type(arg) in TENSORS:
             found.append(arg)
         elif isinstance(arg, tuple):
             found += tensors(arg)
     return found
 
 
-class _UnrecordableError(Exception):
-    """A call does something else than allocate, take views and launch."""
-
-
-class _Watch(TorchDispatchMode):
+class _Watch(TorchFunctionMode):
     """Tells this thread's recording what PyTorch is asked for."""
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # what PyTorch wraps this for takes as long as an allocation
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.is_view or func is _aten.promote_types.default:
-            return func(*args, **kwargs)
-        if func not in _ALLOCATIONS:
-            raise _UnrecordableError
-        with torch._C._DisableTorchDispatch():
-            if func is _EMPTY and kwargs.keys() <= _OPTIONS:  # as below, in half the time
-                shape = tuple(args[0])
-                strides = tuple(itertools.accumulate(shape[:0:-1], operator.mul, initial=1))[::-1] if shape else ()
-                made = Allocation(shape, strides, kwargs.get("dtype") or torch.get_default_dtype())
-            else:
-                made = _allocation(func(*args, **kwargs | {"device": "meta"}))
-            return launch_hook.recording.allocate(made) if 0 not in made.shape else func(*args, **kwargs)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return function_of(func)(*args, **kwargs or {})
 
 
 class _Recording:
     """What a call allocates and launches. Memory is numbered: the call's tensors in order, then each allocation.
 
-    Nothing is launched, so what is allocated has no memory: its address is its number. ``first``: of the first one.
+    Nothing is launched and nothing has memory: ``args`` are the call's arguments with what stands for its tensors.
     """
 
-    def __init__(self, given: list[Tensor], first: int) -> None:
-        self.given = sorted((*_span(tensor), number) for number, tensor in enumerate(given))
-        self.starts = [low for low, *_ in self.given]
-        if any(one[1] > other[0] for one, other in itertools.pairwise(self.given)) or not all(map(Tensor.numel, given)):
-            raise _UnrecordableError  # tensors that share memory
-        self.example, self.first = given[0], first
+    def __init__(self, args: tuple) -> None:
+        self.given: list[RecordedTensor] = []
+        self.args = self._standing_for(args)
+        self.device = self.given[0].device
         self.allocations: list[Allocation] = []
         self.launches: list[Launch | Part] = []
+        self.used: dict[int, list[int]] = {}  # of an allocation: the first and the last launch that uses it
 
-    @property
-    def end(self) -> int:
-        """The address of the next allocation."""
-        return self.first + _APART * len(self.allocations)
+    def _standing_for(self, value: Any) -> Any:
+        if type(value) in TENSORS:
+            shape, number = tuple(value.shape), len(self.given)
+            if 0 in shape:
+                raise UnrecordableError
+            one = RecordedTensor(
+                shape, value.stride(), value.dtype, value.device, Place(number, 0), value.data_ptr() % 16
+            )
+            self.given.append(one)
+            return one
+        if not isinstance(value, tuple):
+            return value
+        values = map(self._standing_for, value)
+        return tuple(values) if type(value) is tuple else type(value)._make(values)
 
-    def allocate(self, allocation: Allocation) -> Tensor:
-        """A tensor without memory, to be called outside of any dispatch mode."""
-        shape, strides, dtype = allocation
-        offset = (self.end - _FIRST) // dtype.itemsize
-        self.allocations.append(allocation)
-        return _without_memory(self.example.device, dtype).as_strided(shape, strides, offset)
+    def allocate(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> RecordedTensor:
+        """A new tensor."""
+        if 0 in shape:
+            raise UnrecordableError
+        place = Place(len(self.given) + len(self.allocations), 0)
+        self.allocations.append(Allocation(shape, strides, dtype))
+        return RecordedTensor(shape, strides, dtype, self.device, place)
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
+        """Take note of ``kernel[grid](*args, **meta)``."""
+        constants = (None,) * (len(kernel.params) - len(args))  # the compiled kernel has them
+        self.note(compiled(kernel, args, meta), grid, (*args, *constants))
 
     def note(self, kernel: Any, grid: tuple[int, ...], parameters: Sequence[Any]) -> None:
-        """Take note of a launch."""
-        noted = [self.place(each.data_ptr()) if isinstance(each, Tensor) else each for each in parameters]
-        asked, scratch = getattr(kernel.metadata, "global_scratch_size", 0), None
-        if asked:
-            scratch = self.place(self.end)
-            size = asked * math.prod(grid) * kernel.metadata.num_ctas
-            self.allocations.append(Allocation((size,), (1,), torch.uint8))
+        """Take note of a launch of a compiled kernel."""
+        noted = [each.place if type(each) is RecordedTensor else each for each in parameters]
+        if not _REAL.isdisjoint(map(type, noted)):
+            raise UnrecordableError  # a tensor that the call did not get and did not allocate
+        bytes_asked, scratch = getattr(kernel.metadata, "global_scratch_size", 0), None
+        if bytes_asked:
+            size = bytes_asked * math.prod(grid) * kernel.metadata.num_ctas
+            scratch = self.allocate((size,), (1,), torch.uint8).place
+        self._use(noted if scratch is None else (*noted, scratch))
         self.launches.append(Launch(kernel, (*grid, 1, 1)[:3], noted, scratch))
 
     def include(self, plan: Plan, args: tuple) -> Any:
         """The results of a call that ``plan`` is repeated for."""
-        places = [self.place(tensor.data_ptr()) for tensor in tensors(args)]
-        with torch._C._DisableTorchDispatch():
-            number = len(self.given) + len(self.allocations)
-            made = list(map(self.allocate, plan.allocations))
-            self.launches.append(Part(plan, places + [Place(number + i, 0) for i in range(len(made))]))
-            return plan.outcome(made)
+        made = [self.allocate(*allocation) for allocation in plan.allocations]
+        places = [tensor.place for tensor in (*tensors(args), *made)]
+        self._use(places)
+        self.launches.append(Part(plan, places))
+        return plan.outcome(made)
 
-    def place(self, address: int) -> Place:
-        """Where ``address`` lies."""
-        if address >= self.first:
-            number, offset = divmod(address - self.first, _APART)
-            return Place(len(self.given) + number, offset)
-        at = bisect.bisect_right(self.starts, address) - 1
-        if at < 0 or address >= self.given[at][1]:
-            raise _UnrecordableError  # a tensor that the call did not get and did not allocate
-        low, _, number = self.given[at]
-        return Place(number, address - low)
-
-
-@functools.cache
-@torch.inference_mode(False)
-def _without_memory(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A tensor of no elements at `_FIRST`, in whose storage there is room for all others."""
-    storage = torch._C._construct_storage_from_data_pointer(_FIRST, device, _FIRST)
-    return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, (0,), (1,))
+    def _use(self, values: Iterable[Any]) -> None:
+        """Take note of what the next launch uses."""
+        given, index = len(self.given), len(self.launches)
+        for value in values:
+            if type(value) is Place and value.memory >= given:
+                self.used.setdefault(value.memory, [index, index])[1] = index
 
 
 def record(function: Callable, args: tuple) -> Plan | None:
     """The plan of ``function(*args)``; None where there can be none."""
-    given, outer = tensors(args), launch_hook.recording
+    outer = launch_hook.recording
     try:
-        recording = launch_hook.recording = _Recording(given, _FIRST if outer is None else outer.end)
+        recording = launch_hook.recording = _Recording(args)
         with _Watch() if outer is None else contextlib.nullcontext():
-            outcome = function(*args)
+            outcome = function(*recording.args)
         return _plan(recording, outcome)
-    except _UnrecordableError:
+    except (UnrecordableError, AttributeError, TypeError):  # what asks for a tensor of PyTorch's, too
         return None
     finally:
         launch_hook.recording = outer
@@ -264,87 +238,70 @@ def record(function: Callable, args: tuple) -> Plan | None:
 
 def _plan(recording: _Recording, outcome: Any) -> Plan:
     """``outcome``: what the call returned."""
-    single = isinstance(outcome, Tensor)
+    single = type(outcome) is RecordedTensor
     results = (outcome,) if single else outcome
-    if type(results) is not tuple:
-        raise _UnrecordableError
-    given = len(recording.given)
-    homes = [None if each is None else recording.place(each.data_ptr()) for each in results]
-    counts = collections.Counter(home.memory for home in homes if home is not None)
+    if type(results) is not tuple or any(type(each) not in (RecordedTensor, type(None)) for each in results):
+        raise UnrecordableError
+    given, counts = len(recording.given), collections.Counter(each.place.memory for each in results if each is not None)
     offsets, scratch = _shared(recording, counts)
     allocations = [Allocation((scratch,), (1,), torch.uint8)] if scratch else []
     places = {number: Place(given, offset) for number, offset in offsets.items()}
     parts: list[Result | None] = []
-    for home, result in zip(homes, results, strict=True):
-        if home is None:
+    for result in results:
+        if result is None:
             parts.append(None)
             continue
-        if home.memory < given:
-            raise _UnrecordableError
-        seen, whole = _allocation(result), recording.allocations[home.memory - given]
-        if home.memory not in places:
-            places[home.memory] = Place(given + len(allocations), 0)
-            allocations.append(seen if counts[home.memory] == 1 and _size(seen) == _size(whole) else whole)
-        number = places[home.memory].memory - given
+        memory, offset = result.place
+        if memory < given:
+            raise UnrecordableError
+        seen = Allocation(result.shape, result.strides, result.dtype)
+        if memory not in places:
+            whole = recording.allocations[memory - given]
+            places[memory] = Place(given + len(allocations), 0)
+            alone = counts[memory] == 1 and (seen == whole or _size(seen) == _size(whole))
+            allocations.append(seen if alone else whole)
+        number = places[memory].memory - given
         if seen.dtype != allocations[number].dtype:
-            raise _UnrecordableError
-        part = None if seen == allocations[number] else (seen.shape, seen.strides, home.offset // seen.dtype.itemsize)
+            raise UnrecordableError
+        part = None if seen == allocations[number] else (seen.shape, seen.strides, offset // seen.dtype.itemsize)
         parts.append(Result(number, part))
 
-    def moved(values: Sequence[Any]) -> list[Any]:
-        return [
-            Place(places[value.memory].memory, places[value.memory].offset + value.offset)
-            if isinstance(value, Place) and value.memory >= given
-            else value
-            for value in values
-        ]
+    def moved(value: Any) -> Any:
+        if type(value) is not Place or value.memory < given:
+            return value
+        new = places[value.memory]
+        return Place(new.memory, new.offset + value.offset) if value.offset else new
 
     launches = [
-        Part(launch.plan, moved(launch.places))
-        if isinstance(launch, Part)
-        else launch._replace(parameters=moved(launch.parameters), scratch=moved([launch.scratch])[0])
+        Part(launch.plan, list(map(moved, launch.places)))
+        if type(launch) is Part
+        else Launch(launch.kernel, launch.grid, list(map(moved, launch.parameters)), moved(launch.scratch))
         for launch in recording.launches
     ]
-    return Plan(given, allocations, launches, parts, single, recording.example.get_device())
+    return Plan(given, allocations, launches, parts, single, recording.given[0].get_device())
 
 
 def _shared(recording: _Recording, returned: Iterable[int]) -> tuple[dict[int, int], int]:
     """The offset of each piece of memory that is not returned, and the bytes of all: the largest are placed first."""
-    used: dict[int, list[int]] = {}  # the launches that use it
-    given = len(recording.given)
-    outside = {*range(given), *returned}
-    for index, launch in enumerate(recording.launches):
-        values = launch.places if isinstance(launch, Part) else (*launch.parameters, launch.scratch)
-        for value in values:
-            if isinstance(value, Place) and value.memory not in outside:
-                used.setdefault(value.memory, []).append(index)
-    sizes = {number: _size(recording.allocations[number - given]) for number in used}
+    given, used = len(recording.given), recording.used
+    sizes = {number: _size(recording.allocations[number - given]) for number in used if number not in returned}
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first and last launch
     offsets: dict[int, int] = {}
-    end = 0
-    for number in sorted(used, key=lambda number: -sizes[number]):
-        first, last = used[number][0], used[number][-1]
-        others = [other for other in offsets if used[other][0] <= last and first <= used[other][-1]]
-        offset = 0
-        for low, size in sorted((offsets[other], sizes[other]) for other in others):
-            if offset + sizes[number] <= low:
-                break
-            offset = max(offset, -(-(low + size) // _ALIGNMENT) * _ALIGNMENT)
+    for number in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        (first, last), size, offset = used[number], sizes[number], 0
+        for low, high, begun, ended in placed:
+            if begun <= last and first <= ended:
+                if offset + size <= low:
+                    break
+                offset = max(offset, -(-high // _ALIGNMENT) * _ALIGNMENT)
         offsets[number] = offset
-        end = max(end, offset + sizes[number])
-    return offsets, end
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of the first byte of ``tensor`` and of the one after its last."""
-    start = tensor.data_ptr()
-    return start, start + (tensor.nbytes if tensor.is_contiguous() else _size(_allocation(tensor)))
+        bisect.insort(placed, (offset, offset + size, first, last))
+    return offsets, max((high for _, high, *_ in placed), default=0)
 
 
 def _size(allocation: Allocation) -> int:
     """Bytes."""
     shape, strides, dtype = allocation
+    if strides == dense(shape):
+        return dtype.itemsize * math.prod(shape)
     return dtype.itemsize * (1 + sum((side - 1) * step for side, step in zip(shape, strides, strict=True)))
-
-
-def _allocation(tensor: Tensor) -> Allocation:
-    return Allocation(tuple(tensor.shape), tensor.stride(), tensor.dtype)

@@ -2,10 +2,10 @@
 
 Which form of a kernel runs, in which configuration, on what grid and with what memory between the launches, depends on
 the shapes, strides, dtypes and alignments of a call's tensors and on its other arguments, never on values. Working this
-out takes the host longer than most kernels run. So the first call of its kind is recorded as a plan (recording.py), and
-later ones repeat the plan with the addresses of their own tensors. On NVIDIA that is one call of C (native_plan.py);
-without a C compiler, Python repeats the plan. A call that does anything except allocate, take views and launch has no
-plan: it is made as it is written.
+out takes the host longer than most kernels run. So the first call of its kind is recorded as a plan (recording.py),
+which this call and later ones repeat with the addresses of their own tensors. On NVIDIA that is one call of C
+(native_plan.py); without a C compiler, Python repeats the plan. A call that does anything except allocate, take views
+and launch has no plan: it is made as it is written.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from triton import knobs
 
 from . import autotuning, native_plan
-from .launching import PLAIN, current, launch_hook
-from .recording import Plan, leaves, record
+from .launching import current, launch_hook
+from .recording import TENSORS, Plan, leaves, record
 
 Function = TypeVar("Function", bound=Callable)
 MOST = 512
@@ -34,10 +34,9 @@ _VALUES = frozenset((type(None), int, float, str, bool, torch.dtype))
 def is_replayable(tensor: Tensor) -> bool:
     """Whether calls on ``tensor`` may be repeated: on NVIDIA, as AMD's kernels also depend on a storage's size.
 
-    Dispatch modes would not see what is repeated. A recording does, so a group of blocks works out each kind once.
+    Dispatch modes would not see what is repeated.
     """
-    modes = torch._C._len_torch_dispatch_stack()
-    return tensor.is_cuda and torch.version.hip is None and modes == (launch_hook.recording is not None)
+    return tensor.is_cuda and torch.version.hip is None and not torch._C._len_torch_dispatch_stack()
 
 
 def replayed(function: Function, composed: bool = False) -> Function:
@@ -85,7 +84,7 @@ class Calls:
             self._keep(kind, ...)
             plan = None
         elif plan in (NotImplemented, ...):
-            with _RECORDING:
+            with _RECORDING, current(args[0]):
                 plan = self.kinds.get(kind, NotImplemented)  # another thread may have been first
                 if plan in (NotImplemented, ...):
                     plan = self._record(kind, args)
@@ -149,7 +148,7 @@ def kind_of(args: tuple) -> tuple[Hashable, ...] | None:
     key: list[Hashable] = [native_plan.float32_precision()]
     for arg in leaves(args):
         kind = type(arg)
-        if kind in PLAIN and not arg.is_neg():
+        if kind in TENSORS and not arg.is_neg():
             key += (arg.shape, arg.stride(), arg.dtype, arg.device, arg.data_ptr() % 16)
         elif kind in _VALUES:
             key += (kind, arg)

@@ -241,7 +241,7 @@ def frozen_downsample_fwd(x: Tensor, weights: FrozenDownsample, eps: float, dtyp
 AnyWeights = ConvNorm | NormConv | BlockWeights | FrozenDownsample | FrozenBlock
 
 
-@composed
+@replayed
 def steps(
     x: Tensor, steps: tuple[tuple[AnyWeights, float, str], ...], ends: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[Tensor, ...]:

@@ -35,17 +35,24 @@ def step(model, x):
 
 config = ConvNextConfig(num_stages=2, depths=[1, 4], hidden_sizes=[96, 384], num_labels=10)
 model = ConvNext(config).to("cuda", torch.bfloat16)
+model.eval()
 with torch.no_grad():
     for side in (64, 64, 128, 128):
         model(image(side))
     found["a new size"], found["again"] = (counted(model, image(96)) for _ in range(2))
 
+model.train()
 for function in (gpu.blocks_fwd, gpu.blocks_bwd):
     function.calls.forget()
 compiled = torch.compile(model)
 for _ in range(3):
     step(compiled, image(64))
 found["compiled"] = [len(function.calls.native) for function in (gpu.blocks_fwd, gpu.blocks_bwd)]
+found["kinds"] = {
+    name: [plan is not None for plan in function.calls.kinds.values()]
+    for name, function in vars(gpu).items()
+    if getattr(function, "calls", None)
+}
 
 
 def called():

@@ -20,6 +20,12 @@ def test_a_new_size_and_a_compiled_model_are_worked_out_once_for_each_kind_of_bl
     assert found["compiled"] == [2, 2]
 
 
+def test_everything_that_a_model_calls_is_recorded(found):
+    called = {name for name, plans in found["kinds"].items() if plans}
+    assert called >= {"block_fwd", "block_bwd", "downsample_fwd", "downsample_bwd", "patchify_stem_bwd", "steps"}
+    assert all(map(all, found["kinds"].values()))
+
+
 def test_only_programs_that_run_without_python_are_given_the_kernels(found):
     assert "convnext_fast.blocks_fwd_gpu.default" in found["called"]
     assert all(name.startswith("convnext_fast.") and "_gpu" in name for name in found["called"])

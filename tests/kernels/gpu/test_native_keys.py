@@ -5,6 +5,7 @@ import struct
 import pytest
 import torch
 from convnext_fast.kernels import native_plan, replaying
+from convnext_fast.kernels.recording import record
 
 X = torch.randn(8, 4)
 VALUES = (
@@ -60,3 +61,12 @@ def test_subclasses_and_missing_memory_have_no_key():
         pass
 
     assert module.key((torch.randn(2).as_subclass(Wrapped),)) is None
+
+
+def test_what_stands_for_a_tensor_has_its_key():
+    """So that a call within a recording finds the plan of the same call outside of one."""
+    module = native_plan.library() or pytest.skip("needs a C compiler")
+    keys = []
+    for x in (X, X.t(), X[:, 1:], torch.randn(3)[1:], torch.tensor(1.0), X.bfloat16(), torch.randn(2, 3, 4, 5).half()):
+        record(lambda x, value: keys.append((module.key((x, value)), replaying.kind_of((x, value)))), (x, 1))
+        assert keys.pop() == (module.key((x, 1)), replaying.kind_of((x, 1)))
