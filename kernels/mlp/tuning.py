@@ -51,8 +51,12 @@ _SMALL = (
     GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=5),
     GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
 )
-_WIDE = GemmConfig(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
-_TALL = GemmConfig(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+_LARGE = (
+    GemmConfig(BLOCK_M=192, BLOCK_N=192, BLOCK_K=64, num_warps=8, num_stages=3),
+    GemmConfig(BLOCK_M=192, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
+    GemmConfig(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
+    GemmConfig(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +163,8 @@ def gemm_configs(
     ``heavy``: a is saved beside h, or there is a global response norm. ``sample_rows``: where every sample has tiles of
     its own, its rows.
 
-    On sm_90, by the resource model: the smallest tiles that do not outnumber the processors, with many loads ahead; and
-    where there are two large ones a processor, these, which read three quarters of a square's bytes through L2.
+    On sm_90, by the resource model: the smallest tiles that do not outnumber the processors, with many loads ahead;
+    where none do, those whose ``_cost`` is least.
     """
     usual = _gemm_configs(columns, dtype, target, heavy, sample_rows)
     if target != "sm_90" or dtype == torch.float32 or sample_rows is not None or not is_known(rows):
@@ -168,10 +172,31 @@ def gemm_configs(
     for config in _SMALL:
         if count_tiles(rows, columns, config) <= PROCESSORS[target]:
             return config, *usual[:3]
-    large = _WIDE if columns % _WIDE.BLOCK_N == 0 else _TALL
-    if not heavy and columns <= 3072 and count_tiles(rows, columns, large) >= 2 * PROCESSORS[target]:
-        return large, *usual[:3]
-    return usual
+    if heavy or columns > 3072:
+        return usual
+    large = _LARGE if columns <= 2048 else _LARGE[:1] + _LARGE[2:]  # the second spills beside 24 blocks of statistics
+    fitting = [config for config in (*large, usual[0]) if columns % config.BLOCK_N == 0]
+    best = min(fitting, default=usual[0], key=lambda config: _cost(rows, columns, config, PROCESSORS[target]))
+    return usual if best == usual[0] else (best, *usual[:3])
+
+
+def _cost(rows: int, columns: int, config: GemmConfig, processors: int) -> int:
+    """What a step in depth takes: sides of tiles, which go through the L2 cache, and areas that a processor multiplies.
+
+    On an H200 a unit of the one takes about as long as a unit of the other, by the rates of the resource model.
+    """
+    tiles = count_tiles(rows, columns, config)
+    return tiles * (config.BLOCK_M + config.BLOCK_N) + cdiv(tiles, processors) * config.BLOCK_M * config.BLOCK_N
+
+
+@remembered
+def tile_parts(side: int) -> tuple[tuple[int, int], ...]:
+    """Parts (first, size) of a tile's rows or columns, each a power of two: 192 are 64 and 128.
+
+    The smaller comes first: where it ends first, its sums leave registers for the end of the larger.
+    """
+    small = side & -side
+    return ((0, small),) if small == side else ((0, small), (small, side - small))
 
 
 def is_known(rows: int) -> bool:

@@ -37,7 +37,7 @@ def test_forward(emulating, forward, case):
         check_forward(case, forward)
 
 
-@pytest.mark.parametrize("config", [*tuning._SMALL, tuning._WIDE, tuning._TALL], ids=str)
+@pytest.mark.parametrize("config", [*tuning._SMALL, *tuning._LARGE], ids=str)
 def test_tiles_of_few_and_of_many_rows(emulating, config, monkeypatch):
     """As sm_90 takes them, here of sm_80's code."""
     monkeypatch.setattr(gemm, "gemm_configs", lambda *a: (config,))
