@@ -324,12 +324,13 @@ def fc1(
         sums = None
         if samples is not None:
             sums = torch.empty((samples, tiles // max(samples, 1), K), dtype=torch.float32, device=u.device)
+        parts = tile_parts(config.BLOCK_M)
         launch(
             _fc1_kernel, (tiles * cdiv(K, config.BLOCK_N),),
             u, stats, w1g, b1g, h, a, sums, P, per_sample or 1, C, eps,
             C=C, K=K, CB=CB, NB=NB,
-            ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u.dtype), EARLY=early,
-            ROWS=tile_parts(config.BLOCK_M), COLUMNS=tile_parts(config.BLOCK_N), **config.__dict__,
+            ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u.dtype),
+            EARLY=early and len(parts) == 1, ROWS=parts, COLUMNS=tile_parts(config.BLOCK_N), **config.__dict__,
         )  # fmt: skip
         return sums
 

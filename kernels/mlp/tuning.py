@@ -123,17 +123,24 @@ def are_few(rows: int, target: str) -> bool:
     return target == "sm_90" and is_known(rows) and cdiv(rows, 64) <= PROCESSORS[target]
 
 
+def are_many(rows: int, target: str) -> bool:
+    """Whether every processor of sm_90 has a tile of 256 rows."""
+    return target == "sm_90" and is_known(rows) and cdiv(rows, 256) >= PROCESSORS[target]
+
+
 @remembered
 def fused_configs(
-    channels: int, hidden: int, lean: bool, target: str, grn: bool = False, few: bool = False
+    channels: int, hidden: int, lean: bool, target: str, grn: bool = False, few: bool = False, many: bool = False
 ) -> tuple[FusedConfig, ...]:
     """Configurations of the one-kernel forward, the default first; ``lean``: a is not saved;
-    ``grn``: with a global response norm; ``few``: of rows that ``are_few``, which take smaller tiles.
+    ``grn``: with a global response norm; ``few``: of rows that ``are_few``, which take smaller tiles; ``many``: that
+    ``are_many``.
 
     Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
-    as 8 warps would. Else 16 rows a warp, half of them where a saved beside it would spill. Steps of 64 hidden units,
-    or 32 where a step of 64 would be half empty or would spill. sm_90 has the shared memory for a third stage. With a
-    norm, but without warp groups, steps of 32, and beyond 160 channels 4 warps and steps of 16.
+    as 8 warps would; 8 such warps, for many rows, read it a quarter as often. Else 16 rows a warp, half of them where a
+    saved beside it would spill. Steps of 64 hidden units, or 32 where a step of 64 would be half empty or would spill.
+    sm_90 has the shared memory for a third stage. With a norm, but without warp groups, steps of 32, and beyond 160
+    channels 4 warps and steps of 16.
     """
     if grn and target not in WARP_GROUPS:
         norm = FusedConfig(BLOCK_M=128, BLOCK_K=32, num_warps=4 if target == "gfx942" else 8, num_stages=2)
@@ -151,7 +158,9 @@ def fused_configs(
         small = FusedConfig(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3)
         return small if channels <= 96 else dataclasses.replace(wide, BLOCK_M=64), wide, *others
     if channels <= 96 and lean:
-        return dataclasses.replace(wide, num_warps=4), wide, *others
+        tall = many and not grn
+        first = dataclasses.replace(wide, BLOCK_M=256, num_stages=3) if tall else dataclasses.replace(wide, num_warps=4)
+        return first, wide, *others
     return wide, *others
 
 
@@ -174,7 +183,7 @@ def gemm_configs(
             return config, *usual[:3]
     if heavy or columns > 3072:
         return usual
-    large = _LARGE if columns <= 2048 else _LARGE[:1] + _LARGE[2:]  # the second spills beside 24 blocks of statistics
+    large = _LARGE if columns <= 2048 else _LARGE[2:]  # fc1 of 768 channels: statistics beside more sums spill
     fitting = [config for config in (*large, usual[0]) if columns % config.BLOCK_N == 0]
     best = min(fitting, default=usual[0], key=lambda config: _cost(rows, columns, config, PROCESSORS[target]))
     return usual if best == usual[0] else (best, *usual[:3])
@@ -346,5 +355,5 @@ def downsample_config(rows: int, columns: int, dtype: torch.dtype, wide: bool, t
     if columns <= 128:
         return usual
     if wide or not is_known(rows) or count_tiles(rows, columns, many) < 2 * PROCESSORS[target]:
-        return dataclasses.replace(many, BLOCK_M=64)
+        return dataclasses.replace(many, BLOCK_M=64, BLOCK_K=32 if wide or columns <= 512 else 64)
     return many
