@@ -158,7 +158,7 @@ def fused_configs(
         small = FusedConfig(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3)
         return small if channels <= 96 else dataclasses.replace(wide, BLOCK_M=64), wide, *others
     if channels <= 96 and lean:
-        tall = many and not grn
+        tall = many and not grn and channels > 64  # fewer channels leave room for more programs
         first = dataclasses.replace(wide, BLOCK_M=256, num_stages=3) if tall else dataclasses.replace(wide, num_warps=4)
         return first, wide, *others
     return wide, *others
@@ -183,7 +183,9 @@ def gemm_configs(
             return config, *usual[:3]
     if heavy or columns > 3072:
         return usual
-    large = _LARGE if columns <= 2048 else _LARGE[2:]  # fc1 of 768 channels: statistics beside more sums spill
+    # Beside more sums the end of fc1 would spill, of 768 channels, and of 256 in float16, whose GELU takes more.
+    spills = columns > 2048 or (columns == 1024 and dtype == torch.float16)
+    large = _LARGE[2:] if spills else _LARGE
     fitting = [config for config in (*large, usual[0]) if columns % config.BLOCK_N == 0]
     best = min(fitting, default=usual[0], key=lambda config: _cost(rows, columns, config, PROCESSORS[target]))
     return usual if best == usual[0] else (best, *usual[:3])
