@@ -246,7 +246,7 @@ def end_result(
     z, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, copy_ptr, column, first, rows, rows_ok,
     rows_per_sample, C: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """``_store_result`` of WIDTH columns of a tile at row ``first``, in HALVES, or in quarters if there is a copy."""
+    """``_store_result`` of WIDTH columns of a tile at row ``first``, in HALVES, or by 32 columns if y is float32."""
     s = None
     if drop_scale_ptr is not None:
         s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
@@ -255,7 +255,8 @@ def end_result(
         copy_ptr += first * C
     if residual_ptr is not None:
         residual_ptr += first * C
-    PART: tl.constexpr = WIDTH if not HALVES else WIDTH // 2 if copy_ptr is None else WIDTH // 4
+    LEAST: tl.constexpr = 32 if y_ptr.dtype.element_ty == tl.float32 else 64 if WIDTH <= 128 else 128
+    PART: tl.constexpr = LEAST if HALVES else WIDTH
     _store_result(
         z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, column, C, BLOCK_M, WIDTH, PART
     )
@@ -291,7 +292,7 @@ def _fc2_kernel(
             end_result(
                 products[i * len(COLUMNS) + j], residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, copy_ptr,
                 tile_n * BLOCK_N + COLUMNS[j][0], first, rows, rows_ok[i], rows_per_sample,
-                C, ROWS[i][1], COLUMNS[j][1], COLUMNS[j][1] >= 128,
+                C, ROWS[i][1], COLUMNS[j][1], BLOCK_N >= 128,
             )  # fmt: skip
 
 
@@ -371,7 +372,7 @@ def fc2(
         )  # fmt: skip
 
     grn = scaling is not None
-    candidates = gemm_configs(P, C, h.dtype, target_of(h), grn, per_sample if grn else None)
+    candidates = gemm_configs(P, C, h.dtype, target_of(h), grn, per_sample if grn else None, y.dtype == torch.float32)
     residual_dtype = None if residual is None else residual.dtype
     run(fastest(_fc2_kernel, run, candidates, h, P, (C, K, residual_dtype, y.dtype, copy is None, samples)))
     return y

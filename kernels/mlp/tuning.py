@@ -165,12 +165,18 @@ def fused_configs(
 
 
 def gemm_configs(
-    rows: int, columns: int, dtype: torch.dtype, target: str, heavy: bool = False, sample_rows: int | None = None
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    target: str,
+    heavy: bool = False,
+    sample_rows: int | None = None,
+    wide: bool = False,
 ) -> tuple[GemmConfig, ...]:
     """Configurations of a GEMM of ``rows`` by ``columns`` with a fused epilogue, the default first.
 
     ``heavy``: a is saved beside h, or there is a global response norm. ``sample_rows``: where every sample has tiles of
-    its own, its rows.
+    its own, its rows. ``wide``: the result is float32.
 
     On sm_90, by the resource model: the smallest tiles that do not outnumber the processors, with many loads ahead;
     where none do, those whose ``_cost`` is least.
@@ -183,9 +189,11 @@ def gemm_configs(
             return config, *usual[:3]
     if heavy or columns > 3072:
         return usual
-    # Beside more sums the end of fc1 would spill, of 768 channels, and of 256 in float16, whose GELU takes more.
-    spills = columns > 2048 or (columns == 1024 and dtype == torch.float16)
-    large = _LARGE[2:] if spills else _LARGE
+    large = _LARGE
+    if columns > 2048 or (columns == 1024 and dtype == torch.float16):
+        large = _LARGE[2:]  # else fc1 would spill, of 768 channels, and of 256 in float16, whose GELU takes more
+    elif wide:
+        large = _LARGE[:1] + _LARGE[2:]  # else fc2 of 256 channels would
     fitting = [config for config in (*large, usual[0]) if columns % config.BLOCK_N == 0]
     best = min(fitting, default=usual[0], key=lambda config: _cost(rows, columns, config, PROCESSORS[target]))
     return usual if best == usual[0] else (best, *usual[:3])

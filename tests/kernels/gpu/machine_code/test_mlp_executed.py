@@ -46,6 +46,13 @@ def test_tiles_of_few_and_of_many_rows(emulating, config, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_tile_of_many_rows_under_autocast(emulating, dtype, monkeypatch):
+    monkeypatch.setattr(gemm, "gemm_configs", lambda *a: (tuning._LARGE[0],))
+    with emulating(arch=80, detect_races="rw"):
+        check_forward(Case(3, 70, 200, 72, dtype, residual_dtype=torch.float32), gemm_mlp_fwd)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_fused_tile_of_many_rows(emulating, dtype, monkeypatch):
     many = tuning.fused_configs(96, 384, True, "sm_90", False, False, True)[0]
     assert many.BLOCK_M == 256
