@@ -31,7 +31,7 @@ from ..statistics import merge_statistics
 from ..targets import target_of
 from .gemm import fc1, halves
 from .grn import bias_at, factor_at, inverse_mean, row_tiles, rows_of_tile
-from .tuning import FusedConfig, are_few, fused_configs, norm_blocks, split_width
+from .tuning import FusedConfig, are_few, are_many, fused_configs, norm_blocks, split_width
 
 
 @triton.jit
@@ -224,7 +224,8 @@ def fused_mlp_fwd(
             **config.__dict__,
         )  # fmt: skip
 
-    candidates = fused_configs(C, K, lean, target_of(u), grn is not None, are_few(P, target_of(u)))
+    target = target_of(u)
+    candidates = fused_configs(C, K, lean, target, grn is not None, are_few(P, target), are_many(P, target))
     residual_dtype = None if residual is None else residual.dtype
     given = C, K, act, save_hidden, residual_dtype, y.dtype, copy is None, samples
     run(fastest(_mlp_fwd_kernel, run, candidates, u, P, given))

@@ -30,7 +30,7 @@ from ..launching import launch
 from ..statistics import merge_statistics
 from ..targets import target_of
 from .grn import Grn, Scaling, bias_at, count_row_tiles, factor_at, few_tiles, inverse_mean, row_tiles, rows_of_tile
-from .tuning import GemmConfig, gemm_configs, norm_blocks, statistics_first
+from .tuning import GemmConfig, gemm_configs, norm_blocks, statistics_first, tile_parts
 
 
 @triton.jit
@@ -60,29 +60,44 @@ def load_tile(ptr, rows, rows_ok, cols, ROWS_EVEN: tl.constexpr, COLS: tl.conste
 
 
 @triton.jit
-def dot_rows(
-    a_ptr, b_ptr, mean, sums_ptr, weight_ptr, bias_ptr, rows, rows_ok, n, acc, depth,
+def dot_tile(
+    a_ptr, b_ptr, mean, sums_ptr, weight_ptr, bias_ptr, rows_ok, column, depth,
     N: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + (A − mean)·Bᵀ of a tile, A (·, DEPTH) from ``a_ptr`` at ``rows``, B (N, DEPTH) at ``n``; mean may be None.
+    """The products (A − mean)·Bᵀ of each part of a tile's rows with each part of its columns, in this order.
 
-    With a sample's sums, A is GRN of what lies at ``a_ptr``. ``depth`` is DEPTH as a runtime value, so that the
-    compiler does not unroll the whole loop and spill.
+    A (·, DEPTH) from ``a_ptr`` on, B (N, DEPTH); ``column``: the tile's first. ``rows_ok`` and ``mean``, () for none,
+    are of each part of the rows. With a sample's sums, A is GRN of what lies at ``a_ptr``. ``depth`` is DEPTH as a
+    runtime value, so that the compiler does not unroll the whole loop and spill.
     """
     if sums_ptr is not None:
         inverse = inverse_mean(sums_ptr, DEPTH, TILES)
+    products = ()
+    for i in tl.static_range(len(ROWS)):
+        for j in tl.static_range(len(COLUMNS)):
+            products += (tl.zeros((ROWS[i][1], COLUMNS[j][1]), tl.float32),)
     for k0 in range(0, depth, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        a = load_tile(a_ptr, rows, rows_ok, k, False, DEPTH, BLOCK_K)
-        if mean is not None:
-            a -= mean[:, None]
-        if sums_ptr is not None:
-            factor = factor_at(sums_ptr, weight_ptr, inverse, k, DEPTH, TILES)
-            a = tl.fma(a.to(tl.float32), factor[None, :], bias_at(bias_ptr, k, DEPTH)[None, :]).to(a.dtype)
-        b = load_tile(b_ptr, n, n < N, k, N % BLOCK_N == 0, DEPTH, BLOCK_K)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    return acc
+        lefts, rights, sums = (), (), ()
+        for i in tl.static_range(len(ROWS)):
+            rows = ROWS[i][0] + tl.arange(0, ROWS[i][1])
+            a = load_tile(a_ptr, rows, rows_ok[i], k, False, DEPTH, BLOCK_K)
+            if len(mean) > 0:
+                a -= mean[i][:, None]
+            if sums_ptr is not None:
+                factor = factor_at(sums_ptr, weight_ptr, inverse, k, DEPTH, TILES)
+                a = tl.fma(a.to(tl.float32), factor[None, :], bias_at(bias_ptr, k, DEPTH)[None, :]).to(a.dtype)
+            lefts += (a,)
+        for j in tl.static_range(len(COLUMNS)):
+            n = column + COLUMNS[j][0] + tl.arange(0, COLUMNS[j][1])
+            rights += (load_tile(b_ptr, n, n < N, k, N % BLOCK_N == 0, DEPTH, BLOCK_K),)
+        for i in tl.static_range(len(ROWS)):
+            for j in tl.static_range(len(COLUMNS)):
+                product = products[i * len(COLUMNS) + j]
+                sums += (tl.dot(lefts[i], rights[j].T, product, input_precision=PRECISION),)
+        products = sums
+    return products
 
 
 @triton.jit
@@ -122,27 +137,21 @@ def _store_hidden(
 
 @triton.jit
 def end_hidden(
-    a, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, tile_m, tile_n, first, rows, rows_ok,
-    K: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    a, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok, column,
+    K: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
     HALVES: tl.constexpr,
 ):  # fmt: skip
-    """``_store_hidden`` of a tile whose ``rows`` begin at row ``first``; HALVES: one after the other, which takes fewer
+    """``_store_hidden`` of the WIDTH columns from ``column`` on; HALVES: one after the other, which takes fewer
     registers.
     """
-    if h_ptr is not None:
-        h_ptr += first * K
-    if a_ptr is not None:
-        a_ptr += first * K
-    if sums_ptr is not None:
-        sums_ptr += tile_m.to(tl.int64) * K
     if HALVES:
-        left, right = halves(a, BLOCK_M, BLOCK_N)
-        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        left, right = halves(a, BLOCK_M, WIDTH)
+        n = column + tl.arange(0, WIDTH // 2)
         _store_hidden(left, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok, n, K, ACT, FORM)
-        n += BLOCK_N // 2
+        n += WIDTH // 2
         _store_hidden(right, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok, n, K, ACT, FORM)
     else:
-        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        n = column + tl.arange(0, WIDTH)
         _store_hidden(a, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok, n, K, ACT, FORM)
 
 
@@ -150,31 +159,49 @@ def end_hidden(
 def _fc1_kernel(
     u_ptr, stats_ptr, w1_ptr, b1_ptr, h_ptr, a_ptr, sums_ptr, P, rows_per_sample, depth, eps,
     C: tl.constexpr, K: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tiles = count_row_tiles(P, rows_per_sample, sums_ptr is not None, BLOCK_M)
+    """ROWS, COLUMNS: the parts of a tile (``tile_parts``); one part of rows where there are sums."""
+    BY_SAMPLE: tl.constexpr = sums_ptr is not None
+    tiles = count_row_tiles(P, rows_per_sample, BY_SAMPLE, BLOCK_M)
     tile_m, tile_n = tile_of_program(tl.program_id(0), tiles, K, BLOCK_N, 8)
-    rows = tl.arange(0, BLOCK_M)
-    first = tile_m.to(tl.int64) * BLOCK_M
-    first, rows_ok, _ = rows_of_tile(first, rows, P, rows_per_sample, sums_ptr is not None, BLOCK_M)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mean, rstd, subtracted = None, None, None
-    if NB > 0 and EARLY:
-        mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
-        if u_ptr.dtype.element_ty == tl.float32:
-            mean, subtracted = None, mean
-    a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    a = dot_rows(
-        u_ptr + first * C, w1_ptr, subtracted, None, None, None, rows, rows_ok, n, a, depth, K, C, 0, PRECISION,
-        BLOCK_N, BLOCK_K,
+    start = tile_m.to(tl.int64) * BLOCK_M
+    first = start
+    rows_ok, statistics, subtracted = (), (), ()
+    for i in tl.static_range(len(ROWS)):
+        rows = ROWS[i][0] + tl.arange(0, ROWS[i][1])
+        first, ok, _ = rows_of_tile(start, rows, P, rows_per_sample, BY_SAMPLE, BLOCK_M)
+        rows_ok += (ok,)
+        if NB > 0 and EARLY:
+            mean, rstd = merge_statistics(stats_ptr, first + rows, ok, P, C, eps, CB, NB)
+            if u_ptr.dtype.element_ty == tl.float32:
+                subtracted += (mean,)
+                mean = None
+            statistics += ((mean, rstd),)
+    products = dot_tile(
+        u_ptr + first * C, w1_ptr, subtracted, None, None, None, rows_ok, tile_n * BLOCK_N, depth,
+        K, C, 0, PRECISION, ROWS, COLUMNS, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    if NB > 0 and not EARLY:
-        mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok, P, C, eps, CB, NB)
-    end_hidden(
-        a, b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, tile_m, tile_n, first, rows, rows_ok,
-        K, ACT, FORM, BLOCK_M, BLOCK_N, BLOCK_N >= 128,
-    )  # fmt: skip
+    if h_ptr is not None:
+        h_ptr += first * K
+    if a_ptr is not None:
+        a_ptr += first * K
+    if sums_ptr is not None:
+        sums_ptr += tile_m.to(tl.int64) * K
+    for i in tl.static_range(len(ROWS)):
+        rows = ROWS[i][0] + tl.arange(0, ROWS[i][1])
+        mean, rstd = None, None
+        if NB > 0 and EARLY:
+            mean, rstd = statistics[i]
+        elif NB > 0:
+            mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok[i], P, C, eps, CB, NB)
+        for j in tl.static_range(len(COLUMNS)):
+            end_hidden(
+                products[i * len(COLUMNS) + j], b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok[i],
+                tile_n * BLOCK_N + COLUMNS[j][0], K, ACT, FORM, ROWS[i][1], COLUMNS[j][1],
+                COLUMNS[j][1] >= 128,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -216,10 +243,10 @@ def _store_result(
 
 @triton.jit
 def end_result(
-    z, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, copy_ptr, tile_n, first, rows, rows_ok,
-    rows_per_sample, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
+    z, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, copy_ptr, column, first, rows, rows_ok,
+    rows_per_sample, C: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """``_store_result`` of such a tile, in HALVES, or in quarters where there is a copy."""
+    """``_store_result`` of WIDTH columns of a tile at row ``first``, in HALVES, or by 32 columns if y is float32."""
     s = None
     if drop_scale_ptr is not None:
         s = tl.load(drop_scale_ptr + (first + rows) // rows_per_sample, mask=rows_ok, other=0.0).to(tl.float32)
@@ -228,11 +255,11 @@ def end_result(
         copy_ptr += first * C
     if residual_ptr is not None:
         residual_ptr += first * C
-    PART: tl.constexpr = BLOCK_N if not HALVES else BLOCK_N // 2 if copy_ptr is None else BLOCK_N // 4
+    LEAST: tl.constexpr = 32 if y_ptr.dtype.element_ty == tl.float32 else 64 if WIDTH <= 128 else 128
+    PART: tl.constexpr = LEAST if HALVES else WIDTH
     _store_result(
-        z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, tile_n * BLOCK_N,
-        C, BLOCK_M, BLOCK_N, PART,
-    )  # fmt: skip
+        z, residual_ptr, b2_ptr, gamma_ptr, s, y_ptr, copy_ptr, rows, rows_ok, column, C, BLOCK_M, WIDTH, PART
+    )
 
 
 @triton.jit(do_not_specialize=["P", "rows_per_sample"])
@@ -240,25 +267,33 @@ def _fc2_kernel(
     h_ptr, w2_ptr, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, sums_ptr, grn_weight_ptr, grn_bias_ptr, y_ptr,
     copy_ptr, P, rows_per_sample, depth,
     C: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tiles = count_row_tiles(P, rows_per_sample, sums_ptr is not None, BLOCK_M)
+    """ROWS, COLUMNS: as of ``_fc1_kernel``."""
+    BY_SAMPLE: tl.constexpr = sums_ptr is not None
+    tiles = count_row_tiles(P, rows_per_sample, BY_SAMPLE, BLOCK_M)
     tile_m, tile_n = tile_of_program(tl.program_id(0), tiles, C, BLOCK_N, 8)
-    rows = tl.arange(0, BLOCK_M)
-    first = tile_m.to(tl.int64) * BLOCK_M
-    first, rows_ok, sample = rows_of_tile(first, rows, P, rows_per_sample, sums_ptr is not None, BLOCK_M)
+    start = tile_m.to(tl.int64) * BLOCK_M
+    first, sample = start, tl.zeros((), tl.int64)
+    rows_ok = ()
+    for i in tl.static_range(len(ROWS)):
+        rows = ROWS[i][0] + tl.arange(0, ROWS[i][1])
+        first, ok, sample = rows_of_tile(start, rows, P, rows_per_sample, BY_SAMPLE, BLOCK_M)
+        rows_ok += (ok,)
     if sums_ptr is not None:
         sums_ptr += sample * (TILES * K)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    z = dot_rows(
-        h_ptr + first * K, w2_ptr, None, sums_ptr, grn_weight_ptr, grn_bias_ptr, rows, rows_ok, n, z, depth, C, K,
-        TILES, PRECISION, BLOCK_N, BLOCK_K,
+    products = dot_tile(
+        h_ptr + first * K, w2_ptr, (), sums_ptr, grn_weight_ptr, grn_bias_ptr, rows_ok, tile_n * BLOCK_N, depth,
+        C, K, TILES, PRECISION, ROWS, COLUMNS, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    end_result(
-        z, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, copy_ptr, tile_n, first, rows, rows_ok,
-        rows_per_sample, C, BLOCK_M, BLOCK_N, BLOCK_N >= 128,
-    )  # fmt: skip
+    for i in tl.static_range(len(ROWS)):
+        rows = ROWS[i][0] + tl.arange(0, ROWS[i][1])
+        for j in tl.static_range(len(COLUMNS)):
+            end_result(
+                products[i * len(COLUMNS) + j], residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, copy_ptr,
+                tile_n * BLOCK_N + COLUMNS[j][0], first, rows, rows_ok[i], rows_per_sample,
+                C, ROWS[i][1], COLUMNS[j][1], BLOCK_N >= 128,
+            )  # fmt: skip
 
 
 def fc1(
@@ -290,12 +325,13 @@ def fc1(
         sums = None
         if samples is not None:
             sums = torch.empty((samples, tiles // max(samples, 1), K), dtype=torch.float32, device=u.device)
+        parts = tile_parts(config.BLOCK_M)
         launch(
             _fc1_kernel, (tiles * cdiv(K, config.BLOCK_N),),
             u, stats, w1g, b1g, h, a, sums, P, per_sample or 1, C, eps,
             C=C, K=K, CB=CB, NB=NB,
-            ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u.dtype), EARLY=early,
-            **config.__dict__,
+            ACT=act, FORM=gelu_form(u.dtype), PRECISION=dot_precision(u.dtype),
+            EARLY=early and len(parts) == 1, ROWS=parts, COLUMNS=tile_parts(config.BLOCK_N), **config.__dict__,
         )  # fmt: skip
         return sums
 
@@ -332,11 +368,11 @@ def fc2(
             _fc2_kernel, (row_tiles(P, samples, config.BLOCK_M) * cdiv(C, config.BLOCK_N),),
             h, w2, residual, b2, gamma, drop_scale, *(scaling or (None, None, None)), y, copy, P, per_sample, K,
             C=C, K=K, TILES=0 if scaling is None else scaling.sums.shape[1], PRECISION=dot_precision(h.dtype),
-            **config.__dict__,
+            ROWS=tile_parts(config.BLOCK_M), COLUMNS=tile_parts(config.BLOCK_N), **config.__dict__,
         )  # fmt: skip
 
     grn = scaling is not None
-    candidates = gemm_configs(P, C, h.dtype, target_of(h), grn, per_sample if grn else None)
+    candidates = gemm_configs(P, C, h.dtype, target_of(h), grn, per_sample if grn else None, y.dtype == torch.float32)
     residual_dtype = None if residual is None else residual.dtype
     run(fastest(_fc2_kernel, run, candidates, h, P, (C, K, residual_dtype, y.dtype, copy is None, samples)))
     return y

@@ -77,8 +77,11 @@ def _fc1_tma_kernel(
         if NB > 0:
             mean, rstd = _merge_statistics(stats_ptr, first + rows, rows_ok, P, eps, C, CB, NB)
         a = _dot_boxes(u, w1, tile_m * BLOCK_M, tile_n * BLOCK_N, depth, BLOCK_M, BLOCK_N, BLOCK_K)
+        part_a = None
+        if a_ptr is not None:
+            part_a = a_ptr + first * K
         end_hidden(
-            a, b1_ptr, mean, rstd, a_ptr, h_ptr, None, tile_m, tile_n, first, rows, rows_ok,
+            a, b1_ptr, mean, rstd, part_a, h_ptr + first * K, None, rows, rows_ok, tile_n * BLOCK_N,
             K, ACT, FORM, BLOCK_M, BLOCK_N, HALVES,
         )  # fmt: skip
 
@@ -99,7 +102,7 @@ def _fc2_tma_kernel(
         rows_ok = first + rows < P
         z = _dot_boxes(h, w2, tile_m * BLOCK_M, tile_n * BLOCK_N, depth, BLOCK_M, BLOCK_N, BLOCK_K)
         end_result(
-            z, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, copy_ptr, tile_n, first, rows, rows_ok,
+            z, residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, copy_ptr, tile_n * BLOCK_N, first, rows, rows_ok,
             rows_per_sample, C, BLOCK_M, BLOCK_N, HALVES,
         )  # fmt: skip
 

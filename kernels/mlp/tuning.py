@@ -51,8 +51,12 @@ _SMALL = (
     GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=5),
     GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
 )
-_WIDE = GemmConfig(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
-_TALL = GemmConfig(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+_LARGE = (
+    GemmConfig(BLOCK_M=192, BLOCK_N=192, BLOCK_K=64, num_warps=8, num_stages=3),
+    GemmConfig(BLOCK_M=192, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
+    GemmConfig(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
+    GemmConfig(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,17 +123,24 @@ def are_few(rows: int, target: str) -> bool:
     return target == "sm_90" and is_known(rows) and cdiv(rows, 64) <= PROCESSORS[target]
 
 
+def are_many(rows: int, target: str) -> bool:
+    """Whether every processor of sm_90 has a tile of 256 rows."""
+    return target == "sm_90" and is_known(rows) and cdiv(rows, 256) >= PROCESSORS[target]
+
+
 @remembered
 def fused_configs(
-    channels: int, hidden: int, lean: bool, target: str, grn: bool = False, few: bool = False
+    channels: int, hidden: int, lean: bool, target: str, grn: bool = False, few: bool = False, many: bool = False
 ) -> tuple[FusedConfig, ...]:
     """Configurations of the one-kernel forward, the default first; ``lean``: a is not saved;
-    ``grn``: with a global response norm; ``few``: of rows that ``are_few``, which take smaller tiles.
+    ``grn``: with a global response norm; ``few``: of rows that ``are_few``, which take smaller tiles; ``many``: that
+    ``are_many``.
 
     Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
-    as 8 warps would. Else 16 rows a warp, half of them where a saved beside it would spill. Steps of 64 hidden units,
-    or 32 where a step of 64 would be half empty or would spill. sm_90 has the shared memory for a third stage. With a
-    norm, but without warp groups, steps of 32, and beyond 160 channels 4 warps and steps of 16.
+    as 8 warps would; 8 such warps, for many rows, read it a quarter as often. Else 16 rows a warp, half of them where a
+    saved beside it would spill. Steps of 64 hidden units, or 32 where a step of 64 would be half empty or would spill.
+    sm_90 has the shared memory for a third stage. With a norm, but without warp groups, steps of 32, and beyond 160
+    channels 4 warps and steps of 16.
     """
     if grn and target not in WARP_GROUPS:
         norm = FusedConfig(BLOCK_M=128, BLOCK_K=32, num_warps=4 if target == "gfx942" else 8, num_stages=2)
@@ -147,20 +158,28 @@ def fused_configs(
         small = FusedConfig(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3)
         return small if channels <= 96 else dataclasses.replace(wide, BLOCK_M=64), wide, *others
     if channels <= 96 and lean:
-        return dataclasses.replace(wide, num_warps=4), wide, *others
+        tall = many and not grn and channels > 64  # fewer channels leave room for more programs
+        first = dataclasses.replace(wide, BLOCK_M=256, num_stages=3) if tall else dataclasses.replace(wide, num_warps=4)
+        return first, wide, *others
     return wide, *others
 
 
 def gemm_configs(
-    rows: int, columns: int, dtype: torch.dtype, target: str, heavy: bool = False, sample_rows: int | None = None
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    target: str,
+    heavy: bool = False,
+    sample_rows: int | None = None,
+    wide: bool = False,
 ) -> tuple[GemmConfig, ...]:
     """Configurations of a GEMM of ``rows`` by ``columns`` with a fused epilogue, the default first.
 
     ``heavy``: a is saved beside h, or there is a global response norm. ``sample_rows``: where every sample has tiles of
-    its own, its rows.
+    its own, its rows. ``wide``: the result is float32.
 
-    On sm_90, by the resource model: the smallest tiles that do not outnumber the processors, with many loads ahead; and
-    where there are two large ones a processor, these, which read three quarters of a square's bytes through L2.
+    On sm_90, by the resource model: the smallest tiles that do not outnumber the processors, with many loads ahead;
+    where none do, those whose ``_cost`` is least.
     """
     usual = _gemm_configs(columns, dtype, target, heavy, sample_rows)
     if target != "sm_90" or dtype == torch.float32 or sample_rows is not None or not is_known(rows):
@@ -168,10 +187,35 @@ def gemm_configs(
     for config in _SMALL:
         if count_tiles(rows, columns, config) <= PROCESSORS[target]:
             return config, *usual[:3]
-    large = _WIDE if columns % _WIDE.BLOCK_N == 0 else _TALL
-    if not heavy and columns <= 3072 and count_tiles(rows, columns, large) >= 2 * PROCESSORS[target]:
-        return large, *usual[:3]
-    return usual
+    if heavy or columns > 3072:
+        return usual
+    large = _LARGE
+    if columns > 2048 or (columns == 1024 and dtype == torch.float16):
+        large = _LARGE[2:]  # else fc1 would spill, of 768 channels, and of 256 in float16, whose GELU takes more
+    elif wide:
+        large = _LARGE[:1] + _LARGE[2:]  # else fc2 of 256 channels would
+    fitting = [config for config in (*large, usual[0]) if columns % config.BLOCK_N == 0]
+    best = min(fitting, default=usual[0], key=lambda config: _cost(rows, columns, config, PROCESSORS[target]))
+    return usual if best == usual[0] else (best, *usual[:3])
+
+
+def _cost(rows: int, columns: int, config: GemmConfig, processors: int) -> int:
+    """What a step in depth takes: sides of tiles, which go through the L2 cache, and areas that a processor multiplies.
+
+    On an H200 a unit of the one takes about as long as a unit of the other, by the rates of the resource model.
+    """
+    tiles = count_tiles(rows, columns, config)
+    return tiles * (config.BLOCK_M + config.BLOCK_N) + cdiv(tiles, processors) * config.BLOCK_M * config.BLOCK_N
+
+
+@remembered
+def tile_parts(side: int) -> tuple[tuple[int, int], ...]:
+    """Parts (first, size) of a tile's rows or columns, each a power of two: 192 are 64 and 128.
+
+    The smaller comes first: where it ends first, its sums leave registers for the end of the larger.
+    """
+    small = side & -side
+    return ((0, small),) if small == side else ((0, small), (small, side - small))
 
 
 def is_known(rows: int) -> bool:
@@ -321,5 +365,5 @@ def downsample_config(rows: int, columns: int, dtype: torch.dtype, wide: bool, t
     if columns <= 128:
         return usual
     if wide or not is_known(rows) or count_tiles(rows, columns, many) < 2 * PROCESSORS[target]:
-        return dataclasses.replace(many, BLOCK_M=64)
+        return dataclasses.replace(many, BLOCK_M=64, BLOCK_K=32 if wide or columns <= 512 else 64)
     return many

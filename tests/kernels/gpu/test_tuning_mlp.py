@@ -10,6 +10,7 @@ from convnext_fast.kernels.mlp.tuning import (
     gemm_configs,
     split_width,
     split_width_bwd,
+    tile_parts,
 )
 from convnext_fast.kernels.mlp.tuning_bwd import downsample_weight_config, weight_grad_config
 from convnext_fast.kernels.targets import PROCESSORS, TARGETS
@@ -46,19 +47,40 @@ def test_programs_of_the_weight_gradients_fill_the_chip(channels, target, dtype)
         assert PROCESSORS[target] / 2 < tiles * cdiv(rows, share) <= max(tiles, 3.1 * PROCESSORS[target])
 
 
-@pytest.mark.parametrize("columns", [320, 384, 768, 1536, 3072, 8192])
-def test_tiles_grow_with_the_number_of_rows(columns):
-    """On sm_90; the small ones run all at once, and of the large ones every processor has two."""
-    areas = []
+@pytest.mark.parametrize("columns", [320, 384, 512, 768, 1536, 3072, 8192])
+def test_tiles_follow_the_number_of_rows(columns):
+    """On sm_90; small ones run all at once, large ones waste no columns and go through L2 less often than squares."""
     for rows in [49 * 2**i for i in range(16)]:
         config = gemm_configs(rows, columns, torch.bfloat16, "sm_90")[0]
-        areas.append(config.BLOCK_M * config.BLOCK_N)
-        if areas[-1] < 128 * 128:
-            assert count_tiles(rows, columns, config) <= PROCESSORS["sm_90"]
-        elif areas[-1] > 128 * 128:
-            assert count_tiles(rows, columns, config) >= 2 * PROCESSORS["sm_90"]
-    assert areas == sorted(areas)
-    assert areas[-1] == 128 * 256 or columns > 3072
+        tiles, area = count_tiles(rows, columns, config), config.BLOCK_M * config.BLOCK_N
+        if area < 128 * 128:
+            assert tiles <= PROCESSORS["sm_90"]
+        elif area > 128 * 128:
+            assert columns % config.BLOCK_N == 0
+            assert tiles * (config.BLOCK_M + config.BLOCK_N) < cdiv(rows, 128) * cdiv(columns, 128) * 256
+    assert area > 128 * 128 or columns in (320, 8192)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tile"),
+    [
+        (25088, 1536, (192, 256)),
+        (25088, 384, (192, 192)),  # 262 tiles for 132 processors, where 128 × 256 would be 294
+        (6272, 768, (192, 192)),  # 132 tiles
+        (6272, 3072, (128, 256)),  # in fc1 of 768 channels more sums would spill
+    ],
+)
+def test_large_tiles_of_128_images(rows, columns, tile):
+    config = gemm_configs(rows, columns, torch.bfloat16, "sm_90")[0]
+    assert tile == (config.BLOCK_M, config.BLOCK_N)
+
+
+@pytest.mark.parametrize("side", [16, 64, 128, 192, 256])
+def test_parts_of_a_tile_are_powers_of_two(side):
+    parts = tile_parts(side)
+    assert [first for first, _ in parts] == [0, *(sum(part) for part in parts[:-1])]
+    assert sum(parts[-1]) == side
+    assert all(size & (size - 1) == 0 for _, size in parts)
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_90"])

@@ -37,7 +37,7 @@ def test_every_candidate_of_the_autotuner(number, monkeypatch):
     check_forward(case, gemm_mlp_fwd)
 
 
-@pytest.mark.parametrize("config", [*tuning._SMALL, tuning._WIDE, tuning._TALL], ids=str)
+@pytest.mark.parametrize("config", [*tuning._SMALL, *tuning._LARGE], ids=str)
 def test_tiles_of_few_and_of_many_rows(config, monkeypatch):
     monkeypatch.setattr(gemm, "gemm_configs", lambda *a: (config,))
     check_forward(Case(3, 100, 75, 300, torch.float16), gemm_mlp_fwd)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from convnext_fast.kernels.mlp import fused_bwd, gemm, mlp_bwd, mlp_fwd, tuning
+from convnext_fast.kernels.mlp import fused, fused_bwd, gemm, mlp_bwd, mlp_fwd, tuning
 from convnext_fast.kernels.mlp.fused import fused_mlp_fwd
 from convnext_fast.kernels.mlp.fused_bwd import fused_mlp_bwd
 from convnext_fast.kernels.mlp.gemm import gemm_mlp_fwd
@@ -37,12 +37,28 @@ def test_forward(emulating, forward, case):
         check_forward(case, forward)
 
 
-@pytest.mark.parametrize("config", [*tuning._SMALL, tuning._WIDE, tuning._TALL], ids=str)
+@pytest.mark.parametrize("config", [*tuning._SMALL, *tuning._LARGE], ids=str)
 def test_tiles_of_few_and_of_many_rows(emulating, config, monkeypatch):
     """As sm_90 takes them, here of sm_80's code."""
     monkeypatch.setattr(gemm, "gemm_configs", lambda *a: (config,))
     with emulating(arch=80, detect_races="rw"):
         check_forward(Case(3, 25, 72, 264, BF16), gemm_mlp_fwd)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_tile_of_many_rows_under_autocast(emulating, dtype, monkeypatch):
+    monkeypatch.setattr(gemm, "gemm_configs", lambda *a: (tuning._LARGE[0],))
+    with emulating(arch=80, detect_races="rw"):
+        check_forward(Case(3, 70, 200, 72, dtype, residual_dtype=torch.float32), gemm_mlp_fwd)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_fused_tile_of_many_rows(emulating, dtype, monkeypatch):
+    many = tuning.fused_configs(96, 384, True, "sm_90", False, False, True)[0]
+    assert many.BLOCK_M == 256
+    monkeypatch.setattr(fused, "fused_configs", lambda *a: (many,))
+    with emulating(arch=80, detect_races="rw"):
+        check_forward(Case(3, 100, 96, 128, dtype), fused_mlp_fwd)
 
 
 def test_forward_in_float32(emulating, precision):
