@@ -49,7 +49,7 @@ if AVAILABLE:
         )
 
     @gluon.jit
-    def _fetch(row, x_ptr, x_off, x_ok, h, h_first, h_end, pitch, C: gl.constexpr):
+    def _fetch(row, x_ptr, x_off, step, x_ok, h, h_first, h_end, pitch, C: gl.constexpr):
         """Start the copy of input row ``h`` of the segment for every pair; zeros outside the image and from ``h_end``.
 
         A quarter of a row is the pixels with k = 0, 2, 4, 6; the others are those of k + 1, 8, 9, constants away.
@@ -57,7 +57,7 @@ if AVAILABLE:
         inside = (h_first + h >= 0) & (h_first + h < h_end)
         row_ptr = x_ptr + h * pitch
         for i in gl.static_range(4):
-            async_load(row.slice(64 * i, 64), row_ptr + x_off + (i % 2 + i // 2 * 8) * C, mask=x_ok[i] & inside)
+            async_load(row.slice(64 * i, 64), row_ptr + x_off + step + (i % 2 + i // 2 * 8) * C, mask=x_ok[i] & inside)
         async_copy.commit_group()
 
     @gluon.jit
@@ -83,7 +83,7 @@ if AVAILABLE:
         )
 
     @gluon.jit
-    def _accumulate(a, acc, band, start, s: gl.constexpr, TAPS: gl.constexpr):
+    def _accumulate(a, acc, band, zero, s: gl.constexpr, TAPS: gl.constexpr):
         """Add an input row, the s-th modulo TAPS, to all open output rows: (the row it completes, the open rows)."""
         done = ()
         rows = ()
@@ -91,14 +91,15 @@ if AVAILABLE:
             new = mma_v2(a[i // TAPS], band[i // TAPS * TAPS + TAPS - 1 - (i % TAPS - s + TAPS) % TAPS], acc[i])
             if i % TAPS == s:
                 done = done + (new,)
-                rows = rows + (start[i // TAPS],)
+                rows = rows + (zero,)
             else:
                 rows = rows + (new,)
         return done, rows
 
     @gluon.jit
-    def _store_statistics(u, stats_ptr, at, held, ok, share, WARPS: gl.constexpr):
-        """(mean, M2) of each pixel of u (16, 2, 2, 2, 4·WARPS) to the pair ``at + held``; ``share`` is 1/channels.
+    def _store_statistics(u, stats_ptr, at, held, row_off, ok, share, WARPS: gl.constexpr):
+        """(mean, M2) of each pixel of u (16, 2, 2, 2, 4·WARPS) to the pair ``row_off + at + held``; ``share`` is
+        1/channels.
 
         Σu and Σu² are products of the matrix unit with ones and with uᵀ (the diagonal), for a thread holds u as an
         operand already, up to the order of the channels, which does not matter for a sum. M2 = Σu² − (Σu)²/n then errs
@@ -125,7 +126,7 @@ if AVAILABLE:
         column = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, HALVES)))[None, None, :]
         mean = gl.where(row % 2 == 0, total_even, total_odd) * share
         m2 = gl.maximum(gl.where(row % 2 == 0, square_even, square_odd) - mean * mean / share, 0.0)
-        to = stats_ptr + _as_rows(at, HALVES, WARPS)[:, :, None] * 2 + column * 0
+        to = stats_ptr + _as_rows(at, HALVES, WARPS)[:, :, None] * 2 + column * 0 + row_off * 2
         to += _as_rows(held, HALVES, WARPS)[:, :, None] * 2
         ok = _as_rows(ok, HALVES, WARPS)[:, :, None] & (row // 2 == column)
         gl.store(to, mean, mask=ok)
@@ -140,36 +141,41 @@ if AVAILABLE:
 
     @gluon.jit
     def _store_row(
-        done, slot, u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, o, W, pitch, C: gl.constexpr,
-        WARPS: gl.constexpr, STORE: gl.constexpr, RESIDUAL: gl.constexpr, EARLY: gl.constexpr, STATS: gl.constexpr,
-        dtype: gl.constexpr,
+        done, slot, place, o, C: gl.constexpr, WARPS: gl.constexpr, STORE: gl.constexpr, BIAS: gl.constexpr,
+        RESIDUAL: gl.constexpr, EARLY: gl.constexpr, STATS: gl.constexpr, dtype: gl.constexpr,
     ):  # fmt: skip
         """Round four channels' (WARPS, 16, 8) sums, bring them to (16, 2, 2, 2, 4·WARPS), pair, j and c, and store."""
+        u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, W, pitch, bias = place
+        if BIAS:
+            done = (done[0] + bias[0], done[1] + bias[1], done[2] + bias[2], done[3] + bias[3])
         quads = gl.join(gl.join(done[0].to(dtype), done[2].to(dtype)), gl.join(done[1].to(dtype), done[3].to(dtype)))
         rows = gl.permute(gl.reshape(quads, [WARPS, 16, 8, 4]), [1, 2, 0, 3])
         u = gl.convert_layout(gl.reshape(rows, [16, 2, 2, 2, WARPS * 4]), STORE)
         shift = (held * C)[:, :, :, :, None]
-        to = u_ptr + o * pitch + u_off + shift
+        to = u_ptr + u_off + o * pitch + shift  # in this order: the rows after the loop use its first sum, too
         if RESIDUAL:
             if EARLY:
                 residual = slot.load(STORE)
             else:
-                residual = gl.load(r_ptr + o * pitch + u_off + shift, mask=u_ok, other=0.0)
+                residual = gl.load(r_ptr + u_off + o * pitch + shift, mask=u_ok, other=0.0)
             gl.store(to, (u.to(gl.float32) + residual.to(gl.float32)).to(u_ptr.dtype.element_ty), mask=u_ok)
         else:
             gl.store(to, u.to(u_ptr.dtype.element_ty), mask=u_ok)
         if STATS:
-            _store_statistics(u, stats_ptr + o * W * 2, s_off, held, s_ok, share, WARPS)
+            _store_statistics(u, stats_ptr, s_off, held, o * W, s_ok, share, WARPS)
 
-    @gluon.jit(do_not_specialize=("N", "H", "W", "WT", "SEGMENT", "SEGMENTS"))
+    @gluon.jit(do_not_specialize=("N", "H", "W", "WT", "SEGMENT", "SEGMENTS", "GROUPS"))
     def dwconv_gluon_kernel(
         x_ptr, w_ptr, b_ptr, r_ptr, u_ptr, stats_ptr, N, H, W, WT, SEGMENT, SEGMENTS, GROUPS,
         C: gl.constexpr, TAPS: gl.constexpr, WARPS: gl.constexpr, TAIL: gl.constexpr, SPLIT: gl.constexpr,
         FLIP: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, STATS: gl.constexpr, STAGES: gl.constexpr,
         WIDE_ROW: gl.constexpr, WIDE: gl.constexpr, COPY: gl.constexpr, SHARED: gl.constexpr, READ: gl.constexpr,
-        STORE: gl.constexpr, ENDS: gl.constexpr, EARLY: gl.constexpr, dtype: gl.constexpr,
+        STORE: gl.constexpr, PIECE: gl.constexpr, ENDS: gl.constexpr, EARLY: gl.constexpr, dtype: gl.constexpr,
     ):  # fmt: skip
-        """As dwconv_tensor_core_kernel, with CB = 4·WARPS; WIDE_ROW: x is float32; EARLY: the residual comes with x."""
+        """As dwconv_tensor_core_kernel, with CB = 4·WARPS; WIDE_ROW: x is float32; EARLY: the residual comes with x.
+
+        GROUPS is at least 1.
+        """
         HALF: gl.constexpr = TAPS // 2
         LAG: gl.constexpr = 2 * HALF if SPLIT else HALF
         CB: gl.constexpr = WARPS * 4
@@ -198,9 +204,11 @@ if AVAILABLE:
         stats_ptr += ((zero64 + block) * N * H * W + pixels) * 2
 
         r = gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
-        if WIDE_ROW:
+        step = r * 0
+        if WIDE_ROW:  # a thread copies the pixels of k and k + 4
             p = (r & 1) | (((r >> 3) & 7) << 1)
-            k = ((r >> 1) & 3) << 1
+            k = r & 2
+            step = r & 4
         else:
             p = (r & 3) | (((r >> 4) & 3) << 2)
             k = ((r >> 2) & 3) << 1
@@ -209,19 +217,20 @@ if AVAILABLE:
         c = c_first + gl.arange(0, CB, layout=gl.SliceLayout(0, COPY))
         x_ok = ()
         for i in gl.static_range(4):
-            ki = k + (i % 2 + i // 2 * 8)
+            ki = k + step + (i % 2 + i // 2 * 8)
             iw = pair % WT * 8 + ki - HALF
             x_ok = x_ok + (((n < N) & (iw >= 0) & (iw < W) & (ki < 8 + TAPS - 1))[:, None] & (c < C)[None, :],)
         image = (n - n_first) * H
         if WIDE:
             image = (n - n_first).to(gl.int64) * H
         x_off = ((image * W + pair % WT * 8 + k - HALF) * C)[:, None] + c[None, :]
+        step = (step * C)[:, None]
         rows = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, 256, CB], SHARED)
         ends = rows
         if EARLY:
             ends = gl.allocate_shared_memory(r_ptr.dtype.element_ty, [STAGES, 16, 2, 2, 2, CB], ENDS)
         for d in gl.static_range(STAGES - 1):
-            _fetch(rows.index(d), x_ptr, x_off, x_ok, d, h_first, h_end, pitch, C)
+            _fetch(rows.index(d), x_ptr, x_off, step, x_ok, d, h_first, h_end, pitch, C)
 
         bw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None]
         bk = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, B)))[None, :, None]
@@ -242,20 +251,14 @@ if AVAILABLE:
             tap = gl.load(w_ptr + at, mask=ok, other=0.0)
             band = band + (tap.to(dtype),)
         zero = gl.full([WARPS, 16, 8], 0.0, gl.float32, layout=MMA)
-        start = ()
-        for i in gl.static_range(4):
-            value = zero
-            if BIAS:
-                at = (
-                    c_first
-                    + gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None, None] * 4
-                    + i
-                )
-                value, _ = gl.broadcast(gl.load(b_ptr + at, mask=at < C, other=0.0).to(gl.float32), zero)
-            start = start + (value,)
+        bias = ()
+        if BIAS:
+            at = c_first + gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None, None] * 4
+            for i in gl.static_range(4):
+                bias = bias + (gl.load(b_ptr + at + i, mask=at + i < C, other=0.0).to(gl.float32),)
         acc = ()
-        for i in gl.static_range(4 * TAPS):
-            acc = acc + (start[i // TAPS],)
+        for _ in gl.static_range(4 * TAPS):
+            acc = acc + (zero,)
 
         # A thread's pixels are j + 4 (and j + 2) apart: what is held in registers is a constant to add to one address.
         PIXELS: gl.constexpr = gl.SliceLayout(4, STORE)
@@ -267,7 +270,7 @@ if AVAILABLE:
         j0 = gl.arange(0, 2, layout=J0)[None, None, None, :]
         j1 = gl.arange(0, 2, layout=J1)[None, None, :, None] * 2
         held = gl.arange(0, 2, layout=J2)[None, :, None, None] * 4 + (j1 + j0 + o_pair) * 0
-        if WARPS == 4 and STATS:
+        if PIECE == 4:
             held += j1
             j1 *= 0
         o_n = o_pair // WT
@@ -292,39 +295,37 @@ if AVAILABLE:
         if C % CB != 0:
             share = 1.0 / gl.minimum(C - c_first, CB).to(gl.float32)
 
+        place = u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, W, pitch, bias
+        gl.assume(GROUPS >= 1)  # so that the rows after the loop use the addresses that the loop has in registers
         for g in range(GROUPS):
             for s in gl.static_range(TAPS):
                 h = g * TAPS + s
                 async_copy.wait_group(STAGES - 2)
                 a = _operands(rows.index(h % STAGES).load(READ), WIDE_ROW, WARPS, A, dtype)
-                done, acc = _accumulate(a, acc, band, start, s, TAPS)
+                done, acc = _accumulate(a, acc, band, zero, s, TAPS)
                 o = _row_here(h) - LAG
                 ahead = rows.index((h + STAGES - 1) % STAGES)
                 if EARLY:
                     end = ends.index((h + STAGES - 1) % STAGES)
                     _fetch_residual(end, r_ptr, u_off, shift, u_ok, o + (STAGES - 1), o_end, pitch)
-                _fetch(ahead, x_ptr, x_off, x_ok, o + (LAG + STAGES - 1), h_first, h_end, pitch, C)
+                _fetch(ahead, x_ptr, x_off, step, x_ok, o + (LAG + STAGES - 1), h_first, h_end, pitch, C)
                 if (o >= 0) & (o < o_end):
-                    _store_row(
-                        done, ends.index(h % STAGES), u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, o,
-                        W, pitch, C, WARPS, STORE, RESIDUAL, EARLY, STATS, dtype,
-                    )  # fmt: skip
+                    slot = ends.index(h % STAGES)
+                    _store_row(done, slot, place, o, C, WARPS, STORE, BIAS, RESIDUAL, EARLY, STATS, dtype)
         for s in gl.static_range(TAIL):
             h = GROUPS * TAPS + s
             async_copy.wait_group(STAGES - 2)
             a = _operands(rows.index(h % STAGES).load(READ), WIDE_ROW, WARPS, A, dtype)
-            done, acc = _accumulate(a, acc, band, start, s, TAPS)
+            done, acc = _accumulate(a, acc, band, zero, s, TAPS)
             o = _row_here(h) - LAG
             ahead = rows.index((h + STAGES - 1) % STAGES)
             if EARLY:
                 end = ends.index((h + STAGES - 1) % STAGES)
                 _fetch_residual(end, r_ptr, u_off, shift, u_ok, o + (STAGES - 1), o_end, pitch)
-            _fetch(ahead, x_ptr, x_off, x_ok, o + (LAG + STAGES - 1), h_first, h_end, pitch, C)
+            _fetch(ahead, x_ptr, x_off, step, x_ok, o + (LAG + STAGES - 1), h_first, h_end, pitch, C)
             if (o >= 0) & (o < o_end):
-                _store_row(
-                    done, ends.index(h % STAGES), u_ptr, r_ptr, u_off, u_ok, stats_ptr, s_off, s_ok, held, share, o, W,
-                    pitch, C, WARPS, STORE, RESIDUAL, EARLY, STATS, dtype,
-                )  # fmt: skip
+                slot = ends.index(h % STAGES)
+                _store_row(done, slot, place, o, C, WARPS, STORE, BIAS, RESIDUAL, EARLY, STATS, dtype)
         async_copy.wait_group(0)
         if not SPLIT:
             for s in gl.static_range(HALF):
@@ -333,10 +334,8 @@ if AVAILABLE:
                     done = done + (acc[i * TAPS + (TAIL + s) % TAPS],)
                 o = _row_here(H) - HALF + s
                 if o >= 0:
-                    _store_row(
-                        done, ends.index((GROUPS * TAPS + TAIL + s) % STAGES), u_ptr, r_ptr, u_off, u_ok, stats_ptr,
-                        s_off, s_ok, held, share, o, W, pitch, C, WARPS, STORE, RESIDUAL, EARLY, STATS, dtype,
-                    )  # fmt: skip
+                    slot = ends.index((GROUPS * TAPS + TAIL + s) % STAGES)
+                    _store_row(done, slot, place, o, C, WARPS, STORE, BIAS, RESIDUAL, EARLY, STATS, dtype)
         # The rows' memory is not reused here: the last store's scratch buffer would collide with pending copies.
         rows._keep_alive()
         if EARLY:
@@ -353,7 +352,7 @@ def row_layouts(warps: int, itemsize: int) -> tuple[object, object]:
 
 
 @functools.cache
-def _layouts(warps: int, itemsize: int, statistics: bool) -> dict[str, object]:
+def _layouts(warps: int, itemsize: int, statistics: bool, end_itemsize: int) -> dict[str, object]:
     """How threads copy rows (COPY), how shared memory is swizzled, who reads (READ) and who stores (STORE) what.
 
     A row of shared memory is one pixel's 4·warps channels. The index of a pixel has its bits in the order that puts the
@@ -361,23 +360,29 @@ def _layouts(warps: int, itemsize: int, statistics: bool) -> dict[str, object]:
     """
     block = warps * 4
     copy, shared = row_layouts(warps, itemsize)
+    channel = [[0, 1 << i] for i in range(block.bit_length() - 1)]
+    if itemsize == 4:  # two copies of 16 bytes a thread, of pixels with the same p: a constant apart
+        threads = [*channel[2:], *([1 << i, 0] for i in (0, 1, 3, 4, 5))]
+        copy = gl.DistributedLinearLayout([*channel[:2], [4, 0]], threads[:5], threads[5:], [], [64, block])
     # Bits of a pixel's index: the lanes' pair bits 0, 1, 2 and k bits 1, 2, then pair + 8, k + 1, k + 8 in registers.
     lane_k, lane_pair = ([2, 4], [1, 8, 16]) if itemsize == 4 else ([4, 8], [1, 2, 16])
     registers = [[0, 1], [0, 2], [64, 0], [32, 0], [128, 0]]
     lanes = [[bit, 0] for bit in (*lane_k, *lane_pair)]
     owners = [[0, 4 << i] for i in range(warps.bit_length() - 1)]
     read = gl.DistributedLinearLayout(registers, lanes, owners, [], [256, block])
-    # Dimensions pair, j/4, j/2%2, j%2, channel. 8 channels a piece, but the statistics want a pixel in 4 lanes.
+    # Dimensions pair, j/4, j/2%2, j%2, channel. A thread stores 16 bytes at a time, so that those of neighbours make
+    # whole sectors; the statistics want a pixel in 4 lanes.
+    piece = 4 if end_itemsize == 4 or (block == 16 and statistics) else 8
     pair = [[1 << i, 0, 0, 0, 0] for i in range(4)]
     j0, j1, j2 = ([0] * (3 - i) + [1] + [0] * (1 + i) for i in range(3))
-    channel = [[0, 0, 0, 0, 1 << i] for i in range(block.bit_length() - 1)]
-    if block == 16 and statistics:
+    channel = [[0, 0, 0, *bit] for bit in channel]
+    if piece == 4:
         held, across = [*channel[:2], j2, j1], [*channel[2:], j0, *pair]
     else:
         held, across = [*channel[:3], j2], [*channel[3:], j0, j1, *pair]
     store = gl.DistributedLinearLayout(held, across[:5], across[5:], [], [16, 2, 2, 2, block])
     ends = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
-    return {"COPY": copy, "SHARED": shared, "READ": read, "STORE": store, "ENDS": ends}
+    return {"COPY": copy, "SHARED": shared, "READ": read, "STORE": store, "PIECE": piece, "ENDS": ends}
 
 
 def supports(x: torch.Tensor) -> bool:
@@ -409,9 +414,11 @@ def dwconv_gluon(
         return u, stats
     tiles = cdiv(width, 8)
     images = 16 // tiles + 2
+    # With statistics nothing is added and u is of 16 bits.
+    end_itemsize = 2 if statistics else max(u.element_size(), 0 if residual is None else residual.element_size())
 
     def run(config: GluonConfig) -> None:
-        split = config.segment < height
+        split = config.segment < height or height < taps
         segments = cdiv(height, config.segment)
         rows = config.segment + taps - 1 if split else height
         launch(
@@ -425,7 +432,7 @@ def dwconv_gluon(
             EARLY=_aligned(residual) and residual_early(config, taps, block, residual.element_size(), target_of(x)),
             WIDE_ROW=x.element_size() == 4, WIDE=images * height * width * channels >= 2**31,
             dtype=gl.bfloat16 if dtype == torch.bfloat16 else gl.float16, num_warps=block // 4,
-            **_layouts(block // 4, x.element_size(), statistics),
+            **_layouts(block // 4, x.element_size(), statistics, end_itemsize),
         )  # fmt: skip
 
     residual_dtype = None if residual is None else residual.dtype

@@ -32,8 +32,8 @@ if AVAILABLE:
 
     @gluon.jit
     def _places(
-        ptr, pair_first, n_first, c_first, N, H, W, WT, HALF: gl.constexpr, PIXELS: gl.constexpr, C: gl.constexpr,
-        CB: gl.constexpr, COPY: gl.constexpr, WIDE: gl.constexpr,
+        ptr, here, pair_first, n_first, c_first, N, H, W, WT, HALF: gl.constexpr, PIXELS: gl.constexpr,
+        C: gl.constexpr, CB: gl.constexpr, COPY: gl.constexpr, WIDE: gl.constexpr,
     ):  # fmt: skip
         """What `_copy` needs for PIXELS pixels of 16 tiles, the first of which is HALF pixels left of its tile.
 
@@ -43,7 +43,7 @@ if AVAILABLE:
         ONCE: gl.constexpr = 8 * COPY.size_per_thread[1]  # what all threads copy at a time; see _words for the bits
         r = gl.arange(0, 16 * PIXELS, layout=gl.SliceLayout(1, COPY))
         step = (r & -ONCE) >> 4
-        r &= ONCE - 1
+        r = ((r & (ONCE - 1)) + here) & (ONCE - 1)
         k = ((r >> 2) & 1) | (((r >> 5) & 1) << 1)
         pair = pair_first + (((r & 3) << 1) | ((r >> 3) & 1) | (((r >> 4) & 1) << 3))
         n = pair // WT
@@ -198,12 +198,16 @@ if AVAILABLE:
         for _ in gl.static_range(4 * TAPS):
             acc = acc + (gl.full([WARPS, 16, 8], 0.0, gl.float32, layout=MMA),)
 
-        for pair_first in range(split * SPLIT_PAIRS, gl.minimum((split + 1) * SPLIT_PAIRS, PAIRS), 16):
+        pairs_end = gl.minimum((split + 1) * SPLIT_PAIRS, PAIRS)
+        gl.assume(split * SPLIT_PAIRS < pairs_end)
+        for pair_first in range(split * SPLIT_PAIRS, pairs_end, 16):
+            # 0, which the compiler cannot know: what it is added to is computed here, not before the loop and kept.
+            here = _row_here(pair_first) - pair_first
             n_first = pair_first // WT
-            origin = (zero64 + n_first) * H * W * C
-            x_first = x_ptr + origin - HALF * pitch
-            x = _places(x_first, pair_first, n_first, c_first, N, H, W, WT, HALF, 16, C, CB, X_COPY, WIDE)
-            du = _places(du_ptr + origin, pair_first, n_first, c_first, N, H, W, WT, 0, 8, C, CB, DU_COPY, WIDE)
+            origin = (zero64 + n_first) * (H + here) * W * C
+            x_first = x_ptr + origin - (HALF + here) * pitch
+            x = _places(x_first, here, pair_first, n_first, c_first, N, H, W, WT, HALF, 16, C, CB, X_COPY, WIDE)
+            du = _places(du_ptr + origin, here, pair_first, n_first, c_first, N, H, W, WT, 0, 8, C, CB, DU_COPY, WIDE)
             for t in gl.static_range(STAGES - 1):
                 _fetch(xs[t], dus[t], x, du, t, H, W, pitch, C, HALF)
             zeros = _words(gl.full([128, CB], 0.0, dtype, layout=READ), WARPS, dtype)
@@ -217,6 +221,7 @@ if AVAILABLE:
                     xs[(t + STAGES - 1) % STAGES], dus[(t + STAGES - 1) % STAGES], x, du, t + STAGES - 1, H, W, pitch,
                     C, HALF,
                 )  # fmt: skip
+            gl.assume(GROUPS >= 1)
             for g in range(GROUPS):
                 for s in gl.static_range(UNROLL):
                     async_copy.wait_group(STAGES - 2)

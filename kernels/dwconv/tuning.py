@@ -157,8 +157,8 @@ def wgrad_config(shape: tuple[int, int, int, int], dtype: torch.dtype, target: s
         splits = max(1, programs // (cdiv(channels, block) * 7))
         split = cdiv(cdiv(batch * height, splits), block_rows) * block_rows
         return WgradConfig(min(7, width), block, max(split, block_rows), block_rows, 4)
-    # One channel a warp leaves NVIDIA's 128 registers a thread without spills; two fit AMD's 256.
-    tile_width, block = (16, 16) if target == "gfx942" else (8, 8)
+    # One channel a warp leaves NVIDIA's 128 registers a thread without spills; two fit AMD's 256, of float32 rows one.
+    tile_width, block = (16, 8 if wide else 16) if target == "gfx942" else (8, 8)
     warps, ahead = 8, 0
     if target == "sm_90":
         block, warps, ahead, programs = 4 if wide else 8, 4, 1, 2 * programs
@@ -181,13 +181,16 @@ def gluon_wgrad_config(shape: tuple[int, int, int, int], itemsize: int, target: 
     """Configuration of gluon_wgrad.py for x of ``shape`` (N, H, W, C), ``itemsize`` bytes an element.
 
     A thread takes nearly 255 registers, so 8 warps fill a processor: one program of 32 channels, whose reads are whole
-    sectors, or two of 16 where 32 would leave channels idle. Four rows are in shared memory where they fit, else two.
-    A multiple of them is unrolled: 8, after which the ring has turned by one row alone, unless 4 leave fewer rows
-    beyond the last one or, with float32 rows, fewer spills.
+    sectors, or two of 16 where 32 would leave channels idle. Of rows in 16 bits four are in shared memory and 8 are
+    unrolled, after which the ring has turned by one row alone, or 4 where they leave fewer rows beyond the last one. Of
+    float32 rows three are in shared memory where they fit, else two, and as many are unrolled: more would spill.
     """
-    fits = 4 * (256 * itemsize + 128 * 2) * 32 <= SHARED_BYTES[target]
-    unroll = 8 if itemsize == 2 and -shape[1] % 8 < 4 else 4
-    return GluonWgradConfig(gluon_wgrad_split(shape, target), _wgrad_warps(shape[3]), 4 if fits else 2, unroll)
+    if itemsize == 2:
+        stages, unroll = 4, 8 if -shape[1] % 8 < 4 else 4
+    else:
+        stages = 3 if 3 * (256 * itemsize + 128 * 2) * 32 <= SHARED_BYTES[target] else 2
+        unroll = stages
+    return GluonWgradConfig(gluon_wgrad_split(shape, target), _wgrad_warps(shape[3]), stages, unroll)
 
 
 def _wgrad_warps(channels: int) -> int:

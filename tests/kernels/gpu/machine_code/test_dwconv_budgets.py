@@ -21,7 +21,7 @@ from convnext_fast.kernels.dwconv.tuning import (
 from convnext_fast.kernels.dwconv.wgrad import add_partials, dwconv_wgrad
 from convnext_fast.kernels.integers import cdiv
 from convnext_fast.kernels.statistics import stats_block
-from dwconv_cases import check_statistics, draw
+from dwconv_cases import check_data_gradient, check_statistics, draw
 from kernel_support import assert_as_good_as_eager, dwconv_reference
 
 BF16 = torch.bfloat16
@@ -55,6 +55,21 @@ def test_forward_and_data_gradient_in_bfloat16(emulating, shape, budget):
             du, weight, None, dy, dtype=BF16, out_dtype=BF16, flip=True, statistics=False, config=_whole(shape)
         )
     assert backward.launches[0].thread_instructions <= budget * u.numel()
+
+
+@needs_gluon
+@pytest.mark.parametrize("channels", [64, 48])
+def test_a_residual_in_float32_moves_in_whole_sectors(emulating, channels):
+    """As under autocast; of 48 channels a program has 16."""
+    shape = (8, 14, 14, channels)
+    with emulating(arch=80, detect_races="rw") as emulation:
+        check_data_gradient(shape, 7, BF16, torch.float32)
+    assert len(emulation.launches) == 2
+    for launch in emulation.launches:
+        moved = launch.traffic()
+        stores = [name for name in moved if name.startswith("STG")]
+        assert stores
+        assert {moved[name].efficiency for name in ("LDGSTS.128", *stores)} == {1}
 
 
 @needs_gluon

@@ -12,7 +12,7 @@ from convnext_fast.kernels.dwconv.scalar import dwconv_scalar
 from convnext_fast.kernels.dwconv.tensor_core import dwconv_tensor_core
 from convnext_fast.kernels.dwconv.tuning import GluonConfig
 from convnext_fast.kernels.layernorm import layernorm_bwd, layernorm_fwd
-from convnext_fast.kernels.targets import SHARED_BYTES, planned_for
+from convnext_fast.kernels.targets import SHARED_BYTES, TARGETS, planned_for
 
 sys.path.append(str(Path(__file__).resolve().parents[4]))  # bench/ is not installed
 from bench.static_analysis.analysis import analyse
@@ -36,6 +36,27 @@ def _launches(target, dtype):
 def test_bfloat16_on_every_target(target):
     launches = _launches(target, torch.bfloat16)
     assert len(launches) == 4
+    for launch in launches:
+        made = compile_launch(launch, target)
+        assert made.shared <= SHARED_BYTES[target], made
+        assert made.spills == 0, made
+
+
+@pytest.mark.parametrize("shape", [(64, 56, 56, 96), (128, 14, 14, 512)])
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(t, marks=() if t in ("sm_86", "sm_90") else pytest.mark.thorough) for t in TARGETS],
+)
+def test_residual_stream_in_float32(target, shape):
+    """As under autocast: x, or the residual and the sum, are in float32; two rows of x at a time on sm_86."""
+    wide = torch.empty(shape, device="meta")
+    u, weight = wide.to(torch.bfloat16), torch.empty(shape[3], 1, 7, 7, device="meta")
+    with planned_for(target), recording() as launches:
+        dwconv_fwd(wide, weight, weight[:, 0, 0, 0], u.dtype)
+        dwconv_dgrad(u, weight, wide, wide.dtype)
+        dwconv_dgrad(u, weight, wide, u.dtype)
+        dwconv_wgrad(wide, u, 7)
+    assert len(launches) == 5
     for launch in launches:
         made = compile_launch(launch, target)
         assert made.shared <= SHARED_BYTES[target], made
