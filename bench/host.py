@@ -31,6 +31,11 @@ MODES = ("inference", "training", "training autocast")
 """In bfloat16; the last with parameters in float32, under autocast, and with drop path."""
 DROP_PATH = 0.1
 WARM_UP, STEPS = 6, 5
+UNFUSED = {
+    "of_best_eager": ("eager", "eager channels_last", "eager transformers"),
+    "of_best_compiled": ("compile", "compile transformers"),
+}
+"""What a time is compared with; the second only that of a compiled model."""
 _LAUNCHES = {"launches": "hollow_launches", "graphs": "hollow_graph_launches"}
 
 Step = Callable[[], None]
@@ -88,9 +93,12 @@ CONTENDERS: dict[str, Callable[[str, float], nn.Module]] = {
     "fuse(timm) frozen graph": lambda *of: fuse(timm_model(*of).to(DEVICE)).freeze(cuda_graph=True).model,
     "graphed fused": ours,
     "compile fused": lambda *of: torch.compile(ours(*of)),
+    "compile frozen": lambda *of: torch.compile(ours(*of).freeze()),
     "compile fuse(timm)": lambda *of: torch.compile(fused(timm_model(*of))),
+    "compile fuse(timm) frozen": lambda *of: torch.compile(fuse(timm_model(*of)).freeze().model),
     "compile transformers": lambda *of: torch.compile(transformers_model(*of)),
     "compile fuse(transformers)": lambda *of: torch.compile(fused(transformers_model(*of))),
+    "compile fuse(transformers) frozen": lambda *of: torch.compile(fuse(transformers_model(*of)).freeze().model),
 }
 """How the model of each contender is made; "frozen" is for inference alone, "graphed" and "recompute" for training."""
 
@@ -126,7 +134,7 @@ def step_of(model: nn.Module, mode: str) -> Step:
 
 
 def measure(steps: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
-    """For each step its median CPU milliseconds, and the median of that as a part of the best eager one's of its round.
+    """For each step its median CPU milliseconds, and the medians of that as a part of a round's best unfused ones'.
 
     And, where the CUDA that does nothing counts them, its launches.
     """
@@ -146,15 +154,16 @@ def measure(steps: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
                 spent += time.process_time() - begun
             taken[-1][name] = 1e3 * spent / STEPS
             counts[name] = {what: (count() - before[what]) / STEPS for what, count in counters.items()}
-    best = [min(ms for name, ms in each.items() if name.startswith("eager")) for each in taken]
-    return {
-        name: {
-            "ms": statistics.median(each[name] for each in taken),
-            "of_best_eager": statistics.median(each[name] / least for each, least in zip(taken, best, strict=True)),
-            **counts[name],
-        }
-        for name in steps
-    }
+    found: dict[str, dict[str, float]] = {}
+    for name in steps:
+        found[name] = {"ms": statistics.median(each[name] for each in taken), **counts[name]}
+        for ratio, unfused in UNFUSED.items():
+            others = [other for other in unfused if other in steps]
+            if others and (ratio == "of_best_eager" or name.startswith("compile")):
+                found[name][ratio] = statistics.median(
+                    each[name] / min(each[other] for other in others) for each in taken
+                )
+    return found
 
 
 def _counters() -> dict[str, Callable[[], int]]:
@@ -212,11 +221,13 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     for row in found:
         cells = [
             row["failure"] or report.number(row["of_best_eager"], "{:.2f}"),
+            report.number(row.get("of_best_compiled"), "{:.2f}"),
             report.number(row.get("ms"), "{:.2f}"),
         ]
         counts = [report.number(row.get(what), "{:.0f}") for what in _LAUNCHES]
         lines.append([row["mode"], row["contender"], *cells, *counts])
-    return report.table(["mode", "contender", "of the best eager", "ms", "launches", "graphs"], lines)
+    head = ["mode", "contender", "of the best eager", "of the best compiled", "ms", "launches", "graphs"]
+    return report.table(head, lines)
 
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:

@@ -225,16 +225,20 @@ def fold_fwd(weights: BlockWeights, dtype: torch.dtype, layer_scale: bool) -> tu
     return w1g, b1g, weights.w2 if w2g is None else w2g
 
 
-def fold_bwd(sums: Sums, weights: BlockWeights, dwconv_sums: Tensor | None = None) -> BlockWeights:
+def fold_bwd(
+    sums: Sums, weights: BlockWeights, dwconv_sums: Tensor | None = None, out: BlockWeights | None = None
+) -> BlockWeights:
     """Gradients of the weights, which are contiguous.
 
     ``dwconv_sums``: ``dwconv_wgrad_partials``, or None where the depthwise convolution's gradients are not wanted. A
-    gradient is like its parameter, None where that is None. Two launches.
+    gradient is like its parameter, None where that is None. ``out``: memory for them. Two launches.
     """
     if dwconv_sums is None:
         weights = weights._replace(dwconv_weight=None, dwconv_bias=None)
     (K, C), (_, S, *_) = weights.w1.shape, sums.products.shape
-    grads = BlockWeights(*(None if p is None else torch.empty_like(p) for p in weights))
+    grads = out
+    if grads is None:
+        grads = BlockWeights(*(None if p is None else torch.empty_like(p) for p in weights))
     w1, w2, b2, gamma = weights.w1, weights.w2, weights.b2, weights.gamma
     tiles = cdiv(K, BLOCK_K)
     partial = torch.empty((tiles, 4, C), dtype=torch.float32, device=w1.device)

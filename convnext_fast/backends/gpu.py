@@ -23,7 +23,7 @@ from ..kernels.weights import BlockWeights, ConvNorm, FrozenBlock, FrozenDownsam
 from .dwconv import dwconv_dgrad, dwconv_fwd, dwconv_wgrad, dwconv_wgrad_partials
 from .interface import Gradients, like_inputs
 
-__all__ = ["description", "is_observed"]  # and the functions of `interface.Backend`
+__all__ = ["composed", "description", "is_observed"]  # and the functions of `interface.Backend`
 Weights = TypeVar("Weights", bound=tuple)
 
 
@@ -85,8 +85,13 @@ def _stream(dtype: torch.dtype, weights: BlockWeights) -> torch.dtype:
 
 
 @replayed
-def block_bwd(dy, x, saved, weights, drop_scale, eps, act, dtype, needs_x, needs_dwconv, dx_dtype=None) -> Gradients:
-    """Gradients of x and of the weights. ``dx_dtype``: that of the real x, in a group that kept a copy in T."""
+def block_bwd(
+    dy, x, saved, weights, drop_scale, eps, act, dtype, needs_x, needs_dwconv, dx_dtype=None, out=None
+) -> Gradients:
+    """Gradients of x and of the weights; of x alone where ``out``, a `BlockWeights`, takes those of the weights.
+
+    ``dx_dtype``: that of the real x, in a group that kept a copy in T.
+    """
     rows, weights = (-1, x.shape[3]), _dense(weights)
     u, statistics, a, _ = saved
     if u is None:
@@ -98,7 +103,8 @@ def block_bwd(dy, x, saved, weights, drop_scale, eps, act, dtype, needs_x, needs
     du = du.view(x.shape)
     dx = dwconv_dgrad(du, weights.dwconv_weight, dy, dx_dtype or x.dtype) if needs_x else None
     partials = dwconv_wgrad_partials(x, du, weights.dwconv_weight.shape[3]) if needs_dwconv else None
-    return dx, *fold_bwd(sums, weights, partials)
+    gradients = fold_bwd(sums, weights, partials, out)
+    return (dx, *gradients) if out is None else (dx,)
 
 
 BlockCall = tuple[BlockWeights, Tensor | None, float, str, int]
@@ -131,17 +137,19 @@ def blocks_bwd(
     saved: tuple[Saved, ...],
     needs: tuple[tuple[bool, bool], ...],
     dtype: torch.dtype,
+    out: tuple[BlockWeights, ...] | None = None,
 ) -> Gradients:
     """The gradient of the first of ``inputs``, then those of each block's weights, in the blocks' order.
 
     inputs, saved: of each block its x, as `blocks_fwd` returns it, and what it kept. needs: ``needs_x`` and
-    ``needs_dwconv`` of `block_bwd`.
+    ``needs_dwconv`` of `block_bwd`. out: memory for the gradients of each block's weights, which are not returned then.
     """
     gradients: list[Tensor | None] = []
-    for x, block, own, wanted in zip(*map(reversed, (inputs, blocks, saved, needs)), strict=True):
+    out = out or (None,) * len(blocks)
+    for x, block, own, wanted, memory in zip(*map(reversed, (inputs, blocks, saved, needs, out)), strict=True):
         weights, drop_scale, eps, act, _ = block
-        wanted += () if x is inputs[0] or x.dtype == dy.dtype else (dy.dtype,)
-        dy, *grads = block_bwd(dy, x, own, weights, drop_scale, eps, act, dtype, *wanted)
+        dx_dtype = None if x is inputs[0] or x.dtype == dy.dtype else dy.dtype
+        dy, *grads = block_bwd(dy, x, own, weights, drop_scale, eps, act, dtype, *wanted, dx_dtype, memory)
         gradients = grads + gradients
     return (dy, *gradients)
 

@@ -6,7 +6,8 @@ which of a block's weights and drop scale are given: bit i for the i-th. ``acts`
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..backends import choose
 from ..kernels.weights import BlockWeights, Saved
 from . import autograd
+from .compute import as_one_plan
 
 if TYPE_CHECKING:
     from ..backends.gpu import BlockCall
@@ -23,6 +25,8 @@ _LIBRARY = torch.library.Library("convnext_fast", "FRAGMENT")
 _WEIGHTS = len(BlockWeights._fields)
 _KEPT = {0: 3, 1: 2, 2: 0}
 """How many of `Saved` a block keeps, by its level of ``recompute``."""
+_ALIGNMENT = 512
+"""Bytes, as CUDA's allocator gives."""
 
 
 def run(x: Tensor, blocks: tuple[BlockCall, ...], dtype: torch.dtype) -> Tensor:
@@ -44,8 +48,12 @@ def _forward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """What each block keeps, and its y, in the blocks' order."""
+    return list(as_one_plan(_blocks_fwd)(x, *map(tuple, (tensors, masks, eps)), acts, tuple(levels), dtype))
+
+
+def _blocks_fwd(x, tensors, masks, eps, acts, levels, dtype) -> tuple[Tensor, ...]:
     results = choose.module("triton").blocks_fwd(x, _blocks(tensors, masks, eps, acts, levels), dtype)
-    return [tensor for tensor in results if tensor is not None]
+    return tuple(tensor for tensor in results if tensor is not None)
 
 
 def _backward(
@@ -60,35 +68,43 @@ def _backward(
     dtype: torch.dtype,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradient of x, if that is needed, then those of the weights.
+    """The gradient of x, if that is needed, then the memory of those of the weights, by dtype (see `_layout`).
 
     results: those of `_forward` but the last. needs: of x and of each of ``tensors``.
     """
+    rest = acts, tuple(levels), dtype, tuple(needs)
+    return list(as_one_plan(_blocks_bwd)(dy, x, *map(tuple, (tensors, results, masks, eps)), *rest))
+
+
+def _blocks_bwd(dy, x, tensors, results, masks, eps, acts, levels, dtype, needs) -> tuple[Tensor, ...]:
     rest, inputs, saved = iter(results), [x], []
     for level in levels:
         kept = [next(rest) for _ in range(_KEPT[level])]
         saved.append(Saved(*kept, *[None] * (len(Saved._fields) - len(kept))))
         inputs.append(next(rest, None))  # the last y is no input
     first, wanted = _wanted(masks, needs)
+    sizes, places = _layout(tensors, masks, needs)
+    memory = {kind: torch.empty(size, dtype=kind, device=x.device) for kind, size in sizes.items()}
+    out = [BlockWeights._make(own[:-1]) for own in _cut(_parts(memory, tensors, places), masks)]
     arguments = inputs[first:-1], _blocks(tensors, masks, eps, acts, levels)[first:], saved[first:], wanted
-    gradients = choose.module("triton").blocks_bwd(dy, *map(tuple, arguments), dtype)
-    return [tensor for tensor in gradients if tensor is not None]
+    (dx,) = choose.module("triton").blocks_bwd(dy, *map(tuple, arguments), dtype, tuple(out[first:]))
+    return *([] if dx is None else [dx]), *memory.values()
 
 
-def _cut(values: Iterable[Any], masks: list[int]) -> list[list[Any]]:
+def _cut(values: Iterable[Any], masks: Sequence[int]) -> list[list[Any]]:
     """For each block what is given of its weights and its drop scale, None for what is not."""
     rest = iter(values)
     return [[next(rest) if mask >> i & 1 else None for i in range(_WEIGHTS + 1)] for mask in masks]
 
 
 def _blocks(
-    tensors: list[Tensor], masks: list[int], eps: list[float], acts: str, levels: list[int]
+    tensors: Sequence[Tensor], masks: Sequence[int], eps: Sequence[float], acts: str, levels: Sequence[int]
 ) -> tuple[BlockCall, ...]:
     options = zip(_cut(tensors, masks), eps, acts.split(","), levels, strict=True)
     return tuple((BlockWeights._make(own[:-1]), own[-1], *rest) for own, *rest in options)
 
 
-def _wanted(masks: list[int], needs: list[bool]) -> tuple[int, list[tuple[bool, bool]]]:
+def _wanted(masks: Sequence[int], needs: Sequence[bool]) -> tuple[int, list[tuple[bool, bool]]]:
     """The first block that takes a gradient, and from there on ``needs_x`` and ``needs_dwconv`` of each."""
     first, before, wanted = 0, needs[0], []
     for own in _cut(needs[1:], masks):
@@ -98,6 +114,39 @@ def _wanted(masks: list[int], needs: list[bool]) -> tuple[int, list[tuple[bool, 
         else:
             first += 1
     return first, wanted
+
+
+def _layout(
+    tensors: Sequence[Tensor], masks: Sequence[int], needs: Sequence[bool]
+) -> tuple[dict[torch.dtype, int], list[int | None]]:
+    """Where the gradients of the weights lie: all of one dtype in one tensor, for a compiler pays for each result.
+
+    Returns the elements of each dtype, and where the gradient of each of ``tensors`` begins; None for those without.
+    """
+    first, wanted = _wanted(masks, needs)
+    sizes: dict[torch.dtype, int] = {}
+    places: list[int | None] = []
+    for number, own in enumerate(_cut(tensors, masks)):
+        for i, tensor in enumerate(own):
+            if tensor is None:
+                continue
+            if number < first or i == _WEIGHTS or (i < 2 and not wanted[number - first][1]):
+                places.append(None)
+                continue
+            places.append(sizes.get(tensor.dtype, 0))
+            apart = _ALIGNMENT // tensor.itemsize
+            sizes[tensor.dtype] = places[-1] + -(-tensor.numel() // apart) * apart
+    return sizes, places
+
+
+def _parts(
+    memory: dict[torch.dtype, Tensor], tensors: Sequence[Tensor], places: Sequence[int | None]
+) -> list[Tensor | None]:
+    """The gradients in the memory that `_layout` describes."""
+    return [
+        None if place is None else memory[tensor.dtype][place : place + tensor.numel()].view(tensor.shape)
+        for tensor, place in zip(tensors, places, strict=True)
+    ]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -114,27 +163,34 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         return None, [None] * ctx.count, *[None] * len(ctx.options)
     autograd.refuse_batches(dy)
     x, *saved = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    found = iter(_BACKWARD(dy.contiguous(), x, saved[: ctx.count], saved[ctx.count :], *ctx.options, needs))
-    first, wanted = _wanted(masks, needs)
-    dx = next(found) if needs[0] else None
-    gradients: list[Tensor | None] = []
-    for number, mask in enumerate(masks):
-        for i in range(_WEIGHTS + 1):
-            if mask >> i & 1:
-                absent = number < first or i == _WEIGHTS or (i < 2 and not wanted[number - first][1])
-                gradients.append(None if absent else next(found))
+    needs, tensors = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]], saved[: ctx.count]
+    found = list(_BACKWARD(dy.contiguous(), x, tensors, saved[ctx.count :], *ctx.options, needs))
+    dx = found.pop(0) if needs[0] else None
+    sizes, places = _layout(tensors, masks, needs)
+    gradients = _parts(dict(zip(sizes, found, strict=True)), tensors, places)
     return dx, gradients, *[None] * len(ctx.options)
 
 
-def _register(name: str, function: Any, backward: Any, save: Any = None) -> Any:
-    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+def _register(name: str, function: Any, gradients: Any, save: Any = None) -> Any:
+    """The operator that a compiler traces, which has a gradient.
+
+    In the graph stands another one, ``<name>_gpu``, which has none: for one, every call would go through Python twice.
+    """
+    whole = f"{name}_gpu"
+    _LIBRARY.define(whole + torch.library.infer_schema(function, mutates_args=()))
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, function, key)
-    torch.library.register_fake(f"convnext_fast::{name}", function, lib=_LIBRARY)
-    torch.library.register_autograd(f"convnext_fast::{name}", backward, setup_context=save, lib=_LIBRARY)
-    return getattr(torch.ops.convnext_fast, name)
+        _LIBRARY.impl(whole, function, key)
+    torch.library.register_fake(f"convnext_fast::{whole}", function, lib=_LIBRARY)
+    in_graph = getattr(torch.ops.convnext_fast, whole)
+
+    @functools.wraps(function)
+    def traced(*arguments: Any) -> Any:
+        return in_graph(*arguments)
+
+    operator = torch.library.triton_op(f"convnext_fast::{name}", traced, mutates_args=())
+    operator.register_autograd(gradients, setup_context=save)
+    return operator
 
 
-_FORWARD = _register("blocks_fwd_gpu", _forward, _gradients, _save)
-_BACKWARD = _register("blocks_bwd_gpu", _backward, autograd.no_second_derivative)
+_FORWARD = _register("blocks_fwd", _forward, _gradients, _save)
+_BACKWARD = _register("blocks_bwd", _backward, autograd.no_second_derivative)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,3 +18,12 @@ def compute(name: str, backend: choose.Name, arguments: Sequence[Any]) -> Any:
         with torch.autocast(kind, enabled=False):
             return function(*arguments)
     return function(*arguments)
+
+
+@functools.cache
+def as_one_plan(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which calls functions of the backend "triton" alone, its launches as one plan.
+
+    Its arguments are those that kernels/replaying.py takes.
+    """
+    return choose.module("triton").composed(function)

@@ -69,6 +69,12 @@ def folded(step: Step) -> Folded:
     return made
 
 
+def is_kept(step: Step, made: Folded) -> bool:
+    """Whether ``made``, which `folded` gave for the step, is what it will give until a weight changes."""
+    kept = getattr(step.token, _NAME, None)
+    return step.kind == Kind.STEM or (kept is not None and kept.folded is made)
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def _fold(step: Step) -> Folded:

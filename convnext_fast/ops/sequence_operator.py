@@ -9,7 +9,9 @@ a compiler's CUDA graphs, which would replay the weights that were folded when t
 from __future__ import annotations
 
 import itertools
-from typing import Any, Optional
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -19,9 +21,11 @@ from ..backends.cpu import llvm, onednn
 from ..backends.cpu import ops as cpu
 from ..backends.cpu.packed_weights import kernels_for
 from ..backends.steps import WEIGHTS, Kind, Step, shapes_after
-from .folded_weights import flat_block, folded
+from .compute import as_one_plan
+from .folded_weights import Signature, flat_block, folded, is_kept, signature
 
 _LIBRARY = torch.library.Library("convnext_fast", "FRAGMENT")
+_NAME = "_convnext_fast_kept_plan"
 _IN_CALLS = {
     Kind.STEM: cpu.patchify_stem_fwd,
     Kind.DOWNSAMPLE: cpu.frozen_downsample_fwd,
@@ -42,11 +46,14 @@ def _steps(
 
     x: (N, H, W, C), or a stem's (N, C, H, W); weights: of all steps; tokens, kinds: of each.
     """
-    steps = _cut(weights, tokens, kinds, eps, act)
     if choose.select(x.device, x.dtype) == "triton":
         x = x if kinds[0] == Kind.STEM else x.contiguous()
-        plan = tuple([(_weights(step), step.eps, step.act) for step in steps])
+        if all(token is None for token in tokens):
+            given = weights, kinds, eps, ends
+            return list(as_one_plan(_live)(x, act, *map(tuple, given)))
+        plan = _frozen_plan(weights, tokens, kinds, eps, act)
         return list(choose.module("triton").steps(x, plan, tuple(ends), x.dtype))
+    steps = _cut(weights, tokens, kinds, eps, act)
     shapes, ready = shapes_after(steps, x.shape), list(map(folded, steps))
     if x.dtype == torch.float32 and onednn.supports(x):
         kernels = kernels_for(ready, [step.act for step in steps])
@@ -61,6 +68,42 @@ def _steps(
     return results
 
 
+def _live(x, act, weights, kinds, eps, ends) -> tuple[Tensor, ...]:
+    steps = _cut(weights, [None] * len(kinds), kinds, eps, act)
+    return choose.module("triton").steps(x, _plan(steps), ends, x.dtype)
+
+
+class _Kept(NamedTuple):
+    weights: list[Tensor | None]
+    options: tuple
+    signature: Signature
+    plan: tuple
+
+
+def _frozen_plan(
+    weights: list[Tensor | None], tokens: list[Tensor | None], kinds: list[int], eps: list[float], act: str
+) -> tuple:
+    """What the Triton kernels take, kept with a token: looking at each step takes longer than the launches."""
+    options = kinds, eps, act
+    now, token = signature(w for w in weights if w is not None), next(t for t in tokens if t is not None)
+    kept = getattr(token, _NAME, None)
+    if kept is not None and kept.signature == now and kept.options == options and _are_same(kept.weights, weights):
+        return kept.plan
+    steps = _cut(weights, tokens, kinds, eps, act)
+    plan = _plan(steps)
+    if now is not None and all(is_kept(step, own) for step, (own, *_) in zip(steps, plan, strict=True)):
+        setattr(token, _NAME, _Kept(weights, options, now, plan))
+    return plan
+
+
+def _are_same(some: list[Tensor | None], others: list[Tensor | None]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def _plan(steps: list[Step]) -> tuple:
+    return tuple([(_weights(step), step.eps, step.act) for step in steps])
+
+
 def _weights(step: Step) -> Any:
     if step.token is not None or step.kind == Kind.STEM:
         return folded(step)
@@ -68,7 +111,11 @@ def _weights(step: Step) -> Any:
 
 
 def _cut(
-    weights: list[Tensor | None], tokens: list[Tensor | None], kinds: list[int], eps: list[float], act: str
+    weights: Sequence[Tensor | None],
+    tokens: Sequence[Tensor | None],
+    kinds: Sequence[int],
+    eps: Sequence[float],
+    act: str,
 ) -> list[Step]:
     rest, steps = iter(weights), []
     for token, number, e in zip(tokens, kinds, eps, strict=True):

@@ -28,7 +28,16 @@ def test_every_registered_operator_is_checked():
     """
     for module in ("backends.dwconv", "ops.sequence_operator", "ops.block_group_operator"):
         importlib.import_module(f"convnext_fast.{module}")
-    elsewhere = "dwconv", "dwconv_wgrad_sums", "frozen_steps", "live_steps", "blocks_fwd_gpu", "blocks_bwd_gpu"
+    elsewhere = (
+        "dwconv",
+        "dwconv_wgrad_sums",
+        "frozen_steps",
+        "live_steps",
+        "blocks_fwd",
+        "blocks_fwd_gpu",
+        "blocks_bwd",
+        "blocks_bwd_gpu",
+    )
     compiled = {f"{name}_cpu" for name in ON_CPU} | {f"{name}_gpu" for name in SIGNATURES}
     assert registered() == {*ON_CPU, *KERNELS_ALONE, *elsewhere, *compiled}
 

@@ -18,6 +18,8 @@ from operator_cases import KERNELS_ALONE, ON_CPU, cases
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from convnext_fast.backends import dwconv, environment, gpu
+from convnext_fast.ops import block_group_operator
+from convnext_fast.ops.compute import as_one_plan
 from convnext_fast.ops.signatures import SIGNATURES
 
 ALL = [*ON_CPU, *KERNELS_ALONE]
@@ -114,7 +116,7 @@ def repeating(request, emulating, monkeypatch):
         call.repeats += repeat.call_count - before
         return results
 
-    call.repeats = 0
+    call.repeats, call.add = 0, memory.add
     if native:
         module = native_plan.library()
         if module is None:
@@ -137,7 +139,8 @@ def repeating(request, emulating, monkeypatch):
     forget()
 
 
-REPLAYED = (*ALL, "dwconv", gpu.blocks_fwd, gpu.blocks_bwd, gpu.steps)
+GRAPHS = as_one_plan(block_group_operator._blocks_fwd), as_one_plan(block_group_operator._blocks_bwd)
+REPLAYED = (*ALL, "dwconv", gpu.blocks_fwd, gpu.blocks_bwd, gpu.steps, *GRAPHS)
 
 
 def forget():
@@ -156,6 +159,10 @@ def tensors(arguments):
         return [arguments]
     nested = arguments if isinstance(arguments, (list, tuple)) else ()
     return [tensor for value in nested for tensor in tensors(value)]
+
+
+def present(values):
+    return [value for value in values if value is not None]
 
 
 def scaled(value, factor):
@@ -291,6 +298,50 @@ def test_blocks_of_a_group_are_one_plan(repeating):
         given = scaled(x, factor), tuple((block[0], eps, act) for block in blocks), (0, 1), dtype
         assert_same_bits(repeating(gpu.steps, given), as_written(gpu.steps, given))
     assert repeating.repeats == (2 + 2) + 1 + 3  # two blocks of a group, steps, then each call as a whole
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("needs_first", [True, False])
+def test_blocks_of_a_group_in_a_graph_are_one_plan(repeating, needs_first, monkeypatch):
+    """The gradients of all weights of one dtype lie in one tensor. Unless ``needs_first``, the first block has none."""
+    torch.manual_seed(0)
+    empty = torch.empty
+
+    def known_empty(*size, **options):
+        new = empty(*size, **options)
+        repeating.add(new.untyped_storage())
+        return new
+
+    monkeypatch.setattr(torch, "empty", known_empty)  # the first call allocates outside of any plan
+    x, *flat = cases("block_fwd", torch.bfloat16)[0]
+    flat[1], (drop_scale, eps, act, _, dtype) = flat[1].float(), flat[11:]
+    for factor in (1.0, 0.5):
+        own = [[*scaled(flat[:11], each * factor), scaled(drop_scale, 1.0)] for each in (1, 0.9)]
+        masks = (sum(1 << i for i, each in enumerate(own[0]) if each is not None),) * 2
+        weights = tuple(each for each in own[0] + own[1] if each is not None)
+        options = weights, masks, (eps,) * 2, f"{act},{act}", (1, 1), dtype
+        given = scaled(x, factor), *options
+        forward = repeating(GRAPHS[0], given)
+        blocks = tuple((BlockWeights(*each[:11]), each[11], eps, act, 1) for each in own)
+        expected = as_written(gpu.blocks_fwd, (given[0], blocks, dtype))
+        assert_same_bits(forward, present(expected))
+        half = len(weights) // 2
+        dy, needs = torch.randn_like(x), (needs_first,) * (1 + half) + (True,) * half
+        found = repeating(GRAPHS[1], (dy, given[0], weights, tuple(forward[:-1]), *options[1:], needs))
+        first = 0 if needs_first else 1
+        arguments = (
+            (given[0], forward[2])[first:],
+            blocks[first:],
+            (Saved(*forward[:2], None), Saved(*forward[3:5], None)),
+        )
+        wanted = ((True, True),) * 2 if needs_first else ((False, True),)
+        dx, *gradients = as_written(gpu.blocks_bwd, (dy, *arguments[:2], arguments[2][first:], wanted, dtype))
+        sizes, places = block_group_operator._layout(weights, masks, needs)
+        assert len(found) == needs_first + len(sizes) == needs_first + 2
+        memory = dict(zip(sizes, found[needs_first:], strict=True))
+        parts = block_group_operator._parts(memory, weights, places)
+        assert_same_bits(present(parts), present(gradients))
+        assert not needs_first or torch.equal(found[0], dx)
 
 
 def test_what_a_compiled_model_calls(repeating):
