@@ -42,8 +42,8 @@ static struct {
 
 static PyTypeObject *tensor_type, *parameter_type, *recorded_type, *dtype_type;
 static Py_ssize_t tensor_offset; /* of the at::Tensor in a Python tensor */
-static PyObject *as_strided, *precision, *dispatch_modes, *runtime_knobs;
-static PyObject *enter_hook_name, *exit_hook_name, *calls_name, *key_name;
+static PyObject *as_strided, *key_of_recorded, *precision, *dispatch_modes, *runtime_knobs;
+static PyObject *enter_hook_name, *exit_hook_name, *calls_name;
 
 /* ---- The key of a call ---- */
 
@@ -92,7 +92,7 @@ static int add_tensor(Call *call, PyObject *tensor) {
 
 /* What stands for a tensor in a recording has its part of the key, and no address. */
 static int add_recorded(Call *call, PyObject *value) {
-    PyObject *bytes = PyObject_GetAttr(value, key_name);
+    PyObject *bytes = PyObject_CallOneArg(key_of_recorded, value);
     int unknown = !bytes || !PyBytes_Check(bytes) || add_bytes(call, PyBytes_AS_STRING(bytes), PyBytes_GET_SIZE(bytes));
     Py_XDECREF(bytes);
     PyErr_Clear();
@@ -397,13 +397,12 @@ static Py_ssize_t find_offset(PyObject *tensor) {
     return found;
 }
 
-/* configure(tensor, parameter, dtype's and RecordedTensor's types, functions of PyTorch, as_strided, precision,
-   dispatch_modes, runtime_knobs) */
+/* Takes a tensor and a parameter, the types dtype and RecordedTensor, and functions of Python and PyTorch. */
 static PyObject *configure(PyObject *module, PyObject *arguments) {
     PyObject *tensor, *parameter, *dtype, *recorded, *functions;
     unsigned long long f[7];
-    if (!PyArg_ParseTuple(arguments, "OOOOO!OOOO", &tensor, &parameter, &dtype, &recorded, &PyTuple_Type, &functions,
-                          &as_strided, &precision, &dispatch_modes, &runtime_knobs) ||
+    if (!PyArg_ParseTuple(arguments, "OOOOOO!OOOO", &tensor, &parameter, &dtype, &recorded, &key_of_recorded,
+                          &PyTuple_Type, &functions, &as_strided, &precision, &dispatch_modes, &runtime_knobs) ||
         !PyArg_ParseTuple(functions, "KKKKKKK", f, f + 1, f + 2, f + 3, f + 4, f + 5, f + 6))
         return NULL;
     tensor_offset = find_offset(tensor);
@@ -421,10 +420,8 @@ static PyObject *configure(PyObject *module, PyObject *arguments) {
     parameter_type = (PyTypeObject *)Py_NewRef(Py_TYPE(parameter));
     dtype_type = (PyTypeObject *)Py_NewRef(dtype);
     recorded_type = (PyTypeObject *)Py_NewRef(recorded);
-    Py_INCREF(as_strided);
-    Py_INCREF(precision);
-    Py_INCREF(dispatch_modes);
-    Py_INCREF(runtime_knobs);
+    PyObject *kept[] = {key_of_recorded, as_strided, precision, dispatch_modes, runtime_knobs};
+    for (int i = 0; i < 5; i++) Py_INCREF(kept[i]);
     Py_RETURN_NONE;
 }
 
@@ -441,7 +438,6 @@ PyMODINIT_FUNC PyInit_native_plan(void) {
     enter_hook_name = PyUnicode_InternFromString("launch_enter_hook");
     exit_hook_name = PyUnicode_InternFromString("launch_exit_hook");
     calls_name = PyUnicode_InternFromString("calls");
-    key_name = PyUnicode_InternFromString("key");
     PyObject *module = PyModule_Create(&definition);
     if (!module || PyType_Ready(&PlanType) || PyModule_AddObject(module, "Plan", Py_NewRef(&PlanType)) ||
         PyModule_AddIntConstant(module, "MOST_BASES", MOST_BASES))

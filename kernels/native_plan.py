@@ -84,8 +84,8 @@ def library() -> ModuleType | None:
         with torch._C.DisableTorchFunction():  # for a recording may be under way
             one = torch.empty(1)
         module.configure(
-            one, torch.nn.Parameter(one), torch.dtype, RecordedTensor, readers, Tensor.as_strided, float32_precision,
-            torch._C._len_torch_dispatch_stack, knobs.runtime,
+            one, torch.nn.Parameter(one), torch.dtype, RecordedTensor, _key_of, readers, Tensor.as_strided,
+            float32_precision, torch._C._len_torch_dispatch_stack, knobs.runtime,
         )  # fmt: skip
     except Exception as error:
         _warn(
@@ -106,6 +106,23 @@ def of(plan: Plan) -> Any | None:
     if plan.native is NotImplemented:
         plan.native = build(plan)
     return plan.native
+
+
+def _key_of(tensor: RecordedTensor) -> bytes:
+    """The part of a call's key that native_plan.c makes of a real tensor like this one."""
+    if tensor.key is None:
+        dim = len(tensor.shape)
+        facts = _facts(tensor.dtype, tensor.device) | dim << 8 | tensor.data_ptr() % 16 << 48
+        tensor.key = struct.pack(f"{1 + 2 * dim}q", facts, *tensor.shape, *tensor.strides)
+    return tensor.key
+
+
+@functools.cache
+def _facts(dtype: torch.dtype, device: torch.device) -> int:
+    """What the key of a tensor says first, but for its dimensions and alignment."""
+    with torch._C.DisableTorchFunction():
+        key = library().key((torch.empty((), dtype=dtype, device=device),))
+    return int.from_bytes(key[:8], "little") & ~(15 << 48)
 
 
 def build(plan: Plan) -> Any | None:

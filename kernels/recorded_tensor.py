@@ -12,7 +12,6 @@ import functools
 import itertools
 import math
 import operator
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -43,6 +42,7 @@ class RecordedTensor:
 
     Attributes:
         specialised: all that a kernel may be compiled for.
+        key: its part of a call's key, once native_plan.py has made it.
     """
 
     is_meta = requires_grad = False
@@ -59,7 +59,7 @@ class RecordedTensor:
         self.shape, self.strides, self.dtype, self.device = shape, strides, dtype, device
         self.place, self.alignment = place, alignment
         self.specialised = dtype, (alignment + place.offset) % 16
-        self._key: bytes | None = None
+        self.key: bytes | None = None
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -85,15 +85,6 @@ class RecordedTensor:
     @property
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
-
-    @property
-    def key(self) -> bytes:
-        """Its part of a call's key, as native_plan.c makes it of a real tensor."""
-        if self._key is None:
-            dim = len(self.shape)
-            facts = _facts(self.dtype, self.device) | dim << 8 | self.data_ptr() % 16 << 48
-            self._key = struct.pack(f"{1 + 2 * dim}q", facts, *self.shape, *self.strides)
-        return self._key
 
     def data_ptr(self) -> int:
         """As far as it is known: modulo 16."""
@@ -147,16 +138,6 @@ class RecordedTensor:
     def _view(self, shape: tuple[int, ...], strides: tuple[int, ...], skipped: int) -> RecordedTensor:
         place = Place(self.place.memory, self.place.offset + skipped * self.dtype.itemsize)
         return RecordedTensor(shape, strides, self.dtype, self.device, place, self.alignment)
-
-
-@functools.cache
-def _facts(dtype: torch.dtype, device: torch.device) -> int:
-    """What the key of a tensor says first, but for its dimensions and alignment."""
-    from . import native_plan  # which imports this file
-
-    with torch._C.DisableTorchFunction():
-        key = native_plan.library().key((torch.empty((), dtype=dtype, device=device),))
-    return int.from_bytes(key[:8], "little") & ~(15 << 48)
 
 
 def _refuse(*_: Any) -> Any:

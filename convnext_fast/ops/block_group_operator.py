@@ -134,7 +134,7 @@ def _layout(
                 places.append(None)
                 continue
             places.append(sizes.get(tensor.dtype, 0))
-            apart = _ALIGNMENT // tensor.itemsize
+            apart = _ALIGNMENT // tensor.dtype.itemsize
             sizes[tensor.dtype] = places[-1] + -(-tensor.numel() // apart) * apart
     return sizes, places
 
