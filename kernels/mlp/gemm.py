@@ -177,7 +177,6 @@ def _fc1_kernel(
             mean, rstd = merge_statistics(stats_ptr, first + rows, ok, P, C, eps, CB, NB)
             if u_ptr.dtype.element_ty == tl.float32:
                 subtracted += (mean,)
-                mean = None
             statistics += ((mean, rstd),)
     products = dot_tile(
         u_ptr + first * C, w1_ptr, subtracted, None, None, None, rows_ok, tile_n * BLOCK_N, depth,
@@ -194,6 +193,8 @@ def _fc1_kernel(
         mean, rstd = None, None
         if NB > 0 and EARLY:
             mean, rstd = statistics[i]
+            if len(subtracted) > 0:
+                mean = None
         elif NB > 0:
             mean, rstd = merge_statistics(stats_ptr, first + rows, rows_ok[i], P, C, eps, CB, NB)
         for j in tl.static_range(len(COLUMNS)):
