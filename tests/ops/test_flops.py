@@ -62,7 +62,8 @@ def test_a_compiled_model_counts_and_still_runs(monkeypatch):
 def test_every_operator_has_a_formula():
     prefix = "convnext_fast::"
     names = {name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)}
-    operators = {n for n in names if n.endswith(("_fwd", "_bwd"))}
+    graphs_alone = {"blocks_fwd", "blocks_bwd"}  # compiled models call their blocks one by one under a counter
+    operators = {n for n in names if n.endswith(("_fwd", "_bwd"))} - graphs_alone
     assert operators == set(SIGNATURES)
     assert all(callable(getattr(flops, name)) for name in operators)
 
