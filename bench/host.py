@@ -175,12 +175,12 @@ def _counters() -> dict[str, Callable[[], int]]:
 
 
 def rows(variant: str, mode: str, names: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """A row for each contender: its time, and that as a part of the best eager one's.
+    """A row for each contender: its time, and that as a part of the best unfused ones' (see ``UNFUSED``).
 
     Raises:
-        ValueError: no contender named "eager…" is among ``names``.
+        ValueError: no eager contender is among ``names``.
     """
-    if not any(name.startswith("eager") for name in names):
+    if not any(name in UNFUSED["of_best_eager"] for name in names):
         raise ValueError(f"the contenders are {', '.join(names)}: expected an eager one among them")
     autocast = mode == "training autocast"
     dtype = torch.float32 if autocast else DTYPE
@@ -220,7 +220,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in found:
         cells = [
-            row["failure"] or report.number(row["of_best_eager"], "{:.2f}"),
+            row["failure"] or report.number(row.get("of_best_eager"), "{:.2f}"),
             report.number(row.get("of_best_compiled"), "{:.2f}"),
             report.number(row.get("ms"), "{:.2f}"),
         ]
@@ -239,7 +239,7 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    timed = [row for row in found if not row["failure"]]
+    timed = [row for row in found if not row["failure"] and "of_best_eager" in row]
     modes = list(dict.fromkeys(row["mode"] for row in timed))
     figure = Figure(figsize=(5.5 * len(modes), 4.2), layout="constrained")
     FigureCanvasAgg(figure)

@@ -32,7 +32,7 @@ def compiled(kernel: Any, args: tuple, meta: dict[str, Any]) -> Any:
         else value
         for value in args
     ]
-    constants = [value if type(value) in _HASHED else id(value) for value in meta.values()]
+    constants = [(type(value), value if type(value) in _HASHED else id(value)) for value in meta.values()]
     key = id(kernel), driver.active, driver.active.get_current_device(), *kinds, *meta, *constants
     found = _KNOWN.get(key)
     if found is None:

@@ -81,7 +81,7 @@ def library() -> ModuleType | None:
         module = compile_module_from_src(_SOURCE.read_text(), "native_plan")
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         readers = tuple(_address(torch_cpu, f"aoti_torch_get_{name}") for name in _READERS)
-        with torch._C.DisableTorchFunction():  # for a recording may be under way
+        with torch._C.DisableTorchFunction():  # a recording may be the first to ask for this
             one = torch.empty(1)
         module.configure(
             one, torch.nn.Parameter(one), torch.dtype, RecordedTensor, _key_of, readers, Tensor.as_strided,

@@ -45,6 +45,7 @@ class RecordedTensor:
         key: its part of a call's key, once native_plan.py has made it.
     """
 
+    __slots__ = ("alignment", "device", "dtype", "key", "place", "shape", "specialised", "strides")
     is_meta = requires_grad = False
 
     def __init__(
@@ -67,7 +68,7 @@ class RecordedTensor:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(Tensor, name)
-        if not callable(method):
+        if not callable(method) or name.endswith("_"):
             raise UnrecordableError
         return functools.partial(_view_on_meta, method, self)
 
@@ -158,7 +159,13 @@ def dense(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _empty(*size: Any, dtype: torch.dtype | None = None, device: Any = None) -> RecordedTensor:
     shape = tuple(size[0]) if len(size) == 1 and type(size[0]) is not int else size
+    _check_device(device)
     return launch_hook.recording.allocate(shape, dense(shape), dtype or torch.get_default_dtype())
+
+
+def _check_device(device: Any) -> None:
+    if device is not None and torch.device(device) != launch_hook.recording.device:
+        raise UnrecordableError
 
 
 def _empty_like(tensor: RecordedTensor, dtype: torch.dtype | None = None) -> RecordedTensor:
@@ -169,6 +176,7 @@ def _empty_like(tensor: RecordedTensor, dtype: torch.dtype | None = None) -> Rec
 
 
 def _empty_strided(shape: Any, strides: Any, *, dtype: torch.dtype | None = None, device: Any = None) -> RecordedTensor:
+    _check_device(device)
     return launch_hook.recording.allocate(tuple(shape), tuple(strides), dtype or torch.get_default_dtype())
 
 

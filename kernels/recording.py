@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -116,11 +117,7 @@ class Plan:
         """What is returned of the allocations ``made``."""
 
         def part(number: int, part: tuple | None) -> Tensor:
-            whole = made[number]
-            if part is None:
-                return whole
-            shape, strides, offset = part  # within the allocation, which in a recording begins within its storage
-            return whole.as_strided(shape, strides, whole.storage_offset() + offset)
+            return made[number] if part is None else made[number].as_strided(*part)
 
         results = [None if result is None else part(*result) for result in self.results]
         return results[0] if self.single else tuple(results)
@@ -191,6 +188,8 @@ class _Recording:
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
         """Take note of ``kernel[grid](*args, **meta)``."""
+        if not _REAL.isdisjoint(map(type, args)):
+            raise UnrecordableError
         constants = (None,) * (len(kernel.params) - len(args))  # the compiled kernel has them
         self.note(compiled(kernel, args, meta), grid, (*args, *constants))
 
@@ -230,7 +229,11 @@ def record(function: Callable, args: tuple) -> Plan | None:
         with _Watch() if outer is None else contextlib.nullcontext():
             outcome = function(*recording.args)
         return _plan(recording, outcome)
-    except (UnrecordableError, AttributeError, TypeError):  # what asks for a tensor of PyTorch's, too
+    except UnrecordableError:
+        return None
+    except (AttributeError, TypeError) as error:  # what asks for a tensor of PyTorch's
+        name = getattr(function, "__name__", "a function")
+        warnings.warn(f"calls of {name} are not recorded, which is slow: {error!r}", RuntimeWarning, stacklevel=2)
         return None
     finally:
         launch_hook.recording = outer

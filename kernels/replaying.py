@@ -45,8 +45,8 @@ def replayed(function: Function, composed: bool = False) -> Function:
     Its arguments are tensors, None, numbers, strings, dtypes and tuples of these. It returns a tensor, or a tuple of
     tensors and None, and reads no value of a tensor on the host. ``call.calls`` is what is remembered of it.
 
-    composed: the function only calls other replayed functions, which is nearly as fast: it is recorded when a kind of
-    call comes for the second time, so that a new size takes less.
+    composed: the function only allocates and calls other replayed functions, which is nearly as fast: it is recorded
+    when a kind of call comes for the second time, so that a new size takes less.
     """
     calls = Calls(function, composed)
 

@@ -337,7 +337,7 @@ def fc1(
         return sums
 
     heavy = save_hidden or (grn is not None and C > 512)
-    candidates = gemm_configs(P, K, u.dtype, target_of(u), heavy, per_sample)
+    candidates = gemm_configs(P, K, u.dtype, target_of(u), heavy, per_sample, False, C)
     sums = run(fastest(_fc1_kernel, run, candidates, u, P, (C, K, act, save_hidden, keeps, samples)))
     return h, a, None if grn is None else Scaling(few_tiles(sums), grn.weight, grn.bias)
 

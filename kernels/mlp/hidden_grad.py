@@ -42,7 +42,7 @@ def hidden_products(
 ):  # fmt: skip
     """(u·w1gᵀ, dz'·w2g, μ, rstd) of the ``rows`` from ``first`` on, at the hidden units ``n``.
 
-    SAVED: a lies in memory, and the first is zeros. In float32 it is (u − μ)·w1gᵀ. ``depth`` is C, see ``dot_rows``.
+    SAVED: a lies in memory, and the first is zeros. In float32 it is (u − μ)·w1gᵀ. ``depth`` is C, see ``dot_tile``.
     """
     EARLY: tl.constexpr = NB > 0 and u_ptr.dtype.element_ty == tl.float32
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

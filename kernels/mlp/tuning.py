@@ -172,11 +172,12 @@ def gemm_configs(
     heavy: bool = False,
     sample_rows: int | None = None,
     wide: bool = False,
+    channels: int = 0,
 ) -> tuple[GemmConfig, ...]:
     """Configurations of a GEMM of ``rows`` by ``columns`` with a fused epilogue, the default first.
 
     ``heavy``: a is saved beside h, or there is a global response norm. ``sample_rows``: where every sample has tiles of
-    its own, its rows. ``wide``: the result is float32.
+    its own, its rows. ``wide``: the result is float32. ``channels``: of fc1 those of its input.
 
     On sm_90, by the resource model: the smallest tiles that do not outnumber the processors, with many loads ahead;
     where none do, those whose ``_cost`` is least.
@@ -190,12 +191,12 @@ def gemm_configs(
     if heavy or columns > 3072:
         return usual
     large = _LARGE
-    if columns > 2048 or (columns == 1024 and dtype == torch.float16):
-        large = _LARGE[2:]  # else fc1 would spill, of 768 channels, and of 256 in float16, whose GELU takes more
+    if columns > 2048 or channels >= 768 or (channels and dtype == torch.float16):
+        large = _LARGE[2:]  # else fc1 would spill beside many statistics, and in float16, whose activations take more
     elif wide:
         large = _LARGE[:1] + _LARGE[2:]  # else fc2 of 256 channels would
-    fitting = [config for config in (*large, usual[0]) if columns % config.BLOCK_N == 0]
-    best = min(fitting, default=usual[0], key=lambda config: _cost(rows, columns, config, PROCESSORS[target]))
+    fitting = [usual[0], *(config for config in large if columns % config.BLOCK_N == 0)]
+    best = min(fitting, key=lambda config: _cost(rows, columns, config, PROCESSORS[target]))
     return usual if best == usual[0] else (best, *usual[:3])
 
 

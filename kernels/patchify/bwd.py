@@ -118,7 +118,7 @@ def _patch_gradient(
     C: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dx̂ of the pixels ``tap`` of the patches ``rows``, at the channels ``c``. ``columns`` is N, see ``dot_rows``."""
+    """dx̂ of the pixels ``tap`` of the patches ``rows``, at the channels ``c``. ``columns`` is N, see ``dot_tile``."""
     dx = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for n0 in range(0, columns, BLOCK_K):
         n = n0 + tl.arange(0, BLOCK_K)

@@ -1,10 +1,12 @@
 """Run on hollow_gpu: what a new size and a compiled model cost the host. Prints a line of JSON."""
 
+import copy
 import ctypes
 import json
 from unittest import mock
 
 import torch
+from convnext_fast.kernels.recording import Plan
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.virtualized import V
 from triton.runtime.jit import JITFunction
@@ -41,6 +43,7 @@ model.eval()
 with torch.no_grad():
     for side in (64, 64, 128, 128):
         model(image(side))
+    copy.deepcopy(model).freeze()(image(64))
     found["a new size"], found["again"] = (counted(model, image(96)) for _ in range(2))
 
 model.train()
@@ -50,9 +53,9 @@ for _ in range(3):
     step(compiled, image(64))
 found["compiled"] = [len(function.calls.native) for function in groups]
 found["kinds"] = {
-    name: [plan is not None for plan in function.calls.kinds.values()]
+    name: [isinstance(plan, Plan) for plan in function.calls.kinds.values()]
     for name, function in vars(gpu).items()
-    if getattr(function, "calls", None)
+    if getattr(function, "calls", None) and not function.calls._composed
 }
 
 

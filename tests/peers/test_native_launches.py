@@ -23,6 +23,7 @@ def test_a_new_size_and_a_compiled_model_are_worked_out_once_for_each_kind_of_bl
 def test_everything_that_a_model_calls_is_recorded(found):
     called = {name for name, plans in found["kinds"].items() if plans}
     assert called >= {"block_fwd", "block_bwd", "downsample_fwd", "downsample_bwd", "patchify_stem_bwd", "steps"}
+    assert called & {"frozen_block_fwd", "frozen_downsample_fwd"}
     assert all(map(all, found["kinds"].values()))
 
 
