@@ -30,7 +30,7 @@ def run(folder, script, *arguments, driver=None):
         subprocess.run(["gcc", *options, "-o", str(folder / name), str(source), "-ldl"], check=True)
     environment = {"HOLLOW_PYTHON": sys.executable, "HOLLOW_BUILD": str(folder), "PYTHONPATH": str(ROOT)}
     process = subprocess.run(
-        [str(tool / "run"), str(script), *arguments],
+        [str(tool / "run"), str(HERE / "hollow_main.py"), str(script), *arguments],
         env=os.environ | environment,
         capture_output=True,
         text=True,
