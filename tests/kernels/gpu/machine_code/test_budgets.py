@@ -89,7 +89,7 @@ REACHED = {
 #
 # One image is bound by the chain of a program and by 3 µs a launch, two fifths of the total: a second launch, to split
 # the depth of fc2, would cost about what it saves, 2 to 4 µs of a chain of 3.5 to 5.5.
-MODELLED = {"inference_128": 1.05 * 3.22, "inference_1": 1.05 * 0.405, "training_64_autocast": 1.05 * 8.79}
+MODELLED = {"inference_128": 1.05 * 3.22, "inference_1": 1.05 * 0.405, "training_64_autocast": 1.05 * 8.69}
 
 # MB through DRAM an image. A training step under autocast misses 160. Of its 179 MB:
 #
