@@ -43,6 +43,18 @@ def tile_of_program(program, tiles, N: tl.constexpr, BLOCK_N: tl.constexpr, GROU
     return group * GROUP + within % size, within // size
 
 
+@triton.constexpr_function
+def first_of(parts, i):
+    """Where a part begins. Before Triton 3.7 what is indexed in a kernel is a number of Python, not a constexpr."""
+    return parts[i][0]
+
+
+@triton.constexpr_function
+def size_of(parts, i):
+    """How many rows or columns a part has."""
+    return parts[i][1]
+
+
 @triton.jit
 def load_tile(ptr, rows, rows_ok, cols, ROWS_EVEN: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr):
     """Rows by WIDTH columns of a row-major matrix of COLS columns; zero outside. ROWS_EVEN: all rows are ok."""
@@ -76,12 +88,12 @@ def dot_tile(
     products = ()
     for i in tl.static_range(len(ROWS)):
         for j in tl.static_range(len(COLUMNS)):
-            products += (tl.zeros((ROWS[i][1], COLUMNS[j][1]), tl.float32),)
+            products += (tl.zeros((size_of(ROWS, i), size_of(COLUMNS, j)), tl.float32),)
     for k0 in range(0, depth, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         lefts, rights, sums = (), (), ()
         for i in tl.static_range(len(ROWS)):
-            rows = ROWS[i][0] + tl.arange(0, ROWS[i][1])
+            rows = first_of(ROWS, i) + tl.arange(0, size_of(ROWS, i))
             a = load_tile(a_ptr, rows, rows_ok[i], k, False, DEPTH, BLOCK_K)
             if len(mean) > 0:
                 a -= mean[i][:, None]
@@ -90,7 +102,7 @@ def dot_tile(
                 a = tl.fma(a.to(tl.float32), factor[None, :], bias_at(bias_ptr, k, DEPTH)[None, :]).to(a.dtype)
             lefts += (a,)
         for j in tl.static_range(len(COLUMNS)):
-            n = column + COLUMNS[j][0] + tl.arange(0, COLUMNS[j][1])
+            n = column + first_of(COLUMNS, j) + tl.arange(0, size_of(COLUMNS, j))
             rights += (load_tile(b_ptr, n, n < N, k, N % BLOCK_N == 0, DEPTH, BLOCK_K),)
         for i in tl.static_range(len(ROWS)):
             for j in tl.static_range(len(COLUMNS)):
@@ -170,7 +182,7 @@ def _fc1_kernel(
     first = start
     rows_ok, statistics, subtracted = (), (), ()
     for i in tl.static_range(len(ROWS)):
-        rows = ROWS[i][0] + tl.arange(0, ROWS[i][1])
+        rows = first_of(ROWS, i) + tl.arange(0, size_of(ROWS, i))
         first, ok, _ = rows_of_tile(start, rows, P, rows_per_sample, BY_SAMPLE, BLOCK_M)
         rows_ok += (ok,)
         if NB > 0 and EARLY:
@@ -189,7 +201,7 @@ def _fc1_kernel(
     if sums_ptr is not None:
         sums_ptr += tile_m.to(tl.int64) * K
     for i in tl.static_range(len(ROWS)):
-        rows = ROWS[i][0] + tl.arange(0, ROWS[i][1])
+        rows = first_of(ROWS, i) + tl.arange(0, size_of(ROWS, i))
         mean, rstd = None, None
         if NB > 0 and EARLY:
             mean, rstd = statistics[i]
@@ -200,8 +212,8 @@ def _fc1_kernel(
         for j in tl.static_range(len(COLUMNS)):
             end_hidden(
                 products[i * len(COLUMNS) + j], b1_ptr, mean, rstd, a_ptr, h_ptr, sums_ptr, rows, rows_ok[i],
-                tile_n * BLOCK_N + COLUMNS[j][0], K, ACT, FORM, ROWS[i][1], COLUMNS[j][1],
-                COLUMNS[j][1] >= 128,
+                tile_n * BLOCK_N + first_of(COLUMNS, j), K, ACT, FORM, size_of(ROWS, i), size_of(COLUMNS, j),
+                size_of(COLUMNS, j) >= 128,
             )  # fmt: skip
 
 
@@ -278,7 +290,7 @@ def _fc2_kernel(
     first, sample = start, tl.zeros((), tl.int64)
     rows_ok = ()
     for i in tl.static_range(len(ROWS)):
-        rows = ROWS[i][0] + tl.arange(0, ROWS[i][1])
+        rows = first_of(ROWS, i) + tl.arange(0, size_of(ROWS, i))
         first, ok, sample = rows_of_tile(start, rows, P, rows_per_sample, BY_SAMPLE, BLOCK_M)
         rows_ok += (ok,)
     if sums_ptr is not None:
@@ -288,12 +300,12 @@ def _fc2_kernel(
         C, K, TILES, PRECISION, ROWS, COLUMNS, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     for i in tl.static_range(len(ROWS)):
-        rows = ROWS[i][0] + tl.arange(0, ROWS[i][1])
+        rows = first_of(ROWS, i) + tl.arange(0, size_of(ROWS, i))
         for j in tl.static_range(len(COLUMNS)):
             end_result(
                 products[i * len(COLUMNS) + j], residual_ptr, b2_ptr, gamma_ptr, drop_scale_ptr, y_ptr, copy_ptr,
-                tile_n * BLOCK_N + COLUMNS[j][0], first, rows, rows_ok[i], rows_per_sample,
-                C, ROWS[i][1], COLUMNS[j][1], BLOCK_N >= 128,
+                tile_n * BLOCK_N + first_of(COLUMNS, j), first, rows, rows_ok[i], rows_per_sample,
+                C, size_of(ROWS, i), size_of(COLUMNS, j), BLOCK_N >= 128,
             )  # fmt: skip
 
 
