@@ -45,7 +45,7 @@ def tile_of_program(program, tiles, N: tl.constexpr, BLOCK_N: tl.constexpr, GROU
 
 @triton.constexpr_function
 def first_of(parts, i):
-    """Where a part begins. Before Triton 3.7 what is indexed in a kernel is a number of Python, not a constexpr."""
+    """Where a part begins. What is indexed in a kernel is a constexpr in Triton 3.9, in 3.6 a number of Python."""
     return parts[i][0]
 
 

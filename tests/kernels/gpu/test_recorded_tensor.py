@@ -105,6 +105,10 @@ def test_allocations_are_those_of_torch(x, allocate):
         lambda x: x.T,
         lambda x: x.no_such_method(),
         lambda x: torch.empty(0),
+        lambda x: torch.empty(3, device="meta"),
+        lambda x: torch.empty_strided((3,), (1,), device="meta"),
+        lambda x: x.requires_grad_(),
+        lambda x: setattr(x, "data", x),
     ],
 )
 @pytest.mark.parametrize("inference", [False, True])
@@ -121,6 +125,11 @@ def test_what_is_more_than_a_view_is_not_recorded(function, inference):
         function = len
         assert record(call, (X,)) is not None
     assert torch.equal(X, before)
+
+
+def test_a_mistake_in_a_recorded_call_is_told():
+    with pytest.warns(RuntimeWarning, match="calls of dim are not recorded, which is slow: TypeError"):
+        assert record(torch.Tensor.dim, (X, X)) is None
 
 
 def test_a_tensor_of_nobody_is_not_recorded():

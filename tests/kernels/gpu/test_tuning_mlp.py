@@ -75,6 +75,12 @@ def test_large_tiles_of_128_images(rows, columns, tile):
     assert tile == (config.BLOCK_M, config.BLOCK_N)
 
 
+@pytest.mark.parametrize(("channels", "dtype"), [(768, torch.bfloat16), (1024, torch.bfloat16), (384, torch.float16)])
+def test_fc1_of_many_channels_or_in_float16_has_no_tile_that_would_spill(channels, dtype):
+    config = gemm_configs(25088, 1536, dtype, "sm_90", False, None, False, channels)[0]
+    assert (config.BLOCK_M, config.BLOCK_N) in ((128, 256), (256, 128))
+
+
 @pytest.mark.parametrize("side", [16, 64, 128, 192, 256])
 def test_parts_of_a_tile_are_powers_of_two(side):
     parts = tile_parts(side)
