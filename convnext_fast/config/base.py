@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..files import json_text, local_path, read_json
-from ..huggingface.hub import find_file, split_loading
-from ..huggingface.saved_json import SavedJson, save_text
+from ..files import read_json
+from ..huggingface.saved_json import SavedJson
 from ..huggingface.virtual_subclass import VirtualSubclass
 
 if TYPE_CHECKING:
@@ -88,15 +87,6 @@ class ConfigBase(SavedJson, VirtualSubclass):
         usual = type(self)().to_dict()
         return {k: v for k, v in self.to_dict().items() if k not in _COMMON or v != usual[k]}
 
-    def to_json_string(self, use_diff: bool = True) -> str:
-        """`to_diff_dict`, or else `to_dict`, as JSON."""
-        fields = self.to_diff_dict() if use_diff else self.to_dict()
-        return json_text(fields, indent=2, sort_keys=True) + "\n"
-
-    def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
-        """Write `to_json_string` into a file."""
-        save_text(json_file_path, self.to_json_string(use_diff))
-
     def update(self, config_dict: Mapping[str, Any]) -> None:
         """Assign many fields."""
         for name, value in config_dict.items():
@@ -134,27 +124,10 @@ class ConfigBase(SavedJson, VirtualSubclass):
         return (config, unused) if return_unused else config
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, return_unused_kwargs: bool = False, **options: Any
-    ) -> Any:
-        """Read ``config.json`` of a folder or of a Hugging Face hub id, or a file laid out so.
-
-        Args:
-            pretrained_model_name_or_path: folder, hub id or file.
-            return_unused_kwargs: see `from_dict`.
-            **options: those of `hub.Loading`, which say where to look; fields, to replace those read.
-
-        Raises:
-            FileNotFoundError: the folder has no ``config.json``.
-            TypeError, ValueError: an option is invalid, or nearly the name of a field.
-            ValueError: the file is no JSON, holds an invalid value, or describes another architecture.
-        """
-        loading, overrides = split_loading(options)
-        source = pretrained_model_name_or_path
-        path = local_path(source)
-        config = cls.from_file(path if path.is_file() else find_file(source, "config.json", loading=loading))
+    def _read(cls, source: str | Path, path: Path, overrides: dict[str, Any], return_unused: bool) -> Any:
+        config = cls.from_file(path)
         config.name_or_path = source
-        return config._with(overrides, return_unused_kwargs)
+        return config._with(overrides, return_unused)
 
     @classmethod
     def from_file(cls, path: Path) -> Self:

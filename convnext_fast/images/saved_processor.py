@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import local_path, read_json
-from ..huggingface.hub import find_file, split_loading
+from ..files import read_json
 from ..huggingface.saved_json import SavedJson
 from ..huggingface.virtual_subclass import VirtualSubclass
 from .options import DEFAULTS, check_names
@@ -59,32 +58,11 @@ class SavedProcessor(SavedJson, VirtualSubclass):
         return (made, unused) if return_unused_kwargs else made
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, return_unused_kwargs: bool = False, **options: Any
-    ) -> Any:
-        """Read ``preprocessor_config.json`` of a folder or of a Hugging Face hub id.
-
-        Args:
-            pretrained_model_name_or_path: folder, hub id or file.
-            return_unused_kwargs: see `from_dict`.
-            **options: those of `hub.Loading`, which say where to look; and of `ImageOptions`, to replace those read.
-
-        Raises:
-            FileNotFoundError: neither a folder nor a reachable hub repository with that file.
-            ImportError: it is a hub id, and the extra ``convnext-fast[hub]`` is not installed.
-            TypeError: it is not a path, or an override is not an option.
-            ValueError: the file is not a JSON object, is of another processor, or holds an invalid value.
-        """
-        loading, overrides = split_loading(options)
+    def _read(cls, source: str | Path, path: Path, overrides: dict[str, Any], return_unused: bool) -> Any:
         overrides = {name: value for name, value in overrides.items() if value is not None or name in DEFAULTS}
-        if not return_unused_kwargs:
-            check_names(overrides)
-        path = local_path(pretrained_model_name_or_path)
-        if not path.is_file():
-            path = find_file(pretrained_model_name_or_path, cls.file_name, loading=loading)
         fields = {name: value for name, value in read_json(path).items() if name not in overrides}
         try:
             cls.from_dict(fields)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
-        return cls.from_dict(fields, return_unused_kwargs=return_unused_kwargs, **overrides)
+        return cls.from_dict(fields, return_unused_kwargs=return_unused, **overrides)

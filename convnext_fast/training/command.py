@@ -10,7 +10,6 @@ import torch
 
 from ..config import ConvNextConfig
 from ..console import Console, new_console, plain
-from ..files import local_path
 from ..images.default_processor import default_processor, load_processor
 from ..images.processor import ConvNextImageProcessor
 from ..models.convnext import ConvNext
@@ -86,9 +85,7 @@ def build(
             model.reset_classifier(len(classes))
         model.config = model.config.amended(**named)
     elif start.config:
-        path = local_path(start.config)
-        config = ConvNextConfig.from_file(path) if path.is_file() else ConvNextConfig.from_pretrained(start.config)
-        model = ConvNext(config.amended(**named))
+        model = ConvNext(ConvNextConfig.from_pretrained(start.config).amended(**named))
     elif start.variant:
         model = ConvNext(ConvNextConfig.from_variant(start.variant).amended(**named))
     elif digits:
