@@ -126,7 +126,6 @@ def _timm_fields(config: ConvNextConfig, options: Mapping[str, Any]) -> dict[str
     sizes, is_v2 = (tuple(config.depths), tuple(config.hidden_sizes)), config.version == 2
     names = (name for name, known in VARIANTS.items() if known == sizes and name.startswith("v2_") == is_v2)
     kind, variant = "convnextv2" if is_v2 else "convnext", next(names, "tiny").removeprefix("v2_")
-    image = (config.image_size, config.image_size) if isinstance(config.image_size, int) else config.image_size
     back = {ours: theirs for theirs, ours in _TIMM_ACTIVATIONS.items() if theirs != "swish"}
     scale = config.layer_scale_init_value
     fields: dict[str, Any] = {
@@ -146,7 +145,7 @@ def _timm_fields(config: ConvNextConfig, options: Mapping[str, Any]) -> dict[str
             "conv_mlp": False,
             **options,
         },
-        "pretrained_cfg": {"num_classes": config.num_labels, "input_size": [config.num_channels, *image]},
+        "pretrained_cfg": {"num_classes": config.num_labels, "input_size": [config.num_channels, *config.image_shape]},
     }
     labels = [config.id2label.get(i) for i in range(config.num_labels)]
     if None not in labels and labels != [f"LABEL_{i}" for i in range(config.num_labels)]:

@@ -17,6 +17,7 @@ from .. import __version__
 from ..backends import environment
 from ..checkpoints.formats import FORMATS
 from ..config import VARIANTS, ConvNextConfig
+from ..config.checks import pair
 from ..console import new_console, plain
 from ..files import json_text
 from ..images.default_processor import load_processor
@@ -187,8 +188,7 @@ def export(arguments: argparse.Namespace) -> int:
     if found["missing_keys"]:
         lacking = ", ".join(found["missing_keys"])
         raise ValueError(f"{arguments.checkpoint} lacks {lacking}: expected a checkpoint with a classifier")
-    size = arguments.image_size or model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = pair(arguments.image_size or model.config.image_size)
     error = export_onnx(model, arguments.destination, height, width)
     say(
         f"{arguments.destination}: pixel_values (N, {model.config.num_channels}, {height}, {width}) to logits "

@@ -13,6 +13,7 @@ from ..backends import choose, environment
 from ..backends.cpu import llvm
 from ..checkpoints.load_save import load_checkpoint
 from ..config import VARIANTS, ConvNextConfig
+from ..config.checks import pair
 from ..console import Console, print_table
 from ..models.convnext import ConvNext
 
@@ -35,9 +36,8 @@ def count(config: ConvNextConfig, image_size: int | tuple[int, int] | None = Non
     Papers give multiply-accumulates as "FLOPs" (4.5 G for ConvNeXt-T at 224²); a count of additions and products is
     twice that.
     """
-    size = config.image_size if image_size is None else image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    height, width = (side // patch for side, patch in zip((height, width), config.patch_shape, strict=True))
+    size = config.image_shape if image_size is None else pair(image_size)
+    height, width = (side // patch for side, patch in zip(size, config.patch_shape, strict=True))
     model, widths = ConvNext(config, device="meta"), config.hidden_sizes
     parts = [("stem", model.stem, 0, widths[0], height, width)]
     for i, (stage, depth) in enumerate(zip(model.stages, config.depths, strict=True)):
@@ -100,7 +100,7 @@ def print_config(console: Console, config: ConvNextConfig, title: str) -> None:
     rows.append(("all", str(sum(config.depths)), "", "", _short(parameters), _short(macs), ""))
     columns = ("part", "blocks", "channels", "output", "parameters", "multiply-adds", "share")
     print_table(console, title, columns, rows, total=True)
-    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    height, width = config.image_shape
     console.print(
         f"One image of {config.num_channels}×{height}×{width}; {config.num_labels} classes; {config.activation}. "
         "Multiply-adds are what papers call FLOPs: products and sums are twice as many."

@@ -50,6 +50,11 @@ def size(name: str, value: Any, most: int) -> int | list[int] | tuple[int, ...]:
     return integer(name, value, 1, most)
 
 
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a checked `size`."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def real(
     name: str, value: Any, least: float | None = None, most: float | None = None, allowed: str = "a number"
 ) -> float:

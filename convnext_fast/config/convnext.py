@@ -201,7 +201,12 @@ class ConvNextConfig(ConfigBase):
     @property
     def patch_shape(self) -> tuple[int, int]:
         """(height, width) of the stem's patches."""
-        return (self.patch_size, self.patch_size) if isinstance(self.patch_size, int) else tuple(self.patch_size)
+        return checks.pair(self.patch_size)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) of the images the model was trained on."""
+        return checks.pair(self.image_size)
 
     @property
     def num_labels(self) -> int:

@@ -15,9 +15,9 @@ def default_processor(config: ConvNextConfig) -> ConvNextImageProcessor:
 
     Models of another number of channels than three get a mean and std of 0.5.
     """
-    if not isinstance(config.image_size, int) and len(set(config.image_size)) != 1:
+    size, width = config.image_shape
+    if size != width:
         raise ValueError(f"image_size is {config.image_size}: expected a square for an image processor")
-    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if config.num_channels == 3 else (0.5, 0.5)
     return ConvNextImageProcessor(size=size, image_mean=mean, image_std=std)
 

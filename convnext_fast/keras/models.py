@@ -103,31 +103,16 @@ class TFConvNextPreTrainedModel(keras.Model):
         """The inverse of `get_config`."""
         return cls(**{**config, "config": cls.config_class.from_dict(config["config"])})
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
-        """A model with the weights of a folder, file or hub id; see `weights.load_pretrained`."""
-        return load_pretrained(cls, pretrained_model_name_or_path, **options)
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        *,
-        safe_serialization: bool = False,
-        saved_model: bool = False,
-        max_shard_size: int | str = "5GB",
-    ) -> None:
-        """Write ``config.json`` and ``tf_model.h5``, which transformers 4 reads; see `weights.save_pretrained`."""
-        options = {"safe_serialization": safe_serialization, "saved_model": saved_model}
-        save_pretrained(self, save_directory, max_shard_size=max_shard_size, **options)
+    from_pretrained = classmethod(load_pretrained)
+    save_pretrained = save_pretrained
 
     def export(self, filepath: str | Path, format: str = "tf_saved_model", **options: Any) -> None:
         """Write a program for images of ``config.image_size``, as `keras.Model.export` does.
 
         Its input is ``pixel_values``, (N, num_channels, H, W), and its outputs have the names of the model's.
         """
-        size = self.config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        image = keras.Input((self.config.num_channels, height, width), name="pixel_values", dtype="float32")
+        shape = self.config.num_channels, *self.config.image_shape
+        image = keras.Input(shape, name="pixel_values", dtype="float32")
         program = keras.Model(image, dict(self(image, return_dict=True)))
         program.export(filepath, format, **options)
 

@@ -28,7 +28,7 @@ SAFETENSORS = "model.safetensors"
 
 def load_pretrained(
     cls: type,
-    source: str | Path,
+    pretrained_model_name_or_path: str | Path,
     *,
     config: Any = None,
     num_labels: int | None = None,
@@ -42,8 +42,8 @@ def load_pretrained(
 
     Args:
         cls: one of the TFConvNext classes.
-        source: folder, file or hub id: transformers' of TensorFlow (h5, safetensors, in parts) and PyTorch, timm's,
-            torchvision's, the official repository's, or an .h5 file of keras.applications.
+        pretrained_model_name_or_path: folder, file or hub id: transformers' of TensorFlow (h5, safetensors, in parts)
+            and PyTorch, timm's, torchvision's, the official repository's, or an .h5 file of keras.applications.
         from_pt: has no effect: the format is recognised.
         **options: arguments of ``cls``, such as ``dtype``, a policy of Keras; fields of `ConvNextConfig`; and those of
             `hub.Loading`.
@@ -54,6 +54,7 @@ def load_pretrained(
     for name in ("torch_dtype", "device_map", "max_memory"):
         if options.get(name) is not None:
             raise ValueError(f"{name} is {options[name]!r:.80}: expected Keras's own dtype or device scope")
+    source = pretrained_model_name_or_path
     loading, options = split_loading(options)
     chosen = sorted_options(cls, options, None)
     checkpoint = load_checkpoint(source, use_ema=use_ema, config=config, loading=loading)
@@ -75,17 +76,17 @@ def load_pretrained(
 
 def save_pretrained(
     model: Any,
-    directory: str | Path,
+    save_directory: str | Path,
     *,
     safe_serialization: bool = False,
     saved_model: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write ``config.json`` and the weights into a folder, each file atomically.
+    """Write ``config.json`` and the weights, in files that transformers 4 reads, into a folder, each file atomically.
 
     Args:
         model: a TFConvNext model.
-        directory: made if it is missing; weights of an earlier save there are removed.
+        save_directory: made if it is missing; weights of an earlier save there are removed.
         safe_serialization: write ``model.safetensors`` instead of ``tf_model.h5``, with TensorFlow's names.
         saved_model: also write a program for TensorFlow as ``saved_model/1`` (TensorFlow and JAX backends).
         max_shard_size: weights beyond this many bytes, or such as "200MB", are split into several files.
@@ -107,7 +108,7 @@ def save_pretrained(
         writers = {MODEL_H5: h5_writer(state)} if MODEL_H5 in writers else writers
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     writers["config.json"] = json_writer(config_fields(model.config, "transformers", state, dtype, {}))
-    folder = local_path(directory)
+    folder = local_path(save_directory)
     write_files(folder, writers, stale_files(folder, (SAFETENSORS, "pytorch_model.bin", MODEL_H5), writers))
     if saved_model:
         model.export(str(folder / "saved_model" / "1"))
