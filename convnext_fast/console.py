@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 _UNPRINTED = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
@@ -28,16 +29,23 @@ def how_to_install(extra: str) -> str:
     return f"pip install -e '.[{extra}]' in a clone of convnext_fast"
 
 
+@contextlib.contextmanager
+def needing(what: str, extra: str) -> Iterator[None]:
+    """Within it, the ImportError of a missing package says ``what`` needs it, and how to install that extra."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{what} ({error}): {how_to_install(extra)}", name=error.name) from error
+
+
 def new_console() -> Console:
     """Where to print; as wide as the terminal, ``COLUMNS``, or 80. Nothing that is printed is read as markup.
 
     Raises:
         ImportError: rich is not installed.
     """
-    try:
+    with needing("tables need rich", "demo"):
         from rich.console import Console
-    except ImportError as error:
-        raise ImportError(f"tables need rich ({error}): {how_to_install('demo')}") from error
     return Console(highlight=False, markup=False, emoji=False)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..console import how_to_install
+from ..console import needing
 
 MODEL_H5 = "tf_model.h5"
 _NAME = re.compile(r"(?:.*/)?(convnext(?:v2)?/(?:embeddings|encoder|layernorm)/.+|classifier/(?:kernel|bias)):0")
@@ -178,8 +178,6 @@ def _h5py_for(tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _h5py() -> Any:
-    try:
+    with needing("files of Keras (.h5) need h5py", "keras"):
         import h5py
-    except ImportError:
-        raise ImportError(f"files of Keras (.h5) need h5py: {how_to_install('keras')}") from None
     return h5py

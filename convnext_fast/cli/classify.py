@@ -126,13 +126,13 @@ def _reason(error: OSError | ValueError) -> str:
 
 def _standard_input(data: bytes) -> Iterator[tuple[str, Path | bytes | str]]:
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS):
-            yield "standard input", data
-            return
+        PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+        is_image = True
     except PIL.UnidentifiedImageError:
-        pass
-    except Exception:
-        # A damaged image: decoding it will say what is wrong.
+        is_image = False
+    except Exception:  # of a damaged image: decoding it will say what is wrong
+        is_image = True
+    if is_image:
         yield "standard input", data
         return
     try:

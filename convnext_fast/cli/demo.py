@@ -1,14 +1,7 @@
 """The demo: real handwritten digits that the included model has never seen, read through the fused path.
 
-The model was trained by this package on two thirds of scikit-learn's digits; the demo reads the held-out third. This
-command trains it again, in a few minutes on one core, and writes the contents of ``assets/digits`` to
-``digits_run/model``:
-
-    convnext-fast train digits --output digits_run --epochs 50 --batch-size 64 --lr 2e-3 --warmup-epochs 5 \\
-        --drop-path 0.1 --mixup 0 --cutmix 0 --ema 0.99 --holdout 0
-
-Widths and learning rate were chosen by the accuracy on a quarter of the training pictures, with ``--holdout 0.25``. The
-held-out third was not used for that; it has the same writers as the training pictures.
+The model was trained on two thirds of scikit-learn's digits, by the command in ``training/README.md``; the demo reads
+the other third, of the same writers.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..console import how_to_install
+from ..console import needing
 from ..files import write_files
 from ..models.convnext import ConvNext
 from ..models.switches import check_image
@@ -29,11 +29,9 @@ def export_onnx(model: ConvNext, path: Path, height: int, width: int) -> float:
         raise ValueError(f"the file is {path}: expected a name that ends in .onnx")
     if not model.num_classes:
         raise ValueError("the model has no classifier (num_classes is 0): expected one with classes")
-    try:
+    with needing("ONNX needs more packages", "export"):
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx needs it, with a less clear error)
-    except ImportError as error:
-        raise ImportError(f"ONNX needs more packages ({error}): {how_to_install('export')}") from error
     images = torch.randn(2, model.config.num_channels, height, width)
     check_image(images, model.config, "the image")
     # PyTorch says that torchvision's operators, of which a ConvNeXt has none, are missing, and warns of its own calls.

@@ -87,11 +87,8 @@ class FuseReport:
 
     def __str__(self) -> str:
         """The counts, then what was left alone, layers of one reason together."""
-        counts = [
-            (len(self.fused), "blocks"),
-            (len(self.patch_layers), "patch layers (stem, downsampling)"),
-        ]
-        done = sum(count for count, _ in counts)
+        counts = [(len(self.fused), "blocks"), (len(self.patch_layers), "patch layers (stem, downsampling)")]
+        done = len(self.fused) + len(self.patch_layers)
         if not done and not self.left_alone:
             return f"{type(self.model).__name__}: no ConvNeXt block found"
         kinds = ", ".join(f"{count} {what}" for count, what in counts if count)

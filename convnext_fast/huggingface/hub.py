@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..console import how_to_install
+from ..console import needing
 from ..files import local_path
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -84,30 +84,24 @@ def find_file(source: str | Path, *names: str, loading: Loading = ANYWHERE) -> P
 
 def _hub_file(repository: str, names: tuple[str, ...], loading: Loading) -> Path:
     """The first of ``names`` that a hub repository holds, as a local path; errors as of `find_file`."""
-    try:
+    with needing(f"{repository} is not a local folder; fetching it from the Hugging Face hub needs the extra", "hub"):
         from huggingface_hub import errors, hf_hub_download
-    except ImportError:
-        raise ImportError(
-            f"{repository} is not a local folder; fetching it from the Hugging Face hub needs the extra: "
-            f"{how_to_install('hub')}"
-        ) from None
     options = {name: getattr(loading, name) for name in Loading._fields[:6]}
     for name in names:
         try:
             return Path(hf_hub_download(repository, name, **options))
-        except errors.LocalEntryNotFoundError as error:
-            offline = error
-        except errors.EntryNotFoundError:
-            offline = None
+        except errors.EntryNotFoundError as error:
+            missing = error
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
             raise FileNotFoundError(
                 f"{repository} is not a local folder, and the hub does not provide it: {error}"
             ) from error
-    if offline is not None:
-        raise FileNotFoundError(
-            f"{repository} is not a folder, and its {' or '.join(names)} is neither in the hub's cache nor reachable"
-        ) from offline
-    raise FileNotFoundError(f"the hub repository {repository} holds no {' or '.join(names)}")
+    wanted, offline = " or ".join(names), isinstance(missing, errors.LocalEntryNotFoundError)
+    if offline:
+        text = f"{repository} is not a folder, and its {wanted} is neither in the hub's cache nor reachable"
+    else:
+        text = f"the hub repository {repository} holds no {wanted}"
+    raise FileNotFoundError(text) from missing
 
 
 def push(
@@ -135,10 +129,8 @@ def push(
     """
     if isinstance(tags, str):
         raise TypeError(f"tags={tags!r}: expected a list of strings")
-    try:
+    with needing("push_to_hub needs the extra", "hub"):
         from huggingface_hub import HfApi
-    except ImportError:
-        raise ImportError(f"push_to_hub needs the extra: {how_to_install('hub')}") from None
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))  # first: where it fails, no repository is made

@@ -28,8 +28,6 @@ _NEEDS = {
     "do_rescale": ("rescale_factor",),
     "do_normalize": ("image_mean", "image_std"),
 }
-
-
 MOST_PIXELS = 1 << 26
 """Of a resized or cropped picture: 0.8 GB in float32. A narrow one, sized by its shorter edge, would take far more."""
 
@@ -177,8 +175,6 @@ class ConvNextImageProcessor(SavedProcessor):
 
 ConvNextFeatureExtractor = ConvNextImageProcessor
 """The class's older name, which older checkpoints and scripts use."""
-ConvNextImageProcessorKwargs = ImageOptions
-"""transformers' name of the options."""
 
 
 def _fetched(source: str, where: str) -> PIL.Image.Image:

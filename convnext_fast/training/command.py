@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +56,7 @@ def run(
             )
         model = model.to(process.device)
         trainer = Trainer(model, training, validation, processor, options, output, process=process, **how)
-        reporter = TrainingProgress(console) if process.rank == 0 else Silence()
+        reporter = _Progress(console) if process.rank == 0 else Reporter()
         try:
             trainer.run(reporter)
         finally:
@@ -123,7 +122,7 @@ def evaluate_checkpoint(
     return evaluate(model, loader, device), len(images)
 
 
-class TrainingProgress:
+class _Progress(Reporter):
     """Shows a training run: a bar on a terminal, and a line for each epoch anywhere."""
 
     def __init__(self, console: Console):
@@ -142,18 +141,15 @@ class TrainingProgress:
         )
 
     def start(self, step: int, steps: int) -> None:
-        """See `training.Reporter`."""
         self.task = self.progress.add_task("", total=steps, completed=step, loss=float("nan"))
         self.progress.start()
         if step:
             self.console.print(f"resumed at step {step} of {steps}")
 
     def step(self, step: int, loss: float, lr: float) -> None:
-        """See `training.Reporter`."""
         self.progress.update(self.task, completed=step + 1, loss=loss)
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """See `training.Reporter`."""
         words = [f"epoch {record['epoch']}", f"loss {record['loss']:.4f}"]
         if "accuracy" in record:
             words += [f"validation loss {record['validation_loss']:.4f}", f"accuracy {record['accuracy']:.2%}"]
@@ -161,20 +157,7 @@ class TrainingProgress:
         self.console.print("  ".join(words), soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """See `training.Reporter`."""
         self.console.print(plain(f"note: {text}"), soft_wrap=True)
 
     def stop(self) -> None:
-        """Take the bar away."""
         self.progress.stop()
-
-
-class Silence(Reporter):
-    """For the processes that are not the first: it only warns, on standard error."""
-
-    def warn(self, text: str) -> None:
-        """Say what was skipped."""
-        print(plain(f"note: {text}"), file=sys.stderr)
-
-    def stop(self) -> None:
-        """There is nothing to take away."""

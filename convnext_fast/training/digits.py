@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..config import ConvNextConfig
-from ..console import how_to_install
+from ..console import needing
 from ..images.processor import ConvNextImageProcessor
 from .pictures import ImageSet
 
@@ -20,10 +20,8 @@ EVERY = 3
 
 def load_digits() -> tuple[ImageSet, ImageSet]:
     """(training pictures, held-out pictures), 8×8 grey with white strokes."""
-    try:
+    with needing("the digits need scikit-learn", "demo"):
         from sklearn.datasets import load_digits as load
-    except ImportError as error:
-        raise ImportError(f"the digits need scikit-learn ({error}): {how_to_install('demo')}") from error
     data = load()
     # Samples are 0 to 16.
     pictures = np.round(data.images * (255 / 16)).astype(np.uint8)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+import sys
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+from ..console import plain
 from ..models.convnext import ConvNext
 from .data import batches
 from .distributed import largest_over_processes, raise_on_all, sum_over_processes
@@ -20,8 +22,8 @@ class Score(NamedTuple):
     accuracy: float
 
 
-class Reporter(Protocol):
-    """Receives the progress of a run."""
+class Reporter:
+    """Is told of the progress of a run; this one only prints warnings, on standard error."""
 
     def start(self, step: int, steps: int) -> None:
         """Training begins at ``step`` of ``steps``."""
@@ -34,6 +36,10 @@ class Reporter(Protocol):
 
     def warn(self, text: str) -> None:
         """Something was skipped."""
+        print(plain(f"note: {text}"), file=sys.stderr)
+
+    def stop(self) -> None:
+        """The run has ended, or failed."""
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
