@@ -1,4 +1,4 @@
-"""Labels for pictures: a model and its image processor, fed with files, folders and standard input."""
+"""Labels for images: a model and its image processor, fed with files, folders and standard input."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Classifier:
         return self.model.config.problem_type != "regression" and self.model.config.num_labels != 1
 
     def prepare(self, image: PIL.Image.Image) -> np.ndarray:
-        """A picture of any size and mode as the model's input (channels, height, width), float32."""
+        """An image of any size and mode as the model's input (channels, height, width), float32."""
         return self.processor(to_channels(image, self.channels)).pixel_values[0]
 
     @torch.inference_mode()
@@ -82,9 +82,9 @@ class Classifier:
 def sources(
     arguments: Iterable[str], standard_input: io.BufferedIOBase | None
 ) -> Iterator[tuple[str, Path | bytes | str]]:
-    """(name, and a file, its bytes, or an error) of each picture that the arguments name: files, folders, and "-".
+    """(name, and a file, its bytes, or an error) of each image that the arguments name: files, folders, and "-".
 
-    "-" stands for ``standard_input``, None where it is closed: the bytes of one picture, or paths of files and folders,
+    "-" stands for ``standard_input``, None where it is closed: the bytes of one image, or paths of files and folders,
     one a line.
     """
     for argument in arguments:
@@ -152,7 +152,7 @@ def classify(
 ) -> Iterator[Result]:
     """A `Result` for each of ``pictures`` (see `sources`), in order; an error in one does not stop the others.
 
-    Pictures are read and results are yielded one batch at a time.
+    Images are read and results are yielded one batch at a time.
     """
     waiting: list[tuple[str, np.ndarray | str]] = []
     shape = None
@@ -170,7 +170,7 @@ def classify(
 
 
 def _input(classifier: Classifier, source: Path | bytes) -> np.ndarray | str:
-    """A picture as the model's input, or what is wrong with it."""
+    """An image as the model's input, or what is wrong with it."""
     try:
         return classifier.prepare(open_image(source, classifier.channels))
     except (OSError, ValueError) as error:

@@ -30,26 +30,26 @@ from .classify import Classifier
 ASSETS = Path(__file__).parents[1] / "assets" / "digits"
 BATCH_SIZE = 128
 TIMED, ROUNDS = 256, 5
-"""Pictures in a timed pass, and passes on each path; the median counts."""
+"""Images in a timed pass, and passes on each path; the median counts."""
 COLUMNS, ROWS = 12, 8
 PAPER, INK, RIGHT, WRONG = "#ffffff", "#333333", "#557755", "#cc2222"
 
 
 class Outcome(NamedTuple):
-    """What the demo found on N held-out pictures."""
+    """What the demo found on N held-out images."""
 
     labels: np.ndarray
     predictions: np.ndarray
     confidences: np.ndarray  # the probability of each prediction
     max_difference: float  # of a logit, absolute, between fused and reference
-    same_predictions: bool  # on every picture
+    same_predictions: bool  # on every image
     fused_speed: float  # images a second
     reference_speed: float
     path: str  # what ``fused=True`` ran
 
     @property
     def correct(self) -> int:
-        """Pictures recognised."""
+        """Images recognised."""
         return int((self.labels == self.predictions).sum())
 
 

@@ -1,6 +1,6 @@
 """Random changes of training images, each a pure function of a generator that the caller seeds.
 
-`augment` works on one picture, `mix_pairs` on a batch: mixup ("mixup: Beyond Empirical Risk Minimization") and cutmix
+`augment` works on one image, `mix_pairs` on a batch: mixup ("mixup: Beyond Empirical Risk Minimization") and cutmix
 ("CutMix: Regularization Strategy to Train Strong Classifiers").
 """
 
@@ -31,8 +31,8 @@ def augment(
 ) -> PIL.Image.Image:
     """``image`` as a square of side ``size``, changed at random.
 
-    "crop" cuts out 8 to 100 % of the area and mirrors every other picture (the recipe of ImageNet); "affine" turns,
-    shears, zooms and shifts a little (for characters, where a mirror image is another sign).
+    "crop" cuts out 8 to 100 % of the area and mirrors half of the images (the recipe for ImageNet); "affine" rotates,
+    shears, zooms and shifts slightly (for characters, whose mirror images would be wrong).
     """
     if kind == "affine":
         return _affine(image.resize((size, size), resample), rng)
@@ -42,7 +42,7 @@ def augment(
 
 
 def _crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """A rectangle of random area and aspect inside the picture; its central square if ten draws do not fit."""
+    """A rectangle of random area and aspect inside the image; its central square if ten draws do not fit."""
     for _ in range(10):
         area = rng.uniform(*CROP_AREA) * width * height
         aspect = math.exp(rng.uniform(math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])))
@@ -82,7 +82,7 @@ def mix_pairs(
 
     Args:
         pixels, targets: (N, C, H, W), N even, and (N, classes), the probability of each class.
-        mixup, cutmix: α of the Beta(α, α) that the share λ of each image in its own mixture is drawn from; 0 turns one
+        mixup, cutmix: α of the Beta(α, α) from which the share λ of an image in its own mixture is drawn; 0 turns one
             off, and with both on each pair takes one at random.
         generator_of_pair: the source of randomness of pair i.
     """
@@ -104,7 +104,7 @@ def mix_pairs(
 
 
 def _cut_box(height: int, width: int, area: float, rng: np.random.Generator) -> tuple[slice, slice]:
-    """Rows and columns of a box with the picture's shape, of part ``area`` of it, cut off at the border."""
+    """Rows and columns of a box with the image's shape, of part ``area`` of it, cut off at the border."""
     half_h, half_w = height * math.sqrt(area) / 2, width * math.sqrt(area) / 2
     y, x = rng.uniform(0, height), rng.uniform(0, width)
     top, bottom = round(max(y - half_h, 0)), round(min(y + half_h, height))

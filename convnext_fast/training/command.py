@@ -50,7 +50,7 @@ def run(
             size = sum(parameter.numel() for parameter in model.parameters())
             held = f", {len(validation)} to evaluate on" if validation else ""
             console.print(
-                f"{len(training)} pictures of {len(training.classes)} classes to train on{held}; {size:,} parameters; "
+                f"{len(training)} images of {len(training.classes)} classes to train on{held}; {size:,} parameters; "
                 f"{process.world} process{'es' if process.world > 1 else ''} on {process.device.type}",
                 soft_wrap=True,
             )
@@ -106,7 +106,7 @@ def build(
 def evaluate_checkpoint(
     data: str, checkpoint: str, *, batch_size: int, workers: int, device: torch.device
 ) -> tuple[Score, int]:
-    """The score of a checkpoint, and on how many pictures: ``val/`` of a folder, all of it, or the held-out digits."""
+    """(score, number of images) of a checkpoint on a folder's ``val/``, a whole folder, or the held-out digits."""
     model = ConvNext.from_pretrained(checkpoint, device=device)
     processor, _ = load_processor(checkpoint, model.config)
     classes = tuple(model.config.id2label.values())

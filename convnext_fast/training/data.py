@@ -1,6 +1,6 @@
-"""Pictures to train on, and the batches they come in.
+"""Images to train on, and the batches they come in.
 
-Every random choice is drawn from a generator keyed by (seed, epoch, picture or place in the epoch). So a batch does not
+Every random choice is drawn from a generator keyed by (seed, epoch, image or place in the epoch). So a batch does not
 depend on how many processes or loader workers there are, nor on whether the run was interrupted before it.
 """
 
@@ -23,12 +23,12 @@ from .pictures import ImageSet, load_folder, split, validation_folder
 
 
 def load_data(source: str | Path, holdout: float, seed: int) -> tuple[ImageSet, ImageSet | None]:
-    """(training pictures, pictures to evaluate on or None).
+    """(training images, images to evaluate on or None).
 
     Args:
-        source: "digits"; or a folder with ``train/`` and ``val/`` (or ``validation/``), each with a folder for each
-            class; or a folder with a folder for each class.
-        holdout: where there is no ``val/``, the part of each class that is evaluated on and not trained on, in [0, 1).
+        source: "digits"; or a folder with a folder for each class, or with such folders in ``train/`` and ``val/`` (or
+            ``validation/``).
+        holdout: without ``val/``, the part of each class that is evaluated on instead of trained on, in [0, 1).
         seed: chooses that part.
 
     Raises:
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One picture of a batch: pixels (C, H, W), None where it is left out; see `Batch`."""
+    """One image of a batch: pixels (C, H, W), None where it is left out; see `Batch`."""
 
     pixels: np.ndarray | None
     label: int
@@ -72,7 +72,7 @@ class Sample(NamedTuple):
 
 
 class Key(NamedTuple):
-    """A picture's place in training: epoch, position in the epoch's order, index in the `ImageSet`."""
+    """An image's place in training: epoch, position in the epoch's order, index in the `ImageSet`."""
 
     epoch: int
     position: int
@@ -80,18 +80,18 @@ class Key(NamedTuple):
 
 
 class EpochSampler:
-    """The keys of one process's batches in one epoch: its contiguous part of each batch of all processes.
+    """The keys of one process's batches in one epoch: a contiguous part of each global batch.
 
     Set ``epoch``, and ``first`` (the batch to begin with), before iterating. The last incomplete batch is dropped.
 
     Args:
-        length: number of pictures.
+        length: number of images.
         batch_size: of all processes together.
         seed: of the order.
         rank, world: this process and their number.
 
     Raises:
-        ValueError: ``batch_size`` is no multiple of ``world``, or more than ``length``.
+        ValueError: ``batch_size`` is not a multiple of ``world``, or more than ``length``.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
@@ -99,7 +99,7 @@ class EpochSampler:
             raise ValueError(f"batch_size is {batch_size}: expected a multiple of {world}, the number of processes")
         if batch_size > length:
             raise ValueError(
-                f"batch_size is {batch_size}: expected at most {length}, the number of training pictures (--batch-size)"
+                f"batch_size is {batch_size}: expected at most {length}, the number of training images (--batch-size)"
             )
         self.length, self.batch_size, self.seed, self.rank, self.world = length, batch_size, seed, rank, world
         self.epoch = self.first = 0
@@ -118,7 +118,7 @@ class EpochSampler:
 class _Pictures(Dataset):
     """Images ready for the model; an unreadable one gives its error as a value, which the main process raises.
 
-    With ``skip``, the next readable image replaces it, so that a batch keeps its size and does not depend on the number
+    With ``skip``, the next readable image replaces it, so that batches keep their size and do not depend on the number
     of processes. In evaluation it is left out instead.
     """
 
@@ -261,7 +261,7 @@ def evaluation_loader(
     pin_memory: bool = False,
     skip_unreadable: bool = False,
 ) -> DataLoader:
-    """Batches for evaluation: every ``world``-th picture from ``rank`` on, through the processor alone.
+    """Batches for evaluation: every ``world``-th image from ``rank`` on, through the processor alone.
 
     An unreadable image gives a ValueError in place of its batch; with ``skip_unreadable`` it is left out.
     """

@@ -1,7 +1,7 @@
-"""Scikit-learn's handwritten digits: 1,797 real 8×8 pictures, a fixed split, and the small model they train.
+"""Scikit-learn's handwritten digits: 1,797 real 8×8 images, a fixed split, and the small model they train.
 
-The pictures are the test part of the UCI "Optical Recognition of Handwritten Digits" data, by 13 writers. Of each
-digit every third picture, in the order of the file, is held out: no training run sees it, and only the demo scores it.
+The images are the test part of the UCI "Optical Recognition of Handwritten Digits" data, by 13 writers. Of each
+digit every third image, in the order of the file, is held out: no training run sees it, and only the demo scores it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EVERY = 3
 
 
 def load_digits() -> tuple[ImageSet, ImageSet]:
-    """(training pictures, held-out pictures), 8×8 grey with white strokes."""
+    """(training images, held-out images), 8×8 grey with white strokes."""
     with needing("the digits need scikit-learn", "demo"):
         from sklearn.datasets import load_digits as load
     data = load()
@@ -49,5 +49,5 @@ def digits_config() -> ConvNextConfig:
 
 
 def digits_processor() -> ConvNextImageProcessor:
-    """Pictures of any size, grey, to 16×16 in [−1, 1]."""
+    """Images of any size, grey, to 16×16 in [−1, 1]."""
     return ConvNextImageProcessor(size=16, crop_pct=1.0, image_mean=[0.5], image_std=[0.5])

@@ -1,4 +1,4 @@
-"""The process group that ``torchrun`` sets up, or a single process, and what processes exchange."""
+"""The processes that ``torchrun`` starts, or a single one, and what they exchange."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _store_of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store
 
     torchrun keeps one store through all restarts of a run: a process started again would find the addresses, or the
     NCCL id, of processes that have ended (https://github.com/pytorch/pytorch/issues/135712). The restart count that
-    workers are told is kept by each machine for itself and stays when machines come or go, so it cannot name the part.
+    workers are given is each machine's own and does not change when machines come or go, so it cannot name the part.
     Instead the first process draws a name, and the others reply to the name they find until the first has seen their
     reply: a name left by an earlier first process is never confirmed.
     """

@@ -23,7 +23,7 @@ class Score(NamedTuple):
 
 
 class Reporter:
-    """Is told of the progress of a run; this one only prints warnings, on standard error."""
+    """Is told about the progress of a run. This one only prints warnings, on standard error."""
 
     def start(self, step: int, steps: int) -> None:
         """Training begins at ``step`` of ``steps``."""
@@ -55,17 +55,17 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     reporter: Reporter | None = None,
 ) -> Score:
-    """The score of ``model`` over the pictures of all processes' loaders; sets evaluation mode.
+    """The score of ``model`` over the images of all processes' loaders; sets evaluation mode.
 
     Args:
         model, device: what to score, and where it is.
         loader: of `data.evaluation_loader`.
         dtype: to compute in, one of 16 bits by autocast.
-        reporter: is told of pictures that are left out.
+        reporter: is told about images that are left out.
 
     Raises:
-        ChildProcessError: a process that loads pictures died.
-        ValueError: a picture cannot be read, or none can.
+        ChildProcessError: a process that loads images died.
+        ValueError: an image cannot be read, or none can.
     """
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device)

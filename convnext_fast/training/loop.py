@@ -44,23 +44,23 @@ class Trainer:
 
     Args:
         model: on the device of ``process``.
-        training, validation: pictures; None for no evaluation.
-        processor: makes pictures into input.
+        training, validation: the images; None for no evaluation.
+        processor: turns them into the model's input.
         options: see `TrainingOptions`.
-        output: the folder of the run: the checkpoint (see `state`), ``history.json``, ``pictures.json`` (the names and
-            sizes of image files), and in the end ``model/``. The processes of all machines have to see the same one.
+        output: the run's folder: the checkpoint (see `state`), ``history.json``, ``pictures.json`` (names and sizes of
+            the image files), and at the end ``model/``. All processes, on all machines, must see the same folder.
         process: this process.
-        strategy: what several processes do: "ddp", each holds the whole model (DistributedDataParallel), or "fsdp",
+        strategy: with several processes, "ddp": each holds the whole model (DistributedDataParallel); or "fsdp":
             parameters, gradients, moments and average are split over them (FSDP2).
         resume: continue from the folder's checkpoint, if there is one.
         save_every: steps between checkpoints; 0 for one at the end of each epoch.
-        workers: processes that load pictures, for each training process.
-        skip_unreadable: replace an unreadable training image by the next one and leave out an unreadable evaluation
-            image, instead of stopping.
+        workers: processes that load images, for each training process.
+        skip_unreadable: instead of stopping, replace an unreadable training image by the next one, and leave an
+            unreadable evaluation image out.
         skip_nonfinite: skip a step whose loss or gradient is NaN or infinite, instead of stopping.
 
     Raises:
-        ValueError: images, model and options do not match; the folder holds a run and ``resume`` is false; or that
+        ValueError: images, model and options do not match; or the folder holds a run, and ``resume`` is false or that
             run had other options.
     """
 
@@ -156,9 +156,10 @@ class Trainer:
         """Train to the end, export to ``output/model``, and return the history, a record for each epoch.
 
         Raises:
-            ChildProcessError: a process that loads images died; see ValueError.
-            ValueError: an image cannot be read, or the loss or gradient is NaN or infinite; everything up to that step
-                has been saved.
+            ChildProcessError: a process that loads images died.
+            ValueError: an image cannot be read, or the loss or gradient is NaN or infinite.
+
+        Everything up to the step that failed has been saved.
         """
         model: nn.Module = self.model
         if self.process.world > 1 and not self.sharded:
@@ -352,12 +353,12 @@ def _alike(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    """What changed between two runs, in words."""
+    """What an error says of the difference between two runs."""
     if name == "config" and isinstance(before, str):
         with contextlib.suppress(ValueError):
             before, now = json.loads(before), json.loads(now)
     if not isinstance(before, dict) or not isinstance(now, dict):
-        return f"its {name} were {before!r:.200}; this run has other ones"
+        return f"its {name} were {before!r:.200}; this run's are different"
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if name == "pictures":
         counts = [[None if e is None else e[0] for e in (d.get(key) for d in (before, now))] for key in changed]
@@ -365,6 +366,6 @@ def _difference(name: str, before: Any, now: Any) -> str:
             f"class {key}, of which there were {then or 0} and are {there or 0}"
             for key, (then, there) in zip(changed, counts, strict=True)
         )
-        return f"its pictures had other names or sizes, or were others: {'; '.join(words)}"
+        return f"its images had other names or sizes, or other pixels: {'; '.join(words)}"
     text = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in changed)
     return f"its {name} had other values: {text:.1000}"

@@ -13,24 +13,23 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOptions:
-    """How to train; the defaults are the paper's recipe for ImageNet (appendix A) but for its length and batch.
+    """How to train; the defaults are the paper's recipe for ImageNet (appendix A), except for its batch size.
 
     Attributes:
-        epochs: passes over the training pictures.
-        batch_size: pictures a step, of all processes together.
+        epochs: passes over the training images.
+        batch_size: images per step, of all processes together.
         lr, min_lr: learning rate after the warm-up and at the end of the cosine.
         warmup_epochs: length of the linear warm-up; may be a fraction; None: 5, at most a fifth of the epochs.
-        weight_decay: of AdamW, on matrices and convolutions only.
-        betas: of AdamW.
-        layer_decay: the learning rate of each layer is this times that of the layer after it; 1 for none.
+        weight_decay, betas: of AdamW; only matrices and convolutions decay.
+        layer_decay: the learning rate of each layer is this times that of the next layer; 1 for none.
         clip_grad: largest norm of the whole gradient; 0 for no clipping.
         drop_path: stochastic depth of the last block; None keeps the configuration's.
-        label_smoothing: part of the target spread over all classes.
-        mixup, cutmix: α of the Beta distribution of the share; 0 for off.
+        label_smoothing: the part of the target that is spread over all classes.
+        mixup, cutmix: α of the Beta distribution that the mixing ratio is drawn from; 0 for off.
         ema: decay of the exponential moving average of the weights, which is evaluated and exported; 0 for off.
         augmentation: one of ``augment.AUGMENTATIONS``.
-        dtype: one of ``DTYPES``; those of 16 bits by autocast, with float32 parameters, and for float16 a loss
-            scale that adapts itself.
+        dtype: one of ``DTYPES``; those of 16 bits by autocast, with float32 parameters and, for float16, a dynamic
+            loss scale.
         seed: of initial weights, order, augmentation, mixing and drop path.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Labelled pictures, of folders or in memory."""
+"""Labelled images, in folders or in memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .augment import SPLIT, keyed_generator
 
 VALIDATION_FOLDERS = ("val", "validation")
 PICTURES = "pictures.json"
-"""In a run's folder: `ImageSet.files` of what it trains on, to say which files have changed when it is resumed."""
+"""In a run's folder: `ImageSet.files` of its training images, to name those that have changed when it is resumed."""
 
 
 class ImageSet:
-    """Pictures with a class each.
+    """Images, each with a class.
 
     Args:
         pictures: image files, or arrays (height, width) or (height, width, channels) of uint8.
@@ -34,7 +34,7 @@ class ImageSet:
         return len(self.pictures)
 
     def open(self, index: int, channels: int) -> PIL.Image.Image:
-        """Picture ``index``, with ``channels`` channels; a ValueError names a file that cannot be read."""
+        """Image ``index``, with ``channels`` channels; a ValueError names a file that cannot be read."""
         picture = self.pictures[index]
         if isinstance(picture, np.ndarray):
             return to_channels(PIL.Image.fromarray(picture), channels)
@@ -44,7 +44,7 @@ class ImageSet:
             raise ValueError(f"{picture}: {error}") from error
 
     def fingerprint(self) -> dict[str, list[int | str]]:
-        """Of each class, how many pictures it has, and a digest of their names and sizes in bytes."""
+        """For each class, the number of its images, and a digest of their names and sizes in bytes."""
         digests = [hashlib.sha256() for _ in self.classes]
         counts = [0] * len(self.classes)
         for picture, label in zip(self.pictures, self.labels, strict=True):
@@ -57,23 +57,19 @@ class ImageSet:
         return {name: [count, digest.hexdigest()[:16]] for name, count, digest in entries}
 
     def files(self) -> dict[str, int]:
-        """Bytes of each picture that is a file, by ``class/name``.
-
-        Raises:
-            OSError: a picture is not there any more.
-        """
+        """Bytes of each image that is a file, by ``class/name``; an OSError if one has gone."""
         pairs = zip(self.pictures, self.labels, strict=True)
         return {f"{self.classes[i]}/{path.name}": path.stat().st_size for path, i in pairs if isinstance(path, Path)}
 
     def subset(self, indices: Sequence[int]) -> ImageSet:
-        """The pictures at ``indices``."""
+        """The images at ``indices``."""
         return ImageSet([self.pictures[i] for i in indices], [self.labels[i] for i in indices], self.classes)
 
 
 def changed_files(run: Path, now: Mapping[str, int]) -> str:
-    """In words, which of the files ``now``, by `ImageSet.files`, are not as when the run in the folder ``run`` began.
+    """Text that names up to five of the files ``now`` (see `ImageSet.files`) that changed since the run began.
 
-    At most five are named. Empty where the folder does not say how they were.
+    It is empty if the run's folder does not say what they were.
     """
     try:
         before = read_json(run / PICTURES)
@@ -90,10 +86,10 @@ def changed_files(run: Path, now: Mapping[str, int]) -> str:
 
 
 def load_folder(folder: Path, classes: Sequence[str] | None = None) -> ImageSet:
-    """The pictures of a folder that holds ``class name/…/picture``.
+    """The images of a folder that holds ``class name/…/image``.
 
-    ``classes``: those there have to be, in order; None takes the folders' names, sorted. A ValueError tells of fewer
-    than two classes, a class without a picture, or other classes than asked for.
+    ``classes``: the expected names, in order; None takes those of the folders, sorted. A ValueError tells of unknown
+    classes, of fewer than two, or of one without an image.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if classes is not None and set(names) - set(classes):
@@ -113,16 +109,16 @@ def load_folder(folder: Path, classes: Sequence[str] | None = None) -> ImageSet:
 
 
 def load_evaluation_folder(source: str | Path, classes: Sequence[str]) -> ImageSet:
-    """The pictures to score a model on: of ``val/`` (or ``validation/``) in a folder, or else of the folder.
+    """The images to score a model on: ``val/`` (or ``validation/``) of a folder that has one, else the whole folder.
 
     ``source`` is laid out as for `load_data`, and may lack some of the model's ``classes``.
     """
     folder = local_path(source)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{source} is no folder: expected one with a folder for each class, or 'digits'")
+        raise FileNotFoundError(f"{source} is not a folder: expected one with a folder for each class, or 'digits'")
     aside = validation_folder(folder)
     if aside is None and (folder / "train").is_dir():
-        raise ValueError(f"{folder} holds train/ but no val/: expected one, or the folder of other pictures")
+        raise ValueError(f"{folder} holds train/ but no val/: expected one, or a folder with other images")
     return load_folder(aside or folder, classes)
 
 
@@ -132,7 +128,7 @@ def validation_folder(folder: Path) -> Path | None:
 
 
 def split(images: ImageSet, holdout: float, seed: int) -> tuple[ImageSet, ImageSet | None]:
-    """Put the part ``holdout`` of each class aside, at least one picture unless it is 0."""
+    """Hold out the part ``holdout`` of each class, at least one image unless it is 0."""
     if holdout == 0:
         return images, None
     labels, aside = np.array(images.labels), np.zeros(len(images), bool)
@@ -140,6 +136,6 @@ def split(images: ImageSet, holdout: float, seed: int) -> tuple[ImageSet, ImageS
         members = np.flatnonzero(labels == label)
         count = max(1, round(holdout * len(members)))
         if count >= len(members):
-            raise ValueError(f"class {name!r} has {len(members)} pictures: too few to hold out {holdout:g} of them")
+            raise ValueError(f"class {name!r} has {len(members)} images: too few to hold out {holdout:g} of them")
         aside[keyed_generator(seed, SPLIT, label).permutation(members)[:count]] = True
     return images.subset(np.flatnonzero(~aside)), images.subset(np.flatnonzero(aside))

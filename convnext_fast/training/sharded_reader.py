@@ -40,22 +40,22 @@ class _Unpickler(pickle.Unpickler):
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         )
         if not allowed:
-            raise ValueError(f"the index wants {module}.{name} run or built, which loading refuses")
+            raise ValueError(f"the index would run or build {module}.{name}, which loading refuses")
         return super().find_class(module, name)
 
 
 class ShardedReader(FileSystemReader):
-    """Reads tensors alone, from files beside the index."""
+    """Reads only tensors, from files beside the index."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index; a ValueError if it names other types, entries that are no tensors, or other files."""
+        """The index; a ValueError if it names other types, other entries than tensors, or files elsewhere."""
         with open(self.path / ".metadata", "rb") as file:
             metadata = _Unpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise ValueError("the index is of another kind")
         for name, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
-                raise ValueError(f"the index has {name}, a {type(entry).__name__}: expected tensors alone")
+                raise ValueError(f"the index has {name}, a {type(entry).__name__}: expected only tensors")
         for place in metadata.storage_data.values():
             if not _FILE.fullmatch(place.relative_path) or getattr(place, "transform_descriptors", None):
                 raise ValueError(f"the index names the file {place.relative_path!r}: expected one beside it")

@@ -1,9 +1,9 @@
 """A run's checkpoint: written atomically, and readable by any number of processes.
 
-One process writes ``checkpoint.pt``, which can be read without running code; it keeps the weights under ``model`` and
-their average under ``model_ema``, as the official repository does, so that `checkpoint.load_checkpoint` reads it too.
-Where the parameters are split over processes, each writes its part, into a folder ``checkpoint-<step>`` in the format
-of `torch.distributed.checkpoint`. Either kind is loaded into a model that is split or whole.
+One process writes ``checkpoint.pt``, which can be read without running code. It keeps the weights under ``model`` and
+their average under ``model_ema``, as the official repository does, so that `load_save.load_checkpoint` reads it too.
+If the parameters are split over processes, each writes its part into a folder ``checkpoint-<step>`` in the format of
+`torch.distributed.checkpoint`. Either kind is loaded into a model that is split or whole.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TEMPORARY = re.compile(
 TENSORS = ("model", "model_ema", "optimizer")
 """Names of the groups of tensors in a checkpoint."""
 ENTRIES = {"step": int, "epoch": dict, "history": list, "scaler": dict, "identity": dict}
-"""What it holds in plain values, which JSON can keep, with their types."""
+"""Its other entries, plain values that JSON can keep, with their types."""
 
 Tree = Mapping[str, Union[Tensor, "Tree"]]
 
@@ -52,10 +52,8 @@ def find_checkpoint(directory: Path) -> Path | None:
 def save_state(directory: Path, tensors: Tree, facts: Mapping[str, Any]) -> None:
     """Write a run's state to ``directory``/checkpoint.pt, and its history beside it; for one process.
 
-    ``tensors``: `TENSORS`, none of them split over processes; ``facts``: `ENTRIES`.
-
-    Raises:
-        OSError: it cannot be written; the checkpoint before it is untouched.
+    ``tensors``: `TENSORS`, none of them split over processes; ``facts``: `ENTRIES`. After an OSError, for a state that
+    cannot be written, the checkpoint before it is untouched.
     """
     state, history = {**tensors, **facts}, json_writer({"epochs": facts["history"]})
     write_files(directory, {CHECKPOINT: lambda path: torch.save(state, path), HISTORY: history})
@@ -63,10 +61,7 @@ def save_state(directory: Path, tensors: Tree, facts: Mapping[str, Any]) -> None
 
 
 def save_sharded_state(directory: Path, tensors: Tree, facts: Mapping[str, Any]) -> None:
-    """Write a run's state to ``directory``/checkpoint-<step>, each process its part; all processes call it.
-
-    As `save_state`, but that the tensors may be split over processes.
-    """
+    """As `save_state`, to ``directory``/checkpoint-<step>, of tensors split over processes, which all call it."""
     import torch.distributed.checkpoint as dcp
 
     first = dist.get_rank() == 0
@@ -92,7 +87,7 @@ def save_sharded_state(directory: Path, tensors: Tree, facts: Mapping[str, Any])
 
 
 def load_facts(path: Path) -> dict[str, Any]:
-    """The plain values of the checkpoint that `find_checkpoint` found, `ENTRIES`."""
+    """The `ENTRIES` of the checkpoint that `find_checkpoint` found."""
     content = read_json(path / FACTS) if path.is_dir() else _read_file(path)
     if set(ENTRIES) - set(content):
         raise ValueError(f"{path} is not a checkpoint of a training run")
@@ -106,7 +101,7 @@ def load_facts(path: Path) -> dict[str, Any]:
 def load_tensors(path: Path, tensors: Tree) -> None:
     """Fill `TENSORS`, whole or split over processes, with those of the checkpoint that `find_checkpoint` found.
 
-    No code in it is run; a ValueError says if it is truncated, something else, or of another model.
+    Runs no code from it. A ValueError tells if it is truncated, something else, or of another model.
     """
     if not path.is_dir():
         _fill(tensors, _read_file(path), str(path))

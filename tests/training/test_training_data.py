@@ -161,7 +161,7 @@ def test_folders_without_data_are_named(tmp_path):
     (tmp_path / "b").mkdir()
     with pytest.raises(ValueError, match="a holds no image"):
         load_folder(tmp_path)
-    with pytest.raises(ValueError, match="class 'dark' has 1 pictures: too few to hold out"):
+    with pytest.raises(ValueError, match="class 'dark' has 1 images: too few to hold out"):
         split(pictures(2), 0.1, 0)
 
 

@@ -157,7 +157,7 @@ def refused(tmp_path):
     new_trainer(tmp_path / "run", images=load_folder(tmp_path / "pictures")).run(Quiet())
 
     def resume():
-        with pytest.raises(ValueError, match=r"cannot resume .*its pictures had other names or sizes") as error:
+        with pytest.raises(ValueError, match=r"cannot resume .*its images had other names or sizes") as error:
             new_trainer(tmp_path / "run", images=load_folder(tmp_path / "pictures"), resume=True)
         return str(error.value)
 
