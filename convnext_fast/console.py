@@ -1,4 +1,4 @@
-"""Text for people: messages, and tables on rich, which the extra ``convnext-fast[demo]`` installs."""
+"""What is printed: messages, and tables by rich, which the extra ``convnext-fast[demo]`` installs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ else:
 
 
 def plain(text: str) -> str:
-    """``text`` for a terminal: characters that would move its cursor, hide or reorder text are written as escapes.
+    """``text`` for a terminal: characters that move the cursor, hide or reorder text become escapes.
 
-    Names of files and classes come from elsewhere, and may hold anything. Line ends and tabs stay.
+    Names of files and classes can hold anything. Line ends and tabs stay.
     """
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in _UNPRINTED and c not in "\n\t" else c for c in text)
 
@@ -39,7 +39,7 @@ def needing(what: str, extra: str) -> Iterator[None]:
 
 
 def new_console() -> Console:
-    """Where to print; as wide as the terminal, ``COLUMNS``, or 80. Nothing that is printed is read as markup.
+    """Where to print, as wide as the terminal, ``COLUMNS``, or 80. Nothing is interpreted as markup.
 
     Raises:
         ImportError: rich is not installed.
@@ -52,9 +52,9 @@ def new_console() -> Console:
 def print_table(
     console: Console, title: str, columns: Sequence[str] | None, rows: Sequence[Sequence[str]], total: bool = False
 ) -> None:
-    """Print a table whose first column holds names; where it is wider than the console, a line for each row instead.
+    """Print a table whose first column holds names; one that is wider than the console as one line per row.
 
-    ``columns``: headings; None for rows of a name and a text. ``total``: the last row sums up the others.
+    ``columns``: headings; None for rows of a name and a text. ``total``: the last row is the sum of the others.
     """
     from rich import box
     from rich.measure import Measurement

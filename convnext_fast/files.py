@@ -1,4 +1,4 @@
-"""Files: read as JSON, and written whole or not at all."""
+"""Files: paths, JSON, and atomic writes."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import Any
 from safetensors import SafetensorError
 
 MOST_JSON_BYTES = 1 << 26
-"""Of a JSON file that is read; a configuration with 20,000 classes takes one megabyte."""
+"""Largest JSON file that is read; a configuration with 20,000 classes takes one megabyte."""
 MOST_JSON_LEVELS = 64
 
 
 def local_path(source: str | Path) -> Path:
-    """The path that ``source``, a string or a path, names; ``~`` is the home folder, where there is such a user."""
+    """The path that ``source``, a string or a path, names; ``~`` stands for the home folder."""
     if not isinstance(source, (str, Path)):
         raise TypeError(f"source is a {type(source).__name__}: expected a path or a Hugging Face hub id")
     if not str(source):
         raise ValueError("the path is empty: expected the name of a file or a folder")
     try:
         return Path(source).expanduser()
-    except RuntimeError:  # no user of this name: a file's name may begin with ~ too
+    except RuntimeError:  # no user has that name: a file's name may begin with ~ too
         return Path(source)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; a ValueError if it holds something else, or is larger than ``MOST_JSON_BYTES``."""
+    """A JSON object from a file; a ValueError if it is something else, or larger than ``MOST_JSON_BYTES``."""
     with open(path, "rb") as file:
         content = file.read(MOST_JSON_BYTES + 1)
     if len(content) > MOST_JSON_BYTES:
@@ -59,10 +59,10 @@ def _nests_deeply(value: Any) -> bool:
 
 
 def write_files(directory: Path, writers: Mapping[str, Callable[[Path], None]], stale: Iterable[str] = ()) -> None:
-    """Write files into a folder so that each appears whole or not at all, then remove ``stale`` ones.
+    """Write files into a folder, each atomically, then remove ``stale`` ones.
 
-    Everything is first written and synchronised to disk under temporary names in the same folder; only then are the
-    files renamed, in the order given. A write that fails raises an OSError.
+    All are first written and synchronised to disk under temporary names in that folder, then renamed in the order
+    given. A write that fails raises an OSError.
     """
     directory.mkdir(parents=True, exist_ok=True)
     temporary = {name: directory / f".{name}.{secrets.token_hex(4)}.tmp" for name in writers}
@@ -81,7 +81,7 @@ def write_files(directory: Path, writers: Mapping[str, Callable[[Path], None]], 
             path.unlink(missing_ok=True)
     for name in stale:
         (directory / name).unlink(missing_ok=True)
-    if os.name == "posix":  # others cannot open a folder
+    if os.name == "posix":  # other systems cannot open a folder
         handle = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -90,7 +90,7 @@ def write_files(directory: Path, writers: Mapping[str, Callable[[Path], None]], 
 
 
 def json_text(fields: Mapping[str, Any], **options: Any) -> str:
-    """A JSON object; a number that is not finite becomes null, for JSON has none."""
+    """A JSON object; NaN and infinities, which JSON cannot express, become null."""
     return json.dumps(_finite(fields), allow_nan=False, **options)
 
 

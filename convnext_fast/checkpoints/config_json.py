@@ -1,4 +1,4 @@
-"""The ``config.json`` that lies beside the weights, in transformers' form, in timm's, and in ours."""
+"""The ``config.json`` next to the weights, in transformers' form, in timm's, and in ours."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _TIMM_ACTIVATIONS = {"gelu_tanh": "gelu_new", "swish": "silu"}
 class SavedConfig(NamedTuple):
     """What a ``config.json`` says."""
 
-    config: ConvNextConfig | None  # if it is complete; otherwise it is inferred from the tensors
-    overrides: dict[str, Any]  # fields that do not follow from the tensors, to replace the inferred ones
+    config: ConvNextConfig | None  # None if it has to be inferred from the tensors
+    overrides: dict[str, Any]  # fields that do not follow from the tensors, which replace the inferred ones
     global_pool: str = "avg"  # of a timm model
 
 
@@ -69,9 +69,9 @@ def config_fields(
 
 
 def warn_of_lost_fields(config: ConvNextConfig, format: str, *, with_config: bool) -> None:
-    """Warn where the code behind ``format`` computes with another activation or epsilon than the configuration's.
+    """Warn if the library behind ``format`` computes with another activation or epsilon than the configuration's.
 
-    Epsilons that differ by 1e-6 or less pass: logits then agree to float32's own accuracy.
+    Epsilons may differ by 1e-6: logits then still agree to float32's accuracy.
     """
     inner = config.norm_eps if format == "timm" else 1e-6
     last = config.layer_norm_eps if format == "transformers" else inner
@@ -90,7 +90,7 @@ def warn_of_lost_fields(config: ConvNextConfig, format: str, *, with_config: boo
 
 
 def _timm_amendments(fields: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm's configuration knows beyond the tensors' shapes."""
+    """What timm's configuration says that does not follow from the tensors' shapes."""
     pretrained = fields.get("pretrained_cfg")
     pretrained = pretrained if isinstance(pretrained, Mapping) else fields
     overrides: dict[str, Any] = {}

@@ -33,7 +33,7 @@ layer_scale +gamma                  +layer_scale       +layer_scale_parameter   
 norm        head.norm               classifier.0       layernorm                               norm
 classifier  head.fc                 classifier.2       classifier                              head
 """
-"""The names of layers; + stands for that of the block, - for none."""
+"""The names of layers; + stands for the block's, - for none."""
 
 
 def _read_table() -> dict[str, dict[str, str]]:
@@ -49,9 +49,9 @@ def _read_table() -> dict[str, dict[str, str]]:
 _LAYERS = _read_table()
 FORMATS = tuple(_LAYERS)
 _PREFIXES = "convnext.", "convnextv2."
-"""Of transformers' keys, of V1 and of V2, where there is a classifier."""
+"""Of transformers' keys for V1 and V2, if there is a classifier."""
 _OFFICIAL_GRN = {".weight": ".gamma", ".bias": ".beta"}
-_BACKBONE_NORMS = "hidden_states_norms."
+BACKBONE_NORMS = "hidden_states_norms."
 
 
 def recognise(keys: Iterable[str]) -> str:
@@ -133,7 +133,7 @@ def from_timm(
 ) -> dict[str, Tensor]:
     """A state dict under timm's names in ``format``; the inverse of `to_timm`.
 
-    transformers' keys get the prefix ``convnext.`` where there is a classifier. ``extra``: a transformers backbone's
+    transformers' keys get the prefix ``convnext.`` if there is a classifier. ``extra``: a transformers backbone's
     ``hidden_states_norms``, which only that format can hold; ``global_pool``: the model's pooling.
 
     Raises:
@@ -144,7 +144,7 @@ def from_timm(
         raise ValueError(f"the model uses max pooling, which the {format} format cannot express: expected timm")
     names = {key: rename(key, "timm", format) for key in state_dict}
     lost = [key for key, name in names.items() if name is None]
-    if format != "transformers" or any(not key.startswith(_BACKBONE_NORMS) for key in extra or ()):
+    if format != "transformers" or any(not key.startswith(BACKBONE_NORMS) for key in extra or ()):
         lost += list(extra or ())
     if lost:
         reason = "; its norm comes before the pooling, which only timm has" if "norm_pre.weight" in lost else ""
@@ -166,7 +166,7 @@ def from_timm(
 
 
 def rename(key: str, source: str, target: str) -> str | None:
-    """What ``target`` calls the tensor ``key`` of ``source``, without prefix; None where it has no name."""
+    """What ``target`` calls the tensor ``key`` of ``source``, without prefix; None if it has no name for it."""
     parsed = _parse(key, _checked(source))
     return None if parsed is None or parsed[0] not in _LAYERS[_checked(target)] else _render(*parsed, target)
 
@@ -174,9 +174,9 @@ def rename(key: str, source: str, target: str) -> str | None:
 def infer_config(state_dict: Mapping[str, Tensor], format: str = "timm") -> ConvNextConfig:
     """The configuration that fits the shapes of a state dict under timm's names.
 
-    Without a classifier, ``num_labels`` is 0. ``format``, where the tensors come from, decides the epsilons: 1e-12 in
-    transformers' last norm, 1e-5 in timm's xxlarge, otherwise 1e-6. The activation is taken to be GELU. It is a
-    `ConvNextV2Config` where there is a global response norm.
+    Without a classifier, ``num_labels`` is 0. ``format``, the tensors' original one, decides the epsilons: 1e-12 in
+    transformers' last norm, 1e-5 in timm's xxlarge, otherwise 1e-6. The activation is assumed to be GELU. With a global
+    response norm it is a `ConvNextV2Config`.
 
     Raises:
         ValueError: the stem is missing or has a wrong shape, or stages are missing.

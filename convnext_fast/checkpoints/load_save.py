@@ -1,4 +1,4 @@
-"""Loading and saving models in any of the four formats, completely or not at all."""
+"""Loading and saving models in any of the four formats."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def load_checkpoint(
             or `save_model`); or file (.safetensors, .bin, .pth, .pt, .h5, or the index of shards), whose configuration
             is inferred from the shapes. None if ``state_dict`` is given.
         use_ema: take the averaged weights out of a training checkpoint.
-        config: to be used instead of the checkpoint's; transformers' own, or where it is stored, will do.
+        config: used instead of the checkpoint's: a configuration of this package or of transformers, or its path.
         loading: where to look.
-        state_dict: tensors instead of those of ``source``, in any of the formats.
+        state_dict: tensors to use instead of those of ``source``, in any of the formats.
 
     Raises:
         FileNotFoundError: there is no such source, no weights or no configuration in it, or a shard is missing.
@@ -103,28 +103,28 @@ def load_model(
 ) -> Any:
     """A model of class ``cls`` with the weights of a checkpoint, in evaluation mode.
 
-    Every parameter comes from the checkpoint and every tensor of the checkpoint has its place, except: a model without
-    a classifier or final norm ignores the checkpoint's; every model ignores the decoder of V2's sparse pre-training;
-    and a classifier, a backbone's ``hidden_states_norms``, or (with no classifier either) a final norm that the
-    checkpoint lacks is newly initialised, with a warning.
+    Every parameter comes from the checkpoint and every tensor of the checkpoint is used, with these exceptions. A model
+    without a classifier or final norm ignores the checkpoint's, and every model the decoder of V2's sparse
+    pre-training. A classifier, a backbone's ``hidden_states_norms``, or (with no classifier either) a final norm that
+    the checkpoint lacks is newly initialised, with a warning.
 
     Args:
         cls: ``ConvNext`` or one of the transformers-named models.
         source, use_ema, config, state_dict: as for `load_checkpoint`.
         num_labels: another number of classes than the configuration's.
-        ignore_mismatched_sizes: initialise anew, with a warning, what has another size in the checkpoint.
+        ignore_mismatched_sizes: newly initialise, with a warning, what has another size in the checkpoint.
         device: of the parameters; None is PyTorch's default device.
-        dtype: of the parameters, or its name; None and "auto" keep the checkpoint's (the widest, where it mixes them).
-        output_loading_info: give out (model, dictionary of ``missing_keys``, ``unexpected_keys``, ``mismatched_keys``
+        dtype: of the parameters, or its name; None and "auto" keep the checkpoint's (of several, the widest).
+        output_loading_info: return (model, dictionary of ``missing_keys``, ``unexpected_keys``, ``mismatched_keys``
             and ``error_msgs``), as transformers does.
-        **options: arguments of ``cls``, such as ``fused``; fields of `ConvNextConfig`, in the place of the
+        **options: arguments of ``cls``, such as ``fused``; fields of `ConvNextConfig`, to replace the
             checkpoint's; those of `hub.Loading`; and under transformers' names ``torch_dtype`` for ``dtype``, and
             ``device_map``: a device, "auto", or devices by module (through accelerate, with ``max_memory``).
 
     Raises:
         FileNotFoundError, ImportError: as `load_checkpoint`.
-        ValueError: as `load_checkpoint`; an option asks for what is not served; or the checkpoint does not fit the
-            model, with all keys that are missing, unexpected or of a wrong shape.
+        ValueError: as `load_checkpoint`; an option asks for something unsupported; or the checkpoint does not fit the
+            model. The message lists all keys that are missing, unexpected or of a wrong shape.
     """
     if not (isinstance(cls, type) and hasattr(cls, "checkpoint_format")):
         raise TypeError(f"cls is {cls!r}: expected a model class of convnext_fast")
@@ -189,7 +189,7 @@ def save_model(
     """
     if isinstance(model, type) or not hasattr(model, "checkpoint_format"):
         raise TypeError(
-            f"model is a {type(model).__name__}: expected a model of convnext_fast (of a wrapped one, the model within)"
+            f"model is a {type(model).__name__}: expected a model of convnext_fast (of a wrapper, the model inside)"
         )
     tensors, own = dict(model.state_dict() if state_dict is None else state_dict), model.checkpoint_format
     pool = getattr(getattr(model, "head", None), "pool_type", "avg")

@@ -1,4 +1,4 @@
-"""The options of ``from_pretrained`` that are not of the hub: dtypes, devices, fields, and what is not served."""
+"""The options of ``from_pretrained`` other than the hub's: dtypes, devices, fields of the configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WITHOUT_EFFECT = {
     "offload_buffers",
     "offload_state_dict",
 }
-"""What changes nothing here: loading copies each tensor once anyway, and there is no attention."""
+"""Options that change nothing here: loading copies each tensor once anyway, and there is no attention."""
 _NOT_SERVED = {
     "from_flax",
     "from_tf",
@@ -45,7 +45,7 @@ class Options(NamedTuple):
         fields: of its configuration.
         dtype: of the parameters, or None for the checkpoint's.
         device: of the parameters, until ``device_map`` spreads them.
-        device_map: "auto", or devices by module; None if ``device`` is all.
+        device_map: "auto", or devices by module; None if all goes to ``device``.
         max_memory: in bytes by device, for "auto".
     """
 
@@ -70,9 +70,9 @@ def sorted_options(
     of_config = (of_config - of_model - {"extra"}) | _COMMON_FIELDS
     for name in options.keys() & _NOT_SERVED:
         if options[name]:
-            raise ValueError(f"{name} is {options[name]!r:.80}: this package does not serve that option")
+            raise ValueError(f"{name} is {options[name]!r:.80}: this package does not support that option")
     if not options.get("weights_only", True):
-        raise ValueError("weights_only is False: expected True, for nothing in a file is run")
+        raise ValueError("weights_only is False: expected True, because no code in a file is run")
     known = {"torch_dtype", "device_map", "max_memory", "weights_only", *_WITHOUT_EFFECT, *_NOT_SERVED}
     given = {name for name, value in options.items() if value is not None}
     unknown = sorted(given - of_model - of_config - known)

@@ -1,4 +1,4 @@
-"""Matching every tensor of a checkpoint to one of a model, or saying why it does not fit."""
+"""Matching the tensors of a checkpoint to those of a model, with an error that says what does not fit."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from ..config import ConvNextConfig
-from .formats import rename
+from .formats import BACKBONE_NORMS, rename
 
 _CLASSIFIER = "head.fc"
 _FINAL_NORMS = frozenset(("head.norm", "norm_pre"))
-_BACKBONE_NORMS = "hidden_states_norms."
 _LISTED = 20
 
 
 class Checkpoint(NamedTuple):
     """A checkpoint, read and translated."""
 
-    state_dict: dict[str, Tensor]  # under timm's names, on the CPU, mapped from files where they can be
+    state_dict: dict[str, Tensor]  # under timm's names, on the CPU, memory-mapped if the file allows it
     config: ConvNextConfig
     format: str  # how it was written, one of ``formats.FORMATS``
     extra: dict[str, Tensor]  # what timm has no name for, such as a transformers backbone's ``hidden_states_norms``
@@ -45,12 +44,12 @@ class Loadable(Protocol):
 
 
 class Fit(NamedTuple):
-    """What of a checkpoint goes where in a model."""
+    """The tensors of a checkpoint that go into a model."""
 
     state: dict[str, Tensor | None]  # under the model's names; None for what is newly initialised
-    missing: list[str]  # names of the model's that the checkpoint lacks
-    unexpected: list[str]  # names of the checkpoint's that the model lacks
-    resized: dict[str, tuple[Any, Any]]  # shapes in the checkpoint and in the model, where they differ
+    missing: list[str]  # the model's names that the checkpoint lacks
+    unexpected: list[str]  # the checkpoint's names that the model lacks
+    resized: dict[str, tuple[Any, Any]]  # different shapes in the checkpoint and in the model
 
     @property
     def new(self) -> list[str]:
@@ -58,7 +57,7 @@ class Fit(NamedTuple):
         return [*self.missing, *self.resized]
 
     def info(self) -> dict[str, Any]:
-        """As transformers tells it with ``output_loading_info``."""
+        """What transformers returns with ``output_loading_info``."""
         mismatched = {(name, *shapes) for name, shapes in self.resized.items()}
         found = {"missing_keys": set(self.missing), "unexpected_keys": set(self.unexpected)}
         return {**found, "mismatched_keys": mismatched, "error_msgs": []}
@@ -108,16 +107,16 @@ def match_tensors(
     wrong, resized = {}, {}
     for name, own in names.items():
         if name in state and not state[name].is_floating_point():
-            wrong[name] = f"of {state[name].dtype}, expected a floating dtype"
+            wrong[name] = f"{own} of {state[name].dtype}, expected a floating dtype"
         elif name in state and state[name].shape != expected[own].shape:
             resized[name] = state[name].shape, expected[own].shape
     changes = {n: f"{names[n]} {tuple(held)}, expected {tuple(wanted)}" for n, (held, wanted) in resized.items()}
     if not ignore_mismatched_sizes:
-        wrong |= {name: text.removeprefix(f"{names[name]} ") for name, text in changes.items()}
+        wrong |= changes
     problems = {
         "missing": [own for name, own in names.items() if name not in state and name not in new],
         "unexpected": [rename(name, "timm", format) or name for name in state if name not in names],
-        "of a wrong shape": [f"{names[name]} {text}" for name, text in wrong.items()],
+        "of a wrong shape": list(wrong.values()),
     }
     if any(problems.values()):
         lines = [f"{source} does not fit {cls}; under the model's names:"]
@@ -138,9 +137,9 @@ def match_tensors(
 
 
 def _optional(wanted: set[str], held: set[str]) -> tuple[set[str], set[str]]:
-    """Of the layers expected and held: those that may be newly initialised, and those that may be dropped."""
-    may_start = {layer for layer in wanted if layer.startswith(_BACKBONE_NORMS)} | {_CLASSIFIER}
-    may_go = {layer for layer in held if layer.startswith(_BACKBONE_NORMS)} | {_CLASSIFIER}
+    """The layers that may be newly initialised, and those that may be dropped, of those expected and held."""
+    may_start = {layer for layer in wanted if layer.startswith(BACKBONE_NORMS)} | {_CLASSIFIER}
+    may_go = {layer for layer in held if layer.startswith(BACKBONE_NORMS)} | {_CLASSIFIER}
     if not held & (_FINAL_NORMS | {_CLASSIFIER}):
         may_start |= _FINAL_NORMS
     if not wanted & _FINAL_NORMS:

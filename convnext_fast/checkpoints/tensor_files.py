@@ -1,4 +1,4 @@
-"""Tensors in files: read without running what else is in them."""
+"""Tensors in files: read without running any code that is in them."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParalle
 def read_weights(source: str | Path, *, use_ema: bool = False, loading: Loading = ANYWHERE) -> dict[str, Tensor]:
     """The tensors of a file, folder or hub id, on the CPU, under the names they have there; see `load_checkpoint`.
 
-    Files are mapped into memory where their kind allows. Checkpoints of a training run are looked into (``model`` or
-    ``state_dict``; ``model_ema`` or ``state_dict_ema`` with ``use_ema``), and the prefixes that DistributedDataParallel
-    and torch.compile add are taken off.
+    Files are memory-mapped if their format allows it. In a training checkpoint they are under ``model`` or
+    ``state_dict`` (with ``use_ema``, ``model_ema`` or ``state_dict_ema``). Prefixes that DistributedDataParallel and
+    torch.compile add are removed.
     """
     path = local_path(source)
     if path.suffix in WEIGHT_SUFFIXES and not path.exists():
@@ -66,7 +66,7 @@ def _read_shards(source: str | Path, index: Path, loading: Loading = ANYWHERE) -
         raise ValueError(f"{index} is not an index of a sharded checkpoint: expected a 'weight_map' from keys to files")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:
-            raise ValueError(f"{index} names the file {name!r}: expected the name of a file beside it")
+            raise ValueError(f"{index} names the file {name!r}: expected the name of a file next to it")
     tensors: dict[str, Tensor] = {}
     promised: dict[str, list[str]] = {}
     for key, name in weight_map.items():
@@ -94,7 +94,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             return from_tensorflow(tensors)
         except (MemoryError, FileNotFoundError):
             raise
-        except Exception as error:  # dtypes that PyTorch lacks raise as they please
+        except Exception as error:  # a dtype that PyTorch lacks can raise anything
             raise ValueError(f"{path} is not a safetensors file, or is truncated or damaged: {error}") from error
     if path.suffix == ".json":
         raise ValueError(f"{path} holds no weights: give the folder, or a file of {', '.join(WEIGHT_SUFFIXES)}")
@@ -105,13 +105,13 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def read_pickle(path: Path) -> Any:
-    """What `torch.save` wrote: plain values and tensors, on the CPU. Nothing in the file is run.
+    """What `torch.save` wrote: plain values and tensors, on the CPU. No code in the file is run.
 
-    Tensors are mapped into memory where the file allows it. Each is dense and no larger than what the file holds of it,
-    so that a small file cannot stand for a large amount of memory. A ValueError tells what is wrong with the file.
+    Tensors are memory-mapped if the file allows it. Each must be dense and no larger than its bytes in the file, so
+    that a small file cannot take a large amount of memory. A ValueError tells what is wrong with the file.
     """
     if not path.stat().st_size:
-        raise ValueError(f"{path} is not a PyTorch checkpoint, or is truncated or damaged: it is empty")
+        raise _damaged(path, "it is empty")
     _check_archive(path)
     try:
         # Training scripts keep their command-line arguments in the file; a Namespace holds attributes, not code.
@@ -119,7 +119,7 @@ def read_pickle(path: Path) -> Any:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except MemoryError:
         raise
-    except pickle.UnpicklingError as error:  # whose text advises to run what is in the file
+    except pickle.UnpicklingError as error:  # its text advises to run the code in the file
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise ValueError(
@@ -128,29 +128,33 @@ def read_pickle(path: Path) -> Any:
             ) from error
         raise ValueError(f"{path} is not a PyTorch checkpoint, or is damaged") from error
     except Exception as error:  # a damaged file can raise anything, OSError included
-        raise ValueError(f"{path} is not a PyTorch checkpoint, or is truncated or damaged: {error!r:.200}") from error
+        raise _damaged(path, f"{error!r:.200}") from error
     _check_tensors(path, content)
     return content
 
 
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} is not a PyTorch checkpoint, or is truncated or damaged: {reason}")
+
+
 def _check_archive(path: Path) -> None:
-    """Refuse a zip archive whose directory promises more than the file holds; `torch.save` compresses nothing."""
+    """Refuse a zip archive whose directory claims more bytes than the file has; `torch.save` compresses nothing."""
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
             entries, size = archive.infolist(), path.stat().st_size
     except Exception as error:
-        raise ValueError(f"{path} is not a PyTorch checkpoint, or is truncated or damaged: {error!r:.200}") from error
+        raise _damaged(path, f"{error!r:.200}") from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError(f"{path} is a compressed archive: expected one as torch.save writes it")
     promised = sum(entry.file_size for entry in entries)
     if promised > size:
-        raise ValueError(f"{path} has {size:,} bytes, and its directory promises {promised:,}: it is damaged")
+        raise ValueError(f"{path} has {size:,} bytes, and its directory claims {promised:,}: it is damaged")
 
 
 def _check_tensors(path: Path, content: Any) -> None:
-    """Refuse tensors that are not plain, or larger than what the file holds of them."""
+    """Refuse tensors that are not plain, or larger than their bytes in the file."""
     waiting = [("", content)]
     while waiting:
         name, value = waiting.pop()

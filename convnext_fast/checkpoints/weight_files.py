@@ -42,9 +42,9 @@ def part_writers(
 
 
 def stale_files(directory: Path, files: Iterable[str], written: Mapping[str, Any]) -> list[str]:
-    """Weights of an earlier save in the folder, which a reader could mistake for those ``written``.
+    """``files`` of an earlier save in the folder, with their parts and indexes, that are not ``written`` now.
 
-    They are ``files``, their parts and indexes.
+    A reader could load them by mistake.
     """
     found = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     old: set[str] = set()
@@ -62,22 +62,22 @@ def _index(file: str) -> str:
 
 
 def safetensors_writer(tensors: Mapping[str, Tensor], framework: str = "pt") -> Writer:
-    """A writer of a .safetensors file, for `write_files`; transformers reads in it whose names these are."""
+    """A writer of a .safetensors file, for `write_files`; it tells transformers the ``framework`` of the names."""
     return lambda path: save_file(_packed(tensors), path, metadata={"format": framework})
 
 
 def pickle_writer(tensors: Mapping[str, Tensor], key: str | None = None) -> Writer:
-    """A writer of a .pth file, for `write_files`; the state dict nests under ``key`` where one is given."""
+    """A writer of a .pth file, for `write_files`; the state dict is nested under ``key`` if one is given."""
     return lambda path: torch.save(_packed(tensors) if key is None else {key: _packed(tensors)}, path)
 
 
 def size_in_bytes(size: int | str) -> int:
-    """A number of bytes, given as one or as "5GB", "200MB", "1.5GiB"; K, M and G are powers of 1000, of 1024 with i."""
+    """A number of bytes, also given as "5GB", "200MB" or "1.5GiB": powers of 1000 and, with i, of 1024."""
     units = {"": 1, **{f"{u}{b}": base**p for p, u in enumerate("KMGT", 1) for b, base in (("", 1000), ("I", 1024))}}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(size).upper())
     count = int(float(match[1]) * units[match[2]]) if match and match[2] in units else 0
     if isinstance(size, bool) or count < 1:
-        raise ValueError(f"the size is {size!r}: expected a number of bytes, or such as '5GB' or '200MB'")
+        raise ValueError(f"the size is {size!r}: expected a number of bytes, or one like '5GB' or '200MB'")
     return count
 
 

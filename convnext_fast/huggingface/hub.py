@@ -1,4 +1,4 @@
-"""The Hugging Face hub: the options of loading under transformers' names, and files that come from or go there."""
+"""The Hugging Face hub: the options of loading, under transformers' names, downloads and uploads."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Loading(NamedTuple):
     Attributes:
         revision: branch, tag or commit of a hub repository.
         subfolder: of the folder or repository.
-        token: of the hub; True is the one stored, False none.
-        cache_dir: where the hub's files are kept.
-        local_files_only: take what is kept there, without a network.
-        force_download: fetch it again.
+        token: for the hub; True for the stored one, False for none.
+        cache_dir: where downloaded files are kept.
+        local_files_only: use only those files, without a network.
+        force_download: download them again.
         variant: such as "fp16", of ``model.fp16.safetensors``.
-        use_safetensors: only such weights, or with False only others.
+        use_safetensors: True for only such weights, False for only others.
     """
 
     revision: str | None = None
@@ -51,7 +51,7 @@ _NO_EFFECT = {
     "use_fast",
     "user_agent",
 }
-"""What transformers' own callers pass besides. No code of a repository ever runs here."""
+"""Other options that transformers passes. No code of a repository ever runs here."""
 
 
 def split_loading(options: Mapping[str, Any]) -> tuple[Loading, dict[str, Any]]:
@@ -133,7 +133,7 @@ def push(
         from huggingface_hub import HfApi
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder))  # first: where it fails, no repository is made
+        write(Path(folder))  # first: if it fails, no repository is made
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if tags:
             _tagged_card(repo_id, tags, revision, token).save(Path(folder, "README.md"))
@@ -153,7 +153,7 @@ def _tagged_card(repo_id: str, tags: Sequence[str], revision: str | None, token:
     try:
         path = hf_hub_download(repo_id, "README.md", revision=revision, token=token)
         card = ModelCard(Path(path).read_text(encoding="utf-8"))
-    except errors.LocalEntryNotFoundError:  # there may be a card that cannot be reached
+    except errors.LocalEntryNotFoundError:  # there may be a card, but it cannot be reached
         raise
     except (errors.EntryNotFoundError, errors.RevisionNotFoundError):
         card = ModelCard("---\nlibrary_name: transformers\n---\n")

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 
 class VirtualSubclass:
-    """Mix-in: ``isinstance(x, base)`` is true for a class of transformers, whether that is installed or not.
+    """Mix-in: ``isinstance(x, base)`` is true for a class of transformers, without importing transformers.
 
-    transformers' Trainer, pipelines and composite models find out so whether they may save, load or configure an
-    object. To inherit from its classes would take transformers, and seconds to import it. Instead, ``x.__class__`` is
-    a class that inherits from both where transformers is loaded, as in `unittest.mock`; ``type(x)`` stays as it is.
+    transformers' Trainer, pipelines and composite models check that before they save, load or configure an object.
+    Inheriting from its classes would require transformers, and seconds to import it. Instead, once transformers is
+    loaded, ``x.__class__`` is a class that inherits from both, as in `unittest.mock`. ``type(x)`` does not change.
     """
 
     transformers_base: ClassVar[tuple[str, str]]
@@ -25,14 +25,14 @@ class VirtualSubclass:
 
     @classmethod
     def for_transformers(cls) -> type:
-        """This class as transformers' registries take it, which demand a real subclass of their base class.
+        """This class for transformers' registries, which require a real subclass of their base class.
 
-        It makes objects of this class. Where transformers is not loaded, it is this class.
+        It makes objects of this class. If transformers is not loaded, it is this class.
         """
         return seen_class(cls)
 
     def __getattr__(self, name: str) -> Any:
-        """What an object lacks is taken from the class of transformers, where that is loaded, for its own code."""
+        """What an object lacks comes from the class of transformers, if that is loaded, for transformers' own code."""
         try:
             return super().__getattr__(name)  # type: ignore[misc] # that of torch.nn.Module
         except AttributeError:
@@ -44,10 +44,10 @@ class VirtualSubclass:
         return found.__get__(self, kind) if hasattr(found, "__get__") else found
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Leave out what transformers does to its own subclasses."""
+        """Skip what transformers does to its own subclasses."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The pickler's own way refuses objects whose type is not their __class__.
+        # By default, objects whose type is not their __class__ cannot be pickled.
         return object.__new__, (type(self),), vars(self)
 
 

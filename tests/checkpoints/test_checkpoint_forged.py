@@ -80,7 +80,7 @@ def test_archives_that_promise_more_than_they_hold(tmp_path):
     directory = content.index(b"PK\x01\x02")
     content[directory + 20 : directory + 28] = (1 << 31).to_bytes(4, "little") * 2
     (tmp_path / "lies.pth").write_bytes(content)
-    with pytest.raises(ValueError, match="its directory promises 2,1"):
+    with pytest.raises(ValueError, match="its directory claims 2,1"):
         load_model(ConvNext, tmp_path / "lies.pth")
 
 

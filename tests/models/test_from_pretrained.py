@@ -150,7 +150,7 @@ def test_a_configuration_or_tensors_given(kind, tmp_path):
 def test_what_cannot_be_served_names_itself(tmp_path):
     our_model().save_pretrained(tmp_path)
     for options, error, message in [
-        ({"quantization_config": {"bits": 4}}, ValueError, "quantization_config is .*does not serve"),
+        ({"quantization_config": {"bits": 4}}, ValueError, "quantization_config is .*does not support"),
         ({"weights_only": False}, ValueError, "weights_only is False"),
         ({"device_map": 1.5}, TypeError, "device_map is 1.5"),
         ({"device_map": "elsewhere"}, ValueError, "device is 'elsewhere'"),
