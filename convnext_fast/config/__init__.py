@@ -1,4 +1,4 @@
-"""`ConvNextConfig` and `ConvNextV2Config`, and what may stand in their fields."""
+"""`ConvNextConfig` and `ConvNextV2Config`, and the values that their fields may have."""
 
 from .convnext import (
     ACTIVATIONS,

@@ -25,7 +25,7 @@ SECTION = "convnext_fast"
 
 
 def alias(path: str) -> Any:
-    """An attribute that stands for another one, of the object or of one that it holds."""
+    """Another name for an attribute of the object, or of one that it holds."""
     *owner, name = path.split(".")
     holder = operator.attrgetter(*owner) if owner else lambda self: self
     return property(lambda self: getattr(holder(self), name), lambda self, value: setattr(holder(self), name, value))
@@ -59,16 +59,16 @@ class ConfigBase(SavedJson, VirtualSubclass):
         raise NotImplementedError
 
     def _keep(self, extra: dict[str, Any]) -> None:
-        """Take what the constructor was given besides fields as attributes."""
+        """Keep the constructor's other arguments as attributes."""
         for name in ("stage_names", *_OF_CLASS, *(key for key in vars(self) if key.startswith("_"))):
-            extra.pop(name, None)  # follows from the fields, or is not a file's to say
+            extra.pop(name, None)  # follows from the fields, or must not come from a file
         dtype = extra.pop("torch_dtype", None)
         if dtype is not None:
             extra.setdefault("dtype", dtype)
         for name, value in extra.items():
             known = getattr(type(self), name, None)
             if callable(known):
-                raise ValueError(f"{name} is no field of a {type(self).__name__}, but a method")
+                raise ValueError(f"{name} is a method of a {type(self).__name__}, not a field")
             if known is None and near_fields(type(self), name):
                 warnings.warn(f"{unknown_field(type(self), name)} It is kept, and has no effect", stacklevel=4)
             if isinstance(known, property) and known.fset is None:
@@ -77,18 +77,18 @@ class ConfigBase(SavedJson, VirtualSubclass):
                 setattr(self, name, value)
 
     def _own_values(self) -> dict[str, Any]:
-        """The attributes that are written: not the private ones, nor what any configuration has by default."""
+        """The attributes that are written: not private ones, nor the defaults of every configuration."""
         usual = vars(ConfigBase)
         public = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "name_or_path"}
         return {k: v for k, v in public.items() if k not in usual or v != usual[k]}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """As `to_dict`, without what any configuration of transformers has by default."""
+        """As `to_dict`, without the defaults of every configuration of transformers."""
         usual = type(self)().to_dict()
         return {k: v for k, v in self.to_dict().items() if k not in _COMMON or v != usual[k]}
 
     def update(self, config_dict: Mapping[str, Any]) -> None:
-        """Assign many fields."""
+        """Assign several fields."""
         for name, value in config_dict.items():
             setattr(self, name, value)
 
@@ -98,12 +98,12 @@ class ConfigBase(SavedJson, VirtualSubclass):
 
         Args:
             fields: of a ``config.json``.
-            return_unused_kwargs: give out (configuration, those of ``overrides`` that are no fields).
-            **overrides: fields, or attributes that ``fields`` holds.
+            return_unused_kwargs: return (configuration, the ``overrides`` that are not fields).
+            **overrides: fields, or attributes that ``fields`` holds. Others are ignored.
 
         Raises:
             TypeError, ValueError: ``fields`` is not a mapping, describes another architecture, or holds an invalid
-            value; or an override is nearly the name of a field. Others that are no fields are left out.
+            value; or an override looks like a misspelt field.
         """
         if not isinstance(fields, Mapping):
             raise TypeError(f"a configuration is a mapping of field names to values, not a {type(fields).__name__}")
@@ -131,7 +131,7 @@ class ConfigBase(SavedJson, VirtualSubclass):
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
-        """Read a file laid out as ``config.json`` is; see `from_pretrained`."""
+        """Read a file like ``config.json``; see `from_pretrained`."""
         fields, where = read_json(path), str(path)
         known = [name for name, kind in cls.kinds.items() if issubclass(kind, cls)] or [cls.model_type]
         model_type = fields.get("model_type")
@@ -151,9 +151,9 @@ class ConfigBase(SavedJson, VirtualSubclass):
 
 
 _OF_CLASS = ("version", "file_name", "kinds", "sub_configs", "transformers_base")
-"""Attributes of the classes, which no file overwrites."""
+"""Attributes of the classes, which a file must not overwrite."""
 _COMMON = ("id2label", "label2id", "problem_type", "transformers_version")
-"""Fields that every configuration of transformers has, and that are written here even where they are as usual."""
+"""Fields of every configuration of transformers that are written here even with their default values."""
 
 
 @functools.cache
@@ -168,6 +168,6 @@ def near_fields(kind: type[ConfigBase], name: str) -> list[str]:
 
 
 def unknown_field(kind: type[ConfigBase], name: str) -> str:
-    """What an error says of a name that is no field."""
+    """What an error says of a name that is not a field."""
     near = near_fields(kind, name)
-    return f"{name} is no field of a {kind.__name__}" + (f": is {near[0]} meant?" if near else ".")
+    return f"{name} is not a field of a {kind.__name__}" + (f": is {near[0]} meant?" if near else ".")

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 MOST_STAGES = 14
-"""Each halves the image: the largest is one pixel by then."""
+"""Each stage halves the image: after these the largest is one pixel."""
 MOST_LABELS = 1 << 17
 
 
 def integer(name: str, value: Any, least: int, most: float = math.inf) -> int:
-    """An integer of the range."""
+    """An integer in the range."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r:.80}: expected an integer of at least {least}")
     if value < least:
@@ -26,12 +26,12 @@ def integer(name: str, value: Any, least: int, most: float = math.inf) -> int:
 
 
 def _shown(value: Any) -> str:
-    """A number in a message; Python refuses to write one of thousands of digits."""
+    """A number in a message; Python refuses to print thousands of digits."""
     return str(value) if abs(value) < 1 << 64 else "a number of more than 19 digits"
 
 
 def integers(name: str, value: Any, least: int, most: int) -> list[int] | tuple[int, ...]:
-    """A sequence of integers of the range: a list of a list, a tuple of others."""
+    """A sequence of integers in the range, as a list or a tuple."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise TypeError(f"{name} is {value!r:.80}: expected a list of integers of at least {least}")
     if len(value) > MOST_STAGES + 1:
@@ -58,7 +58,7 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
 def real(
     name: str, value: Any, least: float | None = None, most: float | None = None, allowed: str = "a number"
 ) -> float:
-    """A finite number of the range, which a message calls ``allowed``."""
+    """A finite number in the range, which a message calls ``allowed``."""
     if least is not None:
         allowed += f" of at least {least}" if most is None else f" in [{least}, {most}]"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

@@ -63,13 +63,13 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "dtype": checks.floating,
     "name_or_path": lambda name, value: str(value),
 }
-"""What is checked when a field is assigned."""
+"""The check of each field, made when it is assigned."""
 
 
 class ConvNextConfig(ConfigBase):
-    """What a ConvNeXt is made of; every field of transformers' ``ConvNextConfig``, with its defaults.
+    """The architecture of a ConvNeXt: every field of transformers' ``ConvNextConfig``, with its defaults.
 
-    `ConvNextV2Config` is that of ConvNeXt V2.
+    ConvNeXt V2 has `ConvNextV2Config`.
 
     Args:
         num_channels: channels of the input image.
@@ -91,8 +91,8 @@ class ConvNextConfig(ConfigBase):
         norm_eps: epsilon of every other LayerNorm (stem, blocks, downsampling, backbone).
         **extra: any other key of a ``config.json``; an attribute, written back. A warning names a likely misspelling.
 
-    Every field may be assigned, and is checked then. Fields that follow from one another do so: ``num_labels``,
-    ``id2label`` and ``label2id``; ``out_features``, ``out_indices`` and ``stage_names``.
+    Every field may be assigned, and is checked then. ``num_labels``, ``id2label`` and ``label2id`` follow one another,
+    and so do ``out_features`` and ``out_indices``.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or value; the message names the field, the value and what is
@@ -220,7 +220,7 @@ class ConvNextConfig(ConfigBase):
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Names of the classes by index; assigning them sets ``label2id``, too."""
+        """Names of the classes by index; assigning them also sets ``label2id``."""
         return self._id2label
 
     @id2label.setter
@@ -230,7 +230,7 @@ class ConvNextConfig(ConfigBase):
 
     @property
     def out_features(self) -> list[str]:
-        """Names of the feature maps that a backbone returns; None stands for the last."""
+        """Names of the feature maps that a backbone returns; assign None for the last."""
         return self.stage_names[-1:] if self._out_features is None else self._out_features
 
     @out_features.setter
@@ -239,7 +239,7 @@ class ConvNextConfig(ConfigBase):
 
     @property
     def out_indices(self) -> list[int]:
-        """Indices of the feature maps that a backbone returns; None stands for the last."""
+        """Indices of the feature maps that a backbone returns; assign None for the last."""
         return list(map(self.stage_names.index, self.out_features))
 
     @out_indices.setter
@@ -257,7 +257,7 @@ class ConvNextConfig(ConfigBase):
             raise ValueError(f"stage_names is {list(names)}: expected {self.stage_names}, which follow from num_stages")
 
     num_hidden_layers = alias("num_stages")
-    """transformers' other name of it."""
+    """transformers' other name for it."""
 
     @property
     def drop_path_rates(self) -> list[list[float]]:
@@ -311,7 +311,7 @@ class ConvNextConfig(ConfigBase):
         fields["id2label"] = {str(i): name for i, name in self.id2label.items()}
         if self.dtype is not None:
             fields["dtype"] = str(self.dtype).removeprefix("torch.")
-        fields.setdefault("transformers_version", None)  # composite models of transformers take it out
+        fields.setdefault("transformers_version", None)  # transformers' composite models pop it
         return {k: list(v) if isinstance(v, tuple) else copy.deepcopy(v) for k, v in fields.items()}
 
     def amended(self, **fields: Any) -> ConvNextConfig:
@@ -330,10 +330,10 @@ class ConvNextConfig(ConfigBase):
 
 
 class ConvNextV2Config(ConvNextConfig):
-    """What a ConvNeXt V2 is made of; every field of transformers' ``ConvNextV2Config``, with its defaults.
+    """The architecture of a ConvNeXt V2: every field of transformers' ``ConvNextV2Config``, with its defaults.
 
     Its blocks have a global response norm between the linear layers and no layer scale. The arguments are those of
-    `ConvNextConfig`, of which ``layer_scale_init_value`` has no effect, as in transformers.
+    `ConvNextConfig`; ``layer_scale_init_value`` has no effect, as in transformers.
     """
 
     model_type = "convnextv2"

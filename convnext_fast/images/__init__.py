@@ -1,1 +1,1 @@
-"""Pictures: reading files, and the image processor with transformers' options."""
+"""Images: reading files, and the image processor with transformers' options."""

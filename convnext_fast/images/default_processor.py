@@ -1,4 +1,4 @@
-"""The image processor of a checkpoint, or the usual one where it has none of its own."""
+"""The image processor of a checkpoint, or the usual one if it has none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def default_processor(config: ConvNextConfig) -> ConvNextImageProcessor:
     """The preprocessing that ImageNet models are trained with: ``image_size`` after a crop of 7/8, its mean and std.
 
-    Models of another number of channels than three get a mean and std of 0.5.
+    Models with another number of channels than three get a mean and std of 0.5.
     """
     size, width = config.image_shape
     if size != width:

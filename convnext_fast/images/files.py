@@ -19,10 +19,10 @@ from .transforms import over_white
 PIL.Image.init()
 _RASTERS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP"
 FORMATS = tuple(name for name in _RASTERS.split() if name in PIL.Image.OPEN)
-"""What is read, by pillow's names, whatever a file's name says: pictures of pixels, those that this pillow was built
-for. For others pillow starts programs (Ghostscript for EPS), or knows little more than their names."""
+"""The formats that are read, by pillow's names, whatever the file is called: raster formats that this pillow
+supports. For others pillow starts programs (Ghostscript for EPS) or can hardly read them."""
 MOST_BYTES = 1 << 30
-"""Of an image file."""
+"""Largest image file."""
 _TIMEOUT = 60
 """Seconds that a server may take to answer."""
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -39,9 +39,9 @@ def _fail(error: OSError) -> None:
 
 
 def find_images(folder: Path, on_error: Callable[[OSError], None] = _fail) -> list[Path]:
-    """Every image file in ``folder`` and below, sorted by path, without those in hidden or linked folders.
+    """Every image file in ``folder`` and below, sorted by path, except in hidden or linked folders.
 
-    ``on_error`` is told of each folder that cannot be read, which is then left out; by default that raises an OSError.
+    ``on_error`` gets the error of each folder that cannot be read, which is then skipped; by default it is raised.
     """
     found = []
     for place, folders, names in os.walk(folder, onerror=on_error):
@@ -51,10 +51,10 @@ def find_images(folder: Path, on_error: Callable[[OSError], None] = _fail) -> li
 
 
 def fetch_image(source: str) -> PIL.Image.Image:
-    """The picture in RGB of a URL, a path or base64 text, as transformers' ``load_image`` gives it.
+    """The image at a URL or a path, or of base64 text, in RGB, as transformers' ``load_image`` gives it.
 
     Raises:
-        ValueError: none of these, or as of `open_image`.
+        ValueError: it is none of these, or as for `open_image`.
         OSError: it cannot be fetched or read.
     """
     if source.startswith(("http://", "https://")):
@@ -73,21 +73,21 @@ def fetch_image(source: str) -> PIL.Image.Image:
         text = source.split(",")[1] if source.startswith("data:image/") else source
         data = base64.b64decode("".join(text.split()), validate=True)
     except (ValueError, IndexError):
-        raise ValueError(f"{source[:200]!r} is no file, no http:// or https:// URL and no base64 text") from None
+        raise ValueError(f"{source[:200]!r} is not a file, an http:// or https:// URL or base64 text") from None
     return open_image(data).convert("RGB")
 
 
 def open_image(source: Path | bytes, channels: int | None = None) -> PIL.Image.Image:
-    """The decoded picture, upright by its EXIF orientation, in the mode that has ``channels`` channels.
+    """The decoded image, upright by its EXIF orientation, in the mode that has ``channels`` channels.
 
     Args:
         source: a file, or the bytes of one.
-        channels: 1 for grey, 2 for grey and alpha, 3 for RGB (transparency over white), 4 for RGBA; None for whatever
-            it has.
+        channels: 1 for grey, 2 for grey and alpha, 3 for RGB (transparency over white), 4 for RGBA; None keeps the
+            image's mode.
 
     Raises:
-        ValueError: not a picture of one of ``FORMATS``, a broken one, one of too many pixels or bytes, or ``channels``
-            is not 1 to 4.
+        ValueError: it is not an image of one of ``FORMATS``, is broken, or has too many pixels or bytes; or
+            ``channels`` is not 1 to 4.
         OSError: the file cannot be read.
     """
     if channels is not None:
@@ -102,7 +102,7 @@ def open_image(source: Path | bytes, channels: int | None = None) -> PIL.Image.I
         raise ValueError("the file is empty")
     try:
         with warnings.catch_warnings():
-            # Beyond pillow's limit an image is refused, not only warned about.
+            # An image beyond pillow's limit is refused; pillow only warns.
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
@@ -119,7 +119,7 @@ def open_image(source: Path | bytes, channels: int | None = None) -> PIL.Image.I
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """``image`` turned by its EXIF orientation; unchanged if that cannot be read."""
+    """``image`` rotated by its EXIF orientation; unchanged if that cannot be read."""
     try:
         return PIL.ImageOps.exif_transpose(image)
     except MemoryError:
@@ -145,5 +145,5 @@ def to_channels(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
 
 def _mode(channels: int) -> str:
     if channels not in _MODES:
-        raise ValueError(f"the model takes {channels} channels: pictures give 1, 2, 3 or 4")
+        raise ValueError(f"the model takes {channels} channels: images have 1, 2, 3 or 4")
     return _MODES[channels]

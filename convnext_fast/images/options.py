@@ -27,21 +27,21 @@ _SIZE_KEYS = (
 
 
 class ImageOptions(TypedDict, total=False):
-    """What `ConvNextImageProcessor` takes at construction and in a call; None means the default, or the processor's.
+    """Options of `ConvNextImageProcessor` and of its calls; None means the default, or the processor's own.
 
     Attributes:
         do_resize: resize to ``size`` (default True).
-        size: the output's side as an integer or ``{"shortest_edge": side}`` (default 384). Under 384 the shorter side
-            becomes ``int(side / crop_pct)`` and the middle square is cut out; from 384 on the image is warped to a
-            square. Other keys that transformers knows are kept; a ``longest_edge`` is not used, as there.
+        size: the output's side as an integer or ``{"shortest_edge": side}`` (default 384). Below 384 the shorter side
+            becomes ``int(side / crop_pct)`` and the middle square is cropped; from 384 on the image is warped to a
+            square. Other keys of transformers are kept, but only ``shortest_edge`` resizes.
         crop_pct: see ``size`` (default 224 / 256).
         resample: a ``PIL.Image.Resampling``, its number or its name (default bicubic).
-        do_center_crop, crop_size: cut out the middle, an integer, (height, width) or ``{"height": …, "width": …}``,
-            zeros where the image is smaller (default: no).
+        do_center_crop, crop_size: crop the middle to an integer, (height, width) or ``{"height": …, "width": …}``,
+            with zeros around a smaller image (default: no).
         do_rescale, rescale_factor: multiply the values (default True and 1 / 255). An array of fractions in [0, 1]
             is multiplied too, as in transformers: pass ``do_rescale=False`` for it.
         do_normalize, image_mean, image_std: subtract and divide (default True and 0.5), numbers or one per channel.
-        do_convert_rgb: make three channels of any image first, transparency over white (default: no).
+        do_convert_rgb: convert to RGB first, transparency over white (default: no).
         return_tensors: None for a list of numpy arrays, one for each image; "np", "pt", "jax" or "tf" for one batch.
         data_format: "channels_first" or "channels_last", of the output (default "channels_first").
         input_data_format: the same, of 3-D input arrays; None infers it from their shape.
@@ -67,9 +67,9 @@ class ImageOptions(TypedDict, total=False):
 
 
 _WITHOUT_EFFECT = {"default_to_square", "disable_grouping", "image_seq_length"}
-"""Options of a call that transformers takes for every model, and that change nothing here."""
+"""Options of transformers that change nothing here."""
 _NOT_SERVED = {"do_pad", "pad_size"}
-"""Others, which must be unset."""
+"""Others, which must not be set."""
 
 
 def check_option(name: str, value: Any) -> Any:
@@ -78,10 +78,10 @@ def check_option(name: str, value: Any) -> Any:
 
 
 def check_names(options: Mapping[str, Any]) -> None:
-    """Raise an error that names the first of ``options`` that is not one, or asks for what this package does not do."""
+    """Raise an error for the first of ``options`` that is unknown or not supported."""
     for name, value in options.items():
         if name in _NOT_SERVED and value:
-            raise ValueError(f"{name} is {value!r}: this processor pads nothing")
+            raise ValueError(f"{name} is {value!r}: this processor does not pad")
         if name not in _OPTIONS and name not in _WITHOUT_EFFECT | _NOT_SERVED:
             raise TypeError(f"unknown option {name!r}: expected one of {', '.join(_OPTIONS)}")
 

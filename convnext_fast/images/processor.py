@@ -1,4 +1,4 @@
-"""`ConvNextImageProcessor`: pictures in, ``pixel_values`` out, with the pixels of transformers' PIL processor."""
+"""`ConvNextImageProcessor`: from images to ``pixel_values``, with the pixels of transformers' PIL processor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NEEDS = {
     "do_normalize": ("image_mean", "image_std"),
 }
 MOST_PIXELS = 1 << 26
-"""Of a resized or cropped picture: 0.8 GB in float32. A narrow one, sized by its shorter edge, would take far more."""
+"""Of a resized or cropped image: 0.8 GB in float32. A narrow one, sized by its shorter edge, could have far more."""
 
 
 class ConvNextImageProcessor(SavedProcessor):
@@ -39,7 +39,7 @@ class ConvNextImageProcessor(SavedProcessor):
     attribute and may be assigned; values are checked at construction and at each call.
 
     Args:
-        **options: see `ImageOptions`. Any other key is kept in ``extra`` and written back by `save_pretrained`.
+        **options: see `ImageOptions`. Other keys are kept in ``extra``, and `save_pretrained` writes them.
 
     Raises:
         TypeError, ValueError: an option has the wrong type or value; the message names it and what is allowed.
@@ -89,16 +89,16 @@ class ConvNextImageProcessor(SavedProcessor):
                 (height, width, channels), or a batch of the latter two in 4 dimensions; or a list of any of those, or
                 of lists of them. Values are 0 to 255. A string is the path, the URL or the base64 text of an image
                 file, which is read in RGB.
-            **options: see `ImageOptions`; for this call, in place of the processor's own.
+            **options: see `ImageOptions`; they replace the processor's own for this call.
 
         Returns:
-            `BatchFeature` with ``pixel_values``: (batch, channels, height, width), channels last if so asked, or
-            without ``return_tensors`` a list with one array for each image.
+            `BatchFeature` with ``pixel_values``: (batch, channels, height, width), or channels last; without
+            ``return_tensors`` a list with one array per image.
 
         Raises:
-            TypeError: an unknown option, or something that is not an image.
-            ValueError: an option's value, an image that cannot be processed (the message names which one and why), or
-                images of different sizes for one batch.
+            TypeError: an option is unknown, or something is not an image.
+            ValueError: an option has a wrong value, an image cannot be processed (the message says which and why), or
+                the images of a batch have different sizes.
             OSError: a string's image cannot be fetched or read.
             ImportError: ``return_tensors`` asks for a framework that is not installed.
         """
@@ -194,7 +194,7 @@ def _check_channels(channels: int, values: Mapping[str, Any], where: str) -> Non
         if isinstance(values[name], list) and len(values[name]) != channels:
             raise ValueError(
                 f"{where} has {channels} channel(s) but {name} has {len(values[name])} values: expected one number, "
-                "or one for each channel (do_convert_rgb=True makes three channels of any image)"
+                "or one for each channel (do_convert_rgb=True converts any image to three)"
             )
 
 

@@ -18,7 +18,7 @@ TYPES = (
     "ConvNextImageProcessorFast",
     "ConvNextImageProcessorPil",
 )
-"""Classes whose files are read."""
+"""The classes whose files are read."""
 
 
 class SavedProcessor(SavedJson, VirtualSubclass):
@@ -29,7 +29,7 @@ class SavedProcessor(SavedJson, VirtualSubclass):
     extra: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """All options that are set but ``device``, with the extra keys, as ``preprocessor_config.json`` holds them."""
+        """All options that are set, except ``device``, and the extra keys, as in ``preprocessor_config.json``."""
         fields = copy.deepcopy(self.extra)
         fields["image_processor_type"] = TYPES[0]
         for name in DEFAULTS:
@@ -44,7 +44,7 @@ class SavedProcessor(SavedJson, VirtualSubclass):
 
         Args:
             fields: of a ``preprocessor_config.json``.
-            return_unused_kwargs: give out (processor, those of ``overrides`` that are no options).
+            return_unused_kwargs: return (processor, the ``overrides`` that are not options).
             **overrides: see `ImageOptions`.
 
         Raises:

@@ -25,12 +25,10 @@ _WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 def flatten_images(images: Any, where: str = "images", depth: int = 0) -> list[Any]:
-    """A list of single images out of one image, a batch (an array or tensor of 4 dimensions), or a list of those.
+    """A list of single images from one image, a batch (an array or tensor of 4 dimensions), or a list of those.
 
-    A string, which says where an image is, counts as one.
-
-    A list may hold lists, one level deep, as for pictures grouped by sample; they are joined in order. ``where``: what
-    an error message calls the images; ``depth``: the lists around them.
+    A string, the place of an image, counts as one. A list may hold lists, one level deep, which are joined in order.
+    ``where``: what an error message calls the images; ``depth``: the lists around them.
     """
     if isinstance(images, (list, tuple)):
         if depth == 2:
@@ -97,7 +95,7 @@ def _read_pil(image: PIL.Image.Image, where: str, to_rgb: bool) -> Picture:
             raise ValueError(
                 f"{where} has PIL mode {image.mode!r}, which pillow cannot turn into RGB: {error}"
             ) from None
-    if image.mode in _COLOUR_MODES:  # their channels are taken as they are
+    if image.mode in _COLOUR_MODES:  # their channels are not converted
         return PIL.Image.fromarray(np.asarray(image))
     if image.mode in _WIDE_MODES:
         return read_picture(np.asarray(image), where)
@@ -215,7 +213,7 @@ def to_array(picture: Picture) -> np.ndarray:
 
 
 def output_dtype(dtype: np.dtype, rescaled: bool, normalized: bool) -> np.dtype:
-    """The dtype of `rescale_and_normalize`: float32 once rescaled; else normalising keeps a floating dtype."""
+    """The dtype of `rescale_and_normalize`: float32 if rescaled; otherwise normalising keeps a floating dtype."""
     if rescaled or (normalized and dtype.kind != "f"):
         return np.dtype(np.float32)
     return dtype
@@ -230,8 +228,8 @@ def rescale_and_normalize(
 ) -> None:
     """``out`` = (``array`` · factors − mean) / std, channel by channel; ``mean`` None leaves the last two steps out.
 
-    array, out: (channels, height, width) of any strides, computed in `output_dtype`. The factors are multiplied in one
-    after the other, each product rounded to float32.
+    array, out: (channels, height, width) of any strides, computed in `output_dtype`. The factors are applied one after
+    the other, each product rounded to float32.
     """
     dtype = output_dtype(array.dtype, bool(factors), mean is not None)
     work = out if out.dtype == dtype else np.empty(array.shape, dtype)

@@ -64,11 +64,13 @@ def test_names_that_are_no_fields(tmp_path):
     theirs, their_left = transformers.ConvNextConfig.from_pretrained(tmp_path, return_unused_kwargs=True, **given)
     assert left == their_left == {"heads": 3, "hidden_size": 7}
     assert (ours.num_labels, ours.made_by) == (theirs.num_labels, theirs.made_by) == (4, "you")
-    with pytest.raises(TypeError, match="hidden_size is no field of a ConvNextConfig: is hidden_sizes meant"):
+    with pytest.raises(TypeError, match="hidden_size is not a field of a ConvNextConfig: is hidden_sizes meant"):
         ConvNextConfig.from_pretrained(tmp_path, hidden_size=7)
-    with pytest.warns(UserWarning, match="drop_path_rates_ is no field of a ConvNextConfig: is drop_path_rate meant"):
+    with pytest.warns(
+        UserWarning, match="drop_path_rates_ is not a field of a ConvNextConfig: is drop_path_rate meant"
+    ):
         assert ConvNextConfig(drop_path_rates_=0.5).drop_path_rates_ == 0.5
-    with pytest.raises(ValueError, match="to_dict is no field of a ConvNextConfig, but a method"):
+    with pytest.raises(ValueError, match="to_dict is a method of a ConvNextConfig, not a field"):
         ConvNextConfig(to_dict=3)
     kept = ConvNextConfig(activation="odd", _hidden="x")
     assert (kept.activation, kept.to_dict()["activation"]) == ("gelu", "odd")

@@ -74,8 +74,8 @@ def truncated_photo():
     ("images", "error", "words"),
     [
         (b"photo.jpg", TypeError, "images is a bytes: expected a PIL image, a numpy array, a torch tensor or a string"),
-        ("a photo.jpg", ValueError, "image 0: 'a photo.jpg' is no file, no http:// or https:// URL and no base64 text"),
-        ("data:image/png", ValueError, "image 0: 'data:image/png' is no file"),
+        ("a photo.jpg", ValueError, "image 0: 'a photo.jpg' is not a file, an http:// or https:// URL or base64 text"),
+        ("data:image/png", ValueError, "image 0: 'data:image/png' is not a file"),
         ("aGVsbG8=", ValueError, "image 0: not an image of a format that is read"),
         (["http://127.0.0.1:9/a.png"], OSError, "image 0: .*refused"),
         ("http://a b/c.png", ValueError, "image 0: 'http://a b/c.png' is not a URL"),

@@ -83,7 +83,7 @@ def test_filters_by_name(name):
 def test_options_of_a_call():
     options = {"device": "cpu", "default_to_square": False, "disable_grouping": True, "image_seq_length": 3}
     assert same({}, image(), **options, do_pad=False, pad_size=None)
-    with pytest.raises(ValueError, match="do_pad is True: this processor pads nothing"):
+    with pytest.raises(ValueError, match="do_pad is True: this processor does not pad"):
         ConvNextImageProcessor(**SIZE)(image(), do_pad=True)
     moved = ConvNextImageProcessor(**SIZE)(image(), return_tensors="pt", device="meta")
     assert moved.pixel_values.device.type == "meta"
