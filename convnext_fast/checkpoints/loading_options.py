@@ -38,34 +38,20 @@ _NOT_SERVED = {
 
 
 class Options(NamedTuple):
-    """The options of loading a model, sorted.
+    """The options of loading a model, sorted."""
 
-    Attributes:
-        model: arguments of the class.
-        fields: of its configuration.
-        dtype: of the parameters, or None for the checkpoint's.
-        device: of the parameters, until ``device_map`` spreads them.
-        device_map: "auto", or devices by module; None if all goes to ``device``.
-        max_memory: in bytes by device, for "auto".
-    """
-
-    model: dict[str, Any]
-    fields: dict[str, Any]
-    dtype: torch.dtype | None
-    device: torch.device
-    device_map: str | dict[str, Any] | None
-    max_memory: dict[Any, Any] | None
+    model: dict[str, Any]  # arguments of the class
+    fields: dict[str, Any]  # of its configuration
+    dtype: torch.dtype | None  # of the parameters; None for the checkpoint's
+    device: torch.device  # of the parameters, until ``device_map`` spreads them
+    device_map: str | dict[str, Any] | None  # "auto", or devices by module; None if all goes to ``device``
+    max_memory: dict[Any, Any] | None  # in bytes by device, for "auto"
 
 
 def sorted_options(
     cls: type, options: Mapping[str, Any], dtype: torch.dtype | str | None, device: Any = None
 ) -> Options:
-    """The options of ``from_pretrained`` by what they are for.
-
-    Raises:
-        TypeError: an option is unknown, or has the wrong type.
-        ValueError: an option asks for what this package does not do.
-    """
+    """The options of ``from_pretrained`` by what they are for; an error names one that is unknown or unsupported."""
     of_model, of_config = ({*inspect.signature(kind).parameters} for kind in (cls, ConvNextConfig))
     of_config = (of_config - of_model - {"extra"}) | _COMMON_FIELDS
     for name in options.keys() & _NOT_SERVED:
@@ -108,12 +94,7 @@ _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def spread(model: nn.Module, device_map: str | Mapping[str, Any], max_memory: dict[Any, Any] | None) -> None:
-    """Place the parts of a model on devices, through accelerate.
-
-    Raises:
-        ImportError: accelerate is not installed.
-        ValueError: the map leaves a part out, or needs the disk.
-    """
+    """Place the parts of a model on devices, through accelerate; a ValueError if one would have none, or the disk."""
     try:
         from accelerate import dispatch_model, infer_auto_device_map
         from accelerate.utils import check_device_map, get_balanced_memory

@@ -1,9 +1,9 @@
 """`fuse` and `unfuse`: ConvNeXts of transformers, timm, torchvision and others on the fused ops.
 
-`fuse` gives each block, the stem and each downsampling layer a class of its own, a subclass of the host's with another
-``forward`` (as FSDP2 does). Nothing else about the model changes: parameters, buffers, keys, hooks on blocks,
-`isinstance`, class names. Each call reads the host's live parameters and first checks whether the module has changed
-since it was fused; if so, it runs the host's own forward and warns.
+A model of another library is a host. `fuse` gives its blocks, stem and downsampling layers a new class, a subclass of
+the host's with another ``forward`` (as FSDP2 does). Nothing else changes: parameters, buffers, keys, hooks on blocks,
+`isinstance`, class names. Each call reads the host's live parameters. If the module has changed since it was fused, the
+call runs the host's own forward and warns.
 """
 
 from __future__ import annotations
@@ -35,23 +35,22 @@ from .report import FuseReport
 def fuse(model: nn.Module, *, recompute: int | None = None, strict: bool = False) -> FuseReport:
     """Make the ConvNeXt blocks, the stem and the downsampling layers of ``model`` run on the fused ops, in place.
 
-    Parameters, ``state_dict`` keys, optimisers, tied and frozen weights stay as they are, and so do copies, pickles
-    (which need this package to load), autocast, checkpointing, and wrapping in DistributedDataParallel or with
-    ``fully_shard`` afterwards. Blocks are recognised by their layers and confirmed by running a copy, so other
-    implementations of the block are found too, and so are the patch layers of a model with such blocks. Calling it
-    again returns a new report and changes only ``recompute``: a block that has changed since (hooks inside, a layer
-    replaced) runs its host's forward and is reported as left alone. `torch.jit.script` refuses the model until
-    `unfuse`.
+    Parameters, ``state_dict`` keys, optimisers, tied and frozen weights do not change. Copies, pickles (which need this
+    package to load), autocast, checkpointing, and wrapping afterwards in DistributedDataParallel or with
+    ``fully_shard`` go on working. Blocks are recognised by their layers and confirmed by running a copy, so other
+    implementations of the block are found too, and the patch layers of models with such blocks. Calling it again
+    returns a new report and changes only ``recompute``; a block that has changed since (hooks inside, a layer replaced)
+    runs its host's forward and is reported as left alone. `torch.jit.script` refuses the model until `unfuse`.
 
     Args:
         model: any module; blocks of ``transformers``, ``timm`` and ``torchvision`` ConvNeXts are known to be found.
         recompute: what the backward pass of the blocks recomputes instead of saving, 0, 1 or 2 (see
-            `ops.convnext_block`); None keeps it, 1 by default.
+            `ops.convnext_block`); None does not change it, at first it is 1.
         strict: raise, before anything is changed, if a block or a patch layer is left alone or there is no block.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``recompute`` is not as above; with ``strict``, what the report would have said.
+        ValueError: ``recompute`` is not 0, 1, 2 or None; or with ``strict``, with the report as its message.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
@@ -146,7 +145,7 @@ class FusedHost(FusedModule):
 
 @runs_as_steps
 class FusedHostWithKeywords(FusedHost):
-    """`FusedHost` for a host that takes any keyword and reads none, as the stages of transformers' DINOv3."""
+    """`FusedHost` for a host that takes any keyword and reads none, like the stages of transformers' DINOv3."""
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """(N, C, H, W) to (N, C', H', W')."""
@@ -156,7 +155,7 @@ class FusedHostWithKeywords(FusedHost):
 
 @functools.cache
 def fused_class(host: type[nn.Module], of_parts: bool) -> type[nn.Module]:
-    """The subclass of a host's class that runs the fused ops; it has the host's name.
+    """The subclass of a host's class that runs the fused ops, with the same name.
 
     of_parts: whether it does more than call its parts one after another (see `ChainPlan`).
     """
@@ -176,7 +175,7 @@ def _is_plainly_fused(module: FusedHost) -> bool:
 
 
 def _with_parts_ahead(forward: Any) -> Any:
-    """A host's forward; what its parts give out is computed before, as one sequence, from its first argument."""
+    """A host's forward; the outputs of its parts are computed before it, as one sequence, from its first argument."""
     first = next(islice(inspect.signature(forward).parameters, 1, None), "")
 
     @functools.wraps(forward)
@@ -196,7 +195,7 @@ def _new(host: type[nn.Module], of_parts: bool = False) -> nn.Module:
 
 
 def _changed_since_fusing(model: nn.Module, found: list[nn.Module]) -> list[tuple[str, nn.Module, PatchLayer | None]]:
-    """The fused modules of ``model``, this package's own too, that do not look like blocks or patch layers any more."""
+    """The fused modules of ``model``, also this package's own, that no longer look like blocks or patch layers."""
     seen = {id(module) for module in found}
     others: list[tuple[str, nn.Module, PatchLayer | None]] = []
     for name, module in model.named_modules():
@@ -210,11 +209,7 @@ def _changed_since_fusing(model: nn.Module, found: list[nn.Module]) -> list[tupl
 
 
 def _plan_of(module: nn.Module, layer: PatchLayer | None, known: dict[Any, str | None]) -> BlockPlan | PatchPlan:
-    """The plan of a block, or of the module that runs a patch layer.
-
-    Raises:
-        Unfusable: it is to be left alone.
-    """
+    """The plan of a block, or of the module that runs a patch layer; `Unfusable` if it must be left alone."""
     state = state_of(module)
     if state is not None:
         plan = state.plan
@@ -227,7 +222,7 @@ def _plan_of(module: nn.Module, layer: PatchLayer | None, known: dict[Any, str |
             raise Unfusable(reason)
         return plan
     plan = make_plan(module) if layer is None else make_patch_plan(layer)
-    # Modules alike in everything but their weights and their rate of stochastic depth are run once.
+    # Of modules that differ only in their weights and their rate of stochastic depth, one is run.
     alike = (type(module), settings_of(module), others_of(module, [layer.path for layer in plan.watched]), plan)
     if alike not in known:
         try:

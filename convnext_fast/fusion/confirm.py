@@ -1,9 +1,9 @@
 """Confirm, by running it, that a module computes what its plan says: a formula of `reference` on its own parameters.
 
-It runs as a copy on the CPU in float32 (PyTorch's depthwise convolution in float64 takes seconds), with every
-tensor drawn from N(0, 1), so that no small value (a layer scale of 1e-6) hides a difference; in evaluation and in
-training, where the same seed must drop the same samples. A stage or a container runs with stand-ins for what
-it calls. Neither the module nor the caller's random streams change.
+A copy runs on the CPU in float32 (PyTorch's depthwise convolution in float64 takes seconds). Its tensors are random, so
+that no small value (a layer scale of 1e-6) hides a difference. It runs in evaluation and in training, where the same
+seed must drop the same samples. A stage or a container runs with stand-ins for what it calls. Neither the module nor
+the caller's random streams change.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BOUND = 1e-4
 
 @contextlib.contextmanager
 def _trial() -> Iterator[None]:
-    """Runs of a host's code that leave nothing behind: no random numbers drawn, no warnings."""
+    """Within it, a host's code runs without effects: no random numbers drawn, no warnings."""
     states = random.getstate(), np.random.get_state()
     # `torch.manual_seed` would seed the accelerators' streams too.
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
@@ -59,11 +59,7 @@ class _StandIn(nn.Module):
 
 @torch.no_grad()
 def confirm(module: nn.Module, plan: BlockPlan | PatchPlan) -> None:
-    """Run ``module`` and the plan.
-
-    Raises:
-        Unfusable: they compute different things.
-    """
+    """Run ``module`` and the plan; `Unfusable` if they compute different things."""
     with _trial():
         copies: dict[int, object] = {}
         if isinstance(plan, BlockPlan):
@@ -101,11 +97,11 @@ def confirm(module: nn.Module, plan: BlockPlan | PatchPlan) -> None:
                 ours = run(copy, plan, read(copy, plan), x, fused=False)
                 dtypes = [type(module).forward(copy, x).dtype, ours.dtype]
             if dtypes[0] != dtypes[1]:
-                raise Unfusable("its output under autocast is {}, not {} as of torch's own LayerNorm".format(*dtypes))
+                raise Unfusable("its output under autocast is {}, not {} as with PyTorch's LayerNorm".format(*dtypes))
 
 
 def _confirm_grn(copy: nn.Module, plan: BlockPlan) -> None:
-    """Run the global response norm where its epsilon counts: on hidden units of a millionth, in float64."""
+    """Run the global response norm on hidden units so small that its epsilon matters, in float64."""
     norm, (weight, bias) = follow(copy, plan.grn), plan.grn_names
     norm.double()
     affine = getattr(norm, weight).flatten(), getattr(norm, bias).flatten()
@@ -114,7 +110,7 @@ def _confirm_grn(copy: nn.Module, plan: BlockPlan) -> None:
     for order, back in (((0, 1, 2, 3), (0, 1, 2, 3)), ((0, 3, 1, 2), (0, 2, 3, 1))):
         try:
             actual = type(norm).forward(norm, h.permute(order).clone()).permute(back)
-        except Exception:  # of a norm that takes the other layout
+        except Exception:  # the norm takes the other layout
             continue
         if actual.shape == h.shape and (actual - expected).norm() <= 1e-9 * expected.norm():
             norm.float()
@@ -124,11 +120,7 @@ def _confirm_grn(copy: nn.Module, plan: BlockPlan) -> None:
 
 @torch.no_grad()
 def confirm_chain(container: nn.Module) -> None:
-    """Run a container with a stand-in for each module that it holds.
-
-    Raises:
-        Unfusable: it does not call them one after another and nothing else.
-    """
+    """Run a container with a stand-in for each of its modules; `Unfusable` if it does more than call them in order."""
     with _trial():
         copies: dict[int, object] = {}
         x = expected = torch.randn(SAMPLES, 4, HEIGHT, WIDTH, dtype=torch.float32, device="cpu")
@@ -156,7 +148,7 @@ class _Call(NamedTuple):
 
 
 class _Witness(nn.Module):
-    """A stand-in for a part, which writes down its calls."""
+    """A stand-in for a part, which records its calls."""
 
     def __init__(self, number: int, calls: list[_Call]):
         super().__init__()
@@ -169,16 +161,16 @@ class _Witness(nn.Module):
 
 
 def _surroundings(x: Tensor) -> tuple[Any, ...]:
-    """What may not differ from call to call: random numbers drawn, autograd's modes, hooks on what it saves."""
+    """What must be the same in each call: the state of random numbers, autograd's modes and its hooks for saving."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return torch.get_rng_state().tolist(), torch.is_grad_enabled(), x.requires_grad, hooks
 
 
 def calls_in_turn(module: nn.Module, parts: Sequence[nn.Module]) -> bool:
-    """Whether ``module`` calls each of these parts once, in this order, on what the one before gave out.
+    """Whether ``module`` calls each of these parts once, in this order, each on the output of the one before.
 
-    It runs with a stand-in for each. An error after the last call does not count, for the stand-ins' results have
-    other shapes. Between the calls it may neither change a result nor draw random numbers, nor checkpoint a part.
+    It runs with a stand-in for each. Between the calls it must not change an output, draw random numbers or checkpoint
+    a part. Errors after the last call are ignored, because the stand-ins' outputs have other shapes.
     """
     if len(set(map(id, parts))) < len(parts):
         return False

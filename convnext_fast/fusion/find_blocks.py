@@ -1,9 +1,9 @@
 """Recognise the ConvNeXt blocks of other libraries by their layers, not by their names.
 
-A block is the smallest module (no `torch.nn.Sequential`) whose layers are, in the order in which they were registered:
-a depthwise 2-d convolution, a norm, a pointwise layer (linear or 1×1), …, a second pointwise layer. A global response
-norm may come anywhere after the first of them. `make_plan` says where the parts of such a block are, or why the fused
-ops cannot stand in for it; `confirm` then confirms the plan by running the block. Nothing here changes a module.
+A block is the smallest module (not a `torch.nn.Sequential`) whose layers are, in the order of registration: a depthwise
+2-d convolution, a norm, a pointwise layer (linear or 1×1), …, a second pointwise layer. A global response norm may come
+anywhere after the first pointwise layer. `make_plan` says where the parts of a block are, or why the fused ops cannot
+replace it; `confirm` then runs the block to confirm the plan. Nothing here changes a module.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .probe_copy import probe_copy
 
 KERNEL_SIZES = (3, 5, 7)
 RATES = ("drop_prob", "p", "rate")
-"""Names under which libraries keep the rate of their stochastic depth."""
+"""Libraries' names for the rate of stochastic depth."""
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -34,7 +34,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _collect(module: nn.Module, name: str, found: list[tuple[str, nn.Module]], seen: dict[int, bool]) -> bool:
-    """Append the blocks at or under ``module`` that were not seen before; whether there are any at all."""
+    """Append the blocks at or under ``module`` that were not seen before, and return whether there are any."""
     if id(module) not in seen:
         inner = [
             _collect(child, f"{name}.{key}" if name else key, found, seen)
@@ -49,11 +49,7 @@ def _collect(module: nn.Module, name: str, found: list[tuple[str, nn.Module]], s
 
 
 def make_plan(block: nn.Module) -> BlockPlan:
-    """Where the parts of ``block`` are.
-
-    Raises:
-        Unfusable: with the reason, if the fused ops cannot replace it.
-    """
+    """Where the parts of ``block`` are; `Unfusable` with the reason if the fused ops cannot replace it."""
     check_forward(block)
     if parametrize.is_parametrized(block):
         raise Unfusable("its layer scale is parametrised")
@@ -73,7 +69,9 @@ def make_plan(block: nn.Module) -> BlockPlan:
     known = {id(layer) for _, layer in (dwconv, norm)}
     for path, layer in outside:
         if id(layer) not in known and _holds_tensors(layer):
-            raise Unfusable(f"it also holds {dotted(path)} ({kind_of(layer)}), no layer of a ConvNeXt block")
+            raise Unfusable(
+                f"it also holds {dotted(path)} ({kind_of(layer)}), which is not a layer of a ConvNeXt block"
+            )
     act = _find_activation(between)
     _check_plain_weights(fc1, fc2, dwconv, norm, *([] if grn is None else [grn]))
     containers = dict.fromkeys(path[:n] for path, _ in everything for n in range(1, len(path)))
@@ -97,7 +95,7 @@ def make_plan(block: nn.Module) -> BlockPlan:
 
 
 def _layers(module: nn.Module, path: Path = ()) -> Iterator[tuple[Path, nn.Module]]:
-    """The innermost layers of ``module`` in the order in which they were registered."""
+    """The innermost layers of ``module`` in the order of registration."""
     for name, child in module.named_children():
         if _is_layer(child):
             yield (*path, name), child
@@ -216,7 +214,7 @@ def _is_idle_dropout(path: Path, layer: nn.Module) -> bool:
 
 
 def _find_grn(layers: list[tuple[Path, nn.Module]], hidden: int) -> tuple[Path, nn.Module] | None:
-    """What has two parameters of ``hidden`` elements and nothing else."""
+    """The layer with two parameters of ``hidden`` elements and nothing else."""
     found = [(path, layer) for path, layer in layers if [p.numel() for p in layer.parameters()] == [hidden, hidden]]
     if not found:
         return None
@@ -234,7 +232,7 @@ def _find_activation(between: list[tuple[Path, nn.Module]]) -> str:
     layers = [(path, layer) for path, layer in between if not _is_idle_dropout(path, layer)]
     names = ", ".join(f"{dotted(path)} ({kind_of(layer)})" for path, layer in layers) or "nothing"
     if len(layers) != 1:
-        raise Unfusable(f"between its linear layers it has {names}: expected an activation alone, or one and a GRN")
+        raise Unfusable(f"between its linear layers it has {names}: expected an activation, or one and a GRN")
     return _recognise_activation(*layers[0])
 
 

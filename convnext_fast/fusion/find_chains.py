@@ -1,8 +1,8 @@
-"""Recognise the modules of a fused model that call others of it one after another.
+"""Recognise the containers of a fused model: modules that call its other modules one after another.
 
-Frozen, or on a GPU, all that such a container calls runs as one sequence of steps. A `torch.nn.Sequential` of blocks
-and patch layers is one; so may be a stage, whose forward is then confirmed by running it with stand-ins. A model of
-transformers, whose embeddings and stages are parts of it, does other things, too. Nothing here changes a module.
+When frozen, or on a GPU, everything that a container calls runs as one sequence of steps. A `torch.nn.Sequential` of
+blocks and patch layers is a container. So is a stage whose forward, run with stand-ins for what it calls, does nothing
+else. transformers' models call their embeddings and stages, but also do other things. Nothing here changes a module.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def find_chains(model: nn.Module, fused: Collection[int]) -> list[tuple[nn.Modul
 def _collect(
     module: nn.Module, fused: Collection[int], found: list[tuple[nn.Module, ChainPlan]], seen: dict[int, int | None]
 ) -> int | None:
-    """How many fused modules a call of ``module`` runs one after another; None where it does more than that."""
+    """How many fused modules a call of ``module`` runs one after another; None if it does anything else."""
     if id(module) in seen:
         return seen[id(module)]
     seen[id(module)] = count = None  # of a module that is called within itself
@@ -65,7 +65,7 @@ def _plan_of(container: nn.Module) -> ChainPlan:
 
 
 def _lists(container: nn.Module, path: Path = ()) -> list[Path]:
-    """Where the lists in a container are, whose modules it calls."""
+    """The paths of a container's lists of modules that it calls."""
     found = []
     for name, child in container._modules.items():
         if isinstance(child, nn.ModuleList):
@@ -74,10 +74,10 @@ def _lists(container: nn.Module, path: Path = ()) -> list[Path]:
 
 
 def find_parts(model: nn.Module) -> list[tuple[nn.Module, ChainPlan]]:
-    """The modules of ``model``, which is fused already, that call several of its parts and do other things, too.
+    """The modules of ``model``, which is already fused, that call several of its parts and do other things, too.
 
-    The outputs of the parts can be computed as one sequence before the module runs. ``model`` itself stays as it is,
-    for its class is what other code looks at, and so do this package's own.
+    The outputs of the parts can be computed as one sequence before the module runs. ``model`` itself, whose class other
+    code checks, and this package's own modules are left out.
     """
     return [] if isinstance(model, ConvNextSwitches) else [f for child in model.children() for f in _find_parts(child)]
 
@@ -95,7 +95,7 @@ def _find_parts(module: nn.Module) -> Iterator[tuple[nn.Module, ChainPlan]]:
 
 
 def _parts(module: nn.Module, path: Path = ()) -> Iterator[Path]:
-    """Where the outermost fused modules in ``module`` are."""
+    """The paths of the outermost fused modules in ``module``."""
     for name, child in module._modules.items():
         if child is not None:
             inner = *path, name

@@ -1,9 +1,9 @@
 """Recognise the patch layers of other libraries: the stem and the downsampling layers of a ConvNeXt.
 
-Both are a pair of layers, a convolution of non-overlapping patches and a LayerNorm over the channels; the convolution
-comes first in the stem, the norm in a downsampling layer. The pair is all that a module holds (timm, torchvision, the
-stem of transformers), or a list of a stage that calls it before its blocks (transformers); then the stage gets the
-fused forward. As for blocks, `confirm` confirms each plan by running the module, and nothing here changes one.
+Both are a pair of layers, a convolution of non-overlapping patches and a LayerNorm over the channels. The convolution
+comes first in the stem, the norm in a downsampling layer. Either a module holds only the pair (timm, torchvision, the
+stem of transformers); or the pair is a list in a stage, which calls it before its blocks (transformers) and then gets
+the fused forward. As for blocks, `confirm` runs the module to confirm each plan, and nothing here changes a module.
 """
 
 from __future__ import annotations
@@ -20,21 +20,15 @@ from .layer_kinds import Unfusable, check_forward, check_norm, check_untouched, 
 
 
 class PatchLayer(NamedTuple):
-    """What looks like a patch layer.
+    """What looks like a patch layer."""
 
-    Attributes:
-        name: of the module that holds the pair.
-        runner: that module, or for a list its parent.
-        path: from the runner to the holder.
-    """
-
-    name: str
-    runner: nn.Module
-    path: Path
+    name: str  # of the module that holds the pair
+    runner: nn.Module  # that module or, if it is a list, its parent
+    path: Path  # from the runner to the holder
 
 
 def find_patch_layers(model: nn.Module, blocks: Iterable[nn.Module]) -> list[PatchLayer]:
-    """All that looks like a patch layer in ``model``, fusable or not, outside its ConvNeXt blocks."""
+    """What looks like a patch layer in ``model``, fusable or not, outside its ConvNeXt blocks."""
     inside = {id(module) for block in blocks for module in block.modules()}
     found = []
     for name, module in model.named_modules():
@@ -49,11 +43,7 @@ def find_patch_layers(model: nn.Module, blocks: Iterable[nn.Module]) -> list[Pat
 
 
 def make_patch_plan(layer: PatchLayer) -> PatchPlan:
-    """Where the parts of ``layer`` are.
-
-    Raises:
-        Unfusable: with the reason, if the fused ops cannot replace it.
-    """
+    """Where the parts of ``layer`` are; `Unfusable` with the reason if the fused ops cannot replace it."""
     runner, holder = layer.runner, follow(layer.runner, layer.path)
     pair = [((*layer.path, name), child) for name, child in holder.named_children()]
     if parametrize.is_parametrized(runner):
@@ -80,8 +70,8 @@ def make_patch_plan(layer: PatchLayer) -> PatchPlan:
 def _looks_like_patches(module: nn.Module) -> bool:
     """Whether a module holds a dense convolution and a norm and nothing else.
 
-    Where the norm is not over the channels alone, or comes last, only patches that do not overlap tell the pair from
-    what other networks are made of.
+    Other networks have such pairs too. If the convolution comes first, its patches must not overlap and the norm must
+    be a LayerNorm; otherwise one of the two is enough.
     """
     layers = list(module.children())
     convs = [_is_dense(layer) for layer in layers]
@@ -94,7 +84,7 @@ def _looks_like_patches(module: nn.Module) -> bool:
 
 
 def _is_dense(module: nn.Module) -> bool:
-    """Whether a module looks like a 2-d convolution of more than one pixel, not a transposed one."""
+    """Whether a module looks like a 2-d convolution of more than one pixel that is not transposed."""
     kernel, stride = getattr(module, "kernel_size", None), getattr(module, "stride", None)
     two = isinstance(kernel, tuple) and isinstance(stride, tuple) and len(kernel) == len(stride) == 2
     return (

@@ -1,4 +1,4 @@
-"""What forbids fusing a module, or the layers in it."""
+"""What prevents fusing a module, or the layers in it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ class Unfusable(Exception):
 
 
 def others_of(module: nn.Module, paths: Iterable[Path]) -> tuple[Any, ...]:
-    """What `settings_of` leaves out of ``module`` and of what it holds at ``paths``: the rest of their attributes.
+    """The attributes that `settings_of` leaves out, of ``module`` and of its layers at ``paths``.
 
-    By value where they are plain, or lists of plain ones, otherwise by identity. PyTorch's own layers have none that
-    matter.
+    Plain values, and lists of them, are compared by value, others by identity. Those of PyTorch's layers do not matter.
     """
     found = []
     for layer in (module, *(follow(module, path) for path in paths)):
@@ -61,7 +60,7 @@ def takes_keywords(forward: Any) -> bool:
 
 
 def _is_ignored(parameter: inspect.Parameter, function: Any) -> bool:
-    """Whether ``parameter`` gathers keywords that no instruction of ``function`` reads."""
+    """Whether ``parameter`` collects keywords that ``function`` never reads."""
     plain = inspect.isfunction(function) and not hasattr(function, "__wrapped__")
     if not plain or parameter.kind is not inspect.Parameter.VAR_KEYWORD:
         return False

@@ -1,4 +1,4 @@
-"""Copies of modules that may be run to see what they compute, without reading or changing the originals."""
+"""Copies of modules to run, to see what they compute without reading or changing the originals."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 
 def probe_copy(module: nn.Module, copies: dict[int, object] | None = None) -> nn.Module:
-    """A copy of ``module`` to run: no hooks, floating tensors random, float32 and on the CPU.
+    """A copy of ``module`` to run, without hooks, and with random floating tensors in float32 on the CPU.
 
-    Tensors are made by shape, so that none of the original's memory is read: it may be on a meta device, or sharded.
+    None of the original's memory is read, only shapes: it may be on the meta device, or sharded.
     """
     copies = {} if copies is None else copies
     if id(module) in copies:
         return copies[id(module)]  # type: ignore[return-value]
     copy = copies[id(module)] = object.__new__(type(module))
     for name, value in vars(module).items():
-        value = value.copy() if type(value) in (list, dict, set) else value  # for what a forward writes down
+        value = value.copy() if type(value) in (list, dict, set) else value  # a forward may append to it
         copy.__dict__[name] = OrderedDict() if "hooks" in name else value
     for name in ("_parameters", "_buffers"):
         tensors = {}

@@ -15,14 +15,13 @@ from ..models.switches import ConvNextSwitches
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What `fuse` did. Calling it calls the model, so that ``torch.compile(fuse(model))`` compiles that.
+    """What `fuse` did. Calling it calls the model, so that ``torch.compile(fuse(model))`` compiles the model.
 
     Attributes:
         model: the model.
         fused: names of the blocks that run on the fused ops.
-        patch_layers: names of what does of the stem (convolution of patches, LayerNorm) and of the downsampling layers
-            (LayerNorm, convolution of patches).
-        left_alone: names of the other blocks and patch layers, and why.
+        patch_layers: names of the stems and downsampling layers that do.
+        left_alone: names of the other blocks and patch layers, each with the reason.
     """
 
     model: nn.Module
@@ -36,21 +35,21 @@ class FuseReport:
         return tuple(name for name, module in self._parts() if is_frozen(module))
 
     def freeze(self, cuda_graph: bool = False) -> FuseReport:
-        """Make the model ready for inference alone, and return the report.
+        """Prepare the model for inference, and return the report.
 
-        Sets evaluation mode and has the fused blocks and patch layers compute with folded copies of their weights, of
-        which they turn the gradients off: LayerNorm's affine and the layer scale go into the linear layers, and on an
-        x86 CPU what kernels compute is packed for them. Containers that only call what they hold, one after another,
-        run it all as one sequence. Keys, names and values of the model's parameters stay as they are. The copies follow
-        the parameters: where one is replaced, changed in place, moved or converted, the next call folds anew (see
-        `ConvNext.freeze` for the limits). Training mode and a loaded ``state_dict`` undo it, where they reach.
+        Sets evaluation mode. The fused blocks and patch layers then compute with folded copies of their weights and
+        give them no gradients: LayerNorm's affine and the layer scale are folded into the linear layers, and for an x86
+        CPU the weights are packed. A container that only calls its modules one after another runs them as one sequence.
+        Keys, names and values of the parameters do not change. If a parameter is replaced, changed in place, moved or
+        converted, the next call folds again (see `ConvNext.freeze` for the limits). Training mode and a loaded
+        ``state_dict`` undo it for the modules that they reach.
 
         Args:
             cuda_graph: on NVIDIA GPUs, capture and replay each such sequence as CUDA graphs (see `ConvNext.freeze`).
                 What the model itself computes in between is not captured.
 
         Raises:
-            ValueError: nothing of the model can be frozen; or ``cuda_graph``, and it is not on a CUDA device.
+            ValueError: nothing in the model can be frozen; or, with ``cuda_graph``, it is not on a CUDA device.
         """
         modules = [module for module in self.model.modules() if state_of(module) is not None]
         if not any(not isinstance(state_of(module).plan, ChainPlan) for module in modules):
@@ -66,7 +65,7 @@ class FuseReport:
         return self
 
     def unfreeze(self) -> FuseReport:
-        """Undo `freeze`, but for the mode, which stays evaluation; return the report."""
+        """Undo `freeze`, except that the mode stays evaluation; return the report."""
         if isinstance(self.model, ConvNextSwitches):
             self.model.unfreeze()
         for module in self.model.modules():
@@ -86,7 +85,7 @@ class FuseReport:
         return self.model(*args, **kwargs)
 
     def __str__(self) -> str:
-        """The counts, then what was left alone, layers of one reason together."""
+        """The counts, then what was left alone, grouped by reason."""
         counts = [(len(self.fused), "blocks"), (len(self.patch_layers), "patch layers (stem, downsampling)")]
         done = len(self.fused) + len(self.patch_layers)
         if not done and not self.left_alone:

@@ -15,27 +15,16 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Loading(NamedTuple):
-    """Where files are loaded from; fields of transformers' ``from_pretrained``.
+    """Where files are loaded from; options of transformers' ``from_pretrained``."""
 
-    Attributes:
-        revision: branch, tag or commit of a hub repository.
-        subfolder: of the folder or repository.
-        token: for the hub; True for the stored one, False for none.
-        cache_dir: where downloaded files are kept.
-        local_files_only: use only those files, without a network.
-        force_download: download them again.
-        variant: such as "fp16", of ``model.fp16.safetensors``.
-        use_safetensors: True for only such weights, False for only others.
-    """
-
-    revision: str | None = None
-    subfolder: str = ""
-    token: str | bool | None = None
-    cache_dir: str | Path | None = None
-    local_files_only: bool = False
-    force_download: bool = False
-    variant: str | None = None
-    use_safetensors: bool | None = None
+    revision: str | None = None  # branch, tag or commit of a hub repository
+    subfolder: str = ""  # of the folder or repository
+    token: str | bool | None = None  # for the hub; True for the stored one, False for none
+    cache_dir: str | Path | None = None  # where downloaded files are kept
+    local_files_only: bool = False  # use only those, without a network
+    force_download: bool = False  # download them again
+    variant: str | None = None  # such as "fp16", of ``model.fp16.safetensors``
+    use_safetensors: bool | None = None  # True for only such weights, False for only others
 
 
 ANYWHERE = Loading()
@@ -116,16 +105,9 @@ def push(
     create_pr: bool = False,
     tags: Sequence[str] | None = None,
 ) -> Any:
-    """Upload what ``write`` writes into a folder to a hub repository, which is made if it is missing.
+    """Upload what ``write`` writes into a folder to a hub repository, and return huggingface_hub's ``CommitInfo``.
 
-    tags: to add to those of the repository's model card, which is made if it is missing.
-
-    Returns:
-        huggingface_hub's ``CommitInfo``.
-
-    Raises:
-        ImportError: huggingface_hub is not installed.
-        TypeError: ``tags`` is a string.
+    ``tags`` are added to those of its model card. The repository and the card are made if they are missing.
     """
     if isinstance(tags, str):
         raise TypeError(f"tags={tags!r}: expected a list of strings")

@@ -441,5 +441,5 @@ def test_own_models(kind):
 def test_written_out_norm_of_a_stem_is_left_alone():
     """Under autocast its result is float32, in which the residual stream goes on."""
     model = official(stem=nn.Sequential(patches(3), ChannelNorm(WIDTH)))
-    reason = "its output under autocast is torch.float32, not torch.bfloat16 as of torch's own LayerNorm"
+    reason = "its output under autocast is torch.float32, not torch.bfloat16 as with PyTorch's LayerNorm"
     assert fuse(model).left_alone == {"stem": reason}
