@@ -1,4 +1,4 @@
-"""What the subcommands share: their parsers, kinds of arguments, and messages."""
+"""What the subcommands share: parsers, types of arguments, and messages."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ..files import local_path
 PROGRAM = "convnext-fast"
 SOURCE = "folder, file or Hugging Face hub id"
 MOST = 10**9
-"""Of an integer argument; absurd ones would only fail later, and less clearly."""
+"""Largest integer argument; larger ones would only fail later, and less clearly."""
 MOST_IMAGES, MOST_SIDE, MOST_PROCESSES = 1 << 20, 1 << 13, 1 << 10
 
 
 def new_command(
     commands: Any, run: Callable[[argparse.Namespace], int], summary: str, device: bool = True
 ) -> argparse.ArgumentParser:
-    """Add the subcommand that has the name of ``run``, its docstring as description, and its result as exit status.
+    """Add a subcommand with the name of ``run``, its docstring as description, and its result as exit status.
 
-    ``device``: it has the option ``--device``, see `find_device`.
+    ``device``: whether it has the option ``--device``, see `find_device`.
     """
     command = commands.add_parser(run.__name__, help=summary, description=run.__doc__)
     command.set_defaults(run=run)
@@ -41,12 +41,12 @@ def new_command(
 def add_option(
     command: argparse.ArgumentParser, name: str, kind: Callable[[str], Any], default: Any, text: str
 ) -> None:
-    """Add an option whose help tells its default."""
+    """Add an option whose help ends with its default."""
     command.add_argument(name, type=kind, default=default, help=f"{text} (%(default)s)")
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name, or the accelerator if there is one; a ValueError if it is not available."""
+    """The device of that name, by default the accelerator if there is one; a ValueError if it is not available."""
     if name is None:
         name = next((kind for kind in KERNEL_DEVICES if getattr(torch, kind).is_available()), "cpu")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,7 +54,7 @@ def find_device(name: str | None) -> torch.device:
         raise ValueError(f"CONVNEXT_FAST_BACKEND is 'triton', whose kernels need a GPU: the device is {name!r}")
     try:
         device = torch.empty(0, device=name).device
-        torch.zeros(1, device=device).cpu()  # "meta" and devices that only have a name fail here
+        torch.zeros(1, device=device).cpu()  # fails on "meta" and on devices that are only names
         return device
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -108,5 +108,5 @@ def say(text: str) -> None:
 
 def print_error(message: str, kind: str = "error") -> None:
     """Print an error on standard error."""
-    if sys.stderr is not None:  # closed: `print` would take standard output instead
+    if sys.stderr is not None:  # if it is closed, `print` would use standard output
         print(plain(f"{PROGRAM}: {kind}: {message}"), file=sys.stderr, flush=True)

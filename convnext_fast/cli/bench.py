@@ -1,4 +1,4 @@
-"""What `fuse` does for an existing model: speed, memory and agreement, before and after."""
+"""A model before and after `fuse`: speed, memory, and how closely the results agree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..fusion.apply import FuseReport, fuse
 from ..measuring import alternate, peak_bytes, relative_error, saved_bytes
 
 MOST_PIXELS = 1 << 30
-"""Of a batch."""
+"""Largest batch."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -27,7 +27,7 @@ class Cost(NamedTuple):
     """Of one call, or of one training step (forward, backward, optimiser)."""
 
     seconds: float  # median over the rounds
-    peak: int  # bytes allocated beyond those before; on a CPU, those that autograd kept for the backward pass
+    peak: int  # bytes allocated during the call; on a CPU, those that autograd kept for the backward pass
 
 
 class Comparison(NamedTuple):
@@ -37,12 +37,12 @@ class Comparison(NamedTuple):
     forward: tuple[Cost, Cost]
     training: tuple[Cost, Cost]
     output_error: float  # relative, in evaluation, with one input
-    gradient_error: float  # the largest of a parameter that has a gradient
-    path: str  # what the fused ops ran
+    gradient_error: float  # relative, the largest of all parameters that have a gradient
+    path: str  # of the fused ops
 
 
 def load_model(spec: str) -> nn.Module:
-    """The model that ``timm:NAME``, ``torchvision:NAME`` (random weights) or ``hf:DIR`` (its own) names."""
+    """The model ``timm:NAME`` or ``torchvision:NAME``, with random weights, or ``hf:DIR``, with its own."""
     library, _, name = spec.partition(":")
     if library not in ("timm", "hf", "torchvision") or not name:
         raise ValueError(f"model is {spec!r}: expected timm:NAME, torchvision:NAME or hf:DIR")
@@ -57,7 +57,7 @@ def load_model(spec: str) -> nn.Module:
         return module.models.get_model(name) if library == "torchvision" else _load_transformers_model(module, name)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # other libraries raise anything for what a file or a name may hold
+    except Exception as error:  # libraries can raise anything for a bad file or name
         raise ValueError(f"{package} has no model {name!r}: {error or type(error).__name__}") from error
 
 
@@ -70,9 +70,9 @@ def _load_transformers_model(transformers: ModuleType, name: str) -> nn.Module:
 
 
 def compare(model: nn.Module, images: Tensor, autocast: torch.dtype | None = None, rounds: int = 5) -> Comparison:
-    """Measure ``model`` on ``images`` (N, C, H, W), then the fused copy; neither changes.
+    """Measure copies of ``model``, unfused and fused, on ``images`` (N, C, H, W).
 
-    Before and after are interleaved, so that both see the same machine. ``autocast`` is the compute dtype, or None.
+    Their calls are interleaved, so that changes of the machine's speed hit both. ``autocast``: its dtype, or None.
     """
     device = images.device
     models = [copy.deepcopy(model).to(device) for _ in range(2)]
@@ -118,7 +118,7 @@ def run(
     dtype: str = "float32",
     rounds: int = 5,
 ) -> int:
-    """Compare a model before and after `fuse` and print it; 1 where no block could be fused, else 0."""
+    """Print the comparison of a model before and after `fuse`; 1 if no block could be fused, else 0."""
     if batch_size * image_size**2 > MOST_PIXELS:
         raise ValueError(
             f"{batch_size} images of {image_size}×{image_size} are too large: expected at most {MOST_PIXELS:,} pixels"
@@ -134,7 +134,7 @@ def run(
             found = compare(model, images, None if dtype == "float32" else DTYPES[dtype], rounds)
         except (OSError, MemoryError, RuntimeError):
             raise
-        except Exception as error:  # of a model that takes something else than images
+        except Exception as error:  # the model takes something other than images
             raise ValueError(f"{spec} does not run on images: {type(error).__name__}: {error}") from error
     console.print(plain(str(found.report)), soft_wrap=True)
     on_cpu = device.type == "cpu"

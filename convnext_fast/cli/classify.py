@@ -1,4 +1,4 @@
-"""Labels for images: a model and its image processor, fed with files, folders and standard input."""
+"""Labels for images from files, folders and standard input, by a model and its image processor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Prediction(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The result of one source: predictions, best first, or an error."""
+    """The result for one image: predictions, best first, or an error."""
 
     name: str
     predictions: list[Prediction]
@@ -36,7 +36,7 @@ class Result(NamedTuple):
 
 
 class Classifier:
-    """A classification model, frozen for inference where it runs the fused ops, with the preprocessing it needs."""
+    """A classification model, frozen if it runs the fused ops, with the preprocessing it needs."""
 
     def __init__(self, model: ConvNextForImageClassification, processor: ConvNextImageProcessor):
         if not model.config.num_labels:
@@ -48,7 +48,7 @@ class Classifier:
 
     @property
     def gives_probabilities(self) -> bool:
-        """Whether scores are probabilities; those of a regression are the model's outputs."""
+        """Whether scores are probabilities; a regression's are the model's outputs."""
         return self.model.config.problem_type != "regression" and self.model.config.num_labels != 1
 
     def prepare(self, image: PIL.Image.Image) -> np.ndarray:
@@ -84,8 +84,8 @@ def sources(
 ) -> Iterator[tuple[str, Path | bytes | str]]:
     """(name, and a file, its bytes, or an error) of each image that the arguments name: files, folders, and "-".
 
-    "-" stands for ``standard_input``, None where it is closed: the bytes of one image, or paths of files and folders,
-    one a line.
+    "-" stands for ``standard_input`` (None if it is closed), which holds one image, or paths of files and folders, one
+    per line.
     """
     for argument in arguments:
         if argument != STDIN:
@@ -159,7 +159,7 @@ def classify(
     for name, source in pictures:
         entry = source if isinstance(source, str) else _input(classifier, source)
         if isinstance(entry, np.ndarray) and entry.shape != shape:
-            # A processor that does not resize gives inputs of many sizes: a batch has one.
+            # A processor that does not resize gives inputs of several sizes, and a batch has one.
             yield from _results(classifier, waiting, top_k, batch_size)
             waiting, shape = [], entry.shape
         waiting.append((name, entry))
@@ -170,7 +170,7 @@ def classify(
 
 
 def _input(classifier: Classifier, source: Path | bytes) -> np.ndarray | str:
-    """An image as the model's input, or what is wrong with it."""
+    """An image as the model's input, or an error."""
     try:
         return classifier.prepare(open_image(source, classifier.channels))
     except (OSError, ValueError) as error:

@@ -56,20 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     reader = parser()
     arguments = reader.parse_args(argv)
-    if [] in vars(arguments).values():  # argparse takes a second "--" for nothing
+    if [] in vars(arguments).values():  # argparse drops a second "--"
         reader.error("an argument is missing")
     try:
         environment.check()
         return arguments.run(arguments)
     except BrokenPipeError:
-        # The reader of our output has exited, as `head` does. There is nothing to flush at exit.
+        # The reader of our output, such as `head`, has exited. Nothing must be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError) as error:
         print_error(str(error))
         return 1
     except (MemoryError, RuntimeError) as error:
-        # What PyTorch says of the machine: no memory for a size, or a driver that fails.
+        # PyTorch's errors for too little memory or a failing driver.
         print_error(next(iter(str(error).splitlines()), "there is not enough memory"))
         return 1
     except KeyboardInterrupt:
@@ -100,8 +100,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def demo(arguments: argparse.Namespace) -> int:
-    """Reads scikit-learn's held-out handwritten digits with the model in this package through fused=True; prints
-    accuracy, agreement with fused=False, speed of both and memory; draws a sheet of digits, mistakes first.
+    """Reads scikit-learn's held-out handwritten digits with the included model and fused=True; prints accuracy,
+    agreement with fused=False, the speed of both, and memory; draws a sheet of digits, mistakes first.
     """
     return digits.run(new_console(), arguments.output, find_device(arguments.device))
 
@@ -117,9 +117,7 @@ def _add_classify(commands: Any) -> None:
 
 
 def classify(arguments: argparse.Namespace) -> int:
-    """Labels images. An image that cannot be read is reported on standard error, and the others continue; the exit
-    status is then 1.
-    """
+    """Labels images. One that cannot be read is reported on standard error and skipped; the exit status is then 1."""
     console = None if arguments.json else new_console()
     model = ConvNextForImageClassification.from_pretrained(arguments.checkpoint, device=find_device(arguments.device))
     processor, own = load_processor(arguments.checkpoint, model.config)
@@ -158,7 +156,7 @@ def _add_convert(commands: Any) -> None:
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    """Reads a checkpoint of any of the four formats, which it recognises, and writes it in another."""
+    """Reads a checkpoint in any of the four formats, which it recognises, and writes it in another."""
     convert_checkpoint(arguments.source, arguments.destination, arguments.to, use_ema=arguments.ema)
     say(f"{arguments.destination} holds {arguments.source} under the names of {arguments.to}")
     return 0
@@ -181,8 +179,8 @@ def info(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Writes a checkpoint as ONNX with standard operators only, for any number of images of one size; runs the file
-    with onnxruntime, and prints how closely it agrees with the model.
+    """Writes a checkpoint as ONNX with standard operators only, for any number of images of one size. Runs the file
+    with onnxruntime and prints how closely it agrees with the model.
     """
     model, found = ConvNext.from_pretrained(arguments.checkpoint, device=find_device("cpu"), output_loading_info=True)
     if found["missing_keys"]:

@@ -1,4 +1,4 @@
-"""A checkpoint under the names of another library."""
+"""Checkpoints rewritten under the names of another library."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..models.convnext import ConvNext
 def convert_checkpoint(source: str | Path, destination: str | Path, to: str, *, use_ema: bool = False) -> None:
     """Write the checkpoint ``source``, see `load_checkpoint`, to ``destination`` in the format ``to``.
 
-    ``destination``: a file, if it ends in .safetensors, .pth, .pt, .bin or, for transformers' TensorFlow models, .h5;
-    it holds the tensors alone (under ``model`` in an official .pth). Otherwise a folder for ``config.json`` and
-    ``model.safetensors``. A ValueError tells of tensors that do not fit the configuration, or that ``to`` cannot hold.
+    A ``destination`` that ends in .safetensors, .pth, .pt, .bin or, for transformers' TensorFlow models, .h5 is a file
+    of only the tensors (under ``model`` in an official .pth). Others are folders for ``config.json`` and
+    ``model.safetensors``. A ValueError names tensors that do not fit the configuration, or that ``to`` cannot hold.
     """
     checkpoint = load_checkpoint(source, use_ema=use_ema)
     config, state = checkpoint.config, checkpoint.state_dict

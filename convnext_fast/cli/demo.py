@@ -30,7 +30,7 @@ from .classify import Classifier
 ASSETS = Path(__file__).parents[1] / "assets" / "digits"
 BATCH_SIZE = 128
 TIMED, ROUNDS = 256, 5
-"""Images in a timed pass, and passes on each path; the median counts."""
+"""Images in a timed pass, and passes on each path, of which the median counts."""
 COLUMNS, ROWS = 12, 8
 PAPER, INK, RIGHT, WRONG = "#ffffff", "#333333", "#557755", "#cc2222"
 
@@ -42,10 +42,10 @@ class Outcome(NamedTuple):
     predictions: np.ndarray
     confidences: np.ndarray  # the probability of each prediction
     max_difference: float  # of a logit, absolute, between fused and reference
-    same_predictions: bool  # on every image
-    fused_speed: float  # images a second
+    same_predictions: bool  # for every image
+    fused_speed: float  # images per second
     reference_speed: float
-    path: str  # what ``fused=True`` ran
+    path: str  # of ``fused=True``
 
     @property
     def correct(self) -> int:
@@ -113,14 +113,14 @@ def draw_sheet(pictures: Sequence[PIL.Image.Image], outcome: Outcome) -> PIL.Ima
 
 def peak_memory() -> int | None:
     """Peak resident memory of this process, in bytes; None if the system does not report it."""
-    # getrusage would include the memory of the parent process at the fork.
+    # getrusage would include the parent process's memory at the fork.
     status = Path("/proc/self/status")
     found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.M) if status.exists() else None
     return int(found[1]) * 1024 if found else None
 
 
 def run(console: Console, output: Path, device: torch.device) -> int:
-    """Run the demo, print its findings, write the sheet to ``output``; 1 where the two paths disagree, else 0."""
+    """Run the demo, print its results, write the sheet to ``output``; 1 if the two paths disagree, else 0."""
     format = PIL.Image.registered_extensions().get(output.suffix.lower())
     if format not in FORMATS or format not in PIL.Image.SAVE:
         raise ValueError(f"output {output} has no suffix of an image format: expected one such as .png")

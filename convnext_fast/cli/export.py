@@ -16,10 +16,10 @@ from ..models.switches import check_image
 
 
 def export_onnx(model: ConvNext, path: Path, height: int, width: int) -> float:
-    """Write ``model`` as ONNX and return how far onnxruntime's logits are from its own, relative to the largest.
+    """Write ``model`` as ONNX and return the error of onnxruntime's logits, relative to the largest.
 
-    The file takes ``pixel_values`` (N, num_channels, height, width) float32, N any number, and gives ``logits``
-    (N, num_classes). It is self-contained and has standard operators only. The model is put into evaluation mode.
+    The file maps ``pixel_values`` (N, num_channels, height, width) float32, for any N, to ``logits`` (N, num_classes).
+    It is self-contained and uses only standard operators. The model is put into evaluation mode.
 
     Raises:
         ImportError: the extra ``export`` is not installed.
@@ -34,7 +34,7 @@ def export_onnx(model: ConvNext, path: Path, height: int, width: int) -> float:
         import onnxscript  # noqa: F401 (torch.onnx needs it, with a less clear error)
     images = torch.randn(2, model.config.num_channels, height, width)
     check_image(images, model.config, "the image")
-    # PyTorch says that torchvision's operators, of which a ConvNeXt has none, are missing, and warns of its own calls.
+    # PyTorch reports missing operators of torchvision, which a ConvNeXt does not use, and warns about its own calls.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

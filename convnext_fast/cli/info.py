@@ -1,4 +1,4 @@
-"""What a ConvNeXt costs, counted from its parameters' shapes, and what runs on this machine."""
+"""The cost of a ConvNeXt, counted from its parameters' shapes, and what runs on this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..models.convnext import ConvNext
 
 
 class Count(NamedTuple):
-    """Part of a network, counted for one image."""
+    """The cost of a part of a network for one image."""
 
     name: str  # "stem", "stage1", …, "head"
     blocks: int
@@ -33,8 +33,7 @@ class Count(NamedTuple):
 def count(config: ConvNextConfig, image_size: int | tuple[int, int] | None = None) -> list[Count]:
     """The stem, each stage with the downsampling before it, and the head, for one image of (height, width) or a side.
 
-    Papers give multiply-accumulates as "FLOPs" (4.5 G for ConvNeXt-T at 224²); a count of additions and products is
-    twice that.
+    Papers call multiply-accumulates "FLOPs" (4.5 G for ConvNeXt-T at 224²); additions and products are twice as many.
     """
     size = config.image_shape if image_size is None else pair(image_size)
     height, width = (side // patch for side, patch in zip(size, config.patch_shape, strict=True))

@@ -1,4 +1,4 @@
-"""The subcommands of ``convnext-fast`` around training: train, evaluate."""
+"""The subcommands train and evaluate of ``convnext-fast``."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ def _add_options(command: argparse.ArgumentParser) -> None:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Trains with AdamW, warm-up and cosine; evaluates after each epoch; writes a checkpoint, history.json and at the
-    end model/, which classify reads, to the output folder. The defaults are the paper's recipe for ImageNet. Several
-    processes: torchrun --nproc-per-node N -m convnext_fast train …, on the same batches.
+    """Trains with AdamW, warm-up and cosine, and evaluates after each epoch. The output folder gets a checkpoint,
+    history.json and, at the end, model/, which classify reads. The defaults are the paper's recipe for ImageNet. For
+    several processes, on the same batches: torchrun --nproc-per-node N -m convnext_fast train …
     """
     given = vars(arguments)
     chosen = {field.name: given[field.name] for field in dataclasses.fields(TrainingOptions) if field.name in given}
@@ -124,8 +124,8 @@ def add_evaluate(commands: Any) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Prints the mean cross-entropy and the accuracy. It scores val/ of a folder that has one, otherwise all images.
-    Classes are matched by name.
+    """Prints the mean cross-entropy and the accuracy on val/ of a folder that has one, otherwise on all images. Classes
+    are matched by name.
     """
     options = {"batch_size": arguments.batch_size, "workers": arguments.workers}
     device = find_device(arguments.device)

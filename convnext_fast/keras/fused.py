@@ -1,7 +1,7 @@
-"""Keras's layers by the fused ops, where Keras runs on PyTorch.
+"""Keras's layers by the fused ops, if Keras runs on PyTorch.
 
-Keras keeps a kernel in TensorFlow's shape. Here its memory is in PyTorch's order (see `layers.initial`), so that the
-ops get contiguous views.
+Keras gives kernels TensorFlow's shape. Here their memory is in PyTorch's order (see `layers.initial`), so that the ops
+get contiguous views.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _SETTINGS: dict[type, dict[str, Any]] = {
     keras.layers.LayerNormalization: {"axis": [-1], "center": True, "scale": True, "rms_scaling": False},
     GlobalResponseNorm: {},
 }
-"""The layers that the ops know, and what they take for granted of each."""
+"""The layers that the ops can replace, and the settings they need."""
 
 
 def serves(owner: Any, *layers: Any) -> bool:
-    """Whether the ops compute what these layers of ``owner`` do.
+    """Whether the ops can replace these layers of ``owner``.
 
-    They do on PyTorch, for Keras's own layers with the settings that this package gives them: without LoRA, quantised
+    They can on PyTorch, for Keras's own layers with the settings that this package gives them: without LoRA, quantised
     weights, hooks, a replaced call or activation, a regulariser of the output, or another policy than the owner's.
     """
     return ON_TORCH and all(_is_known(layer, owner.dtype_policy) for layer in layers)

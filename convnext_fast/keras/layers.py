@@ -1,6 +1,6 @@
 """The layers of a ConvNeXt for Keras, with the names that transformers' TensorFlow layers have.
 
-Activations are (N, H, W, C). "." in a name is "_" here, for PyTorch takes no dots: ``stages_0``.
+Activations are (N, H, W, C). Names have "_" for ".", which PyTorch does not allow: ``stages_0``.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
 
 
 def initial(std: float, order: tuple[int, ...]) -> Callable[..., np.ndarray]:
-    """Draws kernels from N(0, std²) cut at ±2, as the official code does.
+    """An initialiser that draws kernels from N(0, std²) clipped to ±2, as the official code does.
 
-    By NumPy, because JAX compiles its own generator for every shape; from Python's generator, as Keras's seeds are. The
-    memory is in PyTorch's ``order``, see `fused`, which only PyTorch keeps.
+    It uses NumPy, because JAX compiles its own generator for every shape, with a seed from Python's generator, as Keras
+    does. The memory is in PyTorch's ``order``, see `fused`, which only PyTorch keeps.
     """
 
     def draw(shape: tuple[int, ...], dtype: Any = None) -> np.ndarray:
@@ -73,7 +73,7 @@ class ConvNextLayer(keras.layers.Layer):
         super().__init__(**options)
         std, policy = config.initializer_range, self.dtype_policy
         start = {"depthwise_initializer": initial(std, fused.DWCONV), "bias_initializer": _full(0.0)}
-        # Not a convolution of C groups, which is several times slower in TensorFlow on a CPU.
+        # A convolution with C groups would be several times slower in TensorFlow on a CPU.
         self.dwconv = keras.layers.DepthwiseConv2D(
             KERNEL_SIZE, padding="same", data_format="channels_last", name="dwconv", dtype=policy, **start
         )
@@ -171,7 +171,7 @@ class ConvNextStage(keras.layers.Layer):
 
 
 class ConvNextEncoder(keras.layers.Layer):
-    """The stages: (N, H, W, C) to what went in and what comes out of each."""
+    """The stages: (N, H, W, C) to a list of that input and the output of each stage."""
 
     def __init__(self, config: ConvNextConfig, **options: Any):
         super().__init__(**options)

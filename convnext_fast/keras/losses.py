@@ -1,4 +1,4 @@
-"""The losses of transformers' TensorFlow classifier: one value for each sample."""
+"""The losses of transformers' TensorFlow classifier: one value per sample."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def sample_losses(labels: Any, logits: Any, problem_type: str | None) -> tuple[A
             integers, and binary cross-entropy for floats.
 
     Raises:
-        TypeError, ValueError: the labels' dtype, shape or values do not fit the loss. Values inside of a compiled graph
-            cannot be read: there the loss of a class index out of range is NaN.
+        TypeError, ValueError: the labels' dtype, shape or values do not fit the loss. In a compiled graph values cannot
+            be read; there the loss of a class index out of range is NaN.
     """
     count = logits.shape[1]
     labels = ops.convert_to_tensor(labels)
@@ -62,14 +62,14 @@ def sample_losses(labels: Any, logits: Any, problem_type: str | None) -> tuple[A
 
 
 def mean_of(losses: Any, counts: Any, weights: Any = None) -> Any:
-    """The mean of the losses, (N,), over the samples that count, each times its weight, (N,) or None."""
+    """The mean of the losses (N,), each times its weight (N,), over the samples that count."""
     if weights is not None:
         losses = losses * ops.reshape(ops.cast(weights, losses.dtype), (-1,))
     return ops.sum(losses) / ops.maximum(ops.sum(ops.cast(counts, losses.dtype)), 1.0)
 
 
 def _read(labels: Any) -> np.ndarray | None:
-    """The values of a tensor on a CPU; None where it has none yet, or reading would wait for a GPU."""
+    """The values of a tensor on a CPU; None if it has none yet, or reading would wait for a GPU."""
     if keras.backend.is_keras_tensor(labels):
         return None
     backend = keras.backend.backend()

@@ -82,7 +82,7 @@ class TFConvNextPreTrainedModel(keras.Model):
         return super().compute_metrics(x, *self._compared(x, y, y_pred), sample_weight)
 
     def _compared(self, x: Any, y: Any, y_pred: Any) -> tuple[Any, Any]:
-        """Two dictionaries by the names of the outputs that ``y`` has targets for."""
+        """(targets, outputs) by the names of the outputs that ``y`` has targets for."""
         y = x.get("labels") if y is None and isinstance(x, Mapping) else y
         targets = dict(y) if isinstance(y, Mapping) else {self.main_output_name: y}
         if "labels" in targets:
@@ -93,7 +93,7 @@ class TFConvNextPreTrainedModel(keras.Model):
         return targets, {name: y_pred[name] for name in targets}
 
     def get_config(self) -> dict[str, Any]:
-        """What `from_config` makes the same model of, without its weights."""
+        """Arguments from which `from_config` makes the same model, with new weights."""
         return {"name": self.name, "dtype": keras.dtype_policies.serialize(self.dtype_policy)} | {
             "config": self.config.to_dict()
         }
@@ -152,12 +152,12 @@ class TFConvNextModel(TFConvNextPreTrainedModel):
         Args:
             pixel_values: (N, num_channels, H, W), floating: a tensor or array of any framework, a list of one, or a
                 dictionary with this name.
-            output_hidden_states: also return what comes out of the stem and of each stage; None asks the configuration.
-            return_dict: False returns a tuple, with every hidden state an entry of its own.
-            training: whether drop path drops.
+            output_hidden_states: also return the outputs of the stem and of each stage; None: see the configuration.
+            return_dict: False returns a tuple, in which every hidden state is an entry.
+            training: whether drop path is active.
 
         Raises:
-            TypeError, ValueError: the inputs are of another form, dtype or shape.
+            TypeError, ValueError: the inputs have another structure, dtype or shape.
         """
         pixel_values, _ = _unpacked(pixel_values, None, _INPUTS[:1])
         return self._returned(self._run(pixel_values, output_hidden_states), return_dict)
@@ -204,7 +204,7 @@ class TFConvNextForImageClassification(TFConvNextPreTrainedModel):
         Args: as of `TFConvNextModel.call`, and ``labels``, also in the dictionary: see `losses.sample_losses`.
 
         Raises:
-            TypeError, ValueError: the inputs or labels are of another form, dtype, shape or range.
+            TypeError, ValueError: the inputs or labels have another structure, dtype, shape or range.
         """
         pixel_values, labels = _unpacked(pixel_values, labels, _INPUTS)
         base = self._run(pixel_values, output_hidden_states)
@@ -243,7 +243,7 @@ class TFConvNextV2ForImageClassification(TFConvNextForImageClassification):
 
 
 def _plain(value: Any) -> Any:
-    """Mappings as dictionaries, and PyTorch's tensors, which other backends do not read, as arrays."""
+    """Mappings become dictionaries, and PyTorch's tensors become arrays for other backends."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,6 +1,6 @@
 """The outputs of the PyTorch models, `BaseModelOutput` and `ImageClassifierOutput`, as trees for Keras's backends.
 
-TensorFlow knows mappings, PyTorch knows these classes, and optree, which Keras uses, and JAX are told here.
+TensorFlow knows mappings, and PyTorch these classes. They are registered here for JAX and for optree, which Keras uses.
 """
 
 from __future__ import annotations

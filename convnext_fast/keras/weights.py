@@ -1,4 +1,4 @@
-"""Checkpoints of the Keras models: loaded from every format, saved as transformers 4 does."""
+"""Checkpoints of the Keras models, loaded from every format and saved as by transformers 4."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load_pretrained(
             `hub.Loading`.
 
     Raises:
-        ValueError: also for ``torch_dtype``, ``device_map`` and ``max_memory``, which are of the PyTorch models.
+        ValueError: also for ``torch_dtype``, ``device_map`` and ``max_memory``, which only the PyTorch models have.
     """
     for name in ("torch_dtype", "device_map", "max_memory"):
         if options.get(name) is not None:
@@ -61,7 +61,7 @@ def load_pretrained(
     model = cls(config_for(cls, checkpoint.config, chosen.fields, num_labels, source), **chosen.model)
     named = list(_named(model))
     shapes = {name: torch.empty([v.shape[i] for i in order], device="meta") for name, order, v in named}
-    # What `fit` asks of a model; PyTorch's own `state_dict` of a Keras model has other names.
+    # What `match_tensors` needs of a model; the `state_dict` of a Keras model on PyTorch has other names.
     skeleton = type(cls.__name__, (SimpleNamespace,), {})(
         checkpoint_format="transformers", config=model.config, state_dict=lambda: shapes
     )
@@ -69,7 +69,7 @@ def load_pretrained(
     for name, order, variable in named:
         value = found.state[name]
         if value is not None:
-            value = value.float() if value.dtype == torch.bfloat16 else value  # which NumPy has not
+            value = value.float() if value.dtype == torch.bfloat16 else value  # NumPy has no bfloat16
             variable.assign(value.permute(*np.argsort(order)).numpy())
     return (model, found.info()) if output_loading_info else model
 
@@ -115,7 +115,7 @@ def save_pretrained(
 
 
 def state_of(model: Any) -> dict[str, Tensor]:
-    """The weights as a state dict of the PyTorch model, on the CPU; of layers with LoRA, what they compute with."""
+    """The weights as a state dict of the PyTorch model, on the CPU; LoRA is merged into them."""
     return {name: _value(variable).permute(order).contiguous() for name, order, variable in _named(model)}
 
 
@@ -150,8 +150,8 @@ def _named(model: Any) -> Iterator[tuple[str, tuple[int, ...], Any]]:
 
 
 def _value(variable: Any) -> Tensor:
-    """On the CPU, in the variable's dtype and Keras's shape."""
+    """The value on the CPU, in the variable's dtype and Keras's shape."""
     array = keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
-    if array.dtype.name == "bfloat16":  # which NumPy and PyTorch do not exchange
+    if array.dtype.name == "bfloat16":  # NumPy cannot pass it to PyTorch
         return torch.from_numpy(array.astype("float32")).bfloat16()
     return torch.from_numpy(array)
