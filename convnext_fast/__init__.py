@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from .backends.triton_import import install
 from .config import VARIANTS, ConvNextConfig, ConvNextV2Config
-from .fusion.apply import FuseReport, fuse, unfuse
+from .fusion.apply import fuse, unfuse
+from .fusion.report import FuseReport
 from .images.processor import ConvNextFeatureExtractor, ConvNextImageProcessor
 from .models.convnext import ConvNext
 from .models.graphed import graphed

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..backends import choose
 from ..console import Console, plain, print_table
-from ..fusion.apply import FuseReport, fuse
+from ..fusion.apply import fuse
+from ..fusion.report import FuseReport
 from ..measuring import alternate, peak_bytes, relative_error, saved_bytes
 
 MOST_PIXELS = 1 << 30

@@ -233,6 +233,3 @@ def _plan_of(module: nn.Module, layer: PatchLayer | None, known: dict[Any, str |
     if known[alike] is not None:
         raise Unfusable(known[alike])
     return plan
-
-
-__all__ = ["FuseReport", "fuse", "unfuse"]

@@ -357,10 +357,11 @@ def _difference(name: str, before: Any, now: Any) -> str:
     if name == "config" and isinstance(before, str):
         with contextlib.suppress(ValueError):
             before, now = json.loads(before), json.loads(now)
+    name = "images" if name == "pictures" else name
     if not isinstance(before, dict) or not isinstance(now, dict):
         return f"its {name} were {before!r:.200}; this run's are different"
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if name == "pictures":
+    if name == "images":
         counts = [[None if e is None else e[0] for e in (d.get(key) for d in (before, now))] for key in changed]
         words = (
             f"class {key}, of which there were {then or 0} and are {there or 0}"

@@ -200,7 +200,7 @@ def test_wrong_arguments(tmp_path):
             load_model(ConvNext, tmp_path, dtype=dtype)
     with pytest.raises(TypeError, match="config is a dict"):
         load_model(ConvNext, tmp_path, config={})
-    with pytest.raises(TypeError, match=r"model is a DataParallel.*the model within"):
+    with pytest.raises(TypeError, match=r"model is a DataParallel.*the model inside"):
         save_model(torch.nn.DataParallel(model_of()), tmp_path)
     with pytest.raises(ValueError, match="format is 'onnx'"):
         save_model(model_of(), tmp_path, format="onnx")

@@ -68,9 +68,10 @@ def test_entries_of_another_kind(run, tmp_path, entry):
 @pytest.mark.parametrize("name", ["options", "config", "pictures"])
 def test_an_identity_of_another_kind(run, tmp_path, name):
     good, trainer = content_of(run), new_trainer(tmp_path / "fresh")
+    word = "images" if name == "pictures" else name
     for wrong in WRONG[:-1]:
         torch.save(good | {"identity": good["identity"] | {name: wrong}}, run / "checkpoint.pt")
-        with pytest.raises(ValueError, match=f"cannot resume .*its {name}"):
+        with pytest.raises(ValueError, match=f"cannot resume .*its {word}"):
             trainer._restore(run / "checkpoint.pt")
 
 
