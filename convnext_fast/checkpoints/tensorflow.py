@@ -38,7 +38,7 @@ _MOST_ATTRIBUTE_BYTES = 64_512  # HDF5's limit; Keras splits what is longer
 
 
 def pytorch_name(name: str) -> str:
-    """What PyTorch's model calls a tensor of a TensorFlow checkpoint; any other name as it is."""
+    """PyTorch's name for a tensor of a TensorFlow checkpoint; other names do not change."""
     found = _NAME.fullmatch(name)
     if found is not None:
         *layer, leaf = found[1].split("/")
@@ -53,7 +53,7 @@ def pytorch_name(name: str) -> str:
 
 
 def from_tensorflow(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a TensorFlow checkpoint under PyTorch's names and in its shapes; others as they are."""
+    """Tensors of a TensorFlow checkpoint with PyTorch's names and shapes; others do not change."""
     state = {}
     for name, tensor in tensors.items():
         key = pytorch_name(name)
@@ -85,15 +85,15 @@ def pytorch_layout(kernel: Tensor) -> Tensor:
 
 
 def tensorflow_layout(weight: Tensor) -> Tensor:
-    """The inverse of `pytorch_layout`; vectors as they are."""
+    """The inverse of `pytorch_layout`."""
     return weight.permute(2, 3, 1, 0) if weight.dim() == 4 else weight.t() if weight.dim() == 2 else weight
 
 
 def read_h5(path: Path) -> dict[str, Tensor]:
     """Every tensor in an HDF5 file by its path there.
 
-    Each must lie in this file as it is: neither elsewhere nor compressed, so that a small file cannot stand for a large
-    amount of memory. A ValueError tells what is wrong with the file, an ImportError that h5py is missing.
+    Each must be in this file and not compressed, so that a small file cannot take a large amount of memory. A
+    ValueError tells what is wrong with the file, an ImportError that h5py is missing.
     """
     h5py = _h5py()
     tensors: dict[str, Tensor] = {}
@@ -161,7 +161,7 @@ def h5_part_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
 
 
 def _set_names(group: Any, attribute: str, names: list[str]) -> None:
-    """As Keras: fixed-length strings, in several attributes where one would be too long."""
+    """Write names as Keras does: strings of one length, in several attributes if one would be too long."""
     width = max(map(len, names))
     count = _MOST_ATTRIBUTE_BYTES // width
     if len(names) <= count:

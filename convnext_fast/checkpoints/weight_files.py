@@ -21,7 +21,7 @@ def part_writers(
 ) -> dict[str, Writer]:
     """Writers of ``file`` or, beyond ``limit`` bytes, of several files of at most that size and their index.
 
-    A tensor larger than that gets a file of its own.
+    A larger tensor gets its own file.
     """
     shards: list[dict[str, Tensor]] = [{}]
     size = 0

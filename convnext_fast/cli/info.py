@@ -50,7 +50,7 @@ def count(config: ConvNextConfig, image_size: int | tuple[int, int] | None = Non
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of its dependencies; "not installed" where one is missing."""
+    """Versions of this package and of its dependencies, or "not installed"."""
     found = {"convnext-fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "llvmlite", "numpy", "pillow", "safetensors", "huggingface_hub", "rich", "scikit-learn"):
         try:

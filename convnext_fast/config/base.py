@@ -46,7 +46,7 @@ class ConfigBase(SavedJson, VirtualSubclass):
     transformers_version: str | None = None
     dtype: torch.dtype | None = None
     torch_dtype = alias("dtype")
-    """transformers' older name of it."""
+    """transformers' older name for it."""
     name_or_path: str = ""
     """Where `from_pretrained` read it; not written."""
 

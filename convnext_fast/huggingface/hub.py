@@ -72,7 +72,7 @@ def find_file(source: str | Path, *names: str, loading: Loading = ANYWHERE) -> P
 
 
 def _hub_file(repository: str, names: tuple[str, ...], loading: Loading) -> Path:
-    """The first of ``names`` that a hub repository holds, as a local path; errors as of `find_file`."""
+    """The first of ``names`` that a hub repository holds, as a local path; see `find_file`."""
     with needing(f"{repository} is not a local folder; fetching it from the Hugging Face hub needs the extra", "hub"):
         from huggingface_hub import errors, hf_hub_download
     options = {name: getattr(loading, name) for name in Loading._fields[:6]}

@@ -11,7 +11,7 @@ from .hub import find_file, push, split_loading
 
 
 class SavedJson:
-    """Mix-in: reads and writes, uploads, compares and shows what `to_dict` gives."""
+    """Mix-in: reads, writes, uploads, compares and shows what `to_dict` returns."""
 
     file_name: ClassVar[str]
 

@@ -23,7 +23,7 @@ def default_processor(config: ConvNextConfig) -> ConvNextImageProcessor:
 
 
 def load_processor(source: str | Path, config: ConvNextConfig) -> tuple[ConvNextImageProcessor, bool]:
-    """The processor of a folder or hub id, or else `default_processor`; and whether it has one of its own."""
+    """(the processor of a folder or hub id, or else `default_processor`; whether it has its own)."""
     if Path(source).is_file():
         return default_processor(config), False
     try:

@@ -56,7 +56,7 @@ def read_picture(image: Any, where: str, input_data_format: str | None = None, t
     """``image`` as an 8-bit PIL image in mode L, LA, RGB or RGBA, or as an array (channels, height, width).
 
     Args:
-        image, input_data_format: as of `ConvNextImageProcessor.preprocess`; None infers the channel axis of a 3-D array
+        image, input_data_format: see `ConvNextImageProcessor.preprocess`; None infers the channel axis of a 3-D array
             from its length, 1, 3 or 4. Where both ends would do, the first axis is taken, with a warning.
         where: what an error message calls the image.
         to_rgb: convert to three channels; transparency is laid over white.

@@ -71,14 +71,14 @@ class TFConvNextPreTrainedModel(keras.Model):
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
-        """As of `keras.Model`; labels may also be in the inputs.
+        """As in `keras.Model`; labels may also be in the inputs.
 
         ``y``: a mapping by names of outputs, or what the main output is compared with.
         """
         return super().compute_loss(x, *self._compared(x, y, y_pred), sample_weight, training)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        """As of `keras.Model`; see `compute_loss`."""
+        """As in `keras.Model`; see `compute_loss`."""
         return super().compute_metrics(x, *self._compared(x, y, y_pred), sample_weight)
 
     def _compared(self, x: Any, y: Any, y_pred: Any) -> tuple[Any, Any]:
@@ -129,7 +129,7 @@ class TFConvNextModel(TFConvNextPreTrainedModel):
     Args:
         config: the architecture.
         add_pooling_layer: whether there is a ``pooler_output``.
-        name, dtype: as of `keras.Model`; ``dtype`` is a policy such as "mixed_bfloat16".
+        name, dtype: as in `keras.Model`; ``dtype`` is a policy such as "mixed_bfloat16".
     """
 
     main_output_name = "pooler_output"
@@ -201,7 +201,7 @@ class TFConvNextForImageClassification(TFConvNextPreTrainedModel):
     ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Images to an `ImageClassifierOutput`, with the loss of each sample, (N,), where labels are given.
 
-        Args: as of `TFConvNextModel.call`, and ``labels``, also in the dictionary: see `losses.sample_losses`.
+        Args: as in `TFConvNextModel.call`, and ``labels``, also in the dictionary: see `losses.sample_losses`.
 
         Raises:
             TypeError, ValueError: the inputs or labels have another structure, dtype, shape or range.
@@ -228,7 +228,7 @@ class TFConvNextForImageClassification(TFConvNextPreTrainedModel):
 
 @keras.saving.register_keras_serializable("convnext_fast")
 class TFConvNextV2Model(TFConvNextModel):
-    """`TFConvNextModel` of ConvNeXt V2; arguments and outputs alike, and ``grn`` in each block."""
+    """`TFConvNextModel` for ConvNeXt V2, with the same arguments and outputs, and ``grn`` in each block."""
 
     config_class = ConvNextV2Config
     base_model_prefix = "convnextv2"
@@ -236,7 +236,7 @@ class TFConvNextV2Model(TFConvNextModel):
 
 @keras.saving.register_keras_serializable("convnext_fast")
 class TFConvNextV2ForImageClassification(TFConvNextForImageClassification):
-    """`TFConvNextForImageClassification` of ConvNeXt V2; arguments and outputs alike, and ``grn`` in each block."""
+    """`TFConvNextForImageClassification` for ConvNeXt V2; the same arguments and outputs, and ``grn`` in each block."""
 
     config_class = ConvNextV2Config
     base_model_prefix = "convnextv2"
@@ -267,7 +267,7 @@ def _unpacked(first: Any, labels: Any, names: tuple[str, ...]) -> tuple[Any, Any
             raise ValueError(f"the inputs are a list of {len(first)}: expected [pixel_values]")
         first = first[0]
     if first is None:
-        raise ValueError("there are no pixel_values: expected images (N, num_channels, H, W)")
+        raise ValueError("pixel_values is missing: expected images (N, num_channels, H, W)")
     return first, labels
 
 

@@ -38,7 +38,7 @@ def load_pretrained(
     output_loading_info: bool = False,
     **options: Any,
 ) -> Any:
-    """A model of class ``cls`` with the weights of a checkpoint; arguments and errors as of `load_save.load_model`.
+    """A model of class ``cls`` with the weights of a checkpoint; arguments and errors as in `load_save.load_model`.
 
     Args:
         cls: one of the TFConvNext classes.

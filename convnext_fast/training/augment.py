@@ -62,7 +62,7 @@ def _affine(image: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image
     shift = rng.uniform(-SHIFT, SHIFT, 2) * image.size
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     matrix = turn @ np.array([[1.0, shear], [0.0, 1.0]]) @ np.diag(zoom)
-    # Pillow asks for the map from output to input; the middle stays where it is but for the shift.
+    # Pillow needs the map from output to input; the middle is only shifted.
     middle = np.array(image.size) / 2
     offset = middle - matrix @ (middle + shift)
     coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
@@ -104,7 +104,7 @@ def mix_pairs(
 
 
 def _cut_box(height: int, width: int, area: float, rng: np.random.Generator) -> tuple[slice, slice]:
-    """Rows and columns of a box with the image's shape, of part ``area`` of it, cut off at the border."""
+    """Rows and columns of a box with the image's shape and the part ``area`` of its area, cut off at the border."""
     half_h, half_w = height * math.sqrt(area) / 2, width * math.sqrt(area) / 2
     y, x = rng.uniform(0, height), rng.uniform(0, width)
     top, bottom = round(max(y - half_h, 0)), round(min(y + half_h, height))

@@ -38,7 +38,7 @@ def process_group(device: torch.device) -> Iterator[Process]:
         device: of the first process; a GPU without an index becomes the one of each process's local rank.
 
     Raises:
-        ConnectionError: instead of the error of a call that failed because another process ended.
+        ConnectionError: a call failed because another process ended.
         TimeoutError: the first process did not join within PyTorch's limit of half an hour.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:

@@ -15,8 +15,8 @@ from .ema import local
 def first_bad_layer(model: ConvNext, call: nn.Module, pixels: Tensor) -> tuple[int, str] | None:
     """(place in the order of execution, name and reason) of the first layer whose output is not finite, or None.
 
-    Runs the batch again by ``call``, the model or a wrapper of it. A block is one layer, because it is one fused
-    operator. pixels: (N, C, H, W), on the model's device.
+    Runs the batch again through ``call``, the model or a wrapper of it. A block counts as one layer, because it is one
+    fused operator. pixels: (N, C, H, W), on the model's device.
     """
     if not torch.isfinite(pixels).all():
         return 0, "the batch itself"

@@ -232,8 +232,8 @@ class Trainer:
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         norm = norm.full_tensor() if self.sharded else norm
-        # In float16 the scaler handles a gradient that overflows: it skips the step and lowers the scale. A gradient
-        # that is not finite at a scale below 1 is no overflow.
+        # In float16 the scaler handles a gradient that overflows: it skips the step and lowers the scale. At a scale
+        # below 1 it is not an overflow.
         scaling = self.scaler.is_enabled()
         if not math.isfinite(norm) and not (scaling and self.scaler.get_scale() >= 1.0):
             names = dict.fromkeys(
@@ -362,10 +362,9 @@ def _difference(name: str, before: Any, now: Any) -> str:
         return f"its {name} were {before!r:.200}; this run's are different"
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if name == "images":
-        counts = [[None if e is None else e[0] for e in (d.get(key) for d in (before, now))] for key in changed]
+        counts = [[(d.get(key) or [0])[0] for d in (before, now)] for key in changed]
         words = (
-            f"class {key}, of which there were {then or 0} and are {there or 0}"
-            for key, (then, there) in zip(changed, counts, strict=True)
+            f"class {key}, which had {then} and has {there}" for key, (then, there) in zip(changed, counts, strict=True)
         )
         return f"its images had other names or sizes, or other pixels: {'; '.join(words)}"
     text = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in changed)

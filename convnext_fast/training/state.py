@@ -66,7 +66,7 @@ def save_sharded_state(directory: Path, tensors: Tree, facts: Mapping[str, Any])
 
     first = dist.get_rank() == 0
     target = directory / f"checkpoint-{facts['step']:08d}"
-    if from_all_processes(target.exists())[0]:  # what a fault saved at the end of an epoch, without the epoch's record
+    if from_all_processes(target.exists())[0]:  # saved by an error at the end of an epoch, before the epoch's record
         target = target.with_name(f"{target.name}-2")
     temporary = directory / f".{target.name}.tmp"
     if first:

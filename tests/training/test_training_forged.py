@@ -188,4 +188,4 @@ def test_a_list_of_pictures_that_is_missing_or_damaged(tmp_path, refused, conten
         (tmp_path / "run" / "pictures.json").write_bytes(content)
     changed = load_folder(tmp_path / "pictures").pictures[0]
     changed.rename(changed.with_stem("other"))
-    assert f"class {changed.parent.name}, of which there were" in refused()
+    assert f"class {changed.parent.name}, which had" in refused()

@@ -27,7 +27,7 @@ def test_a_folder_with_a_run_is_neither_overwritten_nor_resumed_with_other_optio
         new_trainer(tmp_path)
     with pytest.raises(ValueError, match=r"its options had other values: lr was 0.01 and is 0.02"):
         new_trainer(tmp_path, resume=True, lr=2e-2)
-    with pytest.raises(ValueError, match="class dark, of which there were 12 and are 13"):
+    with pytest.raises(ValueError, match="class dark, which had 12 and has 13"):
         new_trainer(tmp_path, resume=True, images=pictures(26))
     with pytest.raises(ValueError, match=r"its config had other values: drop_path_rate was 0.3 and is 0.2"):
         new_trainer(tmp_path, resume=True, drop_path=0.2)
