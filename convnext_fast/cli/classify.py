@@ -56,14 +56,11 @@ class Classifier:
         return self.processor(to_channels(image, self.channels)).pixel_values[0]
 
     @torch.inference_mode()
-    def logits(self, inputs: Sequence[np.ndarray], batch_size: int) -> torch.Tensor:
-        """The model's outputs (N, num_labels) in float32 on the CPU, for N ≥ 1 inputs of `prepare`."""
+    def logits(self, inputs: Sequence[np.ndarray]) -> torch.Tensor:
+        """The model's outputs (N, num_labels) in float32 on the CPU, for a batch of N ≥ 1 inputs of `prepare`."""
         like = next(self.model.parameters())
-        outputs = []
-        for first in range(0, len(inputs), batch_size):
-            batch = torch.from_numpy(np.stack(inputs[first : first + batch_size]))
-            outputs.append(self.model(batch.to(like.device, like.dtype)).logits.float().cpu())
-        return torch.cat(outputs)
+        batch = torch.from_numpy(np.stack(inputs)).to(like.device, like.dtype)
+        return self.model(batch).logits.float().cpu()
 
     def predictions(self, logits: torch.Tensor, top_k: int) -> list[Prediction]:
         """The ``top_k`` best classes (or as many as there are) of one row of `logits`."""
@@ -160,13 +157,13 @@ def classify(
         entry = source if isinstance(source, str) else _input(classifier, source)
         if isinstance(entry, np.ndarray) and entry.shape != shape:
             # A processor that does not resize gives inputs of several sizes, and a batch has one.
-            yield from _results(classifier, waiting, top_k, batch_size)
+            yield from _results(classifier, waiting, top_k)
             waiting, shape = [], entry.shape
         waiting.append((name, entry))
         if len(waiting) >= batch_size:
-            yield from _results(classifier, waiting, top_k, batch_size)
+            yield from _results(classifier, waiting, top_k)
             waiting = []
-    yield from _results(classifier, waiting, top_k, batch_size)
+    yield from _results(classifier, waiting, top_k)
 
 
 def _input(classifier: Classifier, source: Path | bytes) -> np.ndarray | str:
@@ -179,13 +176,11 @@ def _input(classifier: Classifier, source: Path | bytes) -> np.ndarray | str:
         return "there is not enough memory for it"
 
 
-def _results(
-    classifier: Classifier, entries: list[tuple[str, np.ndarray | str]], top_k: int, batch_size: int
-) -> Iterator[Result]:
+def _results(classifier: Classifier, entries: list[tuple[str, np.ndarray | str]], top_k: int) -> Iterator[Result]:
     inputs = [entry for _, entry in entries if isinstance(entry, np.ndarray)]
     error = None
     try:
-        rows = iter(classifier.logits(inputs, batch_size) if inputs else ())
+        rows = iter(classifier.logits(inputs) if inputs else ())
     except (ValueError, MemoryError, RuntimeError) as refusal:
         # All inputs of a batch have one shape, so the model refuses all of them.
         error = next(iter(str(refusal).splitlines()), "there is not enough memory for it")
