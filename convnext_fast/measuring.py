@@ -41,7 +41,7 @@ def seconds(calls: Sequence[Call], device: torch.device) -> float:
 
 
 def alternate(calls: Sequence[Call], device: torch.device, rounds: int) -> list[list[float]]:
-    """Seconds of each of ``calls`` in each round; interleaved, so that changes of the machine's speed hit all alike."""
+    """Seconds of each of ``calls`` in each round; interleaved, so that all see the same machine speed."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, taken in zip(calls, times, strict=True):

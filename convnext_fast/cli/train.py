@@ -87,7 +87,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
 
 def train(arguments: argparse.Namespace) -> int:
     """Trains with AdamW, warm-up and cosine, and evaluates after each epoch. The output folder gets a checkpoint,
-    history.json and, at the end, model/, which classify reads. The defaults are the paper's recipe for ImageNet. For
+    history.json and, at the end, model/, which classify reads. The defaults follow the paper's recipe for ImageNet. For
     several processes, on the same batches: torchrun --nproc-per-node N -m convnext_fast train …
     """
     given = vars(arguments)

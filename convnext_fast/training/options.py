@@ -13,7 +13,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOptions:
-    """How to train; the defaults are the paper's recipe for ImageNet (appendix A), except for its batch size.
+    """How to train; the defaults follow the paper's recipe for ImageNet (appendix A).
+
+    Batch size, learning rate and warm-up are smaller, and there is no RandAugment and no random erasing.
 
     Attributes:
         epochs: passes over the training images.
