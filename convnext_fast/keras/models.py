@@ -267,7 +267,7 @@ def _unpacked(first: Any, labels: Any, names: tuple[str, ...]) -> tuple[Any, Any
             raise ValueError(f"the inputs are a list of {len(first)}: expected [pixel_values]")
         first = first[0]
     if first is None:
-        raise ValueError("pixel_values is missing: expected images (N, num_channels, H, W)")
+        raise ValueError("there are no pixel_values: expected images (N, num_channels, H, W)")
     return first, labels
 
 
