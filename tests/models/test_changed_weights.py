@@ -14,14 +14,14 @@ import torch
 from frozen_support import folded_weights
 from support import no_worse, randomise, relative_error
 from torch import nn
-from weight_changes import LAYER_CHANGES, averages, random_like
+from weight_changes import LAYER_CHANGES, averages, changes_of, random_like
 
 from convnext_fast import ConvNext, ConvNextConfig, ConvNextModel, ConvNextV2Config
 from convnext_fast.backends import environment
 
 CONFIG = ConvNextConfig(num_stages=2, hidden_sizes=[16, 24], depths=[2, 1], num_labels=5)
 V2 = ConvNextV2Config(num_stages=2, hidden_sizes=[16, 24], depths=[2, 1], num_labels=5)
-every = pytest.mark.parametrize("made", [ConvNext, lambda _: ConvNext(V2), ConvNextModel], ids=["V1", "V2", "theirs"])
+MODELS = {"V1": ConvNext, "V2": lambda _: ConvNext(V2), "theirs": ConvNextModel}
 
 
 @pytest.fixture(params=["kernels", "aten"])
@@ -63,11 +63,10 @@ def places(model):
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("change", LAYER_CHANGES)
-@every
-def test_a_changed_layer_is_noticed(made, change):
+@pytest.mark.parametrize(("kind", "change", "backend"), changes_of(MODELS), indirect=["backend"])
+def test_a_changed_layer_is_noticed(kind, change):
     torch.manual_seed(3)
-    model = model_of(made).freeze()
+    model = model_of(MODELS[kind]).freeze()
     for holder, name in places(model):
         before = output(model)
         LAYER_CHANGES[change](holder, name)

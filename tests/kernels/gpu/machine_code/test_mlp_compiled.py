@@ -86,7 +86,9 @@ def test_candidates_of_the_autotuner_do_not_spill(channels, target, monkeypatch)
             assert resources.shared <= SHARED.get(target, 163 * 1024), resources
 
 
-@pytest.mark.parametrize("what", [what for what in WHAT if what != "forward 192"])
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=() if not what.endswith("192") else pytest.mark.thorough) for what in WHAT]
+)
 def test_an_epsilon_in_float64_does_not_spread(what):
     """Inductor declares Python's numbers so, and arithmetic in float64 took longer than all the rest of a forward."""
     direction, _, channels = what.partition(" ")
