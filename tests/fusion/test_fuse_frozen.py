@@ -354,7 +354,9 @@ def test_gradients_of_the_input(image):
     assert relative_error(*found) <= FLOAT32_BOUND
 
 
-@hosts
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "transformers" else pytest.mark.thorough) for name in HOSTS]
+)
 def test_compiles(name, image):
     torch.compiler.reset()
     torch.manual_seed(3)

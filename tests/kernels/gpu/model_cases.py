@@ -40,9 +40,7 @@ def relative_errors(results: list[torch.Tensor], exact: list[torch.Tensor]) -> t
     return torch.stack([(a.double() - b).norm() / b.norm() for a, b in zip(results, exact, strict=True)])
 
 
-def check_training_step(
-    dtype: torch.dtype, recompute: int, through_kernels, widths: tuple[int, int] = WIDTHS
-) -> float:
+def check_training_step(dtype: torch.dtype, recompute: int, through_kernels, widths: tuple[int, int] = WIDTHS) -> float:
     """A step through the kernels errs against float64 at most twice as much as eager's in that dtype and precision.
 
     Compared is the root mean square of the relative errors of the logits and of all gradients. Each alone may have four

@@ -18,8 +18,8 @@ SHAPES = [((3, 1, 3, 5), 3), ((2, 6, 13, 33), 5), ((3, 14, 14, 48), 7), ((1, 7, 
 
 
 def in_dtypes(shapes):
-    """Each in 16 bits, which take the same kernels: in which of the two changes from shape to shape. Every second one in
-    float32, too.
+    """Each in 16 bits, which take the same kernels: in which of the two changes from shape to shape. Every second, by
+    default, in float32, too.
     """
     for number, (shape, taps) in enumerate(shapes):
         yield pytest.param(shape, taps, torch.float32, None, marks=() if number % 2 == 0 else pytest.mark.thorough)
