@@ -3,7 +3,8 @@
 By default inference of ConvNeXt-T in bf16 for sm_90. With ``-m thorough``, its training at recomputation level 1;
 inference of T in three dtypes for every target; training with drop path in 15 cases in which every two of model, dtype,
 target and level meet; and T under autocast. With ``-m exhaustive`` every model, dtype, target and level, with and
-without drop path. Launches are recorded on fake tensors (bench/recording.py), compiled once for each specialisation, never run.
+without drop path.
+Launches are recorded on fake tensors (bench/recording.py), compiled once for each specialisation, never run.
 """
 
 import dataclasses
