@@ -34,10 +34,10 @@ both = pytest.mark.parametrize("surface", [pytest.param("timm", marks=pytest.mar
 @pytest.mark.parametrize(
     ("surface", "checkpointing"),
     [
-        ("transformers", True),
+        ("timm", True),
         pytest.param("transformers", False, marks=pytest.mark.thorough),
-        pytest.param("timm", True, marks=pytest.mark.thorough),
         pytest.param("timm", False, marks=pytest.mark.thorough),
+        pytest.param("transformers", True, marks=pytest.mark.thorough),
     ],
 )
 def test_a_training_step_is_one_graph_for_any_size(surface, checkpointing):

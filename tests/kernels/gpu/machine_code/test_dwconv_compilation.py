@@ -30,10 +30,9 @@ def _launches(target, dtype):
     return launches
 
 
-@pytest.mark.parametrize(
-    "target",
-    [pytest.param(t, marks=() if t == "sm_90" else pytest.mark.thorough) for t in GPU_TARGETS],
-)
+# By default the forward of a whole model, in test_budgets.py, and what follows, both for sm_90.
+@pytest.mark.thorough
+@pytest.mark.parametrize("target", GPU_TARGETS)
 def test_bfloat16_on_every_target(target):
     launches = _launches(target, torch.bfloat16)
     assert len(launches) == 4
