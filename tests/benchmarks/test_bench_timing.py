@@ -223,9 +223,7 @@ def test_checks_that_cannot_run_give_the_reason():
 
 
 def test_rates_are_those_of_the_machine(monkeypatch):
-    monkeypatch.setattr(
-        environment, "cache_bytes", lambda device: 1 << 20
-    )  # memory for several large ones takes seconds
+    monkeypatch.setattr(environment, "cache_bytes", lambda device: 1 << 20)  # a large one's copies take seconds
     rates = environment.measured_rates(CPU, ("float32",))
     assert 1e9 < rates.flops["float32"] < 1e14
     assert 1e8 < rates.bandwidth < 1e13
