@@ -28,7 +28,7 @@ def test_downsample_of_few_pixels(emulating, stream, monkeypatch):
         check_downsample((1, 4, 5, 150, 70, 2), torch.bfloat16, stream)
 
 
-@pytest.mark.parametrize("precision", ["ieee", pytest.param("tf32", marks=pytest.mark.thorough)], indirect=True)
+@pytest.mark.parametrize("precision", [pytest.param("ieee", marks=pytest.mark.thorough), "tf32"], indirect=True)
 def test_float32(emulating, precision):
     with emulating(arch=80, detect_races="rw"):
         check_stem(STEMS[0], torch.float32)
