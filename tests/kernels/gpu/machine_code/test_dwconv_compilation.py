@@ -120,10 +120,8 @@ def test_offsets_of_images_are_64_bit():
 @pytest.mark.parametrize(
     ("residual", "segment"),
     [
-        (False, 56),
         (True, 28),
-        pytest.param(False, 28, marks=pytest.mark.thorough),
-        pytest.param(True, 56, marks=pytest.mark.thorough),
+        *(pytest.param(*case, marks=pytest.mark.thorough) for case in ((False, 56), (False, 28), (True, 56))),
     ],
 )
 def test_shared_memory_of_rows_is_not_reused_before_all_copies_arrive(segment, residual):
@@ -174,6 +172,7 @@ def test_every_copy_is_in_a_group_that_is_waited_for(taps, segment, target):
         opened = 0 if step == "commit_group" else opened + (step != "wait_group")
 
 
+@pytest.mark.thorough
 def test_a_residual_that_is_not_aligned():
     """Copies of 16 bytes cannot start there."""
     x = torch.empty(2, 7, 8, 32, dtype=torch.bfloat16)
