@@ -12,14 +12,14 @@ from convnext_fast.cli.demo import ASSETS
 from convnext_fast.images.processor import ConvNextImageProcessor
 from convnext_fast.training.digits import load_digits
 
-WIDTHS = 16, 40
+CONFIG = ConvNextConfig(num_stages=2, hidden_sizes=[16, 40], depths=[1, 1], num_labels=5, drop_path_rate=0.2)
 
 
 @torch.no_grad()
-def small_model(dtype: torch.dtype, widths: tuple[int, int] = WIDTHS) -> ConvNext:
+def small_model(dtype: torch.dtype) -> ConvNext:
     """Two stages with every parameter from N(0, 1), matrices scaled, in training mode."""
     generator = torch.Generator().manual_seed(0)
-    model = ConvNext(ConvNextConfig(num_stages=2, hidden_sizes=widths, depths=[1, 1], num_labels=5, drop_path_rate=0.2))
+    model = ConvNext(CONFIG)
     for parameter in model.parameters():
         values = torch.randn(parameter.shape, generator=generator)
         parameter.copy_(values / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else values)
@@ -40,14 +40,14 @@ def relative_errors(results: list[torch.Tensor], exact: list[torch.Tensor]) -> t
     return torch.stack([(a.double() - b).norm() / b.norm() for a, b in zip(results, exact, strict=True)])
 
 
-def check_training_step(dtype: torch.dtype, recompute: int, through_kernels, widths: tuple[int, int] = WIDTHS) -> float:
+def check_training_step(dtype: torch.dtype, recompute: int, through_kernels) -> float:
     """A step through the kernels errs against float64 at most twice as much as eager's in that dtype and precision.
 
     Compared is the root mean square of the relative errors of the logits and of all gradients. Each alone may have four
     times eager's, for a single small gradient's error is a matter of luck, of eager's luck too, or the 1e-5 that all
     paths are held to in float32: the identity behind γ's gradient sums terms larger than their sum. Returns that mean.
     """
-    model = small_model(dtype, widths)
+    model = small_model(dtype)
     model.recompute = recompute
     x = torch.randn(2, 3, 40, 28, generator=torch.Generator().manual_seed(5)).to(dtype)
     fused = through_kernels(lambda: training_step(model, x, fused=True))
