@@ -113,7 +113,7 @@ def test_backward(emulating, backward, case):
     ("case", "save_hidden"),
     [
         (Case(1, 50, 37, 77, FP16), False),
-        pytest.param(Case(3, 70, 96, 128, BF16), True, marks=thorough),
+        (Case(3, 70, 96, 128, BF16), True),
         pytest.param(Case(1, 50, 37, 77, FP16), True, marks=thorough),
         pytest.param(Case(3, 70, 96, 128, BF16), False, marks=thorough),
     ],
