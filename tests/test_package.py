@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -10,22 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from fresh import python
 
 from convnext_fast.backends.cpu import llvm
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def python(code, **environment):
-    """Run code in a fresh interpreter away from the repository, so that only installed packages are found."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT.anchor,
-        env={**os.environ, **environment},
-        check=False,
-    )
 
 
 def test_wheel_holds_only_our_packages(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -160,6 +163,14 @@ LAYER_CHANGES = {
     "vector_to_parameters": from_vector,
 }
 """Called with the module that holds a convolution or a linear layer, and its name there."""
+
+
+def changes_of(kinds, backends=("kernels", "aten")):
+    """(kind, change, backend) of all, in which every two meet by default: half of them are thorough."""
+    return [
+        pytest.param(kind, change, backend, marks=() if (i + j + k) % 2 == 0 else pytest.mark.thorough)
+        for (i, kind), (j, change), (k, backend) in itertools.product(*map(enumerate, (kinds, LAYER_CHANGES, backends)))
+    ]
 
 
 def averages():

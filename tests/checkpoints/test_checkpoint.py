@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
 from checkpoint_cases import FIELDS, image, model_of, same
+from fresh import python
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import FLOAT32_BOUND, randomise, relative_error
@@ -264,9 +262,7 @@ def test_hub_ids_come_from_the_cache_when_offline(tmp_path):
         "try:\n    c.ConvNext.from_pretrained('someone/convnext')\n"
         "except ImportError as error:\n    print(error)\n"
     )
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    environment.pop("HF_HUB_CACHE", None)
-    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    run = python(program, HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
     parameters, missing, extra = run.stdout.strip().split("\n")
     assert int(parameters) == model_of(ConvNextForImageClassification).num_parameters()
     assert "someone/other" in missing

@@ -18,7 +18,7 @@ def image():
     return torch.randn(3, 3, 32, 40, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_compiles_as_one_graph(training, image):
     torch.compiler.reset()
     model = Logits(tiny(drop_path_rate=0.0)).train(training)

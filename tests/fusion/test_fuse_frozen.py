@@ -19,7 +19,7 @@ from transformers import (
     DINOv3ConvNextModel,
 )
 from transformers.models.convnext.modeling_convnext import ConvNextLayer, ConvNextLayerNorm
-from weight_changes import LAYER_CHANGES, averages
+from weight_changes import LAYER_CHANGES, averages, changes_of
 
 import convnext_fast
 from convnext_fast import fuse, unfuse
@@ -226,8 +226,7 @@ def test_other_containers_run_as_they_are(stage, image, runs):
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("change", LAYER_CHANGES)
-@hosts
+@pytest.mark.parametrize(("name", "change", "backend"), changes_of(HOSTS), indirect=["backend"])
 def test_a_changed_layer_is_noticed(name, change, image):
     torch.manual_seed(3)
     model = host(name)
@@ -355,7 +354,9 @@ def test_gradients_of_the_input(image):
     assert relative_error(*found) <= FLOAT32_BOUND
 
 
-@hosts
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "transformers" else pytest.mark.thorough) for name in HOSTS]
+)
 def test_compiles(name, image):
     torch.compiler.reset()
     torch.manual_seed(3)

@@ -56,7 +56,13 @@ def first(output):
     return output
 
 
-@models
+# A host, an own model, and one with several results; the exporter traces as `torch.jit.trace` does the rest.
+BY_DEFAULT = "frozen host", "ConvNext", "backbone"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.thorough) for name in MODELS]
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
 def test_onnx_by_tracing(name):
     model, file = MODELS[name](), io.BytesIO()

@@ -35,7 +35,7 @@ both = pytest.mark.parametrize("surface", [pytest.param("timm", marks=pytest.mar
     ("surface", "checkpointing"),
     [
         ("timm", True),
-        ("transformers", False),
+        pytest.param("transformers", False, marks=pytest.mark.thorough),
         pytest.param("timm", False, marks=pytest.mark.thorough),
         pytest.param("transformers", True, marks=pytest.mark.thorough),
     ],

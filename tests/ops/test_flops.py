@@ -46,10 +46,11 @@ def test_backward_counts_two_products_for_each_and_the_recomputed_ones(recompute
     assert counted(lambda: y.backward(torch.randn_like(y))) == 4 * product + anew
 
 
-def test_a_compiled_model_counts_and_still_runs(monkeypatch):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.thorough)])
+def test_a_compiled_model_counts_and_still_runs(backend, monkeypatch):
     torch.compiler.reset()
     model, x = ConvNext(CONFIG), torch.randn(SIZE)
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, backend=backend)
     with monkeypatch.context() as patch:  # the fused ops, which a compiled model runs under the counter too
         patch.setattr(call, "sees_layers", lambda _: False)
         expected = counted(lambda: model(x).sum().backward())

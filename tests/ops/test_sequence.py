@@ -23,7 +23,20 @@ pytestmark = pytest.mark.skipif(not launching.has(AVX2), reason="these kernels n
 CONFIG = ConvNextConfig(num_stages=2, hidden_sizes=[16, 24], depths=[3, 2], num_labels=40)
 
 
-@pytest.fixture(params=[ConvNext, ConvNextModel])
+thorough = pytest.mark.thorough
+KINDS = ConvNext, ConvNextModel
+
+
+def in_turn(cases, *rest):
+    """(kind of model, case, *rest): with one of both kinds, in turn, for compiling takes long; thorough: with both."""
+    return [
+        pytest.param(kind, case, *rest, marks=() if (i + j) % 2 == 0 else thorough)
+        for i, case in enumerate(cases)
+        for j, kind in enumerate(KINDS)
+    ]
+
+
+@pytest.fixture(params=KINDS)
 def model(request):
     return randomise(request.param(CONFIG)).eval().freeze()
 
@@ -107,7 +120,11 @@ def test_equal_bits(model, chains, mode, layout, one_by_one):
     assert chains == [WHOLE] * 2
 
 
-@pytest.mark.parametrize("compile_", [False, True])
+@pytest.mark.parametrize(
+    ("model", "compile_"),
+    [(ConvNext, False), (ConvNextModel, False), (ConvNext, True), pytest.param(ConvNextModel, True, marks=thorough)],
+    indirect=["model"],
+)
 def test_grad_mode_without_a_gradient_to_record(model, chains, compile_):
     """As in a script without ``no_grad``."""
     called = torch.compile(model, backend="aot_eager", fullgraph=True) if compile_ else model
@@ -237,8 +254,11 @@ def test_an_unknown_activation(model):
         output(model, torch.randn(1, 3, 32, 32))
 
 
-@pytest.mark.parametrize("compile_", [False, True])
-@pytest.mark.parametrize("part", ["stem", "block", "downsample"])
+PARTS = "stem", "block", "downsample"
+LIVE_PARTS = [(kind, part, False) for kind in KINDS for part in PARTS] + in_turn(PARTS, True)
+
+
+@pytest.mark.parametrize(("model", "part", "compile_"), LIVE_PARTS, indirect=["model"])
 def test_a_frozen_model_with_a_parameter_that_needs_a_gradient(model, chains, part, compile_):
     module = {"stem": stem_of(model), "block": blocks_of(model, 1)[0], "downsample": downsampling(model)}[part]
     parameter = list(module.parameters())[-1].requires_grad_()
@@ -358,6 +378,7 @@ def test_a_dispatch_mode_sees_the_blocks(model, chains):
     assert not chains
 
 
+@pytest.mark.parametrize("model", [pytest.param(ConvNext, marks=thorough), ConvNextModel], indirect=True)
 def test_a_compiled_model_calls_one_operator(model, chains):
     x = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
@@ -394,7 +415,11 @@ def unfreeze_a_block(model):
     unfreeze(blocks_of(model, 0)[1])
 
 
-@pytest.mark.parametrize("do", [dilate, replace, stop_fusing, stride_of_the_stem, unfreeze_a_block])
+CHANGES = in_turn((dilate, replace, unfreeze_a_block))  # of a layer's setting, of a layer, of the plan
+CHANGES += [pytest.param(kind, do, marks=thorough) for kind in KINDS for do in (stop_fusing, stride_of_the_stem)]
+
+
+@pytest.mark.parametrize(("model", "do"), CHANGES, indirect=["model"])
 def test_a_compiled_model_notices_changes(model, chains, do):
     torch.compiler.reset()
     x = torch.randn(2, 3, 40, 40)

@@ -117,7 +117,7 @@ thorough = pytest.mark.thorough
 
 @pytest.mark.parametrize(
     ("strategy", "world"),
-    [("ddp", 2), ("ddp", 3), pytest.param("fsdp", 2, marks=thorough), pytest.param("fsdp", 3, marks=thorough)],
+    [("ddp", 2), *(pytest.param(*case, marks=thorough) for case in (("ddp", 3), ("fsdp", 2), ("fsdp", 3)))],
 )
 def test_several_processes_equal_one(tmp_path, check, strategy, world):
     assert finish(start_ranks(world, train, tmp_path, OPTIONS | {"strategy": strategy})) == [0] * world

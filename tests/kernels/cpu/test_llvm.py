@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from convnext_fast.kernels.weights import ConvNorm, FrozenBlock, FrozenDownsample
+from drawn import drawn
+from fresh import python
 from frozen_support import frozen_weights, plain_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,14 +61,15 @@ def run_block(compiled, weights, machine, x, team_size):
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@given(
+@drawn(
     st.tuples(st.integers(1, 3), sizes, sizes),
     st.sampled_from([1, 2, 3, 5]),
     st.sampled_from([1, 3, 4]),
     st.sampled_from([3, 5, 7]),
     st.integers(1, 4),
+    few=4,
+    many=12,
 )
-@settings(max_examples=12, deadline=None)
 def test_block(machine, image, channels, ratio, side, team_size):
     channels *= machine.lanes
     found = []
@@ -344,8 +347,7 @@ def test_models_run_without_the_kernels(without):
         "model.freeze()\n"
         "with torch.inference_mode(): print(tuple(model(torch.randn(1, 3, 32, 32)).shape), 'llvmlite' in sys.modules)"
     )
-    environment = {**os.environ, "CONVNEXT_FAST_BACKEND": "aten" if without.isupper() else "auto"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    done = python(code, CONVNEXT_FAST_BACKEND="aten" if without.isupper() else "auto")
     assert done.stdout.strip() == "(1, 2) False", done.stdout + done.stderr
 
 

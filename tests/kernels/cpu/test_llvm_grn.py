@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 import torch
+from drawn import drawn
 from frozen_support import frozen_v2_weights
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import draws_for, randomise, relative_error
 
@@ -24,14 +24,15 @@ pytestmark = pytest.mark.skipif(not launching.has(AVX2), reason="these kernels n
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@given(
+@drawn(
     st.tuples(st.integers(1, 3), sizes, sizes),
     st.sampled_from([1, 2, 3, 5]),
     st.sampled_from([1, 3, 4]),
     st.sampled_from([3, 5, 7]),
     st.integers(1, 4),
+    few=4,
+    many=12,
 )
-@settings(max_examples=12, deadline=None)
 def test_block(machine, image, channels, ratio, side, team_size):
     channels *= machine.lanes
     found = []

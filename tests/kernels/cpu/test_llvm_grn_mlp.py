@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from drawn import drawn
 from hypothesis import strategies as st
 from support import draws_for, relative_error
 from test_llvm import MACHINES
@@ -77,7 +77,7 @@ def same(got, expected):
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@given(
+@drawn(
     st.integers(1, 4),
     st.one_of(st.integers(1, 60), st.sampled_from([65, 196, 259])),
     st.sampled_from([1, 2, 3, 5]),
@@ -85,8 +85,9 @@ def same(got, expected):
     st.sampled_from([0, 5]),
     *[st.booleans()] * 4,
     st.integers(1, 4),
+    few=5,
+    many=15,
 )
-@settings(max_examples=15, deadline=None)
 def test_values_and_gradients(
     machine, samples, pixels, channels, ratio, silent, affine, beta, scaled, saves, team_size
 ):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from drawn import drawn
 from hypothesis import strategies as st
 from support import draws_for, no_worse_together, relative_error
 from test_llvm import MACHINES
@@ -83,7 +83,7 @@ def check_results(draws, names=NAMES):
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@given(
+@drawn(
     st.one_of(st.integers(1, 60), st.sampled_from([111, 112, 113, 224, 500, 897])),
     st.sampled_from([1, 2, 3, 5]),
     st.sampled_from([1, 3, 4]),
@@ -92,8 +92,9 @@ def check_results(draws, names=NAMES):
     st.booleans(),
     st.booleans(),
     st.integers(1, 4),
+    few=5,
+    many=15,
 )
-@settings(max_examples=15, deadline=None)
 def test_values_and_gradients(machine, rows, channels, ratio, affine, layer_scale, scaled, saves, team_size):
     channels *= machine.lanes
     before, found = torch.get_num_threads(), []

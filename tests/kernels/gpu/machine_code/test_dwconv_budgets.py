@@ -24,7 +24,7 @@ from convnext_fast.kernels.statistics import stats_block
 from dwconv_cases import check_data_gradient, check_statistics, draw
 from kernel_support import assert_as_good_as_eager, dwconv_reference
 
-BF16 = torch.bfloat16
+BF16, thorough = torch.bfloat16, pytest.mark.thorough
 needs_gluon = pytest.mark.skipif(not AVAILABLE, reason="needs Gluon as Triton has it from 3.6 on")
 
 
@@ -35,7 +35,13 @@ def _whole(shape, itemsize=2):
 
 @needs_gluon
 @pytest.mark.parametrize(
-    ("shape", "budget"), [((16, 56, 56, 64), 20), ((4, 28, 28, 64), 20), ((8, 14, 14, 96), 20), ((16, 7, 7, 64), 30)]
+    ("shape", "budget"),
+    [
+        pytest.param((16, 56, 56, 64), 20, marks=thorough),
+        ((4, 28, 28, 64), 20),
+        pytest.param((8, 14, 14, 96), 20, marks=thorough),
+        ((16, 7, 7, 64), 30),
+    ],
 )
 def test_forward_and_data_gradient_in_bfloat16(emulating, shape, budget):
     x, weight, bias, du, dy = draw(shape, 7, BF16)
@@ -58,7 +64,7 @@ def test_forward_and_data_gradient_in_bfloat16(emulating, shape, budget):
 
 
 @needs_gluon
-@pytest.mark.parametrize("channels", [64, 48])
+@pytest.mark.parametrize("channels", [pytest.param(64, marks=thorough), 48])
 def test_a_residual_in_float32_moves_in_whole_sectors(emulating, channels):
     """As under autocast; of 48 channels a program has 16."""
     shape = (8, 14, 14, channels)
@@ -78,7 +84,7 @@ def test_a_residual_in_float32_moves_in_whole_sectors(emulating, channels):
     [
         ((1, 14, 14, 40), 7, BF16, None, 8),
         ((2, 9, 17, 96), 5, torch.float16, torch.float32, 6),
-        ((3, 13, 9, 64), 7, BF16, torch.float32, 13),
+        pytest.param((3, 13, 9, 64), 7, BF16, torch.float32, 13, marks=thorough),
         ((1, 2, 3, 8), 3, torch.float16, None, 2),
     ],
 )
@@ -108,7 +114,10 @@ def test_portable_tensor_core_form(emulating):
     assert forward.launches[0].thread_instructions <= 40 * u.numel()
 
 
-@pytest.mark.parametrize("shape", [(4, 28, 28, 64), (8, 14, 14, 96), (16, 7, 7, 64)])
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param((4, 28, 28, 64), marks=thorough), (8, 14, 14, 96), pytest.param((16, 7, 7, 64), marks=thorough)],
+)
 def test_forward_in_float32(emulating, shape):
     x, weight, bias, _, _ = draw(shape, 7, torch.float32)
     with emulating(arch=80, detect_races="rw") as forward:
@@ -119,7 +128,12 @@ def test_forward_in_float32(emulating, shape):
 @needs_gluon
 @pytest.mark.parametrize(
     ("shape", "channels", "budget"),
-    [((14, 56, 56, 32), 96, 14), ((8, 28, 28, 32), 192, 14), ((16, 14, 14, 32), 384, 14), ((32, 7, 7, 32), 768, 30)],
+    [
+        pytest.param((14, 56, 56, 32), 96, 14, marks=thorough),
+        pytest.param((8, 28, 28, 32), 192, 14, marks=thorough),
+        ((16, 14, 14, 32), 384, 14),
+        ((32, 7, 7, 32), 768, 30),
+    ],
 )
 def test_weight_gradient_in_bfloat16(emulating, shape, channels, budget):
     """With as many (image, tile) pairs a program as 128 images of the models' widths leave it, reduction included."""

@@ -1,5 +1,6 @@
 """What the compiler makes of the depthwise convolution for each target, with no device there."""
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -29,10 +30,9 @@ def _launches(target, dtype):
     return launches
 
 
-@pytest.mark.parametrize(
-    "target",
-    [pytest.param(t, marks=() if t in ("sm_80", "sm_90") else pytest.mark.thorough) for t in GPU_TARGETS],
-)
+# By default the forward of a whole model, in test_budgets.py, and what follows, both for sm_90.
+@pytest.mark.thorough
+@pytest.mark.parametrize("target", GPU_TARGETS)
 def test_bfloat16_on_every_target(target):
     launches = _launches(target, torch.bfloat16)
     assert len(launches) == 4
@@ -42,10 +42,15 @@ def test_bfloat16_on_every_target(target):
         assert made.spills == 0, made
 
 
-@pytest.mark.parametrize("shape", [(64, 56, 56, 96), (128, 14, 14, 512)])
+FEW, MANY = (64, 56, 56, 96), (128, 14, 14, 512)
+
+
 @pytest.mark.parametrize(
-    "target",
-    [pytest.param(t, marks=() if t in ("sm_86", "sm_90") else pytest.mark.thorough) for t in TARGETS],
+    ("shape", "target"),
+    [
+        pytest.param(*case, marks=() if case == (MANY, "sm_90") else pytest.mark.thorough)
+        for case in itertools.product((FEW, MANY), TARGETS)
+    ],
 )
 def test_residual_stream_in_float32(target, shape):
     """As under autocast: x, or the residual and the sum, are in float32; two rows of x at a time on sm_86."""
@@ -63,7 +68,7 @@ def test_residual_stream_in_float32(target, shape):
         assert made.spills == 0, made
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("target", [pytest.param("sm_90", marks=pytest.mark.thorough), "gfx942"])
 def test_float32(target):
     for launch in _launches(target, torch.float32):
         made = compile_launch(launch, target)
@@ -72,7 +77,8 @@ def test_float32(target):
 
 
 @pytest.mark.parametrize(
-    ("channels", "dtype", "width"), [(40, "bfloat16", 16), (36, "bfloat16", 8), (36, "float32", 16)]
+    ("channels", "dtype", "width"),
+    [(40, "bfloat16", 16), pytest.param(36, "bfloat16", 8, marks=pytest.mark.thorough), (36, "float32", 16)],
 )
 def test_accesses_are_as_wide_as_the_channels_allow(channels, dtype, width):
     """Of the forms that run everywhere: C is a multiple of 8 or 4, not of 16."""
@@ -111,8 +117,13 @@ def test_offsets_of_images_are_64_bit():
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="needs Gluon as Triton has it from 3.6 on")
-@pytest.mark.parametrize("segment", [56, 28], ids=["whole", "cut"])
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(
+    ("residual", "segment"),
+    [
+        (True, 28),
+        *(pytest.param(*case, marks=pytest.mark.thorough) for case in ((False, 56), (False, 28), (True, 56))),
+    ],
+)
 def test_shared_memory_of_rows_is_not_reused_before_all_copies_arrive(segment, residual):
     """Else the compiler puts the last store's scratch there, which copies still write to: seen on an H100.
 
@@ -133,9 +144,13 @@ def test_shared_memory_of_rows_is_not_reused_before_all_copies_arrive(segment, r
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="needs Gluon as Triton has it from 3.6 on")
-@pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("segment", [4, 14])
-@pytest.mark.parametrize("taps", [3, 5, 7])
+@pytest.mark.parametrize(
+    ("taps", "segment", "target"),
+    [
+        pytest.param(*case, marks=() if case in ((3, 14, "sm_80"), (7, 4, "sm_80")) else pytest.mark.thorough)
+        for case in itertools.product((3, 5, 7), (4, 14), ("sm_80", "sm_90"))
+    ],
+)
 def test_every_copy_is_in_a_group_that_is_waited_for(taps, segment, target):
     """A copy that is not committed when rows are waited for is counted in a later group than its row's."""
     x, weight = (
@@ -157,6 +172,7 @@ def test_every_copy_is_in_a_group_that_is_waited_for(taps, segment, target):
         opened = 0 if step == "commit_group" else opened + (step != "wait_group")
 
 
+@pytest.mark.thorough
 def test_a_residual_that_is_not_aligned():
     """Copies of 16 bytes cannot start there."""
     x = torch.empty(2, 7, 8, 32, dtype=torch.bfloat16)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from convnext_fast.kernels.dwconv import dwconv_fwd, gluon_wgrad
@@ -17,12 +19,14 @@ from kernel_support import dwconv_reference, merged_statistics
 SHAPES = [((3, 1, 3, 5), 3), ((2, 6, 13, 33), 5), ((3, 14, 14, 48), 7), ((1, 7, 57, 40), 7)]
 
 
-def in_dtypes(shapes):
-    """Each in float32 and in 16 bits, which take the same kernels: in which of the two changes from shape to shape."""
-    for number, (shape, taps) in enumerate(shapes):
-        yield shape, taps, torch.float32, None
-        for of, case in enumerate(((torch.bfloat16, None), (torch.float16, torch.float32))):
-            yield pytest.param(shape, taps, *case, marks=() if number % 2 == of else pytest.mark.thorough)
+def in_dtypes(shapes, few):
+    """By default the first ``few``, in 16 bits, which take the same kernels: in which of the two changes from shape to
+    shape. Every second in float32, too.
+    """
+    dtypes = (torch.bfloat16, None), (torch.float16, torch.float32), (torch.float32, None)
+    for (number, (shape, taps)), (of, case) in itertools.product(enumerate(shapes), enumerate(dtypes)):
+        chosen = number < few and number % 2 == of % 2
+        yield pytest.param(shape, taps, *case, marks=() if chosen else pytest.mark.thorough)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +35,7 @@ def _executing(emulating):
         yield
 
 
-@pytest.mark.parametrize(("shape", "taps", "dtype", "stream"), list(in_dtypes(SHAPES)))
+@pytest.mark.parametrize(("shape", "taps", "dtype", "stream"), list(in_dtypes(SHAPES, 3)))
 def test_forward_and_data_gradient(shape, taps, dtype, stream):
     check_forward(shape, taps, dtype, stream)
     check_data_gradient(shape, taps, dtype, stream)
@@ -39,12 +43,13 @@ def test_forward_and_data_gradient(shape, taps, dtype, stream):
 
 @pytest.mark.parametrize(
     ("shape", "taps", "dtype", "stream"),
-    list(in_dtypes([*SHAPES, ((5, 3, 2, 8), 3), ((2, 13, 17, 24), 5), ((9, 5, 12, 32), 7)])),
+    list(in_dtypes([*SHAPES, ((5, 3, 2, 8), 3), ((2, 13, 17, 24), 5), ((9, 5, 12, 32), 7)], 7)),
 )
 def test_weight_gradient(shape, taps, dtype, stream):
     check_weight_gradient(shape, taps, dtype, stream, again=shape == SHAPES[2][0])
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not AVAILABLE, reason="needs Gluon as Triton has it from 3.6 on")
 def test_weight_gradient_in_explicit_layouts_whatever_the_configuration(monkeypatch):
     """Each gives the same sums, also where a program takes several times 16 pairs, and with offsets of 64 bits."""
@@ -66,8 +71,15 @@ def test_non_finite_values_stay_in_their_tile(dtype, exact):
     check_non_finite(dtype, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("pixels", "channels", "affine"), [(37, 40, True), (70, 335, False)])
+@pytest.mark.parametrize(
+    ("pixels", "channels", "affine", "dtype"),
+    [
+        (37, 40, True, torch.float32),
+        (70, 335, False, torch.bfloat16),
+        pytest.param(37, 40, True, torch.bfloat16, marks=pytest.mark.thorough),
+        pytest.param(70, 335, False, torch.float32, marks=pytest.mark.thorough),
+    ],
+)
 def test_layer_norm(pixels, channels, affine, dtype):
     check_layer_norm(pixels, channels, dtype, affine)
 

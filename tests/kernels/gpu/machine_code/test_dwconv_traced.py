@@ -41,7 +41,7 @@ def test_dynamic_batches_and_sides_keep_one_graph(emulating):
         assert all(torch.equal(got, wanted) for got, wanted in zip(graph(*other), step(*other), strict=True))
 
 
-@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize("statistics", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_fake_results_are_like_real_ones(emulating, statistics):
     x, weight, bias, _, _ = draw(SHAPE, 7, torch.float16)
     with emulating(arch=80):

@@ -1,5 +1,6 @@
 """What the compiler makes of the MLP's and patchify's launches in 16 bits for GPUs that are not there."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -45,10 +46,14 @@ def patch_launches():
     return launches
 
 
+# By default what test_budgets.py, which compiles the whole of inference, does not ask by default.
 @pytest.mark.parametrize(
-    "target", [pytest.param(t, marks=() if t == "sm_90" else pytest.mark.thorough) for t in SHARED]
+    ("what", "target"),
+    [
+        pytest.param(*case, marks=() if case[0].startswith("backward") and case[1] == "sm_90" else pytest.mark.thorough)
+        for case in itertools.product(WHAT, SHARED)
+    ],
 )
-@pytest.mark.parametrize("what", WHAT)
 def test_resources(what, target):
     """No spills, shared memory within the chip's, 128-bit loads of activations, warp-group MMA on sm_90."""
     with planned_for(target):
@@ -86,7 +91,14 @@ def test_candidates_of_the_autotuner_do_not_spill(channels, target, monkeypatch)
             assert resources.shared <= SHARED.get(target, 163 * 1024), resources
 
 
-@pytest.mark.parametrize("what", [what for what in WHAT if what != "forward 192"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(what, marks=() if what in ("forward 384", "backward 96", "patchify") else pytest.mark.thorough)
+        for what in WHAT
+        if what != "forward 192"
+    ],
+)
 def test_an_epsilon_in_float64_does_not_spread(what):
     """Inductor declares Python's numbers so, and arithmetic in float64 took longer than all the rest of a forward."""
     direction, _, channels = what.partition(" ")

@@ -8,11 +8,13 @@ from convnext_fast.kernels.mlp.gemm_bwd import gemm_mlp_bwd
 from mlp_cases import EMPTY, FAR, Case, check_backward, check_forward, check_result_in_two_dtypes, inputs, run_forward
 
 BF16, FP16 = torch.bfloat16, torch.float16
+thorough = pytest.mark.thorough
+# By default each kernel in bfloat16 and in float16, with all operands and without, in few shapes.
 FORWARD = [
     (fused_mlp_fwd, Case(3, 49, 40, 160, BF16, full=False)),
     (fused_mlp_fwd, Case(1, 50, 37, 77, FP16)),
-    pytest.param(fused_mlp_fwd, Case(3, 70, 96, 384, BF16), marks=pytest.mark.thorough),
-    (fused_mlp_fwd, Case(1, 130, 192, 192, FP16)),
+    pytest.param(fused_mlp_fwd, Case(3, 70, 96, 384, BF16), marks=thorough),
+    pytest.param(fused_mlp_fwd, Case(1, 130, 192, 192, FP16), marks=thorough),
     (gemm_mlp_fwd, Case(1, 9, 1, 1, BF16)),
     (gemm_mlp_fwd, Case(1, 50, 37, 77, FP16, full=False)),
     (gemm_mlp_fwd, Case(1, 130, 192, 256, BF16)),
@@ -20,10 +22,10 @@ FORWARD = [
 BACKWARD = [
     (fused_mlp_bwd, Case(3, 49, 40, 160, BF16, full=False)),
     (fused_mlp_bwd, Case(1, 50, 37, 77, FP16)),
-    (fused_mlp_bwd, Case(3, 70, 96, 128, BF16)),
-    (gemm_mlp_bwd, Case(1, 9, 1, 1, FP16, draws=8)),
+    pytest.param(fused_mlp_bwd, Case(3, 70, 96, 128, BF16), marks=thorough),
+    pytest.param(gemm_mlp_bwd, Case(1, 9, 1, 1, FP16, draws=8), marks=thorough),
     (gemm_mlp_bwd, Case(1, 50, 37, 77, FP16, full=False)),
-    pytest.param(gemm_mlp_bwd, Case(3, 70, 96, 128, BF16), marks=pytest.mark.thorough),
+    pytest.param(gemm_mlp_bwd, Case(3, 70, 96, 128, BF16), marks=thorough),
 ]
 
 
@@ -37,7 +39,14 @@ def test_forward(emulating, forward, case):
         check_forward(case, forward)
 
 
-@pytest.mark.parametrize("config", [*tuning._SMALL, *tuning._LARGE], ids=str)
+# By default the smallest and the largest: they differ in numbers alone.
+TILES = [
+    pytest.param(tile, marks=() if tile in (tuning._SMALL[0], tuning._LARGE[1]) else thorough)
+    for tile in (*tuning._SMALL, *tuning._LARGE)
+]
+
+
+@pytest.mark.parametrize("config", TILES, ids=str)
 def test_tiles_of_few_and_of_many_rows(emulating, config, monkeypatch):
     """As sm_90 takes them, here of sm_80's code."""
     monkeypatch.setattr(gemm, "gemm_configs", lambda *a: (config,))
@@ -45,14 +54,14 @@ def test_tiles_of_few_and_of_many_rows(emulating, config, monkeypatch):
         check_forward(Case(3, 25, 72, 264, BF16), gemm_mlp_fwd)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(FP16, marks=thorough)], ids=str)
 def test_tile_of_many_rows_under_autocast(emulating, dtype, monkeypatch):
     monkeypatch.setattr(gemm, "gemm_configs", lambda *a: (tuning._LARGE[0],))
     with emulating(arch=80, detect_races="rw"):
         check_forward(Case(3, 70, 200, 72, dtype, residual_dtype=torch.float32), gemm_mlp_fwd)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(BF16, marks=thorough), FP16], ids=str)
 def test_fused_tile_of_many_rows(emulating, dtype, monkeypatch):
     many = tuning.fused_configs(96, 384, True, "sm_90", False, False, True)[0]
     assert many.BLOCK_M == 256
@@ -61,6 +70,7 @@ def test_fused_tile_of_many_rows(emulating, dtype, monkeypatch):
         check_forward(Case(3, 100, 96, 128, dtype), fused_mlp_fwd)
 
 
+@pytest.mark.parametrize("precision", [pytest.param("ieee", marks=thorough), "tf32"], indirect=True)
 def test_forward_in_float32(emulating, precision):
     with emulating(arch=80, detect_races="rw"):
         check_forward(Case(1, 50, 37, 77, torch.float32))
@@ -79,7 +89,10 @@ def test_result_in_two_dtypes(emulating, forward):
         check_result_in_two_dtypes(Case(2, 35, 72, 96, BF16), forward)
 
 
-@pytest.mark.parametrize(("channels", "allowed"), [(40, 14.5), (96, 12.3), (192, 15.8)])
+@pytest.mark.parametrize(
+    ("channels", "allowed"),
+    [pytest.param(40, 14.5, marks=thorough), (96, 12.3), pytest.param(192, 15.8, marks=thorough)],
+)
 def test_instructions_of_the_fused_forward(emulating, channels, allowed):
     """Thread instructions per hidden element beside the MMAs, all of the kernel counted, GELU included."""
     given = inputs(Case(1, 256, channels, 4 * channels, torch.bfloat16)) | {"drop_scale": None}
@@ -101,8 +114,8 @@ def test_backward(emulating, backward, case):
     [
         (Case(1, 50, 37, 77, FP16), False),
         (Case(3, 70, 96, 128, BF16), True),
-        pytest.param(Case(1, 50, 37, 77, FP16), True, marks=pytest.mark.thorough),
-        pytest.param(Case(3, 70, 96, 128, BF16), False, marks=pytest.mark.thorough),
+        pytest.param(Case(1, 50, 37, 77, FP16), True, marks=thorough),
+        pytest.param(Case(3, 70, 96, 128, BF16), False, marks=thorough),
     ],
     ids=str,
 )
@@ -113,12 +126,14 @@ def test_backward_whose_sums_two_programs_share(emulating, monkeypatch, case, sa
         check_backward(case, fused_mlp_bwd, save_hidden)
 
 
+@pytest.mark.parametrize("precision", ["ieee", pytest.param("tf32", marks=thorough)], indirect=True)
 def test_backward_in_float32(emulating, precision):
     with emulating(arch=80, detect_races="rw"):
         check_backward(Case(1, 70, 37, 77, torch.float32))
 
 
-@pytest.mark.parametrize("case", [pytest.param(FAR[0], marks=pytest.mark.thorough), FAR[1]], ids=str)
+@pytest.mark.parametrize("precision", [pytest.param("ieee", marks=thorough), "tf32"], indirect=True)
+@pytest.mark.parametrize("case", [pytest.param(FAR[0], marks=thorough), FAR[1]], ids=str)
 def test_float32_far_from_zero(emulating, precision, case):
     """Where the convolution's output has a mean that its deviations are small beside, TF32 has no digits to cancel."""
     with emulating(arch=80, detect_races="rw"):

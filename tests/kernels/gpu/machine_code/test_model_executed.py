@@ -21,14 +21,8 @@ def through_kernels(emulating, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize(
-    ("dtype", "recompute"),
-    [
-        (torch.bfloat16, 2),
-        pytest.param(torch.bfloat16, 0, marks=pytest.mark.thorough),
-        pytest.param(torch.float16, 1, marks=pytest.mark.thorough),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize(("dtype", "recompute"), [(torch.bfloat16, 2), (torch.bfloat16, 0), (torch.float16, 1)])
 def test_training_step(dtype, recompute, through_kernels):
     check_training_step(dtype, recompute, through_kernels)
 

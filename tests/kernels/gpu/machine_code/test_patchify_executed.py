@@ -19,7 +19,7 @@ def test_downsample(emulating, dtype):
         check_downsample(DOWNSAMPLES[0], dtype, again=True)
 
 
-@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stream", [pytest.param(torch.bfloat16, marks=pytest.mark.thorough), torch.float32])
 def test_downsample_of_few_pixels(emulating, stream, monkeypatch):
     """As sm_90 takes them, here of sm_80's code."""
     few = downsample_config(1, 128, torch.bfloat16, False, "sm_90")
@@ -28,6 +28,7 @@ def test_downsample_of_few_pixels(emulating, stream, monkeypatch):
         check_downsample((1, 4, 5, 150, 70, 2), torch.bfloat16, stream)
 
 
+@pytest.mark.parametrize("precision", [pytest.param("ieee", marks=pytest.mark.thorough), "tf32"], indirect=True)
 def test_float32(emulating, precision):
     with emulating(arch=80, detect_races="rw"):
         check_stem(STEMS[0], torch.float32)
