@@ -94,7 +94,7 @@ def sum_of_tiles(sums_ptr, k, K, TILES: tl.constexpr, STRIDE: tl.constexpr):
 @triton.jit
 def inverse_mean(sums_ptr, K: tl.constexpr, TILES: tl.constexpr):
     """1 / (mean G + ε) of the sample whose sums begin at ``sums_ptr``."""
-    BLOCK: tl.constexpr = min(1024, triton.next_power_of_2(K))
+    BLOCK: tl.constexpr = 1024 if K > 512 else triton.next_power_of_2(K)  # min gives no constexpr in Triton 3.5
     total = tl.zeros((BLOCK,), tl.float32)
     for k0 in range(0, K, BLOCK):
         total += tl.sqrt(sum_of_tiles(sums_ptr, k0 + tl.arange(0, BLOCK), K, TILES, K))

@@ -21,6 +21,7 @@ from ..targets import PROCESSORS
 
 WARP_GROUPS = ("sm_90", "sm_100")  # targets that multiply matrices by warp groups or larger
 _TRITON = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
+_BEFORE_38 = _TRITON < (3, 8)  # these versions spill where later ones do not; 3.7 was not tried
 _FUSED_FORWARD = 192
 _FUSED_BACKWARD = 128  # 192 with warp groups
 
@@ -192,7 +193,8 @@ def gemm_configs(
         return usual
     large = _LARGE
     if columns > 2048 or channels >= 768 or (channels and dtype == torch.float16):
-        large = _LARGE[2:]  # else fc1 would spill beside many statistics, and in float16, whose activations take more
+        # Else fc1 would spill beside many statistics, and in float16, whose activations take more registers.
+        large = _LARGE[:1] if channels and _BEFORE_38 else _LARGE[2:]
     elif wide:
         large = _LARGE[:1] + _LARGE[2:]  # else fc2 of 256 channels would
     fitting = [usual[0], *(config for config in large if columns % config.BLOCK_N == 0)]
@@ -326,7 +328,7 @@ def weight_grad_config(
     elif target in WARP_GROUPS or target == "gfx942" or (channels <= 64 and lean and not narrow):
         stages = 1 if grn and target == "sm_90" and channels > 96 else 2
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=stages)
-    elif channels == 96 and lean and target == "sm_80":
+    elif channels == 96 and lean and target == "sm_80" and not _BEFORE_38:
         config = FusedConfig(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=1)
     elif channels <= 96:
         block_rows = 32 if narrow and channels <= 48 else 16

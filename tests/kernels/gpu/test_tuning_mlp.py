@@ -4,6 +4,7 @@ import pytest
 import torch
 from convnext_fast.kernels.dtypes import dot_precision
 from convnext_fast.kernels.integers import cdiv
+from convnext_fast.kernels.mlp import tuning
 from convnext_fast.kernels.mlp.tuning import (
     count_tiles,
     downsample_config,
@@ -75,10 +76,22 @@ def test_large_tiles_of_128_images(rows, columns, tile):
     assert tile == (config.BLOCK_M, config.BLOCK_N)
 
 
+@pytest.mark.parametrize(("before_38", "tiles"), [(False, [(128, 256), (256, 128)]), (True, [(192, 192), (128, 128)])])
 @pytest.mark.parametrize(("channels", "dtype"), [(768, torch.bfloat16), (1024, torch.bfloat16), (384, torch.float16)])
-def test_fc1_of_many_channels_or_in_float16_has_no_tile_that_would_spill(channels, dtype):
-    config = gemm_configs(25088, 1536, dtype, "sm_90", False, None, False, channels)[0]
-    assert (config.BLOCK_M, config.BLOCK_N) in ((128, 256), (256, 128))
+def test_fc1_of_many_channels_or_in_float16_has_no_tile_that_would_spill(
+    channels, dtype, before_38, tiles, monkeypatch
+):
+    monkeypatch.setattr(tuning, "_BEFORE_38", before_38)
+    for columns in (1536, 2048):
+        config = gemm_configs(25088, columns, dtype, "sm_90", False, None, False, channels)[0]
+        assert (config.BLOCK_M, config.BLOCK_N) in tiles
+
+
+@pytest.mark.parametrize("before_38", [False, True])
+def test_weights_of_96_channels_on_sm_80_take_a_chunk_that_does_not_spill(before_38, monkeypatch):
+    monkeypatch.setattr(tuning, "_BEFORE_38", before_38)
+    config, _ = tuning.weight_grad_config(100_000, 96, 384, "sm_80", saved=False, half=False, grn=False)
+    assert ((16, 32) if before_38 else (32, 64)) == (config.BLOCK_M, config.BLOCK_K)
 
 
 @pytest.mark.parametrize("side", [16, 64, 128, 192, 256])
