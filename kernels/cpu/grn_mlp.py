@@ -26,7 +26,7 @@ class GrnMlpSizes(MlpSizes):
 
 
 class GrnMlp(GrnForward, Mlp, sizes=GrnMlpSizes):
-    """Emits the kernel of `GrnMlpSizes`; a sample is one image row, see `work_sharing.numbers_of_samples`."""
+    """Emits the kernel of `GrnMlpSizes`, see `work_sharing.numbers_of_rows`."""
 
     def first_chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
         """h of the units from ``first`` up to ``last``, and Σ h² of each."""

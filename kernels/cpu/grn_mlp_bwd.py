@@ -27,7 +27,7 @@ class GrnMlpBwdSizes(MlpBwdSizes):
 
 
 class GrnMlpBwd(GrnPasses, MlpBwd, sizes=GrnMlpBwdSizes):
-    """Emits the kernel of `GrnMlpBwdSizes`; a sample is one image row, see `work_sharing.numbers_of_samples`."""
+    """Emits the kernel of `GrnMlpBwdSizes`, see `work_sharing.numbers_of_rows`."""
 
     end = staticmethod(store), 1
 

@@ -26,11 +26,12 @@ def grn_mlp_fwd(machine, x, residual, norm, mlp, grn, scale, save_hidden) -> tup
     sizes, scale = kernels.GrnMlpSizes(channels, hidden, save_hidden, scale is not None), dense(scale)
     blocks = grn.blocks(len(x), 8 * hidden)  # as of frozen blocks
     h = x.new_empty(blocks[0].stop + machine.rows, hidden + kernels.PADDING)
-    squares = x.new_empty(grn.samples(blocks[0]).stop * kernels.units_of(grn.pixels), hidden)
+    units = -(-grn.pixels // kernels.unit_of_rows(machine, grn.pixels))
+    squares = x.new_empty(grn.samples(blocks[0]).stop * units, hidden)
     for rows in blocks:
         parts, own = (None if t is None else t[rows] for t in (x, residual, y, a, scale)), norms[grn.samples(rows)]
         tensors = *parts, *given, own, h, squares
-        kernels.run_samples(machine, sizes, len(own), grn.pixels, norm.eps, *llvm_mlp.addresses(tensors))
+        kernels.run_rows(machine, sizes, len(own), grn.pixels, norm.eps, *llvm_mlp.addresses(tensors))
     return y, a, norms
 
 
@@ -39,7 +40,8 @@ def grn_mlp_bwd(machine, dy, x, a, norm, mlp, grn, scale) -> tuple[Tensor | None
     kernels, (hidden, channels) = llvm.launchers(), mlp.w1.shape
     given = *llvm_mlp.weights_of_backward(machine, x, a, norm, mlp), *_affine(grn)
     sizes, scale = kernels.GrnMlpBwdSizes(channels, hidden, a is not None, scale is not None), dense(scale)
-    units, d_gamma, d_beta = kernels.units_of(grn.pixels), x.new_empty(len(x) // grn.pixels, hidden), []
+    units = -(-grn.pixels // kernels.unit_of_rows(machine, grn.pixels))
+    d_gamma, d_beta = x.new_empty(len(x) // grn.pixels, hidden), []
     blocks = grn.blocks(len(x), 8 * (channels + hidden + 2 * kernels.PADDING))
     operands = llvm_mlp.Operands(machine, x, channels, hidden, blocks[0].stop)
     for rows in blocks:
@@ -48,7 +50,7 @@ def grn_mlp_bwd(machine, dy, x, a, norm, mlp, grn, scale) -> tuple[Tensor | None
         sums, products = x.new_empty(count * units, hidden + 3 * channels), x.new_empty(count * units, 3, hidden)
         pixels = (None if t is None else t[rows] for t in (dy, x, a, scale, operands.dx))
         tensors = *pixels, *operands.padded, sums, *given, own, products
-        kernels.run_samples(machine, sizes, count, grn.pixels, norm.eps, *llvm_mlp.addresses(tensors))
+        kernels.run_rows(machine, sizes, count, grn.pixels, norm.eps, *llvm_mlp.addresses(tensors))
         operands.add(sums, rows)
         d_beta.append(products[:, 2].sum(0))
     dw2, dw1, db1, db2, dg, dbeta = operands.results(norm)

@@ -54,7 +54,7 @@ def mlp_fwd(machine, x, residual, norm, mlp, scale, save_hidden, overwrite) -> t
     kernels = llvm.launchers()
     sizes = kernels.MlpSizes(channels, hidden, save_hidden, scale is not None)
     given = x, residual, y, a, dense(scale), *affine(x, norm), w1, dense(mlp.b1), w2, dense(b2)
-    kernels.run_rows(machine, sizes, len(x), norm.eps, *addresses(given))
+    kernels.run_rows(machine, sizes, 1, len(x), norm.eps, *addresses(given))
     return y, a
 
 
@@ -103,10 +103,9 @@ def mlp_bwd(machine, dy, x, a, norm, mlp, scale) -> tuple[Tensor | None, ...]:
     operands = Operands(machine, x, channels, hidden, blocks[0].stop)
     for rows in blocks:
         count = rows.stop - rows.start
-        chunks = -(-count // kernels.rows_of_chunk(machine, channels * hidden, count))
-        sums = x.new_empty(chunks, hidden + 3 * channels)
+        sums = x.new_empty(-(-count // kernels.unit_of_rows(machine, count)), hidden + 3 * channels)
         pixels = (None if t is None else t[rows] for t in (dy, x, a, scale, operands.dx))
-        kernels.run_rows(machine, sizes, count, norm.eps, *addresses((*pixels, *operands.padded, sums, *given)))
+        kernels.run_rows(machine, sizes, 1, count, norm.eps, *addresses((*pixels, *operands.padded, sums, *given)))
         operands.add(sums, rows)
     e, dw1, db1, t, dg, dbeta = operands.results(norm)
     if mlp.gamma is None:
