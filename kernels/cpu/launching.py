@@ -28,8 +28,8 @@ from .frozen_block import BlockSizes as BlockSizes
 from .gelu_rows import ElementwiseSizes as ElementwiseSizes
 from .gemm import UNROLL as UNROLL
 from .gemm import pack as pack
-from .grn_block import GrnBlockSizes as GrnBlockSizes
-from .grn_mlp import GrnMlpSizes as GrnMlpSizes
+from .grn_fwd import GrnBlockSizes as GrnBlockSizes
+from .grn_fwd import GrnMlpSizes as GrnMlpSizes
 from .grn_mlp_bwd import GrnMlpBwdSizes as GrnMlpBwdSizes
 from .layer_scale_bwd import LayerScaleSizes as LayerScaleSizes
 from .machine import AVX2, AVX512, NEEDED, Machine, compile_for, host_features, identity, load
@@ -41,7 +41,7 @@ from .weight_grad import WeightGradSizes as WeightGradSizes
 from .work_sharing import ENTRY, NUMBERS, THREAD_FUNCTIONS, numbers, numbers_of_rows, scratch_rows
 from .work_sharing import PADDING as PADDING
 from .work_sharing import WIDE_WEIGHT as WIDE_WEIGHT
-from .work_sharing import unit_of_rows as unit_of_rows
+from .work_sharing import units_of_rows as units_of_rows
 
 MOST = 256
 """Compiled kernels that are kept in memory; those that have not run for longest go first."""

@@ -1,9 +1,11 @@
 """How threads share the rows of an image, and a matrix product over what one of them holds.
 
 An image row is cut into units, so that a chunk of a wide image is a part of a row, and of a narrow one several rows; a
-chunk has about 56 pixels. Threads share the units where there are enough of them, and none waits for another, but
-between the passes of a V2 block; else all work on each chunk together: they share its units, then the columns of each
-product, with a barrier between the steps.
+chunk has about 56 pixels. A kernel without a convolution needs no image rows: its units are one or two tiles of a
+product, or half a tile where there are few rows. Threads share the units where there are enough of them, and none waits
+for another, but between the passes of a V2 block: a thread that waits for one that another process keeps from running
+loses a time slice. Else all work on each chunk together: they share its units, then the columns of each product, with a
+barrier between the steps.
 Either way an element of the result is computed by the same instructions in the same order, whatever the batch and the
 number of threads.
 """
@@ -71,6 +73,11 @@ def unit_of_rows(machine: Machine, rows: int) -> int:
     return next((unit for unit in (2 * tile, tile) if rows >= _EVEN * unit), tile // 2)
 
 
+def units_of_rows(machine: Machine, rows: int) -> int:
+    """Units of a sample of ``rows``."""
+    return -(-rows // unit_of_rows(machine, rows))
+
+
 def numbers_of_rows(machine: Machine, samples: int, rows: int, weight: int, eps: float, threads: int) -> dict[str, int]:
     """``NUMBERS`` for a kernel without a convolution, whose weights have ``weight`` elements each.
 
@@ -79,7 +86,7 @@ def numbers_of_rows(machine: Machine, samples: int, rows: int, weight: int, eps:
     unit = unit_of_rows(machine, rows)
     shares = {
         "unit": unit,
-        "pieces": -(-rows // unit),
+        "pieces": units_of_rows(machine, rows),
         "units": (8 if weight >= WIDE_WEIGHT else 4) * machine.rows // unit,
         "split_columns": int(2 * samples * rows < threads * machine.rows),  # not half a tile for each
     }
