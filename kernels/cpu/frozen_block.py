@@ -54,16 +54,20 @@ class Block(Convolving, sizes=BlockSizes):
     def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
         """y of the units from ``first`` up to ``last``."""
         e, channels = self.e, self.channels
-        ldn = channels + PADDING
-        n, h = self.scratch, e.at(self.scratch, e.times(self.scratch_rows, ldn))
+        n, h = self.scratch, e.at(self.scratch, e.times(self.scratch_rows, channels + PADDING))
         x, y = (e.at(self.given[name], e.times(start, channels)) for name in ("x", "y"))
-
-        def normalise_in_place(u: ir.Value) -> None:
-            e.builder.call(self.normalise, [u, u, self.epsilon])
-
-        self.mine(first, last, lambda unit: self.convolve(unit, start, n, ldn, normalise_in_place))
-        self.barrier()
+        self.normalised(first, last, start)
         self.multiply(self.fc1, n, count, (h, self.hidden + PADDING), whole=True)
         self.barrier()
         self.multiply(self.fc2, h, count, (y, channels), (x, channels))
+        self.barrier()
+
+    def normalised(self, first: ir.Value, last: ir.Value, start: ir.Value) -> None:
+        """n of the units from ``first`` up to ``last``, in scratch memory."""
+        n, ldn = self.scratch, self.channels + PADDING
+
+        def normalise_in_place(u: ir.Value) -> None:
+            self.e.builder.call(self.normalise, [u, u, self.epsilon])
+
+        self.mine(first, last, lambda unit: self.convolve(unit, start, n, ldn, normalise_in_place))
         self.barrier()

@@ -1,4 +1,4 @@
-"""The backward of `grn_mlp` for each pixel, in two passes (`grn_passes`), as that of `mlp` in `mlp_bwd`.
+"""The backward of `grn_fwd` in training for each pixel, in two passes (`grn_passes`), as that of `mlp` in `mlp_bwd`.
 
     d = dz·w2     R_k = Σ_p d·h     N = G/m, m = mean G + ε     dγ = Σ_n N·R
     dG = (γ∘R − mean(γ∘R∘N))/m      dh = d∘f + h∘dG/G, where dG/G is 0 if G is      da = dh·GELU'(a)
@@ -27,7 +27,7 @@ class GrnMlpBwdSizes(MlpBwdSizes):
 
 
 class GrnMlpBwd(GrnPasses, MlpBwd, sizes=GrnMlpBwdSizes):
-    """Emits the kernel of `GrnMlpBwdSizes`; a sample is one image row, see `work_sharing.numbers_of_samples`."""
+    """Emits the kernel of `GrnMlpBwdSizes`, see `work_sharing.numbers_of_rows`."""
 
     end = staticmethod(store), 1
 

@@ -28,8 +28,8 @@ from .frozen_block import BlockSizes as BlockSizes
 from .gelu_rows import ElementwiseSizes as ElementwiseSizes
 from .gemm import UNROLL as UNROLL
 from .gemm import pack as pack
-from .grn_block import GrnBlockSizes as GrnBlockSizes
-from .grn_mlp import GrnMlpSizes as GrnMlpSizes
+from .grn_fwd import GrnBlockSizes as GrnBlockSizes
+from .grn_fwd import GrnMlpSizes as GrnMlpSizes
 from .grn_mlp_bwd import GrnMlpBwdSizes as GrnMlpBwdSizes
 from .layer_scale_bwd import LayerScaleSizes as LayerScaleSizes
 from .machine import AVX2, AVX512, NEEDED, Machine, compile_for, host_features, identity, load
@@ -38,10 +38,10 @@ from .mlp_bwd import MlpBwdSizes as MlpBwdSizes
 from .packing import PackSizes as PackSizes
 from .patchify import PatchSizes as PatchSizes
 from .weight_grad import WeightGradSizes as WeightGradSizes
-from .work_sharing import ENTRY, NUMBERS, THREAD_FUNCTIONS, numbers, numbers_of_rows, numbers_of_samples, scratch_rows
+from .work_sharing import ENTRY, NUMBERS, THREAD_FUNCTIONS, numbers, numbers_of_rows, scratch_rows
 from .work_sharing import PADDING as PADDING
 from .work_sharing import WIDE_WEIGHT as WIDE_WEIGHT
-from .work_sharing import rows_of_chunk as rows_of_chunk
+from .work_sharing import units_of_rows as units_of_rows
 
 MOST = 256
 """Compiled kernels that are kept in memory; those that have not run for longest go first."""
@@ -112,27 +112,15 @@ def memory(count: int) -> Tensor:
     return torch.empty(count, dtype=torch.float32, device="cpu")
 
 
-def run_rows(machine: Machine, sizes: Any, rows: int, eps: float, *addresses: int) -> None:
-    """Run a kernel on independent rows; ``addresses``: all except that of the scratch buffer, which comes last."""
-    chunk = rows_of_chunk(machine, sizes.channels * sizes.hidden, rows)
-    _run_chunks(machine, sizes, numbers_of_rows(rows, chunk, eps, torch.get_num_threads()), addresses)
+def run_rows(machine: Machine, sizes: Any, samples: int, rows: int, eps: float, *addresses: int) -> None:
+    """Run a kernel without a convolution on samples of ``rows`` each, or on independent rows as one sample.
 
-
-def run_samples(machine: Machine, sizes: Any, samples: int, pixels: int, eps: float, *addresses: int) -> None:
-    """Run a kernel on the rows of samples, ``pixels`` each; addresses as of `run_rows`."""
-    weight, threads = sizes.channels * sizes.hidden, torch.get_num_threads()
-    _run_chunks(machine, sizes, numbers_of_samples(machine, samples, pixels, weight, eps, threads), addresses)
-
-
-def _run_chunks(machine: Machine, sizes: Any, given: dict[str, int], addresses: Sequence[int]) -> None:
-    rows = scratch_rows(machine, given["unit"], given["units"])
-    scratch = memory(torch.get_num_threads() * rows * sizes.row)
+    addresses: all except that of the scratch buffer, which comes last.
+    """
+    threads = torch.get_num_threads()
+    given = numbers_of_rows(machine, samples, rows, sizes.channels * sizes.hidden, eps, threads)
+    scratch = memory(threads * scratch_rows(machine, given["unit"], given["units"]) * sizes.row)
     run(machine, sizes, *addresses, scratch.data_ptr(), *(given[name] for name in NUMBERS))
-
-
-def units_of(pixels: int) -> int:
-    """Units of work of a sample."""
-    return numbers(1, (1, pixels), (1, pixels), 0.0, 1)["pieces"]
 
 
 class Launch:

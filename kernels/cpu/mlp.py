@@ -45,7 +45,7 @@ def store_both(e: Emitter, z: ir.Value, places: Sequence[ir.Value]) -> None:
 
 
 class Mlp(ParallelKernel, sizes=MlpSizes):
-    """Emits the kernel of `MlpSizes`; its pixels are one image row, see `work_sharing.numbers_of_rows`."""
+    """Emits the kernel of `MlpSizes`; its pixels are one sample, see `work_sharing.numbers_of_rows`."""
 
     def __init__(self, machine: Machine, sizes: MlpSizes):
         super().__init__(machine, sizes)

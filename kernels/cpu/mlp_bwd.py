@@ -55,7 +55,7 @@ def through_gelu(e: Emitter, dh: ir.Value, places: Sequence[ir.Value]) -> None:
 
 
 class MlpBwd(ParallelKernel, sizes=MlpBwdSizes):
-    """Emits the kernel of `MlpBwdSizes`; its pixels are one image row, see `work_sharing.numbers_of_rows`."""
+    """Emits the kernel of `MlpBwdSizes`; its pixels are one sample, see `work_sharing.numbers_of_rows`."""
 
     end: tuple[Epilogue, int] = staticmethod(through_gelu), 3
 

@@ -1,9 +1,11 @@
 """How threads share the rows of an image, and a matrix product over what one of them holds.
 
 An image row is cut into units, so that a chunk of a wide image is a part of a row, and of a narrow one several rows; a
-chunk has about 56 pixels. Threads share the units where there are enough of them, and none waits for another, but
-between the passes of a V2 block; else all work on each chunk together: they share its units, then the columns of each
-product, with a barrier between the steps.
+chunk has about 56 pixels. A kernel without a convolution needs no image rows: its units are one or two tiles of a
+product, or half a tile where there are few rows. Threads share the units where there are enough of them, and none waits
+for another, but between the passes of a V2 block: a thread that waits for one that another process keeps from running
+loses a time slice. Else all work on each chunk together: they share its units, then the columns of each product, with a
+barrier between the steps.
 Either way an element of the result is computed by the same instructions in the same order, whatever the batch and the
 number of threads.
 """
@@ -40,6 +42,7 @@ WIDE_WEIGHT = 1 << 20
 _CHUNK_PIXELS = 56
 _WIDEST_UNIT = 64
 _LEAST_PIXELS = 64  # of a thread's own; with fewer, threads share columns
+_EVEN = 12  # units of rows: so many are shared evenly enough
 
 
 def numbers(samples: int, image: tuple[int, int], result: tuple[int, int], eps: float, threads: int) -> dict[str, int]:
@@ -63,31 +66,31 @@ def numbers(samples: int, image: tuple[int, int], result: tuple[int, int], eps: 
     }
 
 
-def rows_of_chunk(machine: Machine, weight: int, rows: int) -> int:
-    """Rows of a chunk of a kernel on independent rows, whose weights have ``weight`` elements each: whole tiles.
+def unit_of_rows(machine: Machine, rows: int) -> int:
+    """Rows of a unit of a kernel without a convolution, for samples of ``rows`` each: two tiles, or less if threads
+    could not share such units evenly."""
+    tile = machine.rows
+    return next((unit for unit in (2 * tile, tile) if rows >= _EVEN * unit), tile // 2)
 
-    Small chunks where there are few rows to share. Large ones where the weights fill the last level of cache: each
-    chunk reads them once.
+
+def units_of_rows(machine: Machine, rows: int) -> int:
+    """Units of a sample of ``rows``."""
+    return -(-rows // unit_of_rows(machine, rows))
+
+
+def numbers_of_rows(machine: Machine, samples: int, rows: int, weight: int, eps: float, threads: int) -> dict[str, int]:
+    """``NUMBERS`` for a kernel without a convolution, whose weights have ``weight`` elements each.
+
+    Chunks are large where the weights fill the last level of cache, for each chunk reads them once.
     """
-    most = 7 if weight >= WIDE_WEIGHT else 4
-    tiles = next((tiles for tiles in (most, 2) if rows >= 4 * tiles * machine.rows), 1)
-    return tiles * machine.rows
-
-
-def numbers_of_rows(rows: int, chunk: int, eps: float, threads: int) -> dict[str, int]:
-    """``NUMBERS`` for independent rows, ``chunk`` at a time."""
-    chunks = -(-rows // chunk)
-    uneven = chunks < 4 * threads and chunks % threads > 0
-    shares = {"unit": chunk, "units": 1, "pieces": chunks, "split_columns": int(uneven)}
-    return numbers(1, (1, rows), (1, rows), eps, threads) | shares
-
-
-def numbers_of_samples(
-    machine: Machine, samples: int, pixels: int, weight: int, eps: float, threads: int
-) -> dict[str, int]:
-    """``NUMBERS`` for samples of a number of pixels, each one image row, in chunks of about `rows_of_chunk`."""
-    given, rows = numbers(samples, (1, pixels), (1, pixels), eps, threads), samples * pixels
-    return given | {"units": max(given["units"], rows_of_chunk(machine, weight, rows) // given["unit"])}
+    unit = unit_of_rows(machine, rows)
+    shares = {
+        "unit": unit,
+        "pieces": units_of_rows(machine, rows),
+        "units": (8 if weight >= WIDE_WEIGHT else 4) * machine.rows // unit,
+        "split_columns": int(2 * samples * rows < threads * machine.rows),  # not half a tile for each
+    }
+    return numbers(samples, (1, rows), (1, rows), eps, threads) | shares
 
 
 def scratch_rows(machine: Machine, unit: int, units: int) -> int:

@@ -100,12 +100,8 @@ class Mlp(NamedTuple):
         """The linear layers in ``dtype``."""
         return self._replace(**{name: getattr(self, name).to(dtype) for name in ("w1", "b1", "w2", "b2")})
 
-    def forward(self, n: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
-        """residual + scale·γ·(act(n·w1ᵀ + b1)·w2ᵀ + b2) for rows of n in T and of the residual in R; scale: (P, 1)."""
-        return self.second(linear(n, self.w1, self.b1, self.act), residual, scale)
-
     def second(self, h: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
-        """The same from h on."""
+        """residual + scale·γ·(h·w2ᵀ + b2) for rows of h in T and of the residual in R; scale: (P, 1)."""
         gamma, adds = self.gamma, residual is not None and self.gamma is None and scale is None
         if adds and onednn.supports(h) and onednn.supports(residual):
             return onednn.linear_add(h, self.w2, self.b2, residual)

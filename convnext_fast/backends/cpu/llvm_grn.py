@@ -54,8 +54,3 @@ class V2Launch:
         h[-self.tail :].zero_()  # as of `Launch.wants_zeros`
         for place, launch in self.parts:
             launch.start(x + place, y + place, (*weights, h.data_ptr(), squares.data_ptr()), scratch)()
-
-    def __call__(self, x: Tensor, y: Tensor, weights: Sequence[int]) -> Tensor:
-        """y, filled, for x; both contiguous."""
-        launchers().run_sequence([(self, weights)], [x.data_ptr(), y.data_ptr()])
-        return y

@@ -1,7 +1,8 @@
 """`mlp.mlp_fwd` and `mlp_bwd`, LayerNorm and the pointwise MLP in training, as kernels of our own for an x86 CPU.
 
 Each step packs the weights again, with γ in them. The backward is one kernel for the pixels of a block of rows, which
-writes the operands of the weight gradients, and one for each of the two weight gradients.
+writes the operands of the weight gradients, and one for each of the two weight gradients. With a global response norm,
+blocks are of whole samples, and each kernel makes two passes over a block.
 
 P pixels, C channels, K hidden units; everything is float32.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from . import llvm, onednn
 from .aten_layers import Mlp, Norm, row_blocks
 from .llvm import dense
+from .response_norm import ResponseNorm
 
 _MOST_ROWS, _BLOCK_BYTES = 4096, 32 << 20
 """Limits of a block in the backward: its n, dz, h and da stay near the last-level cache."""
@@ -24,10 +26,8 @@ _LEAST_ROWS_OF_WIDE = 384
 """The least rows with which the forward of a wide layer is worth packing its weights, which are not in the cache."""
 
 
-def machine_for(
-    rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None, grn: tuple[Tensor | None, ...] | None = None
-) -> Any:
-    """The machine of the kernels, with ``grn`` of `llvm_grn_mlp`; None if not supported.
+def machine_for(rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None, grn: ResponseNorm | None = None) -> Any:
+    """The machine of the kernels; None if not supported.
 
     rows: x, and the residual or dy and a.
     """
@@ -44,76 +44,76 @@ def forward_pays(rows: int, mlp: Mlp) -> bool:
     return mlp.w1.numel() < llvm.launchers().WIDE_WEIGHT or rows >= _LEAST_ROWS_OF_WIDE
 
 
-def mlp_fwd(machine, x, residual, norm, mlp, scale, save_hidden, overwrite) -> tuple[Tensor, Tensor | None]:
+def mlp_fwd(
+    machine, x, residual, norm, mlp, grn, scale, save_hidden, overwrite
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `mlp.mlp_fwd`, whose arguments it takes; scale: (P, 1)."""
-    hidden, channels = mlp.w1.shape
+    kernels, (hidden, channels) = llvm.launchers(), mlp.w1.shape
     y = x if overwrite else torch.empty_like(x)
     a = x.new_empty(len(x), hidden) if save_hidden else None
     b2 = mlp.b2 if mlp.gamma is None else mlp.b2 * mlp.gamma
     w1, w2 = pack(machine, mlp.w1, None, True), pack(machine, mlp.w2, mlp.gamma, True)
-    kernels = llvm.launchers()
-    sizes = kernels.MlpSizes(channels, hidden, save_hidden, scale is not None)
-    given = x, residual, y, a, dense(scale), *affine(x, norm), w1, dense(mlp.b1), w2, dense(b2)
-    kernels.run_rows(machine, sizes, len(x), norm.eps, *addresses(given))
-    return y, a
+    given = *affine(x, norm), w1, dense(mlp.b1), w2, dense(b2)
+    pixels, flags = (x, residual, y, a, dense(scale)), (channels, hidden, save_hidden, scale is not None)
+    if grn is None:
+        sizes = kernels.MlpSizes(*flags)
+        kernels.run_rows(machine, sizes, 1, len(x), norm.eps, *addresses((*pixels, *given)))
+        return y, a, None
+    norms, blocks = x.new_empty(len(x) // grn.pixels, hidden), grn.blocks(len(x), 8 * hidden)  # as of frozen blocks
+    given += _response(grn)
+    h = x.new_empty(blocks[0].stop + machine.rows, hidden + kernels.PADDING)
+    squares = x.new_empty(grn.samples(blocks[0]).stop * kernels.units_of_rows(machine, grn.pixels), hidden)
+    for rows in blocks:
+        own, sizes = norms[grn.samples(rows)], kernels.GrnMlpSizes(*flags)
+        tensors = *(None if t is None else t[rows] for t in pixels), *given, own, h, squares
+        kernels.run_rows(machine, sizes, len(own), grn.pixels, norm.eps, *addresses(tensors))
+    return y, a, norms
 
 
-class Operands:
-    """The gradients of x and of the weights, and the operands of the latter, of a block of at most ``rows``."""
-
-    def __init__(self, machine: Any, x: Tensor, channels: int, hidden: int, rows: int):
-        self.machine, self.channels, self.totals = machine, channels, []
-        padding, room = llvm.launchers().PADDING, rows + machine.rows  # the last tile reads them
-        n, dz = x.new_empty(2, room, channels + padding)
-        h, da = x.new_empty(2, room, hidden + padding)
-        self.padded = n, dz, h, da
-        self.dx, self.dw1, self.dw2 = torch.empty_like(x), x.new_empty(hidden, channels), x.new_empty(channels, hidden)
-
-    def add(self, sums: Tensor, rows: slice) -> None:
-        """Add a block, whose kernel has run, to the gradients of the weights."""
-        self.totals.append(sums.sum(0))
-        (n, dz, h, da), kernels = self.padded, llvm.launchers()
-        for left, right, out in ((dz, h, self.dw2), (da, n, self.dw1)):
-            sizes, adds = kernels.WeightGradSizes(*out.shape), int(rows.start > 0)
-            kernels.run(self.machine, sizes, *addresses((left, right, out)), rows.stop - rows.start, adds)
-
-    def results(self, norm: Norm) -> tuple[Tensor | None, ...]:
-        """(dw2, without γ, dw1, db1, Σ dz, dg, dβ)."""
-        parts = torch.stack(self.totals).sum(0).split((len(self.dw1), *[self.channels] * 3))
-        # Results of an operator share no memory.
-        db1, t, dg, dbeta = (part.clone() for part in parts)
-        dg, dbeta = (None if p is None else d for p, d in ((norm.weight, dg), (norm.bias, dbeta)))
-        return self.dw2, self.dw1, db1, t, dg, dbeta
-
-
-def weights_of_backward(machine: Any, x: Tensor, a: Tensor | None, norm: Norm, mlp: Mlp) -> tuple[Tensor | None, ...]:
-    """The arguments of the backward's kernel from LayerNorm's affine on."""
+def mlp_bwd(machine, dy, x, a, norm, mlp, grn, scale) -> tuple[Tensor | None, ...]:
+    """As `mlp.mlp_bwd`, whose arguments it takes; scale: (P, 1). The norms of ``grn`` are computed again."""
+    kernels, (hidden, channels) = llvm.launchers(), mlp.w1.shape
     w1 = pack(machine, mlp.w1, None, True) if a is None else None
     weights = w1, mlp.b1, pack(machine, mlp.w2, mlp.gamma, False), pack(machine, mlp.w1, None, False)
-    return *affine(x, norm), *map(dense, weights), x.new_zeros(max(mlp.w1.shape))
-
-
-def mlp_bwd(machine, dy, x, a, norm, mlp, scale) -> tuple[Tensor | None, ...]:
-    """As `mlp.mlp_bwd`, whose arguments it takes; scale: (P, 1)."""
-    kernels, (hidden, channels) = llvm.launchers(), mlp.w1.shape
-    given = weights_of_backward(machine, x, a, norm, mlp)
-    sizes, scale = kernels.MlpBwdSizes(channels, hidden, a is not None, scale is not None), dense(scale)
-    row_bytes = 2 * (channels + hidden + 2 * kernels.PADDING) * x.element_size()
-    blocks = row_blocks(len(x), row_bytes, _MOST_ROWS, _BLOCK_BYTES)
-    operands = Operands(machine, x, channels, hidden, blocks[0].stop)
+    given = *affine(x, norm), *map(dense, weights), x.new_zeros(max(hidden, channels))
+    row_bytes, scale = 8 * (channels + hidden + 2 * kernels.PADDING), dense(scale)
+    if grn is None:
+        kind, blocks = kernels.MlpBwdSizes, row_blocks(len(x), row_bytes, _MOST_ROWS, _BLOCK_BYTES)
+    else:
+        kind, blocks, given = kernels.GrnMlpBwdSizes, grn.blocks(len(x), row_bytes), (*given, *_response(grn))
+    sizes = kind(channels, hidden, a is not None, scale is not None)
+    # The operands of the weight gradients; the last tile reads rows beyond the last pixel.
+    room = blocks[0].stop + machine.rows
+    n, dz = x.new_empty(2, room, channels + kernels.PADDING)
+    h, da = x.new_empty(2, room, hidden + kernels.PADDING)
+    dx, dw1, dw2 = torch.empty_like(x), x.new_empty(hidden, channels), x.new_empty(channels, hidden)
+    totals, d_response = [], []
     for rows in blocks:
         count = rows.stop - rows.start
-        chunks = -(-count // kernels.rows_of_chunk(machine, channels * hidden, count))
-        sums = x.new_empty(chunks, hidden + 3 * channels)
-        pixels = (None if t is None else t[rows] for t in (dy, x, a, scale, operands.dx))
-        kernels.run_rows(machine, sizes, count, norm.eps, *addresses((*pixels, *operands.padded, sums, *given)))
-        operands.add(sums, rows)
-    e, dw1, db1, t, dg, dbeta = operands.results(norm)
+        samples, of_sample = (1, count) if grn is None else (count // grn.pixels, grn.pixels)
+        units = samples * kernels.units_of_rows(machine, of_sample)
+        sums = x.new_empty(units, hidden + 3 * channels)
+        pixels = (None if t is None else t[rows] for t in (dy, x, a, scale, dx))
+        own = () if grn is None else (x.new_empty(samples, hidden), x.new_empty(units, 3, hidden))
+        tensors = *pixels, n, dz, h, da, sums, *given, *own
+        kernels.run_rows(machine, sizes, samples, of_sample, norm.eps, *addresses(tensors))
+        totals.append(sums.sum(0))
+        if grn is not None:
+            d_response.append(torch.stack((own[0].sum(0), own[1][:, 2].sum(0))))
+        for left, right, out in ((dz, h, dw2), (da, n, dw1)):
+            gradient = kernels.WeightGradSizes(*out.shape)
+            kernels.run(machine, gradient, *addresses((left, right, out)), count, int(rows.start > 0))
+    # Results of an operator share no memory.
+    parts = torch.stack(totals).sum(0).split((hidden, *[channels] * 3))
+    db1, db2, dg, dbeta = (part.clone() for part in parts)
+    results = dx, None if norm.weight is None else dg, None if norm.bias is None else dbeta, dw1, db1, dw2
+    if grn is not None:
+        return *results, db2, None, *(part.clone() for part in torch.stack(d_response).sum(0))
     if mlp.gamma is None:
-        return operands.dx, dg, dbeta, dw1, db1, e, t, None
+        return *results, db2, None, None, None
     dot, w2, gamma = x.new_empty(channels), dense(mlp.w2), dense(mlp.gamma)
-    kernels.run(machine, kernels.LayerScaleSizes(channels, hidden), *addresses((e, w2, gamma, dot)))
-    return operands.dx, dg, dbeta, dw1, db1, e, t * gamma, dot.addcmul_(mlp.b2, t)
+    kernels.run(machine, kernels.LayerScaleSizes(channels, hidden), *addresses((dw2, w2, gamma, dot)))
+    return *results, db2 * gamma, dot.addcmul_(mlp.b2, db2), None, None
 
 
 def pack(machine: Any, weight: Tensor, scale: Tensor | None, transposed: bool) -> Tensor:
@@ -130,6 +130,11 @@ def affine(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     weight = x.new_ones(x.shape[1]) if norm.weight is None else norm.weight
     bias = x.new_zeros(x.shape[1]) if norm.bias is None else norm.bias
     return dense(weight), dense(bias)
+
+
+def _response(grn: ResponseNorm) -> tuple[Tensor, Tensor]:
+    """γ and β of the response norm, 0 where there is no β."""
+    return dense(grn.gamma), grn.gamma.new_zeros(len(grn.gamma)) if grn.beta is None else dense(grn.beta)
 
 
 def addresses(tensors: tuple[Tensor | None, ...]) -> list[int]:

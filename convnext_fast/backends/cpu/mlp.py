@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import llvm_grn_mlp, llvm_mlp
+from . import llvm_mlp
 from .aten_layers import Mlp, Norm, activation, activation_and_bwd_, linear, row_blocks, sum_dtype
 from .response_norm import ResponseNorm
 
@@ -33,9 +33,7 @@ def mlp_fwd(
     machine = None if residual is None else llvm_mlp.machine_for((x, residual), mlp, norm, grn)
     scale = row_scale(drop_scale, x)
     if machine is not None and llvm_mlp.forward_pays(len(x), mlp):
-        if grn is not None:
-            return llvm_grn_mlp.grn_mlp_fwd(machine, x, residual, norm, mlp, grn, scale, save_hidden)
-        return *llvm_mlp.mlp_fwd(machine, x, residual, norm, mlp, scale, save_hidden, overwrite), None
+        return llvm_mlp.mlp_fwd(machine, x, residual, norm, mlp, grn, scale, save_hidden, overwrite)
     hidden, channels = mlp.w1.shape
     mlp, row_bytes, norms, into_weight = mlp.to(x.dtype), hidden * x.element_size(), None, False
     if grn is None:
@@ -82,9 +80,7 @@ def mlp_bwd(
     scale = row_scale(drop_scale, x)
     machine = llvm_mlp.machine_for((dy, x, a), mlp, norm, grn)
     if machine is not None:
-        if grn is not None:
-            return llvm_grn_mlp.grn_mlp_bwd(machine, dy, x, a, norm, mlp, grn, scale)
-        return *llvm_mlp.mlp_bwd(machine, dy, x, a, norm, mlp, scale), None, None
+        return llvm_mlp.mlp_bwd(machine, dy, x, a, norm, mlp, grn, scale)
     dtype, wide, row_bytes = x.dtype, sum_dtype(x.dtype), len(mlp.w1) * x.element_size()
     original, mlp = mlp, mlp.to(dtype)
     dw1 = db1 = e = t = dg = dbeta = d_response = d_response_bias = d_gamma = None

@@ -12,7 +12,7 @@ from convnext_fast.kernels.cpu import launching
 from convnext_fast.kernels.cpu.machine import AVX2, AVX512
 from frozen_support import frozen_v2_weights, frozen_weights
 
-from convnext_fast.backends.cpu import llvm, llvm_grn, llvm_grn_mlp, llvm_mlp
+from convnext_fast.backends.cpu import llvm, llvm_grn, llvm_mlp
 from convnext_fast.backends.cpu.aten_layers import Mlp, Norm
 from convnext_fast.backends.cpu.response_norm import ResponseNorm
 
@@ -125,13 +125,11 @@ def rows_alone(machine, rows, channels, hidden, scaled, saves, samples=0):
     scale = torch.rand(rows, 1) if scaled else None
 
     def step():
-        if samples:
-            v2 = norm, mlp._replace(gamma=None), ResponseNorm(*torch.ones(2, hidden), rows // samples), scale
-            y, a, norms = llvm_grn_mlp.grn_mlp_fwd(machine, u, residual, *v2, saves)
-            grads = llvm_grn_mlp.grn_mlp_bwd(machine, dy, u, a, *v2)
-            return [y, norms, *(grad for grad in grads if grad is not None)]
-        y, a = llvm_mlp.mlp_fwd(machine, u, residual, norm, mlp, scale, saves, overwrite=False)
-        return [y, *llvm_mlp.mlp_bwd(machine, dy, u, a, norm, mlp, scale)]
+        grn = ResponseNorm(*torch.ones(2, hidden), rows // samples) if samples else None
+        weights = norm, mlp._replace(gamma=None) if samples else mlp, grn, scale
+        y, a, norms = llvm_mlp.mlp_fwd(machine, u, residual, *weights, saves, overwrite=False)
+        grads = llvm_mlp.mlp_bwd(machine, dy, u, a, *weights)
+        return [result for result in (y, norms, *grads) if result is not None]
 
     expected = step()
     plain = llvm_mlp.addresses, launching.run, launching.memory

@@ -11,7 +11,7 @@ from test_llvm_mlp import check_results, orders, parameters
 
 from convnext_fast import ConvNext, ConvNextV2Config
 from convnext_fast.backends import reference
-from convnext_fast.backends.cpu import llvm, llvm_grn_mlp, llvm_mlp, response_norm
+from convnext_fast.backends.cpu import llvm, llvm_mlp, response_norm
 from convnext_fast.backends.cpu.mlp import row_scale
 from convnext_fast.backends.cpu.response_norm import ResponseNorm
 
@@ -48,10 +48,10 @@ def plain(dtype, dy, u, residual, norm, mlp, grn, scale):
 
 def ours(machine, dy, u, residual, norm, mlp, grn, scale, saves):
     scale = row_scale(scale, u)
-    y, a, norms = llvm_grn_mlp.grn_mlp_fwd(machine, u, residual, norm, mlp, grn, scale, saves)
+    y, a, norms = llvm_mlp.mlp_fwd(machine, u, residual, norm, mlp, grn, scale, saves, overwrite=False)
     assert (a is not None) == saves
     assert norms.shape == (len(u) // grn.pixels, len(mlp.w1))
-    return [y, *llvm_grn_mlp.grn_mlp_bwd(machine, dy, u, a, norm, mlp, grn, scale)]
+    return [y, *llvm_mlp.mlp_bwd(machine, dy, u, a, norm, mlp, grn, scale)]
 
 
 def eager(order, dy, u, residual, *rest):
@@ -158,9 +158,9 @@ def test_models_in_training_run_them(serving, recompute, monkeypatch):
     model, called, grads = ConvNext(config), [], []
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter.data, std=0.5 if "grn" in name else 0.2)
-    for name in ("grn_mlp_fwd", "grn_mlp_bwd"):
-        real = getattr(llvm_grn_mlp, name)
-        monkeypatch.setattr(llvm_grn_mlp, name, lambda *a, r=real, n=name: called.append(n) or r(*a))
+    for name in ("mlp_fwd", "mlp_bwd"):
+        real = getattr(llvm_mlp, name)
+        monkeypatch.setattr(llvm_mlp, name, lambda *a, r=real, n=name: called.append(n) or r(*a))
     if not serving:
         monkeypatch.setattr(llvm, "machine_for", lambda *_: None)
     x = torch.randn(2, 3, 32, 40)

@@ -41,9 +41,9 @@ def plain(dtype, dy, u, residual, norm, mlp, scale):
 
 
 def ours(machine, dy, u, residual, norm, mlp, scale, saves):
-    y, a = llvm_mlp.mlp_fwd(machine, u, residual, norm, mlp, scale, saves, overwrite=False)
+    y, a, _ = llvm_mlp.mlp_fwd(machine, u, residual, norm, mlp, None, scale, saves, overwrite=False)
     assert (a is not None) == saves
-    return [y, *llvm_mlp.mlp_bwd(machine, dy, u, a, norm, mlp, scale)]
+    return [y, *llvm_mlp.mlp_bwd(machine, dy, u, a, norm, mlp, None, scale)[:8]]
 
 
 def eager(order, dy, u, residual, norm, mlp, scale):
@@ -146,7 +146,7 @@ def test_memory_of_the_backward_does_not_depend_on_the_batch(channels, rows):
     norm, mlp = parameters(channels, 2 * channels)
     dy, u = torch.randn(2, rows, channels)
     with Memory({u.shape, mlp.w1.shape, mlp.w2.shape}) as memory:
-        llvm_mlp.mlp_bwd(AVX2, dy, u, None, norm, mlp, None)
+        llvm_mlp.mlp_bwd(AVX2, dy, u, None, norm, mlp, None, None)
     assert 1 << 20 < memory.largest < 32 << 20
 
 
@@ -200,8 +200,8 @@ def test_weights_are_packed_as_for_frozen_models(machine, shape):
 def test_the_result_may_take_the_place_of_u(machine, scaled):
     (u, residual), (norm, mlp) = torch.randn(2, 130, 32), parameters(32, 64)
     scale = torch.rand(130, 1) if scaled else None
-    expected, _ = llvm_mlp.mlp_fwd(machine, u, residual, norm, mlp, scale, False, overwrite=False)
-    y, _ = llvm_mlp.mlp_fwd(machine, u, residual, norm, mlp, scale, False, overwrite=True)
+    expected, *_ = llvm_mlp.mlp_fwd(machine, u, residual, norm, mlp, None, scale, False, overwrite=False)
+    y, *_ = llvm_mlp.mlp_fwd(machine, u, residual, norm, mlp, None, scale, False, overwrite=True)
     assert y.data_ptr() == u.data_ptr()
     assert torch.equal(y, expected)
 
@@ -272,7 +272,7 @@ def test_both_ways_with_factors_of_samples(serving, saves, samples, monkeypatch)
 @pytest.mark.parametrize(("channels", "rows", "pays"), [(512, 383, False), (512, 384, True), (504, 1, True)])
 def test_a_wide_layer_is_packed_only_for_many_rows(channels, rows, pays, monkeypatch):
     called = []
-    monkeypatch.setattr(llvm_mlp, "mlp_fwd", lambda *_: called.append(1) or (None, None))
+    monkeypatch.setattr(llvm_mlp, "mlp_fwd", lambda *_: called.append(1) or (None, None, None))
     x, (norm, mlp) = torch.randn(rows, channels), parameters(channels, 4 * channels)
     cpu_mlp.mlp_fwd(x, x, norm, mlp, None, None)
     assert bool(called) is pays
