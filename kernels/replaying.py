@@ -45,13 +45,15 @@ def replayed(function: Function, composed: bool = False) -> Function:
     Its arguments are tensors, None, numbers, strings, dtypes and tuples of these. It returns a tensor, or a tuple of
     tensors and None, and reads no value of a tensor on the host. ``call.calls`` is what is remembered of it.
 
-    composed: the function only allocates and calls other replayed functions, which is nearly as fast: it is recorded
-    when a kind of call comes for the second time, so that a new size takes less.
+    composed: the function only allocates and calls other replayed functions: within another composed function it is
+    called as it is written.
     """
     calls = Calls(function, composed)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
+        if launch_hook.recording is not None:
+            return calls.within(launch_hook.recording, args)
         results = NotImplemented if calls.repeat is None else calls.repeat(calls.native, args)
         return calls.run(args) if results is NotImplemented else results
 
@@ -66,7 +68,7 @@ class Calls:
     """What is remembered of the calls of one function, by their `description`.
 
     Attributes:
-        kinds: for each kind of call its plan; None where there can be none; ``...`` where it is still to be recorded.
+        kinds: for each kind of call its plan; None where there can be none.
         native: the plans that C repeats.
     """
 
@@ -78,36 +80,35 @@ class Calls:
 
     def run(self, args: tuple) -> Any:
         """The results of any call."""
-        if self._composed and launch_hook.recording is not None:
-            return self.function(*args)  # a part of another composed function, whose plan has these launches itself
         kind = description(args)
         plan = None if kind is None else self.kinds.get(kind, NotImplemented)
-        if plan is NotImplemented and self._composed:
-            self._keep(kind, ...)
-            plan = None
-        elif plan in (NotImplemented, ...):
+        if plan is NotImplemented:
             with _RECORDING, current(args[0]):
                 plan = self.kinds.get(kind, NotImplemented)  # another thread may have been first
-                if plan in (NotImplemented, ...):
+                if plan is NotImplemented:
                     plan = self._record(kind, args)
         if plan is None:
             return self.function(*args)
-        if launch_hook.recording is not None:
-            return launch_hook.recording.include(plan, args)
         with current(args[0]):
             return self._repeat(kind, plan, args)
+
+    def within(self, recording: Any, args: tuple) -> Any:
+        """The results of a call that another one makes while it is recorded."""
+        kind = None if self._composed else _key(args)
+        plan = None if kind is None else self.kinds.get(kind, NotImplemented)
+        if plan is NotImplemented:
+            plan = self._record(kind, args)
+        return self.function(*args) if plan is None else recording.include(plan, args)
 
     def _record(self, kind: Hashable, args: tuple) -> Plan | None:
         if autotuning.ENABLED and launch_hook.recording is None:
             self.function(*args)  # measures, which a recording cannot
-        plan = record(self.function, args)
-        self._keep(kind, plan)
-        return plan
-
-    def _keep(self, kind: Hashable, plan: Any) -> None:
+        module = native_plan.library()
+        plan = record(self.function, args, module and module.keys(args))
         if len(self.kinds) >= MOST:
             self.forget()
         self.kinds[kind] = plan
+        return plan
 
     def _repeat(self, kind: Hashable, plan: Plan, args: tuple) -> Any:
         """C finds no plan for this call, or may not repeat it: launch hooks are set, or another device was current."""
@@ -132,8 +133,10 @@ def description(args: tuple) -> Hashable | None:
     Where there is a C compiler this is C's own key. It does not mark negative views, whose memory holds other values:
     the caller resolves them.
     """
-    if not is_replayable(args[0]):
-        return None
+    return _key(args) if is_replayable(args[0]) else None
+
+
+def _key(args: tuple) -> Hashable | None:
     module = native_plan.library()
     key = module and module.key(args)
     return kind_of(args) if key is None else key
