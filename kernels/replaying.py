@@ -39,7 +39,7 @@ def is_replayable(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.version.hip is None and not torch._C._len_torch_dispatch_stack()
 
 
-def replayed(function: Function, composed: bool = False) -> Function:
+def replayed(function: Function, composed: bool = False, wait: int = 0) -> Function:
     """``function(tensor, ...)``, repeating earlier calls.
 
     Its arguments are tensors, None, numbers, strings, dtypes and tuples of these. It returns a tensor, or a tuple of
@@ -47,8 +47,10 @@ def replayed(function: Function, composed: bool = False) -> Function:
 
     composed: the function only allocates and calls other replayed functions: within another composed function it is
     called as it is written.
+    wait: how many calls of a kind are made as they are written before it is recorded. For a composed function of few
+    calls, whose plan saves little of each call, so that a size that comes seldom takes less.
     """
-    calls = Calls(function, composed)
+    calls = Calls(function, composed, wait)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -68,12 +70,13 @@ class Calls:
     """What is remembered of the calls of one function, by their `description`.
 
     Attributes:
-        kinds: for each kind of call its plan; None where there can be none.
+        kinds: for each kind of call its plan; None where there can be none; a number while its recording waits.
         native: the plans that C repeats.
+        wait: see `replayed`.
     """
 
-    def __init__(self, function: Callable, composed: bool = False):
-        self.function, self._composed = function, composed
+    def __init__(self, function: Callable, composed: bool = False, wait: int = 0):
+        self.function, self._composed, self.wait = function, composed, wait
         self.kinds: dict[Hashable, Any] = {}
         self.native: dict[Hashable, Any] = {}
         self.repeat: Callable[[dict[Hashable, Any], tuple], Any] | None = None  # C's, once there is a plan for it
@@ -82,15 +85,23 @@ class Calls:
         """The results of any call."""
         kind = description(args)
         plan = None if kind is None else self.kinds.get(kind, NotImplemented)
-        if plan is NotImplemented:
+        if plan is NotImplemented or type(plan) is int:
             with _RECORDING, current(args[0]):
-                plan = self.kinds.get(kind, NotImplemented)  # another thread may have been first
-                if plan is NotImplemented:
-                    plan = self._record(kind, args)
+                plan = self._first(kind, args)
         if plan is None:
             return self.function(*args)
         with current(args[0]):
             return self._repeat(kind, plan, args)
+
+    def _first(self, kind: Hashable, args: tuple) -> Plan | None:
+        """The plan for one of the first calls; None for one that is made as it is written."""
+        left = self.kinds.get(kind, self.wait)
+        if type(left) is not int:
+            return left  # another thread was first
+        if left:
+            self._keep(kind, left - 1)
+            return None
+        return self._record(kind, args)
 
     def within(self, recording: Any, args: tuple) -> Any:
         """The results of a call that another one makes while it is recorded."""
@@ -105,10 +116,13 @@ class Calls:
             self.function(*args)  # measures, which a recording cannot
         module = native_plan.library()
         plan = record(self.function, args, module and module.keys(args))
-        if len(self.kinds) >= MOST:
+        self._keep(kind, plan)
+        return plan
+
+    def _keep(self, kind: Hashable, plan: Plan | int | None) -> None:
+        if len(self.kinds) >= MOST and kind not in self.kinds:
             self.forget()
         self.kinds[kind] = plan
-        return plan
 
     def _repeat(self, kind: Hashable, plan: Plan, args: tuple) -> Any:
         """C finds no plan for this call, or may not repeat it: launch hooks are set, or another device was current."""

@@ -226,6 +226,19 @@ def test_what_is_composed_is_one_plan_of_the_calls_of_others(device):
     assert not inner.calls.kinds
 
 
+def test_a_recording_that_waits(device):
+    """Each kind of call waits for itself, and calls as they are written do the same."""
+    step = replaying.replayed(scaled(Kernel()))
+    call = replaying.composed(lambda x, weight: step(x, weight), wait=2)
+    for times, plans in enumerate((0, 0, 1, 1), 1):
+        call(X, WEIGHT)
+        assert len(call.calls.native) == plans
+        assert len(device.launches) == 3 * times
+    call(X[:4], WEIGHT)
+    assert len(call.calls.native) == 1
+    assert len(step.calls.native) == 2
+
+
 def test_a_part_that_has_no_plan_is_made_as_it_is_written(device):
     copied = replaying.replayed(lambda x: x.clone())
 

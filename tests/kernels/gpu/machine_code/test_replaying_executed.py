@@ -130,6 +130,8 @@ def repeating(request, emulating, monkeypatch):
     monkeypatch.setattr(emulation, "run", with_tensors)
     monkeypatch.setattr(environment, "REQUEST", "triton")
     monkeypatch.setattr(replaying, "is_replayable", lambda tensor: True)
+    for function in (gpu.blocks_fwd, gpu.blocks_bwd):
+        monkeypatch.setattr(function.calls, "wait", 0)
     forget()
     with (
         emulating(arch=80),
