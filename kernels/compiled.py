@@ -32,8 +32,9 @@ def compiled(kernel: Any, args: tuple, meta: dict[str, Any]) -> Any:
         else value
         for value in args
     ]
-    constants = [(type(value), value if type(value) in _HASHED else id(value)) for value in meta.values()]
-    key = id(kernel), driver.active, driver.active.get_current_device(), *kinds, *meta, *constants
+    values = meta.values()
+    constants = [value if type(value) in _HASHED else id(value) for value in values]
+    key = id(kernel), driver.active, driver.active.get_current_device(), *kinds, *meta, *map(type, values), *constants
     found = _KNOWN.get(key)
     if found is None:
         made = kernel.run(*args, grid=(1,), warmup=True, **meta)

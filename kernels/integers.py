@@ -25,11 +25,11 @@ def next_power_of_2(n: int) -> int:
 
 def remembered(function: Function) -> Function:
     """`functools.lru_cache` that takes a compiler's symbolic integers too: they become plain ones, which is a guard."""
-    known = functools.lru_cache(MOST)(function)
+    known, symbolic = functools.lru_cache(MOST)(function), torch.SymInt
 
     @functools.wraps(function)
     def call(*args: object) -> object:
-        if torch.SymInt in map(type, args):
+        if symbolic in map(type, args):
             args = tuple(int(arg) if isinstance(arg, torch.SymInt) else arg for arg in args)
         return known(*args)
 

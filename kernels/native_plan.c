@@ -43,7 +43,7 @@ static struct {
 static PyTypeObject *tensor_type, *parameter_type, *recorded_type, *dtype_type;
 static Py_ssize_t tensor_offset; /* of the at::Tensor in a Python tensor */
 static PyObject *as_strided, *key_of_recorded, *precision, *dispatch_modes, *runtime_knobs;
-static PyObject *enter_hook_name, *exit_hook_name, *calls_name;
+static PyObject *enter_hook_name, *exit_hook_name, *calls_name, *key_name;
 
 /* ---- The key of a call ---- */
 
@@ -92,7 +92,11 @@ static int add_tensor(Call *call, PyObject *tensor) {
 
 /* What stands for a tensor in a recording has its part of the key, and no address. */
 static int add_recorded(Call *call, PyObject *value) {
-    PyObject *bytes = PyObject_CallOneArg(key_of_recorded, value);
+    PyObject *bytes = PyObject_GetAttr(value, key_name); /* None until it was asked for */
+    if (bytes == Py_None) {
+        Py_DECREF(bytes);
+        bytes = PyObject_CallOneArg(key_of_recorded, value);
+    }
     int unknown = !bytes || !PyBytes_Check(bytes) || add_bytes(call, PyBytes_AS_STRING(bytes), PyBytes_GET_SIZE(bytes));
     Py_XDECREF(bytes);
     PyErr_Clear();
@@ -152,6 +156,34 @@ static PyObject *key(PyObject *module, PyObject *arguments) {
     if (!PyTuple_Check(arguments)) return PyErr_Format(PyExc_TypeError, "key takes the tuple of a call's arguments");
     if (describe(&call, arguments)) Py_RETURN_NONE;
     return key_of(&call);
+}
+
+/* Appends to ``found`` the part of the key that each tensor among the values makes; 0, or -1. */
+static int add_keys(PyObject *found, Call *call, PyObject *values) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(values); i++) {
+        PyObject *value = PyTuple_GET_ITEM(values, i);
+        if (is_tensor(value) || Py_TYPE(value) == recorded_type) {
+            call->words = call->bases = 0;
+            PyObject *bytes = add_value(call, value) ? NULL : key_of(call);
+            int failed = !bytes || PyList_Append(found, bytes);
+            Py_XDECREF(bytes);
+            if (failed) return -1;
+        } else if (PyTuple_Check(value) && add_keys(found, call, value)) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+/* keys(arguments): those of a call's tensors, in order; None where one has none. */
+static PyObject *keys(PyObject *module, PyObject *arguments) {
+    Call call;
+    if (!PyTuple_Check(arguments)) return PyErr_Format(PyExc_TypeError, "keys takes the tuple of a call's arguments");
+    PyObject *found = PyList_New(0);
+    if (!found || !add_keys(found, &call, arguments)) return found;
+    Py_DECREF(found);
+    PyErr_Clear();
+    Py_RETURN_NONE;
 }
 
 /* ---- Plans ---- */
@@ -428,6 +460,7 @@ static PyObject *configure(PyObject *module, PyObject *arguments) {
 static PyMethodDef methods[] = {
     {"configure", configure, METH_VARARGS, NULL},
     {"key", key, METH_O, NULL},
+    {"keys", keys, METH_O, NULL},
     {"repeat", (PyCFunction)(void (*)(void))repeat, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
@@ -438,6 +471,7 @@ PyMODINIT_FUNC PyInit_native_plan(void) {
     enter_hook_name = PyUnicode_InternFromString("launch_enter_hook");
     exit_hook_name = PyUnicode_InternFromString("launch_exit_hook");
     calls_name = PyUnicode_InternFromString("calls");
+    key_name = PyUnicode_InternFromString("key");
     PyObject *module = PyModule_Create(&definition);
     if (!module || PyType_Ready(&PlanType) || PyModule_AddObject(module, "Plan", Py_NewRef(&PlanType)) ||
         PyModule_AddIntConstant(module, "MOST_BASES", MOST_BASES))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .copying import MOST_DIMENSIONS, copy
 from .launching import launch_hook
 
 
@@ -30,6 +31,12 @@ class Place(NamedTuple):
 
     memory: int
     offset: int
+
+
+@functools.lru_cache(4096)
+def start_of(memory: int) -> Place:
+    """Where a piece of memory begins."""
+    return Place(memory, 0)
 
 
 class RecordedTensor:
@@ -113,12 +120,18 @@ class RecordedTensor:
         return False
 
     def is_contiguous(self) -> bool:
-        return self.strides == dense(self.shape) or _on_meta(self, Tensor.is_contiguous)
+        expected = dense(self.shape)
+        return self.strides == expected or all(
+            side == 1 or step == other for side, step, other in zip(self.shape, self.strides, expected, strict=True)
+        )
 
     def contiguous(self) -> RecordedTensor:
-        if not self.is_contiguous():
-            raise UnrecordableError  # a copy
-        return self
+        if self.is_contiguous():
+            return self
+        if self.dim() > MOST_DIMENSIONS:
+            raise UnrecordableError
+        copy(self, new := self.new_empty(self.shape))
+        return new
 
     def view(self, *sizes: Any) -> RecordedTensor:
         shape = tuple(sizes[0]) if isinstance(sizes[0], tuple) else sizes
@@ -164,7 +177,8 @@ def _empty(*size: Any, dtype: torch.dtype | None = None, device: Any = None) -> 
 
 
 def _check_device(device: Any) -> None:
-    if device is not None and torch.device(device) != launch_hook.recording.device:
+    own = launch_hook.recording.device
+    if device is not None and device is not own and torch.device(device) != own:
         raise UnrecordableError
 
 

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +25,15 @@ from triton.runtime import driver
 
 from .compiled import compiled
 from .launching import PLAIN, launch_hook, with_scratch_memory
-from .recorded_tensor import Place, RecordedTensor, UnrecordableError, dense, function_of
+from .recorded_tensor import Place, RecordedTensor, UnrecordableError, dense, function_of, start_of
 
 _REAL = frozenset(PLAIN)
 TENSORS = _REAL | {RecordedTensor}
+_RETURNED = frozenset((RecordedTensor, type(None)))
 _ALIGNMENT = 512  # bytes, as CUDA's allocator gives: no kernel asks for more
+_MOST = 16384
+_GIVEN: dict[tuple, RecordedTensor] = {}
+"""What stands for tensors of calls, by number and key: most calls of a new size have the weights of others."""
 
 
 class Address(int):
@@ -133,13 +137,18 @@ def leaves(args: tuple) -> Iterator[Any]:
 
 def tensors(args: tuple) -> list[Tensor]:
     """The tensors among the arguments and in their tuples, in order."""
-    found = []
+    found: list[Tensor] = []
     for arg in args:
         if type(arg) in TENSORS:
             found.append(arg)
         elif isinstance(arg, tuple):
             found += tensors(arg)
     return found
+
+
+def facts_of(tensor: Tensor) -> tuple:
+    """All that is known of a call's tensor but its values and where it lies."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
 
 
 class _Watch(TorchFunctionMode):
@@ -149,47 +158,56 @@ class _Watch(TorchFunctionMode):
         return function_of(func)(*args, **kwargs or {})
 
 
+def _standing_for(tensor: Tensor, numbered: tuple[int, Hashable]) -> RecordedTensor:
+    """What stands for a call's tensor; ``numbered``: its number and its key."""
+    number, key = numbered
+    shape, strides, dtype, device, alignment = facts_of(tensor)
+    if 0 in shape:
+        raise UnrecordableError
+    one = RecordedTensor(tuple(shape), strides, dtype, device, start_of(number), alignment)
+    one.key = key if type(key) is bytes else None
+    if len(_GIVEN) >= _MOST:
+        _GIVEN.clear()
+    _GIVEN[numbered] = one
+    return one
+
+
+def _with(values: tuple, given: Iterator[RecordedTensor]) -> tuple:
+    """The arguments with what is given in the place of their tensors."""
+    changed = [
+        next(given) if type(value) in TENSORS else _with(value, given) if isinstance(value, tuple) else value
+        for value in values
+    ]
+    return tuple(changed) if type(values) is tuple else type(values)._make(changed)  # type: ignore[attr-defined]
+
+
 class _Recording:
     """What a call allocates and launches. Memory is numbered: the call's tensors in order, then each allocation.
 
     Nothing is launched and nothing has memory: ``args`` are the call's arguments with what stands for its tensors.
     """
 
-    def __init__(self, args: tuple) -> None:
-        self.given: list[RecordedTensor] = []
-        self.args = self._standing_for(args)
+    def __init__(self, args: tuple, keys: Sequence[Hashable]) -> None:
+        numbered = list(enumerate(keys))
+        self.given = list(map(_GIVEN.get, numbered))
+        if type(None) in map(type, self.given):
+            self.given = [_standing_for(*each) for each in zip(tensors(args), numbered, strict=True)]
+        self.args = _with(args, iter(self.given))
         self.device = self.given[0].device
         self.allocations: list[Allocation] = []
         self.launches: list[Launch | Part] = []
         self.used: dict[int, list[int]] = {}  # of an allocation: the first and the last launch that uses it
 
-    def _standing_for(self, value: Any) -> Any:
-        if type(value) in TENSORS:
-            shape, number = tuple(value.shape), len(self.given)
-            if 0 in shape:
-                raise UnrecordableError
-            one = RecordedTensor(
-                shape, value.stride(), value.dtype, value.device, Place(number, 0), value.data_ptr() % 16
-            )
-            self.given.append(one)
-            return one
-        if not isinstance(value, tuple):
-            return value
-        values = map(self._standing_for, value)
-        return tuple(values) if type(value) is tuple else type(value)._make(values)
-
     def allocate(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> RecordedTensor:
         """A new tensor."""
         if 0 in shape:
             raise UnrecordableError
-        place = Place(len(self.given) + len(self.allocations), 0)
+        place = start_of(len(self.given) + len(self.allocations))
         self.allocations.append(Allocation(shape, strides, dtype))
         return RecordedTensor(shape, strides, dtype, self.device, place)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
         """Take note of ``kernel[grid](*args, **meta)``."""
-        if not _REAL.isdisjoint(map(type, args)):
-            raise UnrecordableError
         constants = (None,) * (len(kernel.params) - len(args))  # the compiled kernel has them
         self.note(compiled(kernel, args, meta), grid, (*args, *constants))
 
@@ -202,30 +220,45 @@ class _Recording:
         if bytes_asked:
             size = bytes_asked * math.prod(grid) * kernel.metadata.num_ctas
             scratch = self.allocate((size,), (1,), torch.uint8).place
-        self._use(noted if scratch is None else (*noted, scratch))
+        self._use([value for value in (*noted, scratch) if type(value) is Place])
         self.launches.append(Launch(kernel, (*grid, 1, 1)[:3], noted, scratch))
 
     def include(self, plan: Plan, args: tuple) -> Any:
         """The results of a call that ``plan`` is repeated for."""
-        made = [self.allocate(*allocation) for allocation in plan.allocations]
-        places = [tensor.place for tensor in (*tensors(args), *made)]
+        first = len(self.given) + len(self.allocations)
+        self.allocations += plan.allocations
+        places = [tensor.place for tensor in tensors(args)]
+        places += map(start_of, range(first, first + len(plan.allocations)))
         self._use(places)
         self.launches.append(Part(plan, places))
-        return plan.outcome(made)
 
-    def _use(self, values: Iterable[Any]) -> None:
+        def result(number: int, part: tuple | None) -> RecordedTensor:
+            shape, strides, dtype = plan.allocations[number]
+            place = start_of(first + number)
+            if part is not None:
+                shape, strides, offset = part
+                place = Place(first + number, offset * dtype.itemsize)
+            return RecordedTensor(shape, strides, dtype, self.device, place)
+
+        results = [None if each is None else result(*each) for each in plan.results]
+        return results[0] if plan.single else tuple(results)
+
+    def _use(self, places: Iterable[Place]) -> None:
         """Take note of what the next launch uses."""
         given, index = len(self.given), len(self.launches)
-        for value in values:
-            if type(value) is Place and value.memory >= given:
-                self.used.setdefault(value.memory, [index, index])[1] = index
+        for number in {number for number, _ in places if number >= given}:
+            self.used.setdefault(number, [index, index])[1] = index
 
 
-def record(function: Callable, args: tuple) -> Plan | None:
-    """The plan of ``function(*args)``; None where there can be none."""
+def record(function: Callable, args: tuple, keys: Sequence[Hashable] | None = None) -> Plan | None:
+    """The plan of ``function(*args)``; None where there can be none.
+
+    keys: of each of its tensors, what tells `facts_of` it.
+    """
     outer = launch_hook.recording
     try:
-        recording = launch_hook.recording = _Recording(args)
+        keys = list(map(facts_of, tensors(args))) if keys is None else keys
+        recording = launch_hook.recording = _Recording(args, keys)
         with _Watch() if outer is None else contextlib.nullcontext():
             outcome = function(*recording.args)
         return _plan(recording, outcome)
@@ -243,7 +276,7 @@ def _plan(recording: _Recording, outcome: Any) -> Plan:
     """``outcome``: what the call returned."""
     single = type(outcome) is RecordedTensor
     results = (outcome,) if single else outcome
-    if type(results) is not tuple or any(type(each) not in (RecordedTensor, type(None)) for each in results):
+    if type(results) is not tuple or not _RETURNED.issuperset(map(type, results)):
         raise UnrecordableError
     given, counts = len(recording.given), collections.Counter(each.place.memory for each in results if each is not None)
     offsets, scratch = _shared(recording, counts)
@@ -257,28 +290,29 @@ def _plan(recording: _Recording, outcome: Any) -> Plan:
         memory, offset = result.place
         if memory < given:
             raise UnrecordableError
-        seen = Allocation(result.shape, result.strides, result.dtype)
+        seen = result.shape, result.strides, result.dtype
         if memory not in places:
             whole = recording.allocations[memory - given]
-            places[memory] = Place(given + len(allocations), 0)
+            places[memory] = start_of(given + len(allocations))
             alone = counts[memory] == 1 and (seen == whole or _size(seen) == _size(whole))
-            allocations.append(seen if alone else whole)
+            allocations.append(Allocation(*seen) if alone and seen != whole else whole)
         number = places[memory].memory - given
-        if seen.dtype != allocations[number].dtype:
+        if result.dtype != allocations[number].dtype:
             raise UnrecordableError
-        part = None if seen == allocations[number] else (seen.shape, seen.strides, offset // seen.dtype.itemsize)
+        part = None if seen == allocations[number] else (*seen[:2], offset // result.dtype.itemsize)
         parts.append(Result(number, part))
 
-    def moved(value: Any) -> Any:
-        if type(value) is not Place or value.memory < given:
-            return value
-        new = places[value.memory]
-        return Place(new.memory, new.offset + value.offset) if value.offset else new
+    def moved(place: Place) -> Place:
+        new = places[place.memory]
+        return Place(new.memory, new.offset + place.offset) if place.offset else new
+
+    def all_moved(values: Iterable[Any]) -> list[Any]:
+        return [moved(value) if type(value) is Place and value[0] >= given else value for value in values]
 
     launches = [
-        Part(launch.plan, list(map(moved, launch.places)))
+        Part(launch.plan, all_moved(launch.places))
         if type(launch) is Part
-        else Launch(launch.kernel, launch.grid, list(map(moved, launch.parameters)), moved(launch.scratch))
+        else Launch(launch.kernel, launch.grid, all_moved(launch.parameters), launch.scratch and moved(launch.scratch))
         for launch in recording.launches
     ]
     return Plan(given, allocations, launches, parts, single, recording.given[0].get_device())

@@ -39,19 +39,23 @@ def is_replayable(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.version.hip is None and not torch._C._len_torch_dispatch_stack()
 
 
-def replayed(function: Function, composed: bool = False) -> Function:
+def replayed(function: Function, composed: bool = False, wait: int = 0) -> Function:
     """``function(tensor, ...)``, repeating earlier calls.
 
     Its arguments are tensors, None, numbers, strings, dtypes and tuples of these. It returns a tensor, or a tuple of
     tensors and None, and reads no value of a tensor on the host. ``call.calls`` is what is remembered of it.
 
-    composed: the function only allocates and calls other replayed functions, which is nearly as fast: it is recorded
-    when a kind of call comes for the second time, so that a new size takes less.
+    composed: the function only allocates and calls other replayed functions: within another composed function it is
+    called as it is written.
+    wait: how many calls of a kind are made as they are written before it is recorded. For a composed function of few
+    calls, whose plan saves little of each call, so that a size that comes seldom takes less.
     """
-    calls = Calls(function, composed)
+    calls = Calls(function, composed, wait)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
+        if launch_hook.recording is not None:
+            return calls.within(launch_hook.recording, args)
         results = NotImplemented if calls.repeat is None else calls.repeat(calls.native, args)
         return calls.run(args) if results is NotImplemented else results
 
@@ -66,46 +70,57 @@ class Calls:
     """What is remembered of the calls of one function, by their `description`.
 
     Attributes:
-        kinds: for each kind of call its plan; None where there can be none; ``...`` where it is still to be recorded.
+        kinds: for each kind of call its plan; None where there can be none; a number while its recording waits.
         native: the plans that C repeats.
+        wait: see `replayed`.
     """
 
-    def __init__(self, function: Callable, composed: bool = False):
-        self.function, self._composed = function, composed
+    def __init__(self, function: Callable, composed: bool = False, wait: int = 0):
+        self.function, self._composed, self.wait = function, composed, wait
         self.kinds: dict[Hashable, Any] = {}
         self.native: dict[Hashable, Any] = {}
         self.repeat: Callable[[dict[Hashable, Any], tuple], Any] | None = None  # C's, once there is a plan for it
 
     def run(self, args: tuple) -> Any:
         """The results of any call."""
-        if self._composed and launch_hook.recording is not None:
-            return self.function(*args)  # a part of another composed function, whose plan has these launches itself
         kind = description(args)
         plan = None if kind is None else self.kinds.get(kind, NotImplemented)
-        if plan is NotImplemented and self._composed:
-            self._keep(kind, ...)
-            plan = None
-        elif plan in (NotImplemented, ...):
+        if plan is NotImplemented or type(plan) is int:
             with _RECORDING, current(args[0]):
-                plan = self.kinds.get(kind, NotImplemented)  # another thread may have been first
-                if plan in (NotImplemented, ...):
-                    plan = self._record(kind, args)
+                plan = self._first(kind, args)
         if plan is None:
             return self.function(*args)
-        if launch_hook.recording is not None:
-            return launch_hook.recording.include(plan, args)
         with current(args[0]):
             return self._repeat(kind, plan, args)
+
+    def _first(self, kind: Hashable, args: tuple) -> Plan | None:
+        """The plan for one of the first calls; None for one that is made as it is written."""
+        left = self.kinds.get(kind, self.wait)
+        if type(left) is not int:
+            return left  # another thread was first
+        if left:
+            self._keep(kind, left - 1)
+            return None
+        return self._record(kind, args)
+
+    def within(self, recording: Any, args: tuple) -> Any:
+        """The results of a call that another one makes while it is recorded."""
+        kind = None if self._composed else _key(args)
+        plan = None if kind is None else self.kinds.get(kind, NotImplemented)
+        if plan is NotImplemented:
+            plan = self._record(kind, args)
+        return self.function(*args) if plan is None else recording.include(plan, args)
 
     def _record(self, kind: Hashable, args: tuple) -> Plan | None:
         if autotuning.ENABLED and launch_hook.recording is None:
             self.function(*args)  # measures, which a recording cannot
-        plan = record(self.function, args)
+        module = native_plan.library()
+        plan = record(self.function, args, module and module.keys(args))
         self._keep(kind, plan)
         return plan
 
-    def _keep(self, kind: Hashable, plan: Any) -> None:
-        if len(self.kinds) >= MOST:
+    def _keep(self, kind: Hashable, plan: Plan | int | None) -> None:
+        if len(self.kinds) >= MOST and kind not in self.kinds:
             self.forget()
         self.kinds[kind] = plan
 
@@ -132,8 +147,10 @@ def description(args: tuple) -> Hashable | None:
     Where there is a C compiler this is C's own key. It does not mark negative views, whose memory holds other values:
     the caller resolves them.
     """
-    if not is_replayable(args[0]):
-        return None
+    return _key(args) if is_replayable(args[0]) else None
+
+
+def _key(args: tuple) -> Hashable | None:
     module = native_plan.library()
     key = module and module.key(args)
     return kind_of(args) if key is None else key

@@ -1,17 +1,22 @@
-"""Run on hollow_gpu: what a new size and a compiled model cost the host. Prints a line of JSON."""
+"""Run on hollow_gpu: what is recorded of a new size, of weights of any strides and of a compiled model.
+
+Prints a line of JSON.
+"""
 
 import copy
 import ctypes
 import json
 from unittest import mock
 
+import timm
 import torch
+from convnext_fast.kernels import replaying
 from convnext_fast.kernels.recording import Plan
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.virtualized import V
 from triton.runtime.jit import JITFunction
 
-from convnext_fast import ConvNext, ConvNextConfig
+from convnext_fast import ConvNext, ConvNextConfig, fuse
 from convnext_fast.backends import gpu
 from convnext_fast.ops import block_group_operator
 from convnext_fast.ops.compute import as_one_plan
@@ -27,6 +32,13 @@ def counted(call, *args):
     with mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run) as run:
         call(*args)
     return [launches() - before, run.call_count]
+
+
+def recorded(call, *args):
+    """How many plans are recorded in a call."""
+    with mock.patch.object(replaying, "record", side_effect=replaying.record) as record:
+        call(*args)
+    return record.call_count
 
 
 def image(side):
@@ -47,6 +59,21 @@ with torch.no_grad():
     found["a new size"], found["again"] = (counted(model, image(96)) for _ in range(2))
 
 model.train()
+for side in (64, 128):
+    step(model, image(side))
+found["a new size in training"] = [recorded(step, model, image(160)) for _ in range(2)]
+
+timm_model = timm.create_model("convnext_atto", num_classes=10)
+fuse(timm_model, strict=True)
+for other in (model, timm_model):
+    other = copy.deepcopy(other).to("cuda", torch.bfloat16, memory_format=torch.channels_last)
+    step(other, image(64))
+    other.eval()
+    with torch.no_grad():
+        other(image(64))
+        (other if isinstance(other, ConvNext) else fuse(other)).freeze()
+        other(image(64))
+
 groups = [as_one_plan(each) for each in (block_group_operator._blocks_fwd, block_group_operator._blocks_bwd)]
 compiled = torch.compile(model)
 for _ in range(3):

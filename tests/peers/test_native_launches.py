@@ -18,9 +18,11 @@ def test_a_new_size_and_a_compiled_model_are_worked_out_once_for_each_kind_of_bl
     assert worked_out <= launched - 3 * 4  # of four equal blocks, three
     assert found["again"] == [launched, 0]
     assert found["compiled"] == [2, 2]
+    assert found["a new size in training"] == [2 * 4, 0]  # stem, downsampling layer and two kinds of blocks, both ways
 
 
 def test_everything_that_a_model_calls_is_recorded(found):
+    """Models in channels_last too: their own, and timm's after `fuse`, in training, in inference and frozen."""
     called = {name for name, plans in found["kinds"].items() if plans}
     assert called >= {"block_fwd", "block_bwd", "downsample_fwd", "downsample_bwd", "patchify_stem_bwd", "steps"}
     assert called & {"frozen_block_fwd", "frozen_downsample_fwd"}

@@ -213,14 +213,30 @@ def test_calls_within_a_recording_are_parts_of_its_plan(device):
     assert all(read != written for read, written in ends)
 
 
-def test_what_is_composed_is_recorded_when_it_comes_again(device):
+def test_what_is_composed_is_one_plan_of_the_calls_of_others(device):
     step = replaying.replayed(scaled(Kernel()))
-    call = replaying.composed(lambda x, weight: step(x, weight))
-    for plans in (0, 1, 1):
+    inner = replaying.composed(lambda x, weight: step(x, weight))
+    call = replaying.composed(lambda x, weight: inner(x, weight))
+    for times in (1, 2):
+        call(X, WEIGHT)
+        assert len(call.calls.native) == len(call.calls.kinds) == 1
+        assert len(device.launches) == 3 * times
+    (plan,) = call.calls.kinds.values()
+    assert [part.plan for part in plan.launches] == list(step.calls.kinds.values())
+    assert not inner.calls.kinds
+
+
+def test_a_recording_that_waits(device):
+    """Each kind of call waits for itself, and calls as they are written do the same."""
+    step = replaying.replayed(scaled(Kernel()))
+    call = replaying.composed(lambda x, weight: step(x, weight), wait=2)
+    for times, plans in enumerate((0, 0, 1, 1), 1):
         call(X, WEIGHT)
         assert len(call.calls.native) == plans
-    assert len(step.calls.native) == 1
-    assert len(device.launches) == 3 * 3
+        assert len(device.launches) == 3 * times
+    call(X[:4], WEIGHT)
+    assert len(call.calls.native) == 1
+    assert len(step.calls.native) == 2
 
 
 def test_a_part_that_has_no_plan_is_made_as_it_is_written(device):

@@ -44,7 +44,9 @@ def seen_by(function, *args):
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize("x", [DENSE, TURNED, FLAT, CUT], ids=["dense", "turned", "flat", "cut"])
 def test_views_are_those_of_torch(x, view):
-    """Where PyTorch has to copy, or refuses, nothing is recorded."""
+    """Where PyTorch has to copy, or refuses, nothing is recorded, but for `contiguous`, which launches a kernel."""
+    if view is VIEWS["contiguous"] and not x.is_contiguous():
+        return
     try:
         expected = view(x)
     except RuntimeError:
@@ -97,7 +99,7 @@ def test_allocations_are_those_of_torch(x, allocate):
         lambda x: x in [x[0]],
         lambda x: x.__setitem__(0, 1.0),
         lambda x: x.to(torch.float64),
-        lambda x: x.t().contiguous(),
+        lambda x: x.expand(2, 2, 2, 8, 4).contiguous(),
         lambda x: torch.zeros(8),
         lambda x: torch.cat((x, x)),
         lambda x: WEIGHT.view(2, 3),
