@@ -23,7 +23,7 @@
 
 #define MOST_WORDS 8192      /* of a key */
 #define MOST_BASES 1024      /* tensors of a call and allocations of a plan */
-#define MOST_PARAMETERS 128  /* of a launch */
+#define MOST_PARAMETERS 128  /* of a kernel */
 #define CONSTANT (-1)        /* in the place of a memory's number */
 #define PART 0               /* in the place of the threads: a plan is repeated */
 
@@ -216,7 +216,7 @@ static PyTypeObject PlanType;
 
 /* Whether a launch of ``plan`` is a kernel's, or a plan's that its parameters suit. */
 static int is_whole(const Plan *plan, const Launch *launch, PyObject *owner) {
-    if (launch->threads != PART) return Py_TYPE(owner) != &PlanType;
+    if (launch->threads != PART) return Py_TYPE(owner) != &PlanType && launch->parameters <= MOST_PARAMETERS;
     if (Py_TYPE(owner) != &PlanType || (int64_t)(uintptr_t)owner != launch->function) return 0;
     const Plan *part = (const Plan *)owner;
     return part->device == plan->device && launch->parameters == part->given + PyTuple_GET_SIZE(part->allocations);
@@ -232,8 +232,7 @@ static int is_sound(Plan *plan) {
     int sound = plan->given >= 0 && plan->given + allocations <= MOST_BASES;
     if (PyList_GET_SIZE(plan->owners) != launches) return 0;
     for (Py_ssize_t i = 0; i < launches; total += launch[i++].parameters)
-        sound &= launch[i].parameters >= 0 && launch[i].parameters <= MOST_PARAMETERS &&
-                 is_whole(plan, launch + i, PyList_GET_ITEM(plan->owners, i));
+        sound &= launch[i].parameters >= 0 && is_whole(plan, launch + i, PyList_GET_ITEM(plan->owners, i));
     for (Py_ssize_t i = 0; i < parameters; i++)
         sound &= parameter[i].memory >= CONSTANT && parameter[i].memory < plan->given + allocations;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(plan->results); i++) {
@@ -303,7 +302,7 @@ static int launch_all(const Plan *plan, const uint64_t *base, void *stream) {
     const Launch *launch = (const Launch *)PyBytes_AS_STRING(plan->launches);
     const Launch *end = (const Launch *)(PyBytes_AS_STRING(plan->launches) + PyBytes_GET_SIZE(plan->launches));
     const Parameter *parameter = (const Parameter *)PyBytes_AS_STRING(plan->parameters);
-    uint64_t value[MOST_PARAMETERS];
+    uint64_t value[MOST_BASES]; /* of a part all of its memory */
     void *pointer[MOST_PARAMETERS];
     for (int i = 0; i < MOST_PARAMETERS; i++) pointer[i] = &value[i];
     for (; launch < end; launch++) {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..ops import call
 from .ahead import AHEAD
 from .freezing import State, unfreeze
-from .layer_changes import changed, full_name
+from .layer_changes import changed, full_name, is_changed
 from .plan import ChainPlan, Plan, calls_others, follow, recall
 from .records import Record
 from .run_plan import Read, read, run
@@ -42,6 +42,12 @@ class FusedModule(nn.Module):
         """(N, C, H, W) to (N, C', H', W')."""
         y = fused_forward(self, x)
         return self._plain_forward(x) if y is None else y
+
+    def _convnext_fast_changed(self) -> bool:
+        """Whether the plan holds no longer. A compiler takes the answer as it is when it compiles."""
+        return changed(self, self._convnext_fast.plan) is not None
+
+    _convnext_fast_changed._dynamo_marked_constant = True
 
     def __prepare_scriptable__(self) -> Any:
         """What `torch.jit.script` asks first."""
@@ -88,7 +94,7 @@ def fused_forward(module: FusedModule, x: Tensor) -> Tensor | None:
 
 def _read_if_it_holds(module: nn.Module, state: State, plan: Plan) -> Read | None:
     if torch.compiler.is_compiling():
-        return None if changed(module, plan) is not None else read(module, plan)
+        return None if is_changed(module, plan) else read(module, plan)
     seen = state.seen
     if seen is not None and seen[0].holds(module):
         return seen[1]

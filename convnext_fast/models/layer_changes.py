@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .plan import BlockPlan, ChainPlan, PatchPlan, Path, Plan, follow, holder_of, is_biased, weights_of
+from .records import READ
 
 
 def changed(module: nn.Module, plan: Plan) -> str | None:
@@ -16,6 +18,27 @@ def changed(module: nn.Module, plan: Plan) -> str | None:
     if reason is None and isinstance(plan, ChainPlan):
         return _container_change(module, plan)
     return _weights_change(module, plan) if reason is None else reason
+
+
+def is_changed(module: nn.Module, plan: Plan) -> bool:
+    """Whether the plan of a `FusedModule` no longer holds.
+
+    Where a compiler traces, `changed` runs at once. What is traced is what leaves guards: the kinds and settings of
+    the layers, which PyTorch guards of any layer, and the weights, where they are read. To trace all of `changed`
+    would leave thousands more, which take longer than the kernels.
+    """
+    if not torch.compiler.is_compiling():
+        return changed(module, plan) is not None
+    if module._convnext_fast_changed():
+        return True
+    for path, kind, names, values, _, _ in plan.watched:
+        layer = follow(module, path)
+        if type(layer) is not kind:
+            return True
+        for name, value in zip(names, values, strict=True):
+            if name in READ.get(kind, names) and getattr(layer, name) != value:
+                return True
+    return isinstance(plan, ChainPlan) and _container_change(module, plan) is not None
 
 
 def _watched_change(module: nn.Module, plan: Plan) -> str | None:

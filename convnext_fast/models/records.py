@@ -14,7 +14,7 @@ from .plan import settings_of
 STATE = "_convnext_fast"
 """The attribute that holds a `fused_module.State`, which is replaced where it changes."""
 
-_READ: dict[type, list[str]] = {
+READ: dict[type, list[str]] = {
     nn.Conv2d: ["stride", "padding", "dilation", "groups", "padding_mode"],
     nn.LayerNorm: ["normalized_shape", "eps"],
     nn.Linear: [],
@@ -57,7 +57,7 @@ class Record:
         self._names, self._settings = [], []
         for other in self._others:
             names = [STATE] * (STATE in vars(other)) + [name for name, _ in settings_of(other)]
-            names = _READ.get(type(other), names)
+            names = READ.get(type(other), names)
             self._names += names
             self._settings += [vars(other)] * len(names)
         self._kinds = list(map(type, self._others))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..backends.steps import Kind, Step
 from ..ops import call, live_sequence, sequence
-from .layer_changes import changed, has_hooks
+from .layer_changes import changed, has_hooks, is_changed
 from .plan import ChainPlan, PatchPlan, called_by, follow, recall
 from .records import STATE, Record
 from .run_plan import read, step_of
@@ -170,7 +170,7 @@ def _steps(module: nn.Module, frozen: bool, layers: list[nn.Module] | None) -> l
     if state is None:
         return [] if type(module).forward is nn.Identity.forward else _joined(module._modules.values(), frozen, layers)
     plan = recall(state.key) if torch.compiler.is_compiling() else state.plan
-    if not plan.fused or changed(module, plan) is not None:
+    if not plan.fused or is_changed(module, plan):
         return None
     if layers is not None:
         layers += [follow(module, watched.path) for watched in plan.watched]

@@ -30,6 +30,76 @@ def test_compiles_as_one_graph(training, image):
     assert relative_error(report(image), model(image)) <= FLOAT32_BOUND
 
 
+def block_of(model):
+    return model.model.convnext.encoder.stages[1].layers[0]
+
+
+def dilate(block):
+    block.dwconv.dilation, block.dwconv.padding = (2, 2), (6, 6)
+
+
+def replace_the_activation(block):
+    block.act = torch.nn.ReLU()
+
+
+def replace_the_norm(block):
+    block.layernorm = type("OtherNorm", (torch.nn.LayerNorm,), {})(12)
+
+
+def remove_the_layer_scale(block):
+    block.layer_scale_parameter = None
+
+
+@pytest.mark.filterwarnings("ignore:a fused")
+def test_a_compiled_model_notices_changed_layers(image):
+    torch.compiler.reset()
+    model = Logits(tiny()).eval()
+    compiled = torch.compile(fuse(model).model, fullgraph=True, backend="aot_eager")
+    before = compiled(image)
+    for change in (dilate, replace_the_activation, replace_the_norm, remove_the_layer_scale):
+        change(block_of(model))
+        after = compiled(image)
+        assert relative_error(after, before) > 1e-3, change
+        assert relative_error(after, model(image)) <= FLOAT32_BOUND, change
+        before = after
+
+
+@pytest.mark.filterwarnings("ignore:a fused")
+@pytest.mark.parametrize("layer", ["dwconv", "act"])
+def test_hooks_inside_a_block_are_compiled(layer, image):
+    torch.compiler.reset()
+    model = Logits(tiny()).eval()
+    compiled = torch.compile(fuse(model).model, fullgraph=True, backend="aot_eager")
+    without = model(image)
+    getattr(block_of(model), layer).register_forward_hook(lambda module, inputs, y: y.square())
+    after = compiled(image)
+    assert relative_error(after, without) > 1e-3
+    assert relative_error(after, model(image)) <= FLOAT32_BOUND
+
+
+MORE = 3
+"""Blocks that the larger of two models has more: what a model has once does not count."""
+
+
+def guards_of_a_block(prepare):
+    """How many guards a compiled model has for each block, after ``prepare``."""
+    x, counts = torch.randn(2, 3, 32, 40), []
+    for depth in (1, 1 + MORE):
+        torch.compiler.reset()
+        model = tiny(depths=[1, depth]).eval()
+        prepare(model)
+        with torch.no_grad():
+            counts.append(len(torch._dynamo.explain(model)(x).out_guards))
+    return (counts[1] - counts[0]) / MORE
+
+
+def test_a_fused_block_has_hardly_more_guards_than_the_hosts_own():
+    """They are checked before each call, which takes the host longer than some kernels take a GPU."""
+    most = 1.4 * guards_of_a_block(lambda model: None)
+    assert guards_of_a_block(fuse) <= most
+    assert guards_of_a_block(lambda model: fuse(model).freeze()) <= most
+
+
 def exported(image):
     """(the program of a fused model with a dynamic batch, that model, what it made before it was fused)."""
     model = Logits(tiny()).eval()
