@@ -20,7 +20,7 @@ POOLS = ("avg", "max", "")
 
 
 class FeatureInfo(list):
-    """What each stage gives out: a list of dicts with ``num_chs``, ``reduction`` (stride) and ``module``."""
+    """The feature map of each stage: a list of dicts with ``num_chs``, ``reduction`` (stride) and ``module``."""
 
     def channels(self, index: int | None = None) -> Any:
         """Channels of one feature map, or of all."""
@@ -31,7 +31,7 @@ class FeatureInfo(list):
         return self._get("reduction", index)
 
     def module_name(self, index: int | None = None) -> Any:
-        """Name of the module that gives one feature map out, or of all."""
+        """Name of the module that returns one feature map, or of all."""
         return self._get("module", index)
 
     def _get(self, key: str, index: int | None) -> Any:
@@ -71,15 +71,15 @@ class ConvNext(ConvNextSwitches):
     """ConvNeXt ("A ConvNet for the 2020s") or ConvNeXt V2, with timm's methods and parameter names.
 
     Args:
-        variant_or_config: a name out of ``config.VARIANTS``, or a `ConvNextConfig` (of V2 a `ConvNextV2Config`).
+        variant_or_config: a name from ``config.VARIANTS``, or a `ConvNextConfig` (for V2 a `ConvNextV2Config`).
         fused: run the fused ops; False runs plain eager PyTorch. Assign ``model.fused`` to switch.
         num_classes: 0 for no classifier. Default: 1000 for a variant, else the configuration's ``num_labels``.
         in_chans, drop_path_rate: default to the configuration's.
         drop_rate: dropout before the classifier.
         global_pool: "avg", "max", or "" to return the normalised feature map (with ``num_classes=0``).
         head_norm_first: normalise the feature map before pooling instead of the pooled features.
-        features_only: return the list of the feature maps ``out_indices`` (of stages, 0 to 3) instead of logits, in
-            the order of the stages; later stages are left out.
+        features_only: return a list of feature maps instead of logits: those of the stages ``out_indices`` (0 to 3),
+            in stage order. The model has no stages after the last one chosen.
         device, dtype: of the parameters.
 
     Raises:
@@ -185,15 +185,15 @@ class ConvNext(ConvNextSwitches):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The stages' feature maps on the way.
+        """The feature maps of the stages.
 
         Args:
             x: image (N, in_chans, H, W).
-            indices: stages to return, by index; an int means the last so many; None means all.
-            norm: apply the norm before pooling to the last map, where the model has one.
-            stop_early: do not run stages after the last one asked for.
+            indices: stages to return, by index; an int n means the last n; None means all.
+            norm: apply the norm before pooling, if the model has one, to the last map.
+            stop_early: do not run the stages after the last one requested.
             output_fmt: "NCHW" or "NHWC", the shape of the maps.
-            intermediates_only: return the maps alone, without the last feature map before them.
+            intermediates_only: return only the list of maps; otherwise a pair: the last feature map, and the list.
         """
         check_image(x, self.config, "x")
         if output_fmt not in ("NCHW", "NHWC"):
@@ -218,7 +218,7 @@ class ConvNext(ConvNextSwitches):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one, 0 for none; ``global_pool`` None keeps the pooling."""
+        """Replace the classifier by a new one, or by none for 0; ``global_pool`` None keeps the pooling."""
         self._require_head("reset_classifier")
         pool = _check_pool(self.head.pool_type if global_pool is None else global_pool, num_classes)
         self.config = self.config.amended(num_labels=num_classes)

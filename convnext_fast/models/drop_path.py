@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 
 class DropPath(nn.Module):
-    """Stochastic depth per sample ("Deep Networks with Stochastic Depth"): a residual branch is dropped at ``rate``."""
+    """Drops the residual branch of each sample with probability ``rate`` ("Deep Networks with Stochastic Depth")."""
 
     def __init__(self, rate: float = 0.0):
         super().__init__()
         self.rate = rate
 
     def draw(self, x: Tensor) -> Tensor | None:
-        """The factor of each sample of x (N, …): 0, or 1/(1 − rate), as (N,); None where nothing is dropped.
+        """The factor of each sample of x (N, …): 0, or 1/(1 − rate), as (N,); None if nothing is dropped.
 
-        Draws from the random stream as timm does, so that one seed drops the same samples.
+        Draws random numbers as timm does, so that the same seed drops the same samples.
         """
         if self.rate == 0.0 or not self.training:
             return None
@@ -38,7 +38,7 @@ class DropPath(nn.Module):
 
 
 class ConvNextDropPath(DropPath):
-    """Stochastic depth that draws from the random stream as transformers does."""
+    """Stochastic depth that draws random numbers as transformers does."""
 
     def _kept(self, x: Tensor, keep: float) -> Tensor:
         shape = (x.shape[0],) + (1,) * (x.dim() - 1)

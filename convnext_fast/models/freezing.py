@@ -1,7 +1,7 @@
-"""What a fused module knows of itself, and freezing: to compute with folded copies of the weights, in inference.
+"""The state of a fused module, and freezing: for inference, a module computes with folded copies of its weights.
 
-What is folded follows the weights: a change of them is noticed at the next call (see `ops.folded_weights`), a copy of a
-module folds its own, and a pickle holds nothing folded. Training mode and a loaded state_dict unfreeze.
+The copies follow the weights: the next call notices a change and folds again (see `ops.folded_weights`). A copy of a
+module folds its own weights, and a pickle holds no folded weights. Training mode and loading a state_dict unfreeze.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .whole_runs import WholeRuns
 
 
 class State:
-    """What a `FusedModule` knows of itself. It is replaced where the plan changes, and by freezing and unfreezing.
+    """The state of a `FusedModule`. It is replaced when the plan changes, and by freezing and unfreezing.
 
     Attributes:
-        plan: where its parts are.
-        key: what stands for the plan in this process.
-        trainable: None, or of a frozen module the paths of the parameters that took gradients before.
-        token: of a frozen module, what its folded weights are kept with.
-        seen: what the plan read, and the record by which it still holds; None if that is to be found out.
-        whole: the steps that stand for its forward, once found.
-        cuda_graph: of a frozen module, whether these steps are to be captured and replayed as CUDA graphs.
+        plan: where its layers are.
+        key: stands for the plan in this process (see `plan.remember`).
+        trainable: for a frozen module, the paths of the parameters that required gradients before; otherwise None.
+        token: for a frozen module, the tensor that its folded weights are kept with.
+        seen: the record that shows whether the plan still holds, and what the plan read; None before these are made.
+        whole: the runs of steps that replace its forward, once found.
+        cuda_graph: for a frozen module, whether these runs are captured and replayed as CUDA graphs.
     """
 
     def __init__(self, plan: Plan, trainable: tuple[Path, ...] | None = None, cuda_graph: bool = False):
@@ -46,12 +46,12 @@ class State:
 
 
 def state_of(module: nn.Module) -> State | None:
-    """The state of a `FusedModule`; None of any other module."""
+    """The state of a `FusedModule`; None for any other module."""
     return vars(module).get(STATE)
 
 
 def set_plan(module: nn.Module, plan: Plan) -> None:
-    """Give a `FusedModule` its plan, or another one."""
+    """Give a `FusedModule` a plan, or replace the one it has."""
     state = state_of(module)
     setattr(module, STATE, State(plan) if state is None else State(plan, state.trainable, state.cuda_graph))
 
@@ -63,7 +63,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def freeze(module: nn.Module, cuda_graph: bool = False) -> None:
-    """Have a module that has a plan compute with folded copies of its weights, and turn their gradients off."""
+    """Make a module that has a plan compute with folded copies of its weights, and turn off the weights' gradients."""
     state = state_of(module)
     before = set(state.trainable or ())
     for path, parameter in _parameters(module, state.plan):
@@ -74,14 +74,14 @@ def freeze(module: nn.Module, cuda_graph: bool = False) -> None:
 
 
 def check_has_graphs(model: nn.Module) -> None:
-    """Raise ValueError unless all parameters of ``model`` are where CUDA graphs are."""
+    """Raise ValueError unless all parameters of ``model`` are on CUDA devices."""
     others = sorted({str(p.device) for p in model.parameters() if p.device.type != "cuda"})
     if others:
         raise ValueError(f"cuda_graph=True: the model is on {', '.join(others)}: expected it on a CUDA device")
 
 
 def unfreeze(module: nn.Module) -> None:
-    """Undo `freeze`, if there was any."""
+    """Undo `freeze`, if the module is frozen."""
     if not is_frozen(module):
         return
     state = state_of(module)

@@ -1,9 +1,9 @@
-"""The one mechanism by which a module computes with the weights of its layers, or calls them.
+"""The single mechanism by which a module computes with the weights of its layers instead of calling them.
 
-A `FusedModule` has a plan (see `plan`). Its forward asks once whether the plan still holds, and then runs the plan's op
-on the live parameters. Where it does not hold, the plain forward runs, which calls the layers, with a warning: users
-replace layers (adapters, quantisation, a dilated convolution) and hang hooks on them, and both keep their meaning.
-Frozen modules run as steps (see `whole_runs`).
+A `FusedModule` has a plan (see `plan`). Its forward checks once whether the plan still holds, and then runs the plan's
+op on the live parameters. If the plan does not hold, the module warns and runs its plain forward, which calls the
+layers: users replace layers (adapters, quantisation, a dilated convolution) and register hooks on them, and both have
+to keep working. Frozen modules run as steps (see `whole_runs`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .whole_runs import outputs_of, runs_as_steps
 class FusedModule(nn.Module):
     """A module that runs its plan's op, or else its plain forward.
 
-    What this class adds has private names, for a host's class may use any other.
+    The names that this class adds are private, because a class of another library may use any public name.
     """
 
     _convnext_fast: State | None = None
@@ -44,13 +44,13 @@ class FusedModule(nn.Module):
         return self._plain_forward(x) if y is None else y
 
     def _convnext_fast_changed(self) -> bool:
-        """Whether the plan holds no longer. A compiler takes the answer as it is when it compiles."""
+        """Whether the plan no longer holds. A compiler takes the answer at compile time as a constant."""
         return changed(self, self._convnext_fast.plan) is not None
 
     _convnext_fast_changed._dynamo_marked_constant = True
 
     def __prepare_scriptable__(self) -> Any:
-        """What `torch.jit.script` asks first."""
+        """`torch.jit.script` calls this first."""
         raise TypeError(
             "torch.jit.script does not compile fused modules, which look at their layers in Python: "
             "call unfuse(model) first, or use torch.jit.trace or torch.export, which take them as they are"
@@ -68,7 +68,7 @@ class FusedModule(nn.Module):
 
 
 def fused_forward(module: FusedModule, x: Tensor) -> Tensor | None:
-    """What the plan of ``module`` makes of x; None where the plain forward has to run."""
+    """The output of ``module`` for x by its plan; None if the plain forward has to run."""
     state = module._convnext_fast
     if state is None or call.sees_layers(x):  # without a state: a slice of a fused `torch.nn.Sequential`
         return None
@@ -110,7 +110,7 @@ def _read_if_it_holds(module: nn.Module, state: State, plan: Plan) -> Read | Non
 
 
 def outputs_in_turn(modules: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
-    """The outputs of ``modules``, called one after another from x."""
+    """The outputs of ``modules``, called one after another, starting with x."""
     outputs = []
     for module in modules:
         x = module(x)

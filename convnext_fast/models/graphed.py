@@ -21,9 +21,9 @@ _values = dict.values
 
 
 def graphed(model: Model, example: Tensor) -> Model:
-    """Have the forward and the backward pass of ``model`` run as one CUDA graph each, and return the model.
+    """Make the forward and the backward pass of ``model`` run as one CUDA graph each, and return the model.
 
-    For training on an NVIDIA GPU with batches so small that it waits for the host::
+    For training on an NVIDIA GPU with batches so small that the GPU waits for the CPU::
 
         model = fuse(model.cuda().train()).model
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
@@ -35,22 +35,23 @@ def graphed(model: Model, example: Tensor) -> Model:
             optimizer.step()
             optimizer.zero_grad()
 
-    It calls the model on ``example`` a few times, captures by `torch.cuda.make_graphed_callables`, and leaves weights
-    and gradients as they are. Autocast is captured as it is now. Drop path drops other samples in each replay, for a
-    graph registers the generator of its device, and each replay advances it. Gradient accumulation, GradScaler and
-    optimizers work as before; wrap the model in DistributedDataParallel afterwards. Call backward before the next
-    forward, for both graphs share their memory.
+    It calls the model on ``example`` a few times and captures with `torch.cuda.make_graphed_callables`. Weights and
+    gradients do not change. The graphs keep the present autocast state. Drop path drops different samples in each
+    replay: a graph registers its device's random generator, and each replay advances it. Gradient accumulation,
+    GradScaler and optimizers work as before. Wrap the model in DistributedDataParallel afterwards. Call backward before
+    the next forward, because the two graphs share memory.
 
-    Evaluation mode, and inputs unlike ``example``, run without a graph. So do copies and pickles of the model. Where a
-    parameter was moved, replaced, frozen or unfrozen, all calls do, with a warning: call `graphed` again.
+    Calls in evaluation mode, and with inputs unlike ``example``, run without a graph. So do copies and pickles of the
+    model. After a parameter is moved, replaced, frozen or unfrozen, the next call warns, and all calls run without a
+    graph: call `graphed` again.
 
     Args:
-        model: in training mode, on a CUDA device, takes one tensor; any that it contains may be fused. Every parameter
-            with ``requires_grad`` has to take part.
-        example: a tensor of the shape, dtype and ``requires_grad`` of the batches to come. Its values do not matter.
+        model: in training mode, on a CUDA device; takes one tensor. Modules in it may be fused. Every parameter with
+            ``requires_grad`` has to be used.
+        example: a tensor with the shape, dtype and ``requires_grad`` of the batches. Its values do not matter.
 
     Raises:
-        TypeError: ``model`` is no module, or ``example`` no tensor.
+        TypeError: ``model`` is not a module, or ``example`` is not a tensor.
         ValueError: the model is not as above, has hooks inside, or is frozen; ``example`` is on another device; or
             autocast caches weights.
     """
@@ -78,14 +79,14 @@ def _capture(model: nn.Module, example: Tensor) -> Callable:
         if plain != model.forward:
             model.forward = plain
     for output in outputs:
-        # Else the captured nodes live on, and every later backward accumulates gradients on the stream of the capture.
+        # Otherwise the captured nodes stay alive, and later backward passes accumulate gradients on the capture stream.
         if isinstance(output, Tensor):
             output.detach_()
     return by_graph
 
 
 class _Forward:
-    """The forward of a graphed model. A copy or a pickle of the model gets that of its class."""
+    """The forward of a graphed model. A copy or a pickle of the model gets the forward of its class."""
 
     def __init__(self, model: nn.Module, plain: Callable, by_graph: Callable, example: Tensor):
         self._model, self._plain, self._by_graph = model, plain, by_graph
@@ -114,7 +115,7 @@ class _Forward:
         return [held, addresses, [p.requires_grad for p in self._parameters]]
 
     def _keep_gradients(self) -> None:
-        """Move gradients out of the graph's memory, where autograd leaves them and the next replay writes."""
+        """Copy gradients out of the graph's memory: autograd leaves them there, and the next replay overwrites it."""
         for i, parameter in enumerate(self._parameters):
             gradient = parameter.grad
             if gradient is not None and gradient is not self._own[i]:

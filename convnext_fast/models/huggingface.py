@@ -1,4 +1,4 @@
-"""ConvNeXt with transformers' classes: a model, a classifier and a backbone of V1, and the same of V2."""
+"""ConvNeXt as transformers' classes: a model, a classifier and a backbone, each for V1 and for V2."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class ConvNextModel(ConvNextPreTrainedModel):
     ) -> BaseModelOutput | tuple[Any, ...]:
         """pixel_values (N, num_channels, H, W) to a `BaseModelOutput`, or its tuple with ``return_dict=False``.
 
-        ``output_hidden_states``: all of them, none, or some by index; by default as the configuration says.
-        ``output_attentions`` has no effect: there are none.
+        ``output_hidden_states``: True for all, False for none, or indices; by default the configuration's value.
+        ``output_attentions`` has no effect: the model has no attentions.
         """
         check_image(pixel_values, self.config, "pixel_values")
         states = self._states(pixel_values)
@@ -72,9 +72,9 @@ class ConvNextForImageClassification(ConvNextPreTrainedModel):
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
-        """pixel_values (N, num_channels, H, W) to an `ImageClassifierOutput`, with a loss where labels are given.
+        """pixel_values (N, num_channels, H, W) to an `ImageClassifierOutput`, with a loss if labels are given.
 
-        The loss follows ``config.problem_type`` or else the labels; see `losses.classification_loss`.
+        The loss follows ``config.problem_type``, or the labels if that is None; see `losses.classification_loss`.
         """
         wanted = self._wanted_states(output_hidden_states)
         base = self.base_model(pixel_values, output_hidden_states=wanted, return_dict=True)
@@ -93,7 +93,7 @@ class ConvNextBackbone(ConvNextPreTrainedModel):
     Attributes:
         out_features, out_indices, channels: names, indices and widths of the maps returned. The first two are those of
             the configuration, and may be assigned if the new maps have a LayerNorm.
-        stage_names, num_features: of all maps there are.
+        stage_names, num_features: names and widths of all maps, returned or not.
     """
 
     has_attentions = False
@@ -115,7 +115,7 @@ class ConvNextBackbone(ConvNextPreTrainedModel):
 
     @property
     def backbone_type(self) -> Any:
-        """The member TRANSFORMERS of transformers' ``BackboneType``, or its value where that is not loaded."""
+        """The member TRANSFORMERS of transformers' ``BackboneType``, or its value if that is not loaded."""
         kinds = getattr(sys.modules.get("transformers.backbone_utils"), "BackboneType", str)
         return kinds("transformers")
 
@@ -130,7 +130,7 @@ class ConvNextBackbone(ConvNextPreTrainedModel):
         return dict(zip(self.stage_names, self.num_features, strict=True))
 
     def forward_with_filtered_kwargs(self, *args: Any, **options: Any) -> Any:
-        """`forward` without the options that it does not know, as models with a backbone call it."""
+        """`forward`, without the options that it does not know. Models with a backbone call this."""
         known = inspect.signature(self.forward).parameters
         return self(*args, **{name: value for name, value in options.items() if name in known})
 
@@ -151,7 +151,7 @@ class ConvNextBackbone(ConvNextPreTrainedModel):
 
 
 class ConvNextV2Model(ConvNextModel):
-    """`ConvNextModel` of ConvNeXt V2; arguments, outputs and keys alike, and ``grn.…`` in each block."""
+    """`ConvNextModel` of ConvNeXt V2: the same arguments, outputs and keys, plus ``grn.…`` in each block."""
 
     config_class = ConvNextV2Config
     base_model_prefix = "convnextv2"
@@ -166,7 +166,7 @@ class ConvNextV2ForImageClassification(ConvNextForImageClassification):
 
 
 class ConvNextV2Backbone(ConvNextBackbone):
-    """`ConvNextBackbone` of ConvNeXt V2; arguments, outputs and keys alike, and ``grn.…`` in each block."""
+    """`ConvNextBackbone` of ConvNeXt V2: the same arguments, outputs and keys, plus ``grn.…`` in each block."""
 
     config_class = ConvNextV2Config
     base_model_prefix = "convnextv2"

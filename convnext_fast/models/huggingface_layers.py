@@ -1,4 +1,4 @@
-"""The parts of a ConvNeXt under transformers' names: stem, block, stage and encoder."""
+"""The modules of a ConvNeXt under transformers' names: stem, block, stage and encoder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .layers import (
 
 
 class ConvNextLayer(ConvNextBlockBase):
-    """The block under transformers' names: dwconv, layernorm, pwconv1, pwconv2, layer_scale_parameter, of V2 grn."""
+    """The block under transformers' names: dwconv, layernorm, pwconv1, pwconv2, layer_scale_parameter, in V2 grn."""
 
     def __init__(self, config: ConvNextConfig, channels: int, drop_path: float, fused: bool, **factory: Any):
         super().__init__()
@@ -82,5 +82,5 @@ class ConvNextEncoder(nn.Module):
         self.stages = nn.ModuleList(ConvNextStage(config, i, r, fused, **factory) for i, r in rates)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The stem's output to (it, and the output of each stage)."""
+        """The stem's output to a tuple: that output, then the output of each stage."""
         return (x, *outputs_in_turn(self.stages, x))

@@ -23,9 +23,9 @@ def changed(module: nn.Module, plan: Plan) -> str | None:
 def is_changed(module: nn.Module, plan: Plan) -> bool:
     """Whether the plan of a `FusedModule` no longer holds.
 
-    Where a compiler traces, `changed` runs at once. What is traced is what leaves guards: the kinds and settings of
-    the layers, which PyTorch guards of any layer, and the weights, where they are read. To trace all of `changed`
-    would leave thousands more, which take longer than the kernels.
+    While a compiler traces, `changed` runs once, untraced. Only the classes and settings of the layers are compared in
+    traced code, which leaves guards that PyTorch sets for any layer. The weights are guarded where they are read.
+    Tracing all of `changed` would leave thousands of guards more, which take longer than the kernels.
     """
     if not torch.compiler.is_compiling():
         return changed(module, plan) is not None
@@ -74,7 +74,7 @@ def _weights_change(module: nn.Module, plan: BlockPlan | PatchPlan) -> str | Non
         if gamma is not None and getattr(module, gamma, None) is None:
             return f"its {gamma} is gone"
     for name, tensor in own_tensors(module):
-        # FullyShardedDataParallel keeps a parameter of its own, _flat_param, on what it wraps.
+        # FullyShardedDataParallel adds a parameter of its own, _flat_param, to the modules that it wraps.
         if tensor is not None and name != gamma and not name.startswith("_"):
             return f"it has a tensor {name} now"
     if isinstance(plan, PatchPlan):
@@ -95,7 +95,7 @@ def _container_change(module: nn.Module, plan: ChainPlan) -> str | None:
 
 
 def own_tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    """The parameters and buffers of ``module`` itself, by name, absent ones too."""
+    """Names and values of the parameters and buffers of ``module`` itself; absent ones are None."""
     return [*module._parameters.items(), *module._buffers.items()]
 
 
@@ -107,7 +107,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_plain(weight: Any) -> bool:
-    """Whether a weight is PyTorch's own kind of tensor (also when sharded, traced or faked), not a quantised one."""
+    """Whether the class of a weight is PyTorch's own (also if sharded, traced or fake), unlike a quantised weight's."""
     kind = type(weight)
     return kind in (nn.Parameter, Tensor) or kind.__module__.split(".")[0] == "torch"
 
@@ -123,7 +123,7 @@ def kind_of(value: Any) -> str:
 
 
 def full_name(kind: type) -> str:
-    """The module and the name of a class; the name alone where it is built in."""
+    """The module and the name of a class; only the name if it is built in."""
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 

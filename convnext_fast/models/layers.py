@@ -1,8 +1,8 @@
 """The building blocks as modules: the ConvNeXt block, the stem, the downsampling layer and the stage.
 
 All take and return (N, C, H, W) tensors, in channels_last memory from the stem on, so that the (N, H, W, C) views that
-the ops work on are free. They are plain modules that declare a plan (see `fused_module`): with ``fused`` set, the
-``forward`` of the inner `torch.nn` layers is not called, unless something was done to them.
+the ops work on are free. Each module declares a plan (see `fused_module`): with ``fused`` set, the ``forward`` of the
+inner `torch.nn` layers is called only if those layers were changed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .plan import BlockPlan, ChainPlan, PatchPlan, Path, watch
 KERNEL_SIZE = 7
 
 _LIVE = ("eps", "rate")
-"""Settings of layers that every forward reads anew."""
+"""Settings of layers that every forward reads again."""
 
 
 def _of_plan(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Any:
-    """A field of a module's plan as its attribute."""
+    """A property that reads and replaces a field of the module's plan."""
     return property(
         lambda self: getattr(state_of(self).plan, name),
         lambda self, value: set_plan(self, state_of(self).plan._replace(**{name: convert(value)})),
@@ -62,7 +62,7 @@ class ConvNextBlockBase(OwnModule):
     def declare(
         self, dwconv: Path, norm: Path, fc1: Path, fc2: Path, grn: Path | None, gamma: str, act: str, *others: Path
     ) -> None:
-        """Say where the layers are; ``others``: modules besides that the fused forward does not call."""
+        """Declare where the layers are; ``others``: further modules that the fused forward does not call."""
         layers = [dwconv, norm, fc1, fc2, *others, ("drop_path",)] + ([] if grn is None else [grn])
         watched = tuple(watch(self, path, *_LIVE) for path in layers)
         plan = BlockPlan(dwconv, norm, fc1, fc2, gamma, ("drop_path",), "rate", act, watched, own=True)
@@ -81,12 +81,12 @@ class ConvNextBlockBase(OwnModule):
 
 
 def new_layer_scale(channels: int, value: float, **factory: Any) -> nn.Parameter | None:
-    """γ of a block, (C,), or None for a ``value`` of 0 or less."""
+    """γ of a block, (C,), or None if ``value`` is 0 or less."""
     return nn.Parameter(torch.full((channels,), float(value), **factory)) if value > 0 else None
 
 
 class GlobalResponseNorm(nn.Module):
-    """ConvNeXt V2's `ops.global_response_norm`; ``shape``: of its parameters, K elements, the last dimension's."""
+    """ConvNeXt V2's `ops.global_response_norm`; ``shape``: of each parameter, K elements for inputs (N, H, W, K)."""
 
     def __init__(self, *shape: int, **factory: Any):
         super().__init__()
@@ -99,7 +99,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The two linear layers of a block, the activation between them and, of ConvNeXt V2, the global response norm."""
+    """The two linear layers of a block, the activation between them and, in ConvNeXt V2, the global response norm."""
 
     def __init__(self, channels: int, hidden: int, act: str, grn: bool, **factory: Any):
         super().__init__()
@@ -175,10 +175,10 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class PatchLayer(OwnModule):
-    """A convolution of patches that do not overlap and a LayerNorm, in either order."""
+    """A convolution of non-overlapping patches and a LayerNorm, in either order."""
 
     def declare(self, conv: str, norm: str, stem: bool, fused: bool) -> None:
-        """Say which of the two layers is which; ``stem``: whether the convolution comes first."""
+        """Declare the names of the two layers; ``stem``: whether the convolution comes first."""
         watched = tuple(watch(self, (name,), *_LIVE) for name in self._modules)
         set_plan(self, PatchPlan((norm,), (conv,), stem, watched, fused=fused))
 
@@ -216,7 +216,7 @@ class Stage(OwnModule):
     """
 
     def declare(self, downsample: str, blocks: str, fused: bool) -> None:
-        """Say which of the two modules is which."""
+        """Declare the names of the two modules."""
         self.checkpointing: dict[str, Any] | None = None
         self._names = downsample, blocks
         set_plan(self, ChainPlan(self._names, fused=fused))

@@ -11,12 +11,12 @@ from ..config import ConvNextConfig
 def classification_loss(logits: Tensor, labels: Tensor, config: ConvNextConfig) -> Tensor:
     """Mean squared error, cross-entropy or binary cross-entropy of logits (N, num_labels); a scalar.
 
-    ``config.problem_type`` chooses. Where it is None, the first labels decide what it is from then on: a single output
-    means regression, integers are classes, and floats are multi-hot. A compiled model is then compiled once more.
+    ``config.problem_type`` chooses the loss. If it is None, the first labels set it: a single output means regression,
+    integer labels are classes, and float labels are multi-hot. A compiled model is then compiled once more.
 
     Args:
         logits: (N, num_labels).
-        labels: (N,) class indices for "single_label_classification", with −100 for images to leave out;
+        labels: (N,) class indices for "single_label_classification", with −100 for images to ignore;
             (N, num_labels) of 0.0 or 1.0 for "multi_label_classification"; (N,) or (N, num_labels) floats for
             "regression".
         config: of the model.

@@ -1,4 +1,4 @@
-"""What the transformers-shaped models return: dictionaries whose entries are also attributes, and have an order."""
+"""What the models with transformers' names return: ordered dictionaries whose entries are also attributes."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ class ModelOutput(VirtualSubclass, dict[str, Any]):
 
 
 class BaseModelOutput(ModelOutput):
-    """Of `ConvNextModel`.
+    """Output of `ConvNextModel`.
 
     last_hidden_state: (N, C, H, W) of the last stage. pooler_output: (N, C), LayerNorm of its mean over H and W.
-    hidden_states: after the stem and after each stage, (N, C, H, W) each; None unless asked for.
+    hidden_states: after the stem and after each stage, (N, C, H, W) each; None unless requested.
     """
 
     last_hidden_state: Tensor
@@ -93,7 +93,7 @@ class BaseModelOutput(ModelOutput):
 
 
 class ImageClassifierOutput(ModelOutput):
-    """Of `ConvNextForImageClassification`.
+    """Output of `ConvNextForImageClassification`.
 
     loss: scalar, with labels. logits: (N, num_labels). hidden_states: as in `BaseModelOutput`.
     """
@@ -104,7 +104,7 @@ class ImageClassifierOutput(ModelOutput):
 
 
 class BackboneOutput(ModelOutput):
-    """Of `ConvNextBackbone`.
+    """Output of `ConvNextBackbone`.
 
     feature_maps: (N, C, H, W) of each of ``out_features``. hidden_states: as in `BaseModelOutput`. attentions: None.
     """

@@ -1,4 +1,4 @@
-"""Plans: where the parts of a block, a patch layer or a container are, so that ops can stand in for its forward.
+"""Plans: where the layers of a block, a patch layer or a container are, so that ops can replace its forward.
 
 A plan is plain data about a module: paths to its layers, and what these layers were like when the plan was made. This
 package's own modules declare theirs, and `fuse` makes one for each module of another library that it recognises.
@@ -24,7 +24,7 @@ class Watched(NamedTuple):
         kind: its class.
         names, values: its plain attributes, such as a convolution's stride.
         children: names of the modules in it.
-        biased: whether it has a bias, or does not say.
+        biased: whether it has a bias (see `is_biased`).
     """
 
     path: Path
@@ -36,20 +36,20 @@ class Watched(NamedTuple):
 
 
 class BlockPlan(NamedTuple):
-    """Where the parts of a ConvNeXt block are.
+    """Where the layers of a ConvNeXt block are.
 
     Attributes:
         dwconv, norm, fc1, fc2: the layers.
         gamma: name of the block's layer scale, or None.
         drop_path: its stochastic depth, or None.
-        rate: name of the rate of that.
+        rate: name of the stochastic depth's attribute that holds its rate.
         act: one of ``config.ACTIVATIONS``.
         watched: the layers that are not called, to notice when they change.
-        grn: of ConvNeXt V2 the global response norm, or None.
-        grn_names: of its two parameters.
-        recompute: what the backward pass computes anew (see `ops.convnext_block`).
-        fused: whether the plan is to be used at all.
-        own: whether the block is this package's own, which reads γ anew on every call and knows no other tensors.
+        grn: the global response norm of ConvNeXt V2, or None.
+        grn_names: names of its two parameters.
+        recompute: what the backward pass recomputes (see `ops.convnext_block`).
+        fused: whether the plan is used at all.
+        own: whether the block is this package's own: its forward reads γ on every call, and no other tensor of its own.
     """
 
     dwconv: Path
@@ -69,14 +69,14 @@ class BlockPlan(NamedTuple):
 
 
 class PatchPlan(NamedTuple):
-    """Where the parts of a patch layer (the stem, or a downsampling layer) are.
+    """Where the two layers of a patch layer (the stem, or a downsampling layer) are.
 
     Attributes:
         norm, conv: the layers. The module that holds them holds nothing else.
         stem: whether the convolution comes first.
         watched: the layers that are not called, to notice when they change.
-        following: the list of modules that the module calls afterwards; None where the pair is all.
-        fused: whether the plan is to be used at all.
+        following: a list of modules that the module calls after the two layers; None if it calls nothing else.
+        fused: whether the plan is used at all.
     """
 
     norm: Path
@@ -88,16 +88,16 @@ class PatchPlan(NamedTuple):
 
 
 class ChainPlan(NamedTuple):
-    """A container that calls what it holds, one module after another, and does nothing else.
+    """A container that calls its child modules one after another, and does nothing else.
 
-    A list stands for the modules in it. With ``parts`` it does other things, too: the models of transformers are such.
+    It calls the modules in a list, not the list. With ``parts`` it does other things, too, as transformers' models do.
 
     Attributes:
-        children: names of what it holds; None where these may change, as in a `torch.nn.Sequential`.
+        children: names of its child modules; None if these may change, as in a `torch.nn.Sequential`.
         watched: the lists in it, which are not called.
         names, values: plain attributes of the container.
-        parts: the modules that it calls one after another, wherever they are in it, if it does more than that.
-        fused: whether the plan is to be used at all.
+        parts: for a container that does other things, too: the modules, at any depth, that it calls one after another.
+        fused: whether the plan is used at all.
     """
 
     children: tuple[str, ...] | None = None
@@ -117,7 +117,7 @@ _LOCK = threading.Lock()
 
 
 def remember(plan: Plan) -> str:
-    """A key that stands for this plan in this process, the same for equal ones."""
+    """A key that stands for this plan in this process; equal plans have the same key."""
     with _LOCK:
         if plan not in _KEYS:
             _PLANS.append(plan)
@@ -128,13 +128,13 @@ def remember(plan: Plan) -> str:
 def recall(key: str) -> Plan:
     """The plan that a key stands for.
 
-    A compiler takes it for a constant of this key, which it guards: a guard for each field of a plan would take as long
+    A compiler takes the plan as a constant and guards only the key: a guard for each field of a plan would take as long
     as a kernel.
     """
     return _PLANS[int(key)]
 
 
-recall._dynamo_marked_constant = True  # `torch.compiler.assume_constant_result`, which takes a second to import
+recall._dynamo_marked_constant = True  # as `torch.compiler.assume_constant_result`, which takes a second to import
 
 
 def watch(module: nn.Module, path: Path, *skip: str) -> Watched:
@@ -163,7 +163,7 @@ def called_by(container: nn.Module) -> Iterator[nn.Module]:
 
 
 def settings_of(module: nn.Module, *skip: str) -> tuple[tuple[str, Any], ...]:
-    """The plain attributes of ``module`` but ``training``, private ones and ``skip``."""
+    """The plain attributes of ``module`` except ``training``, private ones and ``skip``."""
     return tuple(
         (name, value)
         for name, value in vars(module).items()
@@ -172,9 +172,9 @@ def settings_of(module: nn.Module, *skip: str) -> tuple[tuple[str, Any], ...]:
 
 
 def weights_of(plan: BlockPlan | PatchPlan) -> list[tuple[Path, str]]:
-    """The layers, beside the norm, whose weights the fused ops read, and the names of these; biases are not among them.
+    """The layers, except the norm, whose weights the fused ops read, each with the name of a weight.
 
-    A global response norm has two.
+    Biases are left out. A global response norm is there twice, once for each of its two parameters.
     """
     if isinstance(plan, PatchPlan):
         return [(plan.conv, "weight")]
@@ -200,5 +200,5 @@ def is_setting(value: Any) -> bool:
 
 
 def is_biased(layer: nn.Module) -> bool:
-    """Whether a layer has a bias, or does not say: FullyShardedDataParallel takes the names of parameters away."""
+    """Whether a layer has a bias. True if it has no such name: FullyShardedDataParallel removes parameters' names."""
     return layer._parameters.get("bias", "elsewhere") is not None

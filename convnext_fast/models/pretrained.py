@@ -1,4 +1,4 @@
-"""What the models under transformers' names share: loading, saving, checkpointing, and what its Trainer asks for."""
+"""What the models under transformers' names share: loading, saving, checkpointing, and what the Trainer needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Output = TypeVar("Output", bound=ModelOutput)
 
 
 class ConvNextPreTrainedModel(VirtualSubclass, ConvNextSwitches):
-    """What the three models share. By ``isinstance`` also a ``PreTrainedModel`` of transformers, for its Trainer.
+    """Base of the models. For transformers' Trainer, ``isinstance`` takes it for a ``PreTrainedModel`` of transformers.
 
     Args:
         config: the architecture.
@@ -39,7 +39,7 @@ class ConvNextPreTrainedModel(VirtualSubclass, ConvNextSwitches):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = ("ConvNextEmbeddings", "ConvNextStage", "ConvNextLayer", "Downsample")
-    # transformers' own code reads these of every class of models. Here they are empty.
+    # transformers' own code reads these attributes of every model class. Here they are empty.
     model_tags = _keys_to_ignore_on_save = None
     _keep_in_fp32_modules = _keep_in_fp32_modules_strict = frozenset()
     all_tied_weights_keys: ClassVar[dict[str, str]] = {}
@@ -62,16 +62,16 @@ class ConvNextPreTrainedModel(VirtualSubclass, ConvNextSwitches):
         self._make(config, fused, device=device, dtype=dtype)
 
     def _make(self, config: ConvNextConfig, fused: bool, **factory: Any) -> None:
-        """Make the layers of one of the models; a user's own makes them in its constructor."""
+        """Make the layers of the model. A user's own subclass makes them in its constructor."""
 
     def post_init(self) -> None:
-        """Initialise what is not loaded yet, and enable checkpointing where the configuration says so."""
+        """Initialise the weights that are not loaded yet, and enable checkpointing if the configuration says so."""
         init_weights(self, self.config.initializer_range)
         if vars(self.config).get("gradient_checkpointing"):
             self.gradient_checkpointing_enable()
 
     def _states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """What comes out of the stem and of each stage."""
+        """The outputs of the stem and of each stage."""
         embeddings, encoder, states = self.embeddings, self.encoder, None
         if is_untouched(encoder, (ConvNextEncoder.forward,)):
             states = self.run_whole((embeddings, *encoder.stages), pixel_values)
@@ -96,8 +96,8 @@ class ConvNextPreTrainedModel(VirtualSubclass, ConvNextSwitches):
 
         Args:
             save_directory: made if it is missing.
-            is_main_process: False writes nothing, for all processes but one.
-            push_to_hub: then also `push_to_hub`; ``repo_id`` is the folder's name unless given.
+            is_main_process: False, in all processes but one, writes nothing.
+            push_to_hub: also call `push_to_hub`; ``repo_id`` is the folder's name unless given.
             **options: those of `save_model`, such as ``max_shard_size``, and of `hub.push`. ``save_function``,
                 ``save_peft_format`` and ``save_original_format``, from transformers, have no effect.
         """
@@ -161,7 +161,7 @@ class ConvNextPreTrainedModel(VirtualSubclass, ConvNextSwitches):
         ``gradient_checkpointing_kwargs``: further arguments of `torch.utils.checkpoint.checkpoint`.
 
         Raises:
-            ValueError: another value of ``every_n_layers`` or ``offload``, which are not served.
+            ValueError: ``every_n_layers`` is not 1, or ``offload`` is True: neither is supported.
         """
         if every_n_layers != 1 or offload:
             raise ValueError(f"every_n_layers={every_n_layers}, offload={offload}: expected 1 and False")
@@ -179,7 +179,7 @@ class ConvNextPreTrainedModel(VirtualSubclass, ConvNextSwitches):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """transformers' newer name of `gradient_checkpointing_enable`."""
+        """transformers' newer name for `gradient_checkpointing_enable`."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     activation_checkpointing_disable = gradient_checkpointing_disable
@@ -194,7 +194,7 @@ class ConvNextPreTrainedModel(VirtualSubclass, ConvNextSwitches):
         return self.config.output_hidden_states if asked is None else asked
 
     def _hidden_states(self, states: tuple[Tensor, ...], asked: Any) -> tuple[Tensor | None, ...] | None:
-        """The states that are returned: all, none, or with None in the place of those not ``asked`` by index."""
+        """The states to return: all; None; or all, with None in place of those whose index is not in ``asked``."""
         wanted = self._wanted_states(asked)
         if isinstance(wanted, bool):
             return states if wanted else None

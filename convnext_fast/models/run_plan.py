@@ -1,4 +1,4 @@
-"""What a module computes by its plan: the ops, or the plain formula, on the live parameters of its layers."""
+"""What a module computes by its plan: the ops, or the plain reference, on the live parameters of its layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .plan import BlockPlan, PatchPlan, follow
 class Read(NamedTuple):
     """What a plan reads of its module.
 
-    weights: as of a `steps.Step`; eps: of the LayerNorm.
+    weights: as in a `steps.Step`; eps: of the LayerNorm.
     """
 
     weights: ConvNorm | NormConv | BlockWeights
@@ -30,7 +30,7 @@ class Read(NamedTuple):
 
 
 def read(module: nn.Module, plan: BlockPlan | PatchPlan) -> Read:
-    """The weights that the layers of ``module`` have now."""
+    """The current weights of the layers of ``module``."""
     norm = follow(module, plan.norm)
     affine = norm.weight, norm.bias
     if isinstance(plan, PatchPlan):
@@ -48,11 +48,11 @@ def read(module: nn.Module, plan: BlockPlan | PatchPlan) -> Read:
 
 
 def step_of(module: nn.Module, plan: BlockPlan | PatchPlan, found: Read, token: Tensor | None) -> Step:
-    """The step that does the same."""
+    """The step that computes what the plan computes."""
     if isinstance(plan, PatchPlan):
         kind = Kind.STEM if plan.stem else Kind.DOWNSAMPLE
         return Step(kind, found.weights, found.eps, token=None if plan.stem else token)
-    # The drop path alone, for a reference to the module would make a cycle: it holds the step.
+    # Refers to the drop path only: the module holds the step, so a reference to the module would make a cycle.
     draw = None
     if plan.drop_path is not None:
         draw = functools.partial(drop_scale, follow(module, plan.drop_path), plan.rate, found.weights.gamma)
@@ -75,12 +75,12 @@ def run(module: nn.Module, plan: BlockPlan | PatchPlan, found: Read, x: Tensor, 
 def drop_scale(drop_path: nn.Module, rate: str, gamma: Tensor | None, x: Tensor) -> Tensor | None:
     """The factor of each sample of x, (N,), as a block's own stochastic depth draws it.
 
-    rate: the name of the attribute that has its rate.
+    rate: the name of the attribute that holds the rate.
     """
     if not drop_path.training or getattr(drop_path, rate) == 0:
         return None
     dtype = call.compute_dtype(x) if gamma is None else torch.promote_types(call.compute_dtype(x), gamma.dtype)
-    branch = (x.shape[0], 1, 1, 1)  # the dtype is the residual branch's, in which eager draws
+    branch = (x.shape[0], 1, 1, 1)  # with the residual branch's dtype, in which eager draws
     if isinstance(drop_path, DropPath):
         return drop_path.draw(x.new_empty(branch, dtype=dtype))
     return drop_path(x.new_ones(branch, dtype=dtype)).flatten()
@@ -110,7 +110,7 @@ def patchify_stem(image: Tensor, weights: tuple[Tensor | None, ...], eps: float,
         raise ValueError(f"the image has {image.shape[1]} channels: expected {channels}")
     function = ops.patchify_stem if fused else reference.patchify_stem
     y = as_nchw(function(image, *weights, eps=eps))
-    # Autocast has LayerNorm, and with it the residual stream, in float32 on every device but a CPU.
+    # Autocast runs LayerNorm in float32 on every device but a CPU, so the residual stream is float32, too.
     return y.float() if call.autocasts(image) and image.device.type != "cpu" else y
 
 

@@ -60,7 +60,7 @@ class ConvNextSwitches(nn.Module):
     def backend_for(self, x: Tensor) -> choose.Name:
         """Where the blocks run for an input: "triton", "cpu", "aten" or "reference" (see `choose.select`).
 
-        "cpu" where the kernels for x86 CPUs serve every block, of ConvNeXt V2 where all are frozen.
+        "cpu" if the kernels for x86 CPUs support every block; in ConvNeXt V2 all blocks must be frozen, too.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x is a {type(x).__name__}: expected a tensor")
@@ -76,28 +76,28 @@ class ConvNextSwitches(nn.Module):
         return "cpu" if all(llvm.serves_block(*size) for size in sizes) else "aten"
 
     def run_whole(self, parts: Sequence[nn.Module], x: Tensor, last: bool = False) -> list[Tensor] | None:
-        """What comes out of ``parts``, or of the last one, in a single run of steps; None if that cannot be."""
+        """The outputs of the modules ``parts``, or of the last one, by one run of steps; None if that is impossible."""
         return outputs_of(self._whole_runs, None, parts, x, last)
 
     def freeze(self, cuda_graph: bool = False) -> Any:
         """Prepare the model for inference only, and return it.
 
-        Sets evaluation mode, turns gradients of the parameters off, and has the fused path compute with folded copies
+        Sets evaluation mode, turns off the parameters' gradients, and makes the fused path compute with folded copies
         of the weights: each block's LayerNorm affine and layer scale are folded into its linear layers, and the affine
-        of a downsampling layer into its convolution. The copies follow the parameters: where a parameter or a layer is
-        replaced, changed in place, moved or converted, the next call folds anew (see `ops.folded_weights` for the few
-        ways to write that leave no trace; after those, freeze again). So does a compiled model. `train` and
-        `load_state_dict` undo freezing.
+        of a downsampling layer into its convolution. The copies follow the parameters: after a parameter or a layer is
+        replaced, changed in place, moved or converted, the next call folds again, in a compiled model too. A few kinds
+        of writes are not noticed (see `ops.folded_weights`); after those, freeze again. `train` and `load_state_dict`
+        undo freezing.
 
         Args:
             cuda_graph: on NVIDIA GPUs, capture what runs between the image and the last feature map as a CUDA graph at
-                the third call with the same shape, dtype and strides, and replay it from then on. The eight kinds of
-                inputs used last are kept, with the memory that they compute in; changed weights are captured anew. The
-                results are new tensors. A replay costs two copies, so that it pays for small batches, where a GPU
-                waits for the host. Without it, freezing again turns this off.
+                the third call with the same shape, dtype and strides, and replay it from then on. The graphs of the
+                eight kinds of inputs used last are kept, with their memory. Changed weights are captured again. The
+                results are new tensors. A replay costs two copies, so it pays for small batches, where a GPU waits for
+                the CPU. Freezing again without it turns this off.
 
         Raises:
-            ValueError: the model runs the plain reference, which has nothing to fold; or ``cuda_graph``, and it is not
+            ValueError: ``fused`` is False, so there is nothing to fold; or ``cuda_graph`` is set, and the model is not
                 on a CUDA device.
         """
         if not self.fused:
@@ -148,7 +148,7 @@ class ConvNextSwitches(nn.Module):
 
 
 def check_image(image: Any, config: ConvNextConfig, name: str) -> None:
-    """Raise TypeError or ValueError unless ``image`` is a (N, C, H, W) batch that the model's strides can divide."""
+    """Raise TypeError or ValueError unless ``image`` is a (N, C, H, W) batch, large enough for the model's strides."""
     if isinstance(image, torch.fx.Proxy):
         return
     if not isinstance(image, Tensor):
@@ -164,9 +164,9 @@ def check_image(image: Any, config: ConvNextConfig, name: str) -> None:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, std: float) -> None:
-    """Weights of convolutions and linear layers from N(0, std²) cut at ±2, biases 0 (the official code's).
+    """Draw weights of convolutions and linear layers from N(0, std²) cut at ±2; set biases to 0 (as the official code).
 
-    What is initialised or loaded already stays.
+    Weights that are already initialised or loaded stay.
     """
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and not hasattr(module.weight, "_is_hf_initialized"):
@@ -174,4 +174,4 @@ def init_weights(model: nn.Module, std: float) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # or the post_init of a model of transformers that holds it overwrites it
+        parameter._is_hf_initialized = True  # else the post_init of a transformers model that holds it overwrites it

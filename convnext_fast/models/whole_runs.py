@@ -1,5 +1,5 @@
-"""Modules as steps that run one after another without a call of any module: frozen ones (`ops.sequence`), and on a GPU
-others too (`ops.live_sequence`).
+"""Modules run as steps, without being called: frozen ones (`ops.sequence`), and on a GPU others, too
+(`ops.live_sequence`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _CALL = nn.Module.__call__
 
 
 class WholeRuns(dict):
-    """The runs that a module found, by whether they are frozen and how many parts they have.
+    """The runs found for a module, by whether they are frozen and how many modules they contain.
 
-    A copy of the module finds its own. Looking for a run takes as long as some calls: where what was found does not
-    last to the next call, or nothing was found, ever more calls go by before the next look.
+    A copy of the module finds its own. A search for a run takes as long as several calls. If it finds nothing, or the
+    run no longer holds at the next call, the pause before the next search grows.
 
     Attributes:
-        pause: how many calls that is.
-        left: how many of them are still to come.
+        pause: how many calls pass between the next search and the one after it.
+        left: how many calls pass before the next search.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class WholeRuns(dict):
         return WholeRuns, ()
 
     def may_look(self) -> bool:
-        """Whether this call looks for a run."""
+        """Count a call; return whether it searches for a run."""
         self.left -= 1
         if self.left >= 0:
             return False
@@ -57,7 +57,7 @@ _LONGEST_PAUSE = 255
 
 
 class _WholeRun:
-    """Parts as one sequence of steps, and the record by which it still stands for their forwards."""
+    """Modules as one sequence of steps, and the record that shows whether it still replaces their forwards."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class _WholeRun:
         self._parts = () if root is not None else tuple(parts)
 
     def holds(self, root: nn.Module | None, parts: Sequence[nn.Module]) -> bool:
-        """Whether these are the parts that were seen, and nothing about them changed."""
+        """Whether these are the recorded modules, and nothing about them changed."""
         same = root is not None or all(map(operator.is_, parts, self._parts))
         return same and self.record.holds(root)
 
@@ -84,13 +84,13 @@ class _WholeRun:
 def outputs_of(
     runs: WholeRuns, root: nn.Module | None, parts: Sequence[nn.Module], x: Tensor, last: bool = False
 ) -> list[Tensor] | None:
-    """x (N, C, H, W) through modules: what comes out of each; None where they have to be called one by one.
+    """The outputs of modules that run one after another on x (N, C, H, W); None if they have to be called one by one.
 
     Args:
-        runs: where what was found is kept.
-        root: the module that runs, if it is the only one of ``parts``. Its hooks are not looked at: they run anyway.
+        runs: the runs found so far; a new one is added.
+        root: the module whose forward runs, if it is the only one of ``parts``. Its hooks run anyway: no need to check.
         parts: the modules, in order.
-        last: give out the last one's alone.
+        last: return only the last one's output.
     """
     state = parts[0].__dict__.get(STATE)
     fused = state is not None and state.plan.fused and not call.sees_layers(x)
@@ -110,7 +110,7 @@ def outputs_of(
             return live_sequence.compiled(every, x, ends)
         return None if call.wants_gradient(x) else sequence.compiled(every, x, ends, frozen)
     run = _run_that_holds(runs, frozen, state.cuda_graph, root, parts)
-    if run is None or (frozen and any(map(_wants_gradient, run.weights))):  # without gradients too: they are trained
+    if run is None or (frozen and any(map(_wants_gradient, run.weights))):  # under no_grad too: they are trained
         return None
     ends = run.ends[-1:] if last else run.ends
     return run.sequence(x, ends, backend) if frozen else run.sequence(x, ends)
@@ -153,9 +153,9 @@ def _steps_of_parts(
 
 
 def steps_of(module: nn.Module, frozen: bool = True, layers: list[nn.Module] | None = None) -> list[Step] | None:
-    """What a call of ``module`` does; None where that is more than steps, or than frozen ones where those are wanted.
+    """The steps that a call of ``module`` does; None if it does more, or if ``frozen`` and not all of them are frozen.
 
-    layers: takes the modules that this depends on.
+    layers: the modules that this depends on are added to it.
     """
     if not is_untouched(module):
         return None
@@ -165,7 +165,7 @@ def steps_of(module: nn.Module, frozen: bool = True, layers: list[nn.Module] | N
 
 
 def _steps(module: nn.Module, frozen: bool, layers: list[nn.Module] | None) -> list[Step] | None:
-    """As `steps_of`, whatever hooks are on the module."""
+    """As `steps_of`, without checking the module itself for hooks."""
     state = module.__dict__.get(STATE)
     if state is None:
         return [] if type(module).forward is nn.Identity.forward else _joined(module._modules.values(), frozen, layers)
@@ -202,7 +202,7 @@ def _drops(step: Step) -> bool:
 
 
 def _reason(root: nn.Module | None, parts: Sequence[nn.Module]) -> str:
-    """Why frozen parts are more than steps."""
+    """Why frozen modules do not run as steps."""
     for part in parts:
         for name, module in part.named_modules():
             where, state = name or type(module).__name__, module.__dict__.get(STATE)
@@ -230,7 +230,7 @@ _FORWARDS = [nn.Sequential.forward, nn.Identity.forward]
 
 
 def runs_as_steps(kind: Any) -> Any:
-    """Class decorator: the forward of ``kind`` is that of its plan."""
+    """Class decorator: the forward of ``kind`` does what its plan says."""
     _FORWARDS.append(kind.forward)
     return kind
 

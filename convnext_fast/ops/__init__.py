@@ -27,4 +27,4 @@ __all__ = [
 ]
 
 for _name in __all__:
-    torch.fx.wrap(_name)  # symbolic tracing keeps a call of one of these names, in this module, whole
+    torch.fx.wrap(_name)  # symbolic tracing records a call of one of these names, in this module, as one node

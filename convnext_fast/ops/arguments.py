@@ -1,6 +1,6 @@
-"""Checks of the fused ops' arguments: each raises what `functions` says, or returns the compute dtype.
+"""Checks of the fused ops' arguments: each raises the errors that `functions` names, or returns the compute dtype.
 
-A check of plain tensors is made once for each set of shapes, dtypes and devices: for a small image on a CPU it takes as
+Plain tensors are checked once for each set of shapes, dtypes and devices: for a small image on a CPU, a check takes as
 long as a convolution.
 """
 
@@ -20,7 +20,7 @@ from .signatures import flatten
 
 
 def check_activation(x: Tensor, name: str) -> None:
-    """Activations of 4 dimensions, of which only the first may be 0."""
+    """Activations with 4 dimensions, of which only the first may be 0."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}: expected a tensor")
     if not x.is_floating_point():
@@ -52,7 +52,7 @@ def rows_of(weight: Tensor, name: str) -> int:
 
 
 def check_dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """A depthwise convolution of x (N, H, W, C), of side 3, 5 or 7."""
+    """A depthwise convolution of x (N, H, W, C), with a kernel of side 3, 5 or 7."""
     side = weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() == 4 else 7
     if side not in (3, 5, 7):
         raise ValueError(f"the depthwise kernel is {tuple(weight.shape)}: expected a square one of side 3, 5 or 7")
@@ -61,13 +61,13 @@ def check_dwconv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, channels: int, optional: bool = False) -> None:
-    """LayerNorm's affine."""
+    """LayerNorm's weight and bias."""
     check_tensor(x, "ln_weight", weight, (channels,), optional)
     check_tensor(x, "ln_bias", bias, (channels,), optional)
 
 
 def check_patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, channels: int, size: tuple[int, int]) -> None:
-    """A convolution of patches of images of this many channels, and this height and width."""
+    """A convolution of patches, for images with this number of channels, and this height and width."""
     if not isinstance(weight, Tensor) or weight.dim() != 4:
         what = f"has shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"is a {type(weight).__name__}"
         raise ValueError(f"the patch weight {what}: expected (C', C, kh, kw)")
@@ -103,7 +103,7 @@ def check_options(act: str, recompute: int) -> None:
 
 
 def check_dtypes(x: Tensor, **weights: Tensor) -> torch.dtype:
-    """`call.compute_dtype`; without autocast the weights must have x's."""
+    """`call.compute_dtype`; without autocast the weights must have x's dtype."""
     for name, weight in weights.items():
         if weight.dtype != x.dtype and not call.autocasts(x):
             raise TypeError(
@@ -119,7 +119,7 @@ Check = Callable[..., torch.dtype]
 
 
 def _once(check: Check) -> Check:
-    """The check, made once for each description of plain tensors and options."""
+    """``check``, made only once for each description of plain tensors and options."""
 
     @functools.wraps(check)
     def remembered(x: Tensor, *arguments: Any) -> torch.dtype:
@@ -143,7 +143,7 @@ def _once(check: Check) -> Check:
 
 @_once
 def check_block(x: Tensor, weights: BlockWeights, drop_scale: Tensor | None, act: str, recompute: int) -> torch.dtype:
-    """Of `functions.convnext_block`."""
+    """Arguments of `functions.convnext_block`."""
     check_activation(x, "x")
     check_dwconv(x, weights.dwconv_weight, weights.dwconv_bias)
     check_affine(x, weights.ln_weight, weights.ln_bias, x.shape[3], optional=True)
@@ -156,7 +156,7 @@ def check_block(x: Tensor, weights: BlockWeights, drop_scale: Tensor | None, act
 
 @_once
 def check_frozen_block(x: Tensor, weights: FrozenBlock, act: str) -> torch.dtype:
-    """Of `functions.frozen_block`."""
+    """Arguments of `functions.frozen_block`."""
     check_activation(x, "x")
     check_dwconv(x, weights.dwconv_weight, weights.dwconv_bias)
     check_tensor(x, "b1", weights.b1, (2, rows_of(weights.w1, "w1")))
@@ -168,7 +168,7 @@ def check_frozen_block(x: Tensor, weights: FrozenBlock, act: str) -> torch.dtype
 
 @_once
 def check_dwconv_layernorm(x: Tensor, weights: ConvNorm) -> torch.dtype:
-    """Of `functions.dwconv_layernorm`."""
+    """Arguments of `functions.dwconv_layernorm`."""
     check_activation(x, "x")
     check_dwconv(x, weights.weight, weights.bias)
     check_affine(x, weights.ln_weight, weights.ln_bias, x.shape[3])
@@ -179,7 +179,7 @@ def check_dwconv_layernorm(x: Tensor, weights: ConvNorm) -> torch.dtype:
 def check_mlp(
     x: Tensor, residual: Tensor | None, weights: MlpWeights, drop_scale: Tensor | None, act: str, recompute: int
 ) -> torch.dtype:
-    """Of `functions.pointwise_mlp`."""
+    """Arguments of `functions.pointwise_mlp`."""
     check_activation(x, "x")
     check_tensor(x, "residual", residual, tuple(x.shape), optional=True)
     check_pointwise(x, weights, drop_scale)
@@ -189,7 +189,7 @@ def check_mlp(
 
 @_once
 def check_norm(h: Tensor, weight: Tensor, bias: Tensor) -> torch.dtype:
-    """Of `functions.global_response_norm`."""
+    """Arguments of `functions.global_response_norm`."""
     check_activation(h, "h")
     for name, value in (("weight", weight), ("bias", bias)):
         check_tensor(h, name, value, (h.shape[3],))
@@ -198,7 +198,7 @@ def check_norm(h: Tensor, weight: Tensor, bias: Tensor) -> torch.dtype:
 
 @_once
 def check_stem(image: Tensor, weights: ConvNorm) -> torch.dtype:
-    """Of `functions.patchify_stem`."""
+    """Arguments of `functions.patchify_stem`."""
     check_activation(image, "image")
     weight = weights.weight
     check_patch_conv(image, weight, weights.bias, channels=image.shape[1], size=tuple(image.shape[2:]))
@@ -208,7 +208,7 @@ def check_stem(image: Tensor, weights: ConvNorm) -> torch.dtype:
 
 @_once
 def check_downsample(x: Tensor, weights: NormConv) -> torch.dtype:
-    """Of `functions.downsample`."""
+    """Arguments of `functions.downsample`."""
     check_activation(x, "x")
     check_patch_conv(x, weights.weight, weights.bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
     check_affine(x, weights.ln_weight, weights.ln_bias, x.shape[3])
@@ -217,7 +217,7 @@ def check_downsample(x: Tensor, weights: NormConv) -> torch.dtype:
 
 @_once
 def check_frozen_downsample(x: Tensor, weights: FrozenDownsample) -> torch.dtype:
-    """Of `functions.frozen_downsample`."""
+    """Arguments of `functions.frozen_downsample`."""
     check_activation(x, "x")
     check_patch_conv(x, weights.weight, weights.bias, channels=x.shape[3], size=tuple(x.shape[1:3]))
     return check_dtypes(x, weight=weights.weight)

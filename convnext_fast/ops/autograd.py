@@ -1,4 +1,4 @@
-"""What the fused ops save for their backward passes, and what these are called with.
+"""What the fused ops save for their backward passes, and the arguments of these passes.
 
 The same formulas serve a plain `torch.autograd.Function` (`call`) and the registered operators (`operators`). Both see
 flat arguments (`signatures`); a result that is absent is None in the first, an empty tensor in the second.
@@ -18,14 +18,14 @@ from .signatures import SIGNATURES
 
 Needs = Sequence[bool]
 REFERENCE = "plain PyTorch (fused=False of this package's models, unfuse(model) of others)"
-"""What computes the derivatives that the fused ops have not."""
+"""What computes the derivatives that the fused ops do not have."""
 
 
 class Formulas(NamedTuple):
-    """Of one op.
+    """The functions of one op.
 
-    save: of the context, the arguments in groups, and the results besides the first. backward: of the context, which
-    flat inputs need a gradient, and the gradient of the first result; returns the arguments of the backward op.
+    save: takes the context, the arguments in groups, and the results after the first. backward: takes the context,
+    which flat inputs need a gradient, and the gradient of the first result; returns the arguments of the backward op.
     """
 
     save: Callable[[Any, list[Any], Gradients], None]
@@ -93,14 +93,14 @@ FORMULAS = {
     "patchify_stem_fwd": Formulas(_save_patches, _patchify_stem_bwd),
     "downsample_fwd": Formulas(_save_patches, _downsample_bwd),
 }
-"""By the op's name; the others have no gradient."""
+"""By the op's name; ops that are not here have no gradient."""
 
 
 def save(name: str, ctx: Any, arguments: list[Any], output: Tensor | tuple[Tensor | None, ...]) -> None:
     """Keep on an operator's context what its backward needs; ``arguments`` in groups."""
     kept = () if isinstance(output, Tensor) else output[1:]
     FORMULAS[name].save(ctx, arguments, kept)
-    # Only the backward reads the results besides the first, and the gradient of the first may be absent.
+    # Only the backward reads the results after the first, and the gradient of the first may be absent.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(tensor for tensor in kept if tensor is not None))
 
@@ -115,8 +115,8 @@ def refuse_batches(dy: Tensor) -> None:
 
 
 def no_second_derivative(ctx: Any, *_: object) -> Gradients:
-    """The formula of a backward operator."""
-    raise NotImplementedError(f"the fused ops have no second derivatives: take {REFERENCE}, or torch.func, which does")
+    """The backward of a backward operator: an error."""
+    raise NotImplementedError(f"the fused ops have no second derivatives: take {REFERENCE}, or torch.func")
 
 
 def gradients(

@@ -1,7 +1,7 @@
 """Several blocks, one after another, as one node of autograd's graph: on a GPU, where a node costs as much as a kernel.
 
-Gradients of a group's weights come out together, and what it saved is freed when all of it was used. So a deep stage is
-several groups: DistributedDataParallel sends gradients while those of the blocks before are computed.
+The gradients of a group's weights are returned together, and what the group saved is freed only after that. So a deep
+stage is several groups: DistributedDataParallel sends gradients while those of earlier blocks are computed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from ..backends.gpu import BlockCall
 
 MOST = 9
-"""Blocks in a group: the third stage of ConvNeXt-T, or a third of that of larger models."""
+"""The most blocks in a group: the third stage of ConvNeXt-T, or a third of the third stage of larger models."""
 
 _WEIGHTS = len(BlockWeights._fields)
 _KEPT = 1 + len(Saved._fields)
-"""What a block's backward needs besides its weights: x first."""
+"""How many tensors a block's backward needs besides its weights and drop scale: x, then `Saved`."""
 
 
 def run(x: Tensor, blocks: tuple[BlockCall, ...], dtype: torch.dtype) -> Tensor:
@@ -34,7 +34,7 @@ def run(x: Tensor, blocks: tuple[BlockCall, ...], dtype: torch.dtype) -> Tensor:
     All tensors are plain (see `call.is_plain`), and none is a negative view; or a compiler traces all of them.
     """
     if torch.compiler.is_compiling():
-        from . import block_group_operator  # when it is needed: it imports PyTorch's compiler
+        from . import block_group_operator  # imported late: it imports PyTorch's compiler
 
         return block_group_operator.run(x, blocks, dtype)
     if not torch.is_grad_enabled():
@@ -65,7 +65,7 @@ class _Blocks(torch.autograd.Function):
         blocks, wanted, inputs, own = [], [], [], []
         for i, option in enumerate(options):
             at, kept = _WEIGHTS * i, scales + count + _KEPT * i
-            if not any(needs[: 1 + at + _WEIGHTS]):  # nothing before or in this block takes a gradient
+            if not any(needs[: 1 + at + _WEIGHTS]):  # neither this block nor anything before it needs a gradient
                 continue
             wanted.append((any(needs[: 1 + at]), needs[1 + at] or needs[2 + at]))
             blocks.append((BlockWeights._make(saved[at : at + _WEIGHTS]), saved[scales + i], *option))
@@ -85,11 +85,11 @@ def _backward(
     gradients: list[Tensor | None] = []
     for x, block, own, wanted in zip(*map(reversed, (inputs, blocks, saved, needs)), strict=True):
         weights, drop_scale, eps, act, _ = block
-        x = x if x is inputs[0] else x.to(dy.dtype)  # a copy in the compute dtype, of an x that was like dy
+        x = x if x is inputs[0] else x.to(dy.dtype)  # saved in the compute dtype; the block's input had dy's
         dy, *grads = call.run("block_bwd", "triton", dy, x, own, weights, drop_scale, eps, act, dtype, *wanted)
         gradients = grads + gradients
     return (dy, *gradients)
 
 
-# Without what `Function.apply` does for the transforms of `torch.func`, which get the reference.
+# Skips what `Function.apply` does for the transforms of `torch.func`: these run the reference.
 _apply = super(torch.autograd.Function, _Blocks).apply

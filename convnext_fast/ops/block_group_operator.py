@@ -1,7 +1,7 @@
 """`block_group` in a compiler's graph: several blocks as one operator forward and one backward, on NVIDIA's GPUs.
 
-Only what is there is given and returned, for an operator takes and makes no absent tensors in its lists. ``masks`` says
-which of a block's weights and drop scale are given: bit i for the i-th. ``acts``: the activations, with commas between.
+Lists hold only tensors that are present: an operator cannot take or return absent ones in a list. ``masks`` says which
+of a block's weights and drop scale are present: bit i for the i-th. ``acts``: the activations, separated by commas.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 _LIBRARY = torch.library.Library("convnext_fast", "FRAGMENT")
 _WEIGHTS = len(BlockWeights._fields)
 _KEPT = {0: 3, 1: 2, 2: 0}
-"""How many of `Saved` a block keeps, by its level of ``recompute``."""
+"""How many tensors of `Saved` a block keeps, by its level of ``recompute``."""
 _ALIGNMENT = 512
-"""Bytes, as CUDA's allocator gives."""
+"""In bytes; that of CUDA's allocator."""
 
 
 def run(x: Tensor, blocks: tuple[BlockCall, ...], dtype: torch.dtype) -> Tensor:
@@ -47,7 +47,7 @@ def _forward(
     levels: list[int],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """What each block keeps, and its y, in the blocks' order."""
+    """For each block, in order: the tensors that it keeps, then its y."""
     return list(as_one_plan(_blocks_fwd)(x, *map(tuple, (tensors, masks, eps)), acts, tuple(levels), dtype))
 
 
@@ -68,9 +68,9 @@ def _backward(
     dtype: torch.dtype,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradient of x, if that is needed, then the memory of those of the weights, by dtype (see `_layout`).
+    """The gradient of x, if needed, then the memory of the weights' gradients, one tensor per dtype (see `_layout`).
 
-    results: those of `_forward` but the last. needs: of x and of each of ``tensors``.
+    results: those of `_forward` except the last. needs: whether x, and each of ``tensors``, needs a gradient.
     """
     rest = acts, tuple(levels), dtype, tuple(needs)
     return list(as_one_plan(_blocks_bwd)(dy, x, *map(tuple, (tensors, results, masks, eps)), *rest))
@@ -81,7 +81,7 @@ def _blocks_bwd(dy, x, tensors, results, masks, eps, acts, levels, dtype, needs)
     for level in levels:
         kept = [next(rest) for _ in range(_KEPT[level])]
         saved.append(Saved(*kept, *[None] * (len(Saved._fields) - len(kept))))
-        inputs.append(next(rest, None))  # the last y is no input
+        inputs.append(next(rest, None))  # the last y is not an input
     first, wanted = _wanted(masks, needs)
     sizes, places = _layout(tensors, masks, needs)
     memory = {kind: torch.empty(size, dtype=kind, device=x.device) for kind, size in sizes.items()}
@@ -92,7 +92,7 @@ def _blocks_bwd(dy, x, tensors, results, masks, eps, acts, levels, dtype, needs)
 
 
 def _cut(values: Iterable[Any], masks: Sequence[int]) -> list[list[Any]]:
-    """For each block what is given of its weights and its drop scale, None for what is not."""
+    """For each block, the values for its weights and its drop scale; None for absent ones."""
     rest = iter(values)
     return [[next(rest) if mask >> i & 1 else None for i in range(_WEIGHTS + 1)] for mask in masks]
 
@@ -105,7 +105,7 @@ def _blocks(
 
 
 def _wanted(masks: Sequence[int], needs: Sequence[bool]) -> tuple[int, list[tuple[bool, bool]]]:
-    """The first block that takes a gradient, and from there on ``needs_x`` and ``needs_dwconv`` of each."""
+    """Index of the first block that needs a gradient; ``needs_x`` and ``needs_dwconv`` of that and each later block."""
     first, before, wanted = 0, needs[0], []
     for own in _cut(needs[1:], masks):
         if before or any(own[:-1]):
@@ -119,9 +119,9 @@ def _wanted(masks: Sequence[int], needs: Sequence[bool]) -> tuple[int, list[tupl
 def _layout(
     tensors: Sequence[Tensor], masks: Sequence[int], needs: Sequence[bool]
 ) -> tuple[dict[torch.dtype, int], list[int | None]]:
-    """Where the gradients of the weights lie: all of one dtype in one tensor, for a compiler pays for each result.
+    """Where the weights' gradients lie: all of one dtype in one tensor, because each result costs compiled code time.
 
-    Returns the elements of each dtype, and where the gradient of each of ``tensors`` begins; None for those without.
+    Returns the number of elements of each dtype, and where the gradient of each of ``tensors`` begins, or None.
     """
     first, wanted = _wanted(masks, needs)
     sizes: dict[torch.dtype, int] = {}
@@ -142,7 +142,7 @@ def _layout(
 def _parts(
     memory: dict[torch.dtype, Tensor], tensors: Sequence[Tensor], places: Sequence[int | None]
 ) -> list[Tensor | None]:
-    """The gradients in the memory that `_layout` describes."""
+    """The gradients, as views of the memory that `_layout` describes."""
     return [
         None if place is None else memory[tensor.dtype][place : place + tensor.numel()].view(tensor.shape)
         for tensor, place in zip(tensors, places, strict=True)
@@ -174,7 +174,7 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 def _register(name: str, function: Any, gradients: Any, save: Any = None) -> Any:
     """The operator that a compiler traces, which has a gradient.
 
-    In the graph stands another one, ``<name>_gpu``, which has none: for one, every call would go through Python twice.
+    The graph then calls another one, ``<name>_gpu``, without a gradient: with one, each call would enter Python twice.
     """
     whole = f"{name}_gpu"
     _LIBRARY.define(whole + torch.library.infer_schema(function, mutates_args=()))

@@ -1,9 +1,9 @@
 """How a call of a fused op runs: for its value alone, under autograd, or as a registered operator.
 
-PyTorch's dispatcher costs an operator about 0.1 ms a call, more than most kernels take, and registering operators
-imports its compiler, which takes a second. So a call on plain tensors that no compiler, mode or tracer observes runs
-the backend's function itself, under autograd as a plain `torch.autograd.Function`. Every other call runs the operator
-``convnext_fast::<name>``. `backends.choose` decides where a call runs.
+PyTorch's dispatcher takes about 0.1 ms for a call of an operator, more than most kernels, and registering operators
+imports PyTorch's compiler, which takes a second. So a call on plain tensors that no compiler, mode or tracer observes
+runs the backend's function itself, under autograd as a plain `torch.autograd.Function`. Every other call runs the
+operator ``convnext_fast::<name>``. `backends.choose` decides where a call runs.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .views import unlinked
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 _TRANSPARENT = ("downsample_fwd", "downsample_bwd")
-"""Ops that are ATen calls on a CPU, which modes and other kinds of tensors may observe."""
+"""Ops that are ATen calls on a CPU, which modes and tensor subclasses may observe."""
 _PLAIN = _TENSORS | {type(None), torch.dtype, bool, int, float, str}
 
 
 def run(name: str, backend: choose.Name, *arguments: Any) -> Any:
-    """What the op ``name`` returns on ``backend`` (see `interface.Backend`): of a forward the first result alone, of a
-    backward the gradients; absent ones are None or empty.
+    """Run the op ``name`` on ``backend`` (see `interface.Backend`). A forward returns only its first result, a backward
+    all gradients; absent ones are None or empty.
 
-    Autograd records the forward of an op on plain weights; one on frozen weights has no gradient and must not be
+    Autograd records the forward of an op on plain weights. An op on frozen weights has no gradient and must not be
     called if one is needed. The first argument is a tensor.
     """
     flat = flatten(arguments)
@@ -43,12 +43,12 @@ def run(name: str, backend: choose.Name, *arguments: Any) -> Any:
         if not torch.compiler.is_compiling():
             flops.register_formulas()
         return _of_operator(name, operator(*flat))
-    if any(t.is_neg() for t in flat if t.__class__ in _TENSORS):  # a backend reads memory as it is
+    if any(t.is_neg() for t in flat if t.__class__ in _TENSORS):  # backends ignore the negative bit
         flat = [t.resolve_neg() if isinstance(t, Tensor) else t for t in flat]
         arguments = SIGNATURES[name].group(flat)
     if name in _APPLY or not torch.is_grad_enabled() or name.startswith("frozen"):
         return run_plain(name, backend, *arguments)
-    return _of_operator(name, _operator(name)(*flat))  # a backward that autograd is to differentiate
+    return _of_operator(name, _operator(name)(*flat))  # a backward that autograd records
 
 
 def run_plain(name: str, backend: choose.Name, *arguments: Any) -> Any:
@@ -68,13 +68,13 @@ def _of_operator(name: str, results: Any) -> Any:
 
 
 def _operator(name: str) -> Any:
-    from .operators import OPERATORS  # when it is needed: it imports PyTorch's compiler
+    from .operators import OPERATORS  # imported late: it imports PyTorch's compiler
 
     return OPERATORS[name]
 
 
 def _apply(name: str) -> Callable[..., Tensor]:
-    """The op under autograd: ``apply(backend, arguments, *the same flat)``, for autograd sees no tensors in groups."""
+    """The op under autograd: ``apply(backend, arguments, *the same flat)``: autograd sees no tensors in groups."""
 
     def forward(ctx: Any, backend: choose.Name, arguments: tuple[Any, ...], *flat: Any) -> Any:
         results = compute(name, backend, arguments)
@@ -88,9 +88,9 @@ def _apply(name: str) -> Callable[..., Tensor]:
         return None, None, *autograd.gradients(name, ctx, ctx.needs_input_grad[2:], dy, _run_backward)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    # By a call, for nodes of autograd's graph are called after the class.
+    # The class gets the op's name, because nodes of autograd's graph are named after it.
     function = type(torch.autograd.Function)(name, (torch.autograd.Function,), methods)
-    # Without what `Function.apply` does for the transforms of `torch.func`, which get the reference.
+    # Skips what `Function.apply` does for the transforms of `torch.func`: these run the reference.
     return super(torch.autograd.Function, function).apply
 
 
@@ -104,17 +104,17 @@ _APPLY = {name: _apply(name) for name in autograd.FORMULAS}
 
 
 def sees_layers(x: Any) -> bool:
-    """Whether x (N, C, H, W) belongs to something that is to see the layers of a module called, not a fused op.
+    """Whether a call on x (N, C, H, W) is observed by something that should see calls of layers, not a fused op.
 
-    That is tracing by `torch.fx` or `torch.jit.trace`, export to ONNX, `torch.export` but on a GPU, and a mode that
-    counts FLOPs of a model that is not compiled.
+    That is tracing by `torch.fx` or `torch.jit.trace`, export to ONNX, `torch.export` except on a GPU, or a mode that
+    counts the FLOPs of a model that is not compiled.
     """
     if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
         return True
     if torch.compiler.is_compiling():
         exports = choose.is_exporting() and x.device.type not in choose.KERNEL_DEVICES
         return exports or torch.onnx.is_in_onnx_export()
-    # PyTorch does not compile under a mode, nor later what ran under it: a compiled model runs its fused ops there too.
+    # A compiled model keeps its fused ops under a mode: PyTorch does not compile there, nor later what ran there.
     if not torch._C._len_torch_dispatch_stack() or get_eval_frame_callback() is not None:
         return False
     modes = (type(mode).__name__ for mode in _modes())
@@ -122,7 +122,7 @@ def sees_layers(x: Any) -> bool:
 
 
 def is_plain(*arguments: object) -> bool:
-    """Whether no compiler, dispatch mode or kind of tensor observes a call on these arguments."""
+    """Whether no compiler, dispatch mode or tensor subclass observes a call on these arguments."""
     return (
         not torch.compiler.is_compiling()
         and _PLAIN.issuperset(map(type, arguments))

@@ -12,7 +12,7 @@ from ..backends import choose
 
 
 def compute(name: str, backend: choose.Name, arguments: Sequence[Any]) -> Any:
-    """The results of the op, as `interface.Backend` says, with autocast off, for a backend casts by itself."""
+    """The results of the op, as `interface.Backend` says. Autocast is off inside: backends cast by themselves."""
     function, kind = getattr(choose.module(backend), name), arguments[0].device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
@@ -22,8 +22,8 @@ def compute(name: str, backend: choose.Name, arguments: Sequence[Any]) -> Any:
 
 @functools.cache
 def as_one_plan(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, which calls functions of the backend "triton" alone, its launches as one plan.
+    """``function`` with all its launches as one plan; it may only call functions of the backend "triton".
 
-    Its arguments are those that kernels/replaying.py takes.
+    Its arguments have to be of the kinds that kernels/replaying.py takes.
     """
     return choose.module("triton").composed(function)

@@ -14,9 +14,9 @@ from ..kernels.launching import current
 from ..kernels.weights import ConvNorm
 
 MOST = 8
-"""The most kinds of inputs that a run remembers; the least recently used one goes."""
+"""The most kinds of inputs that a run remembers; the least recently used one is dropped."""
 _CALLS_BEFORE = 2
-"""A graph costs some calls' time and keeps memory, which an input that never comes back is not worth."""
+"""Calls without a graph. A capture takes as long as several calls and keeps memory: too much for a rare input."""
 
 
 class _Captured(NamedTuple):
@@ -26,19 +26,19 @@ class _Captured(NamedTuple):
 
 
 class Graphs:
-    """Stands for `backends.gpu.steps` of one run, and replays its graphs where it can.
+    """Replaces `backends.gpu.steps` for one run, and replays graphs where possible.
 
-    The graphs share their memory, so calls from several threads and streams run one after another. The outputs of a
-    call are tensors of its own. No graph is captured or replayed inside another capture, or while launch hooks listen.
+    The graphs share their memory, so calls from several threads and streams run one after another. Each call returns
+    new tensors. No graph is captured or replayed inside another capture, or while launch hooks observe.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._seen: tuple | None = None  # the plan, and where its live weights are
-        self._kinds: OrderedDict[tuple, int | _Captured] = OrderedDict()  # a number counts calls
+        self._seen: tuple | None = None  # the plan, and the addresses of its live weights
+        self._kinds: OrderedDict[tuple, int | _Captured] = OrderedDict()  # an int counts calls
 
     def __call__(self, x: Tensor, plan: tuple, ends: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """As `backends.gpu.steps`; the same ``plan``, by identity, as long as no folded weight changed."""
+        """As `backends.gpu.steps`; ``plan`` has to be the same object as long as no folded weight changes."""
         triton = choose.module("triton")
         if not x.is_cuda or triton.is_observed():
             return triton.steps(x, plan, ends, dtype)
@@ -61,7 +61,7 @@ class Graphs:
         if self._seen is not None:
             if plan is self._seen[0] and addresses == self._seen[1]:
                 return
-            self._done.synchronize()  # no graph goes, and none of its weights, while it runs
+            self._done.synchronize()  # no graph or weight is freed while a graph runs
         self._kinds.clear()
         self._seen = plan, addresses
         self._pool, self._done = torch.cuda.graph_pool_handle(), torch.cuda.Event()
@@ -75,9 +75,9 @@ class Graphs:
         self._done.wait(stream)
         with torch.cuda.stream(stream):
             given.copy_(x)
-            for _ in range(2):  # compiles, tunes and records what differs for this memory, outside of the capture
+            for _ in range(2):  # compiles, tunes and records for this memory before the capture
                 steps(given, plan, ends, dtype)
-        # Other threads may go on allocating.
+        # Other threads may allocate meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             outputs = steps(given, plan, ends, dtype)
         return _Captured(graph, given, outputs)

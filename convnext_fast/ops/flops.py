@@ -1,11 +1,11 @@
 """FLOPs of the fused ops, for `torch.utils.flop_counter.FlopCounterMode`, which cannot see into them.
 
-As that counter does for PyTorch's operators: two for each multiply-add of convolutions and linear layers, nothing else,
-and what a backward computes again because ``recompute`` did not save it. What kernels compute twice to save memory
-traffic on the way is not counted; `python -m bench.machine_code` does.
+As that counter does for PyTorch's operators, these count two for each multiply-add of convolutions and linear layers,
+and nothing else. What a backward computes again because ``recompute`` did not save it counts, too. What kernels compute
+twice to save memory traffic does not count; `python -m bench.machine_code` counts it.
 
-The formulas take the arguments of `interface.Backend`, with the shape of a tensor in its place; that of an absent one
-is None or of no elements.
+The formulas take the arguments of `interface.Backend`, with the shape of each tensor in its place; the shape of an
+absent one is None or has no elements.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _COUNTER = "torch.utils.flop_counter"
 
 
 def _convolution(pixels: int, weight: Shape) -> int:
-    """Of ``pixels`` outputs a channel; weight: (C', C/groups, kh, kw)."""
+    """A convolution with ``pixels`` outputs a channel; weight: (C', C/groups, kh, kw)."""
     return 2 * pixels * prod(weight)
 
 
 def _mlp(pixels: int, w1: Shape, products: int = 2) -> int:
-    """Of ``products`` products of (pixels, C) or (pixels, K) with a matrix of K·C."""
+    """``products`` products of a (pixels, C) or (pixels, K) matrix with one of K·C elements."""
     return 2 * pixels * prod(w1) * products
 
 
@@ -113,7 +113,7 @@ def register_formulas() -> None:
 
 @functools.cache
 def _formulas(module: Any) -> dict[Any, Callable[..., int]]:
-    """By operator, those of compiled graphs included, as ``module`` registers them."""
+    """By operator, including those in compiled graphs, in the form that ``module`` registers."""
     namespace, found = torch.ops.convnext_fast, {}
     for op in SIGNATURES:
         for name in (op, f"{op}_cpu", f"{op}_gpu"):

@@ -1,11 +1,11 @@
-"""What frozen parts of a model compute with: folded copies of their weights, made once and kept until these change.
+"""Folded copies of weights, with which frozen modules compute: made once and kept until the weights change.
 
-A change is noticed by the identity, the version and the address of each weight. PyTorch counts a version up wherever
-autograd could miss a change in place, but not for fused optimizers and for writes into ``weight.data``: `_count_writes`
-has it count these too. Some ways to write leave no trace: into the memory of a NumPy array or a storage that a weight
-shares, by a kernel of one's own, by collectives of `torch.distributed`, and into a ``weight.data`` that was read before
-the weight was folded. Weights that are no parameters (`torch.func.functional_call`) or were made under
-`torch.inference_mode` are folded anew on every call.
+A change shows in the identity, the version or the address of a weight. PyTorch increments a tensor's version where
+autograd could miss a change in place, but not for fused optimizers or writes into ``weight.data``: `_count_writes`
+makes it count these, too. Some writes are not noticed: into a NumPy array or a storage that shares memory with a
+weight, by a user's own kernel, by collectives of `torch.distributed`, and into a ``weight.data`` that was read before
+the weight was folded. Weights that are not parameters (`torch.func.functional_call`) or were made under
+`torch.inference_mode` are folded again on every call.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Signature = tuple[list[int], list[int]] | None
 
 _NAME = "_convnext_fast_kept"
 _FOLDED = "_convnext_fast_folded"
-"""An attribute of the parameters that something was folded of."""
+"""An attribute that marks parameters that were folded."""
 _DATA = torch.Tensor.data
 _version = operator.attrgetter("_version")
 
 
 def signature(weights: Iterable[Tensor]) -> Signature:
-    """What tells these weights from themselves after a change: versions and addresses; None where they have none."""
+    """Versions and addresses of the weights, which differ after a change; None if the weights have none."""
     weights = list(weights)
     try:
         return list(map(_version, weights)), list(map(Tensor.data_ptr, weights))
@@ -50,12 +50,12 @@ class _Kept(NamedTuple):
 
 @torch.inference_mode(False)
 def new_token() -> Tensor:
-    """A tensor to keep folded weights with, for as long as it lives. A compiler takes it for an input of its graph."""
+    """A tensor that keeps folded weights for as long as it lives. A compiler treats it as an input of its graph."""
     return torch.empty(0, device="cpu")
 
 
 def folded(step: Step) -> Folded:
-    """The weights of `ops.frozen_block` or `ops.frozen_downsample`; of a stem its own, which are never kept."""
+    """The weights for `ops.frozen_block` or `ops.frozen_downsample`; for a stem its own, which are never folded."""
     if step.kind == Kind.STEM:
         return step.weights
     now = signature(weight for weight in step.weights if weight is not None)
@@ -63,14 +63,14 @@ def folded(step: Step) -> Folded:
     if kept is not None and kept.signature == now and all(map(operator.is_, kept.weights, step.weights)):
         return kept.folded
     made = _fold(step)
-    # Not of a mode that is on for the moment.
+    # Results of a mode that is on now, such as fake tensors, are not kept.
     if now is not None and step.token is not None and type(made[0]) is Tensor and watch_data(step.weights):
         setattr(step.token, _NAME, _Kept(tuple(step.weights), now, made))
     return made
 
 
 def is_kept(step: Step, made: Folded) -> bool:
-    """Whether ``made``, which `folded` gave for the step, is what it will give until a weight changes."""
+    """Whether `folded`, which returned ``made`` for the step, will return the same until a weight changes."""
     kept = getattr(step.token, _NAME, None)
     return step.kind == Kind.STEM or (kept is not None and kept.folded is made)
 
@@ -91,7 +91,7 @@ def _fold(step: Step) -> Folded:
 
 
 def flat_block(weights: BlockWeights) -> BlockWeights:
-    """Those of a `steps.Step` as `ops.convnext_block` takes them."""
+    """A block's weights, as in a `steps.Step`, in the shapes that `ops.convnext_block` takes."""
     *_, gamma, grn_weight, grn_bias = weights
     if weights.w1.dim() == 2 and all(t is None or t.dim() == 1 for t in (gamma, grn_weight, grn_bias)):
         return weights
@@ -105,7 +105,7 @@ _LOCK = threading.Lock()
 
 
 def _count_writes() -> None:
-    """Have PyTorch count the versions of weights where its fused optimizers or their ``data`` change them."""
+    """Make PyTorch increment the versions of weights that fused optimizers, or writes into ``data``, change."""
     with _LOCK:
         if not _HOOKS:
             _HOOKS.append(register_optimizer_step_post_hook(_count_up))
@@ -119,7 +119,7 @@ def _count_up(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def watch_data(weights: Iterable[Tensor | None]) -> bool:
-    """Have writes into the ``data`` of these weights counted; whether that can be, for it takes parameters."""
+    """Make writes into the ``data`` of these weights count; return whether that works: all must be parameters."""
     _count_writes()
     weights = [weight for weight in weights if weight is not None]
     for weight in weights:
@@ -128,6 +128,6 @@ def watch_data(weights: Iterable[Tensor | None]) -> bool:
 
 
 def _data(parameter: nn.Parameter) -> Tensor:
-    """``parameter.data``; of a folded one, the same memory with the parameter's own count of versions."""
+    """``parameter.data``; for a folded parameter, the same memory, with the parameter's own version counter."""
     folded = not parameter.requires_grad and _FOLDED in vars(parameter)
     return parameter.detach() if folded else _DATA.__get__(parameter)

@@ -30,7 +30,7 @@ def freeze_block(
 ) -> FrozenBlock:
     """The parameters of a block, folded in at least float32 and rounded once to the dtype of ``w1``.
 
-    The row sums are those of the rounded weights.
+    The row sums of ``w1`` are those of the rounded weights.
     """
     dtype, wide = w1.dtype, torch.promote_types(w1.dtype, torch.float32)
     w1, b1, w2, b2 = w1.to(wide), b1.to(wide), w2.to(wide), b2.to(wide)
@@ -47,7 +47,7 @@ def freeze_block(
 
 
 def freeze_downsample(ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None) -> FrozenDownsample:
-    """LayerNorm's affine folded into a patch convolution, weight (C', C, kh, kw), for the dtype of ``weight``."""
+    """LayerNorm's affine folded into a patch convolution, weight (C', C, kh, kw), which keeps its dtype."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     taps = weight.to(wide)
     shift = (taps * ln_bias.to(wide)[:, None, None]).sum((1, 2, 3))

@@ -1,10 +1,10 @@
 """The fused ops: the only interface between the models and the backends.
 
-All validate their arguments and choose the backend (`backends.choose`); those on plain weights are differentiable, and
-all are traceable (`torch.compile`, `torch.export`) and aware of autocast. The backward raises NotImplementedError for
-second derivatives and for batches of output gradients. Under
-autocast they compute in its dtype and keep the residual stream and the gradients of parameters in the dtypes that eager
-PyTorch would give them. Activations are (N, H, W, C) and must be contiguous in memory for speed; any strides work.
+All validate their arguments and choose the backend (`backends.choose`). All are traceable (`torch.compile`,
+`torch.export`) and aware of autocast; those on plain weights are differentiable. The backward raises
+NotImplementedError for second derivatives and for batches of output gradients. Under autocast the ops compute in its
+dtype and keep the residual stream and the gradients of parameters in the dtypes that eager PyTorch would give them.
+Activations are (N, H, W, C). Any strides work; memory should be contiguous for speed.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def convnext_v2_block(
 
 
 def block(x: Tensor, weights: BlockWeights, drop_scale: Tensor | None, eps: float, act: str, recompute: int) -> Tensor:
-    """`convnext_block` or `convnext_v2_block`, by which weights there are."""
+    """`convnext_block` or `convnext_v2_block`, depending on which weights are given."""
     gamma, grn = weights.gamma, (weights.grn_weight, weights.grn_bias)
     dtype = arguments.check_block(x, weights, drop_scale, act, recompute)
     backend = choose.select(x.device, dtype)
@@ -137,9 +137,9 @@ def frozen_block(
     eps: float = 1e-6,
     act: str = "gelu",
 ) -> Tensor:
-    """`convnext_block` on what `folding.freeze_block` made of its parameters, without drop path.
+    """`convnext_block` on parameters folded by `folding.freeze_block`, without drop path.
 
-    x: (N, H, W, C); w1, b1, w2, b2, and grn_weight of a block of ConvNeXt V2: see `weights.FrozenBlock`. If a gradient
+    x: (N, H, W, C); w1, b1, w2, b2, and in ConvNeXt V2 grn_weight: see `weights.FrozenBlock`. If a gradient
     is needed, or autocast has another dtype than ``w1``, this is `convnext_block` with these weights.
 
     Raises:
@@ -252,7 +252,7 @@ def downsample(
     """The layer between stages: LayerNorm, then a convolution of non-overlapping patches.
 
     x: (N, H, W, C); weight: (C', C, kh, kw). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C').
-    Off a GPU this is the reference, two calls without a copy, except that autograd saves x alone.
+    Except on a GPU this is the reference (two calls, no copy), but autograd saves only x.
 
     Raises:
         TypeError, ValueError: as `convnext_block`.
@@ -268,10 +268,10 @@ def downsample(
 
 
 def frozen_downsample(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """`downsample` on what `folding.freeze_downsample` made of its parameters.
+    """`downsample` on parameters folded by `folding.freeze_downsample`.
 
-    x: (N, H, W, C); weight: (C', C, kh, kw); bias: (C',). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C'). Where a gradient is wanted,
-    or autocast asks for another dtype than that of ``weight``, this is `downsample` with this weight.
+    x: (N, H, W, C); weight: (C', C, kh, kw); bias: (C',). Returns (N, ⌊H/kh⌋, ⌊W/kw⌋, C'). If a gradient is needed,
+    or autocast has another dtype than ``weight``, this is `downsample` with these weights.
 
     Raises:
         TypeError, ValueError: as `convnext_block`.

@@ -1,8 +1,8 @@
-"""Parts of a model that is not frozen, one after another on a GPU, with nothing but their kernels in between.
+"""Steps of a model that is not frozen, run one after another on a GPU without calls of modules in between.
 
-Without gradients they are one plan, on the live weights. With gradients, drop path or autocast, a stem and a
-downsampling layer are a call of their op each, and several blocks one of `block_group`, in a compiler's graph too.
-Arguments are checked where a weight or the input is unlike those before.
+Without gradients they are one plan, on the live weights. With gradients, drop path or autocast, a stem or a
+downsampling layer is one call of its op, and several blocks are one call of `block_group`, in a compiler's graph too.
+Arguments are checked when a weight or the input differs in kind from those before.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from .views import as_nchw
 
 
 class LiveSequence:
-    """Steps that run one after another on weights as they are. Only the first may be a stem."""
+    """Steps that run one after another on the live weights. Only the first may be a stem."""
 
     def __init__(self, steps: Sequence[Step]):
         self._steps = list(steps)
         self._weights = tuple(w for w in chain.from_iterable(step.weights for step in steps) if w is not None)
-        self._seen: Hashable = None  # what is known of the weights
-        self._one_dtype: torch.dtype | None = None  # of all weights
+        self._seen: Hashable = None  # the description of the weights
+        self._one_dtype: torch.dtype | None = None  # of all weights, if they share one
         self._layer_scales: set[torch.dtype] = set()
-        self._checked: set[tuple] = set()  # kinds of inputs that were checked with them
-        self._groups: tuple[list[int], list[list[Step]]] = ([], [])  # of the ends that were asked for last
+        self._checked: set[tuple] = set()  # kinds of inputs checked with these weights
+        self._groups: tuple[list[int], list[list[Step]]] = ([], [])  # the last ends and their groups
 
     def __call__(self, x: Tensor, ends: Sequence[int]) -> list[Tensor] | None:
-        """x (N, C, H, W) that the Triton kernels take: what comes out of the steps ``ends``, (N, C', H', W') each.
+        """The outputs of the steps ``ends``, (N, C', H', W') each, for x (N, C, H, W) that the Triton kernels take.
 
-        None where the modules have to be called: a tensor is a negative view, a mode observes what is done to x, or a
-        layer scale is wider than the residual stream may become.
-        ends: in ascending order, the last step's too.
+        None if the modules have to be called: a tensor is a negative view, a mode observes operations on x, or a
+        layer scale has a wider dtype than the residual stream may have.
+        ends: indices of steps in ascending order, including the last step.
 
         Raises:
             TypeError, ValueError: as the ops do.
@@ -51,7 +51,7 @@ class LiveSequence:
             self._one_dtype = dtypes.pop() if len(dtypes) == 1 else None
             self._layer_scales = _layer_scales(self._steps)
             self._checked = set()
-            self._seen = seen  # last: then other threads may rely on the rest
+            self._seen = seen  # set last: other threads then rely on the rest
         if not _keeps_its_dtype(x, self._layer_scales):
             return None
         x = x if self._steps[0].kind == Kind.STEM else x.permute(0, 2, 3, 1).contiguous()
@@ -64,14 +64,14 @@ class LiveSequence:
         if self._is_one_plan(x, dtype):
             steps = tuple([(_flat(step), step.eps, step.act) for step in self._steps])
             return list(map(as_nchw, choose.module("triton").steps(x, steps, tuple(ends), dtype)))
-        known, groups = self._groups  # read once: other threads may ask for other ends
+        known, groups = self._groups  # read once: other threads may replace it
         if known != ends:
             groups = _groups_to(self._steps, ends)
             self._groups = list(ends), groups
         return _run_groups(groups, x, ends, dtype)
 
     def _is_one_plan(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """Whether no gradient is wanted, no sample dropped, and everything has one dtype."""
+        """Whether no gradient is needed, no sample is dropped, and everything has one dtype."""
         if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self._weights)):
             return False
         if self._steps[0].kind == Kind.STEM and call.autocasts(x):  # its result is float32
@@ -82,7 +82,7 @@ class LiveSequence:
 
 
 def compiled(steps: Sequence[Step], x: Tensor, ends: Sequence[int]) -> list[Tensor] | None:
-    """As `LiveSequence` in a compiler's graph, with gradients; None where the modules have to be called."""
+    """As `LiveSequence` in a compiler's graph, with gradients; None if the modules have to be called."""
     if not choose.is_whole(x.device) or not _keeps_its_dtype(x, _layer_scales(steps)):
         return None
     x = x if steps[0].kind == Kind.STEM else x.permute(0, 2, 3, 1).contiguous()
@@ -91,7 +91,7 @@ def compiled(steps: Sequence[Step], x: Tensor, ends: Sequence[int]) -> list[Tens
 
 
 def _groups_to(steps: Sequence[Step], ends: Sequence[int]) -> list[list[Step]]:
-    """The steps, several blocks in a group, other steps alone; each of ``ends`` ends a group."""
+    """The steps in groups: several blocks together, other steps alone. Each of ``ends`` is the last of a group."""
     groups: list[list[Step]] = []
     joins = False
     for i, step in enumerate(steps):
@@ -110,7 +110,7 @@ def _run_groups(groups: list[list[Step]], x: Tensor, ends: Sequence[int], dtype:
         x, last = _run_group(group, x, dtype), last + len(group)
         if last in ends:
             results.append(as_nchw(x))
-            x = results[-1].permute(0, 2, 3, 1)  # gradients pass through what is returned
+            x = results[-1].permute(0, 2, 3, 1)  # so gradients pass through the returned tensor
     return results
 
 
@@ -118,7 +118,7 @@ def _run_group(group: list[Step], x: Tensor, dtype: torch.dtype) -> Tensor:
     step = group[0]
     run = call.run if torch.compiler.is_compiling() else call.run_plain
     if step.kind == Kind.STEM:
-        # Autocast has LayerNorm, and with it the residual stream, in float32 on every device but a CPU.
+        # Autocast runs LayerNorm in float32 on every device but a CPU, so the residual stream is float32, too.
         out_dtype = torch.float32 if call.autocasts(x) and not x.is_cpu else dtype
         return run("patchify_stem_fwd", "triton", x, step.weights, step.eps, dtype, out_dtype)
     if step.kind == Kind.DOWNSAMPLE:
@@ -132,12 +132,12 @@ def _run_group(group: list[Step], x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _layer_scales(steps: Sequence[Step]) -> set[torch.dtype]:
-    """Their dtypes."""
+    """The dtypes of the layer scales."""
     return {step.weights.gamma.dtype for step in steps if step.kind == Kind.BLOCK and step.weights.gamma is not None}
 
 
 def _keeps_its_dtype(x: Tensor, layer_scales: set[torch.dtype]) -> bool:
-    """Whether no layer scale is wider than the residual stream of x may become."""
+    """Whether no layer scale has a wider dtype than the residual stream of x may have."""
     streams = {torch.promote_types(x.dtype, dtype) for dtype in layer_scales}
     return torch.float64 not in streams and (call.autocasts(x) or streams <= {x.dtype})
 

@@ -1,11 +1,12 @@
 """Registration of the fused ops with `torch.library`, as ``convnext_fast::<name>``.
 
-Each operator branches on the device inside its body, so that a compiler traces the path that will run: it sees the
-kernels that a GPU runs. On NVIDIA's it calls each op as one operator, ``<name>_gpu``, whose launches one call of C
-repeats: launched one by one by compiled code, they took the host 1.3 times as long as the unfused model. Several blocks
-of a model are one such operator (`block_group_operator`). AOTInductor's programs run without Python, so it sees the
-kernels there, too. On a CPU it calls the ops that `result_shapes` knows as one operator each, ``<name>_cpu``: loops
-over rows and samples, kernels, and calls of oneDNN that it cannot improve. The others it traces or replaces.
+Each operator branches on the device inside its body, so that a compiler traces the path that will run. On a GPU it
+sees the kernels. On NVIDIA GPUs, each op is instead one operator, ``<name>_gpu``, whose launches one call of C replays:
+launched one by one by compiled code, they took the CPU 1.3 times as long as the unfused model. Several blocks of a
+model are one such operator (`block_group_operator`). AOTInductor's programs run without Python, so for them a compiler
+sees the kernels on NVIDIA GPUs, too. On a CPU, each op in `result_shapes` is one operator, ``<name>_cpu``: it consists
+of loops over rows and samples, kernels and calls of oneDNN, which a compiler cannot improve. A compiler traces or
+replaces the other ops.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _run(ctx: Any, name: str, *arguments: Any) -> Any:
 
 
 def _present(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Operators return tensors only: an absent one is empty and one-dimensional, which no real one is."""
+    """Operators return only tensors: an absent one is empty and one-dimensional, which no real result is."""
     return tuple(x.new_empty(0) if t is None else t for t in tensors)
 
 

@@ -1,8 +1,8 @@
-"""Frozen parts of a model one after another, with nothing but their kernels in between.
+"""Steps of a frozen model, run one after another without calls of modules in between.
 
-While a kernel runs on a CPU, its data push Python's out of the caches: what a block or a downsampling layer does around
-its kernel takes 0.2 to 0.5 ms then, and a kernel of ConvNeXt-T on one image 2. So all that is asked of the modules is
-asked before the first kernel starts.
+On a CPU, a kernel's data push Python's out of the caches. The Python code around the kernel of a block or a
+downsampling layer then takes 0.2 to 0.5 ms; a kernel of ConvNeXt-T on one image takes 2 ms. So everything about the
+modules is looked up before the first kernel starts.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ MOST_SHAPES = 256
 """The most kinds of inputs that a sequence remembers."""
 
 kind_of = operator.attrgetter("shape", "dtype", "device")
-"""What a check of a tensor looks at."""
+"""What a check of a tensor depends on."""
 
 
 def backend_for(x: Tensor) -> choose.Name | None:
-    """Where steps on x (N, C, H, W) run; None where they cannot.
+    """The backend for steps on x (N, C, H, W); None if they cannot run.
 
-    Where a compiler traces, they are not for export, and where an op is not one operator they need no gradient.
+    Under a compiler they cannot run for export, nor, where an op is not one operator, with gradients or autocast.
     """
     if not isinstance(x, Tensor) or x.dim() != 4 or _hooks_everywhere():
         return None
@@ -48,10 +48,10 @@ def backend_for(x: Tensor) -> choose.Name | None:
 
 
 class FrozenSequence:
-    """Steps that run one after another, by weights that are folded once, and again where they changed.
+    """Steps that run one after another on weights that are folded once, and again when they change.
 
-    Only the first may be a stem, which is read as it is. With ``cuda_graph``, several steps on a GPU are captured and
-    replayed (see `cuda_graphs`).
+    Only the first may be a stem, whose live weights are used. With ``cuda_graph``, several steps on a GPU are captured
+    and replayed (see `cuda_graphs`).
     """
 
     def __init__(self, steps: Sequence[Step], cuda_graph: bool = False):
@@ -66,9 +66,9 @@ class FrozenSequence:
         self._shapes: dict[tuple, list[tuple[int, ...]]] = {}
 
     def __call__(self, x: Tensor, ends: Sequence[int], backend: choose.Name) -> list[Tensor]:
-        """x (N, C, H, W) on its `backend_for`: what comes out of the steps ``ends``, (N, C', H', W') each.
+        """The outputs of the steps ``ends``, (N, C', H', W') each, for x (N, C, H, W); ``backend``: x's `backend_for`.
 
-        ends: in ascending order, the last step's too. Autocast is off.
+        ends: indices of steps in ascending order, including the last step. Autocast is off.
 
         Raises:
             TypeError, ValueError: as the ops do.
@@ -76,7 +76,7 @@ class FrozenSequence:
         x = x if self._stem else x.permute(0, 2, 3, 1)
         self._notice_changes(x)
         shapes = self._checked(x)
-        # No mode observes what is done to x.
+        # Plain: no mode observes operations on x.
         plain = type(x) is Tensor and call.is_plain(x) and not call.wants_gradient(x, *self._stem)
         if plain and backend == "cpu" and onednn.supports(x):
             kernels = self._kernels_for()
@@ -104,10 +104,10 @@ class FrozenSequence:
                 (weights, step.eps, step.act) for weights, step in zip(self._folded, self._steps, strict=True)
             )
             self._kernels, self._shapes = None, {}
-            self._signature = now if watch_data(self._weights) else None  # last: other threads look at it first
+            self._signature = now if watch_data(self._weights) else None  # set last: other threads read it first
 
     def _checked(self, x: Tensor) -> list[tuple[int, ...]]:
-        """`steps.shapes_after`; raises what the ops raise. Tensors like those that passed are not checked again."""
+        """`steps.shapes_after`; raises the ops' errors. Tensors like those that passed are not checked again."""
         seen = (kind_of(x), *map(kind_of, self._stem))
         shapes = self._shapes.get(seen)
         if shapes is None:
@@ -118,7 +118,7 @@ class FrozenSequence:
         return shapes
 
     def _kernels_for(self) -> list[llvm.Kernel] | None:
-        """Kernels with packed weights; None where a step has none. A stem's are packed as they are now."""
+        """Kernels with packed weights; None if a step has no kernel. A stem's weights are packed on every call."""
         if self._kernels is None:
             rest = slice(1 if self._stem else 0, None)
             self._kernels = kernels_for(self._folded[rest], [step.act for step in self._steps[rest]])
@@ -129,15 +129,15 @@ class FrozenSequence:
 
 
 def compiled(steps: Sequence[Step], x: Tensor, ends: Sequence[int], frozen: bool) -> list[Tensor] | None:
-    """As `FrozenSequence` in a compiler's graph, where one operator runs all; None where that cannot be.
+    """As `FrozenSequence` in a compiler's graph, as one operator; None if that is impossible.
 
-    frozen: False for weights as they are.
+    frozen: False to use the live weights.
     """
     acts = {step.act for step in steps if step.act}
     weights = list(chain.from_iterable(step.weights for step in steps))
     if len(acts) > 1 or (not frozen and any(w is not None and w.dtype != x.dtype for w in weights)):
         return None
-    from . import sequence_operator  # when it is needed: it imports PyTorch's compiler
+    from . import sequence_operator  # imported late: it imports PyTorch's compiler
 
     x = x if steps[0].kind == Kind.STEM else x.permute(0, 2, 3, 1)
     check_steps(steps, x)
@@ -150,12 +150,12 @@ def compiled(steps: Sequence[Step], x: Tensor, ends: Sequence[int], frozen: bool
 def run_kernels(
     kernels: list[llvm.Kernel], eps: list[float], shapes: list[tuple[int, ...]], x: Tensor, ends: Sequence[int]
 ) -> list[Tensor]:
-    """`llvm.run`, without its preparations where there is one kernel."""
+    """`llvm.run`, without its preparations if there is only one kernel."""
     return [kernels[0](x, eps[0])] if len(kernels) == 1 else llvm.run(kernels, eps, shapes, x, ends)
 
 
 def check_steps(steps: Sequence[Step], x: Tensor) -> list[tuple[int, ...]]:
-    """`steps.shapes_after`; raises what the ops raise for steps that do not fit x, (N, H, W, C) or a stem's image."""
+    """`steps.shapes_after`; raises the ops' errors for steps that do not fit x, (N, H, W, C) or a stem's image."""
     shapes = []
     for step in steps:
         if step.kind == Kind.BLOCK:

@@ -1,9 +1,9 @@
-"""What compiled frozen models call, and on a GPU others without gradients: one operator for many steps.
+"""One operator for many steps, called by compiled frozen models, and on a GPU by other models without gradients.
 
-It takes the model's own parameters, which are folded once, and again where they changed: a compiled model notices
-changes as any other does. An operator of `torch.library.custom_op` takes 0.1 ms and more a call, for it prepares for
-gradients, too. These have none, and are registered with the dispatcher directly. That of frozen models stays outside of
-a compiler's CUDA graphs, which would replay the weights that were folded when they were captured.
+It takes the model's own parameters. A frozen model's are folded once, and again when they change, so that a compiled
+model notices changes as any other does. An operator of `torch.library.custom_op` takes 0.1 ms or more a call, because
+it also prepares for gradients. These operators have no gradients, and are registered with the dispatcher directly. The
+one for frozen models stays out of a compiler's CUDA graphs, which would replay weights folded at capture.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _IN_CALLS = {
 
 def _steps(
     x: Tensor,
-    weights: list[Optional[Tensor]],  # noqa: UP045 - what `infer_schema` understands
+    weights: list[Optional[Tensor]],  # noqa: UP045 - for `infer_schema`
     tokens: list[Optional[Tensor]],  # noqa: UP045
     kinds: list[int],
     eps: list[float],
     act: str,
     ends: list[int],
 ) -> list[Tensor]:
-    """The outputs of the steps numbered ``ends``, which include the last (`steps.Step`).
+    """The outputs of the steps (`steps.Step`) with the indices ``ends``, which include the last.
 
     x: (N, H, W, C), or a stem's (N, C, H, W); weights: of all steps; tokens, kinds: of each.
     """
@@ -83,7 +83,7 @@ class _Kept(NamedTuple):
 def _frozen_plan(
     weights: list[Tensor | None], tokens: list[Tensor | None], kinds: list[int], eps: list[float], act: str
 ) -> tuple:
-    """What the Triton kernels take, kept with a token: looking at each step takes longer than the launches."""
+    """What the Triton kernels take. It is kept with a token: checking each step takes longer than the launches."""
     options = kinds, eps, act
     now, token = signature(w for w in weights if w is not None), next(t for t in tokens if t is not None)
     kept = getattr(token, _NAME, None)
@@ -150,4 +150,4 @@ def _shapes(
 frozen_steps = _register("frozen_steps", torch.Tag.cudagraph_unsafe)
 """`_steps`, as an operator."""
 live_steps = _register("live_steps")
-"""The same by the Triton kernels, on weights as they are, without tokens."""
+"""The same for the Triton kernels on the live weights, without tokens."""

@@ -18,7 +18,7 @@ class Signature:
         name: of the op.
         backward: the name of its backward.
         names: of its parameters.
-        flat: its parameters and result, a group (a NamedTuple of tensors) taken apart into its fields.
+        flat: its parameters and result, each group (a NamedTuple of tensors) split into its fields.
     """
 
     def __init__(self, function: Callable):
@@ -26,7 +26,7 @@ class Signature:
         self.backward = self.name.replace("_fwd", "_bwd")
         hints = get_type_hints(function)
         result = hints.pop("return")
-        self._parts: list[tuple[str, type | None, int, int]] = []  # name, group, first and last place in the flat ones
+        self._parts: list[tuple[str, type | None, int, int]] = []  # name, group, start and end in the flat ones
         flat: list[inspect.Parameter] = []
         for name, hint in hints.items():
             group = hint if hasattr(hint, "_fields") else None
@@ -45,7 +45,7 @@ class Signature:
         return [flat[a] if kind is None else kind(*flat[a:b]) for _, kind, a, b in self._parts]
 
     def gradients(self, **grads: Any) -> tuple[Tensor | None, ...]:
-        """A gradient for each flat argument, as autograd takes them, from those given by name; groups as sequences."""
+        """A gradient or None for each flat argument, for autograd. ``grads``: by name; for a group a sequence."""
         found: list[Tensor | None] = [None] * self._count
         for name, grad in grads.items():
             kind, a, b = self._places[name]

@@ -1,7 +1,7 @@
 """Results that may be changed in place, as those of PyTorch's own layers may.
 
-Autograd forbids that for a view made inside a `torch.autograd.Function`, and, once gradients are wanted, for one made
-under ``no_grad``. So the result of what users see as one layer is returned as a tensor of its own.
+Autograd forbids changing a view that was made inside a `torch.autograd.Function`, or, when gradients are needed, one
+made under ``no_grad``. So what users see as the result of one layer is returned as a tensor that is not a view.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def unlinked(y: Tensor) -> Tensor:
-    """y, or where autograd knows it as a view, the same memory, shape and strides as a tensor that it does not."""
+    """y; if y is a view for autograd, a tensor with the same memory, shape and strides that is not one."""
     return _unsafe_view(y, y.shape) if y._is_view() else y
 
 
