@@ -42,7 +42,7 @@ class Share:
     times: float = 1.0
 
     def of(self, share: int, block: int) -> int:
-        """That many items, in whole blocks; ``share`` itself, which a compiler may trace, for the default."""
+        """``times`` · ``share``, in whole blocks; for the default ``share`` itself, which a compiler may trace."""
         return share if self.times == 1 else max(1, round(share * self.times / block)) * block
 
 
@@ -60,7 +60,7 @@ def fastest(
     """The candidate to launch ``kernel`` with; the first, which is the default, unless autotuning is on.
 
     ``run`` launches with a candidate, a dataclass, into outputs that may be overwritten. ``tensor`` is the
-    main operand; ``rows`` and ``shape`` are what the kernel's time depends on beside its device and dtype.
+    main operand; ``rows`` and ``shape`` are what the kernel's time depends on besides its device and dtype.
     """
     if not ENABLED or len(candidates) == 1 or tensor.device.type != "cuda":
         return candidates[0]
@@ -82,10 +82,10 @@ def key_of(*parts: Hashable) -> str:
 
 
 def choose(key: str, candidates: Sequence[Config], measure: Callable[[Config], float] | None) -> Config:
-    """The choice made for ``key`` in this process or an earlier one, else the one of least ``measure`` (ms).
+    """The choice made for ``key`` in this process or an earlier one, else the one with the smallest ``measure`` (ms).
 
-    A candidate that needs more resources than the chip has loses. Without ``measure``, an unknown choice is the first
-    candidate and is not kept.
+    A candidate that needs more resources than the chip has loses. Without ``measure`` and an earlier
+    choice, the first candidate is returned, and not kept.
     """
     if key not in _chosen:
         found = load(key, candidates)

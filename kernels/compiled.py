@@ -13,14 +13,14 @@ from .recorded_tensor import RecordedTensor
 _MOST = 8192
 _KNOWN: dict[tuple, Any] = {}
 _HASHED = frozenset((int, float, bool, str, tuple, type(None)))
-"""Types of constants whose hashes take no time. Others, such as layouts, are kept by who launches: by their ids."""
+"""Types of constants that are cheap to hash. Others, such as layouts, are told apart by their ids."""
 
 
 def compiled(kernel: Any, args: tuple, meta: dict[str, Any]) -> Any:
-    """What Triton launches for ``kernel[...](*args, **meta)`` on the current device, compiled where it is new.
+    """What Triton launches for ``kernel[...](*args, **meta)`` on the current device, compiled if it is new.
 
-    Known by more than it is compiled for, which is faster than to ask Triton: what divides a number or an address, and
-    the types of others.
+    The key says more than a kernel is compiled for, because asking Triton would be slower: the powers of two that
+    divide numbers and addresses, and the types of other arguments.
     """
     kinds = [
         value.specialised
@@ -40,11 +40,11 @@ def compiled(kernel: Any, args: tuple, meta: dict[str, Any]) -> Any:
         made = kernel.run(*args, grid=(1,), warmup=True, **meta)
         if len(_KNOWN) >= _MOST:
             _KNOWN.clear()
-        found = _KNOWN[key] = made, kernel, meta  # which live on, so that nothing else has their ids
+        found = _KNOWN[key] = made, kernel, meta  # kept alive, so that no other object gets their ids
     return found[0]
 
 
 @functools.lru_cache(_MOST)
 def _specialised(value: int) -> tuple:
-    """All that a kernel may be compiled for of a number."""
+    """All properties of a number that a kernel may be compiled for."""
     return value == 1, math.gcd(value, 16), -(2**31) <= value < 2**31, value < 2**63

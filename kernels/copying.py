@@ -1,6 +1,6 @@
 """A copy in contiguous memory, of a tensor with other strides, such as a weight in channels_last.
 
-PyTorch's own copy is no launch of ours, which a recorded call could repeat (recording.py).
+PyTorch's own copy is not a launch that a recording could contain (recording.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _copy_kernel(
 
 
 def copy(x: Any, y: Any) -> None:
-    """Writes x, of at most ``MOST_DIMENSIONS``, into y, which is contiguous and of the same shape and dtype."""
+    """Copy x, of at most ``MOST_DIMENSIONS`` dimensions, to y, which is contiguous and of the same shape and dtype."""
     more = MOST_DIMENSIONS - x.dim()
     sides, strides = (1,) * more + tuple(x.shape), (0,) * more + tuple(x.stride())
     count = math.prod(sides)

@@ -11,8 +11,8 @@ TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat1
 def dot_precision(dtype: torch.dtype) -> str:
     """Triton's ``input_precision``: "tf32" for float32 where PyTorch's switch allows it, else "ieee".
 
-    ``fp32_precision``, of PyTorch 2.9, tells what the older switches were set to as well; ``allow_tf32`` raises where
-    the newer one was set.
+    ``fp32_precision``, new in PyTorch 2.9, also reflects the older switches; ``allow_tf32`` raises if the newer one was
+    set.
     """
     if dtype != torch.float32:
         return "ieee"

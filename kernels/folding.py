@@ -5,8 +5,8 @@ Forward, for w1 (K, C), b1 (K,), g and β of LayerNorm (C,), w2 (C, K), γ (C,):
     w1g = w1∘g, rounded to the compute dtype    b1g = b1 + w1·β    s_k = Σ_c w1g[k, c]    w2g = γ_c·w2, rounded likewise
 
 s lets a GEMM normalise in its epilogue: x̂·w1gᵀ = rstd·(u·w1gᵀ − μ·s). It is summed over the rounded weights, so that
-the mean cancels. γ begins at 1e-6, and γ·w2 would vanish in float16; there w2g is γ·w2/q for a power of two,
-q ≤ max |γ| < 2q, and a product with w2g is taken q times.
+the mean cancels. γ starts at 1e-6, so γ·w2 would underflow in float16. There w2g is γ·w2/q for a power of two,
+q ≤ max |γ| < 2q, and a product with w2g is multiplied by q.
 
 Backward, from D = Σ_p da_k x̂_c (K, C), db1 = Σ_p da_k, E = Σ_p dz'_c h_k (C, K), dz' the gradient of fc2's output
 without γ, and dz_sum = Σ_p dz'_c:
@@ -14,9 +14,9 @@ without γ, and dz_sum = Σ_p dz'_c:
     dw1 = D∘g + db1⊗β      dg_c = Σ_k w1[k, c]·D[k, c]      dβ_c = Σ_k w1[k, c]·db1_k
     dw2 = γ_c·E            db2 = γ_c·dz_sum                  dγ_c = Σ_k w2[c, k]·E[c, k] + b2_c·dz_sum_c
 
-The sums over p come as partial sums (``Sums``). One launch adds them up and writes dw1, db1 and dw2, and a tile of
-hidden units leaves its part of the sums over k; a second one adds those, and beside them the partial sums of the
-depthwise convolution's gradients. Every gradient is rounded once, to the dtype of its parameter.
+The sums over p come as partial sums (``Sums``). One launch adds them up and writes dw1, db1 and dw2, and partial sums
+over k, one for each tile of hidden units. A second launch adds those up, and also the partial sums of the depthwise
+convolution's gradients. Every gradient is rounded once, to the dtype of its parameter.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ BLOCK_K = 32  # hidden units of a tile of the backward
 class Sums(NamedTuple):
     """Partial sums over the pixels, float32, whose first axes (of ``products`` the second) a later launch adds up.
 
-    products: (2, S, K, C), D and the transpose of E; db1: (T, K); centre: (T, K) or None, what D has too much in every
-    channel; dz: (R, C) of any float dtype, dz_sum; grn: (N, 2, K), of the global response norm's weight and bias, or
-    None.
+    products: (2, S, K, C), D and the transpose of E; db1: (T, K); centre: (T, K) or None, to be subtracted from D in
+    every channel; dz: (R, C) of any float dtype, dz_sum; grn: (N, 2, K), of the global response norm's weight and bias,
+    or None.
     """
 
     products: Tensor
@@ -204,11 +204,11 @@ def _finish_kernel(
 def fold_fwd(weights: BlockWeights, dtype: torch.dtype, layer_scale: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(w1g (K, C) in ``dtype``, b1g (2 or 3, K) float32, w2g (C, K) in ``dtype``), with γ in w2g if ``layer_scale``.
 
-    The rows of b1g are the folded bias, the row sums s and, for float16 with γ, q throughout, by which a product with
-    w2g is to be multiplied.
+    The rows of b1g are the folded bias, the row sums s and, for float16 with γ, q in every column: a product with w2g
+    must be multiplied by it.
 
-    The weights are contiguous; what is None among the vectors is the identity. w2g is ``w2`` itself where nothing
-    changes it. One launch.
+    The weights are contiguous; a vector that is None is the identity. w2g is ``w2`` itself if nothing changes it. One
+    launch.
     """
     K, C = weights.w1.shape
     device, gamma = weights.w1.device, weights.gamma if layer_scale else None
@@ -230,8 +230,8 @@ def fold_bwd(
 ) -> BlockWeights:
     """Gradients of the weights, which are contiguous.
 
-    ``dwconv_sums``: ``dwconv_wgrad_partials``, or None where the depthwise convolution's gradients are not wanted. A
-    gradient is like its parameter, None where that is None. ``out``: memory for them. Two launches.
+    ``dwconv_sums``: ``dwconv_wgrad_partials``, or None if the depthwise convolution's gradients are not needed. A
+    gradient is like its parameter, None if that is None. ``out``: memory for them. Two launches.
     """
     if dwconv_sums is None:
         weights = weights._replace(dwconv_weight=None, dwconv_bias=None)

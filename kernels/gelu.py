@@ -7,8 +7,8 @@ The form "exact" (float32 tensors) calls erf, about 34 instructions. The short f
     GELU(x) = x/2 + |x/2|·(1 − 2^p(|x|))        2^p(t) ≈ 2·(1 − Φ(t))
 
 with a polynomial p of degree 3 for bfloat16 ("short3", 7 instructions, one of them ex2) or 5 for float16 ("short5", 9
-instructions), for the logarithm of the normal tail is nearly a parabola. p solves a linear program: the least largest
-error of GELU for −3 ≤ x ≤ 0 in units of the last place of its rounding, less than 2^-13 below −3. Its leading
+instructions), because the logarithm of the normal tail is nearly a parabola. p solves a linear program: it minimises
+GELU's largest error in ulp of the rounded value for −3 ≤ x ≤ 0, with an error below 2^-13 for x < −3. Its leading
 coefficient is negative, so that the tail of large |x| and of infinities is zero without a comparison.
 
 The derivative in both short forms replaces Φ by ½ + x·q(x²), clamped to [0, 1], with nine coefficients (a linear

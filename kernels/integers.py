@@ -14,7 +14,7 @@ MOST = 4096
 
 
 def cdiv(a: int, b: int) -> int:
-    """⌈a / b⌉. Triton's own costs 5 µs a call on the host."""
+    """⌈a / b⌉. Triton's own costs 5 µs per call on the host."""
     return -(-a // b)
 
 
@@ -24,7 +24,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def remembered(function: Function) -> Function:
-    """`functools.lru_cache` that takes a compiler's symbolic integers too: they become plain ones, which is a guard."""
+    """`functools.lru_cache` that also takes a compiler's symbolic integers: it makes them plain, which adds a guard."""
     known, symbolic = functools.lru_cache(MOST)(function), torch.SymInt
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""The one function for every kernel launch: device guard, visibility to ``torch.compile``, a hook for recordings."""
+"""The function that makes every kernel launch: device guard, visibility to ``torch.compile``, a hook for recordings."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class _LaunchHook(threading.local):
     """This thread's hook.
 
     Attributes:
-        recording: the innermost recording that is under way (see recording.py). Its ``launch`` takes note of each
-            launch, which is not made.
+        recording: the innermost recording in progress (see recording.py). Its ``launch`` notes each launch, which is
+            then not made.
     """
 
     recording: Any = None
@@ -35,11 +35,11 @@ def is_traced(tensor: torch.Tensor) -> bool:
 
 
 def with_scratch_memory(function: Callable, *args: Any, **options: Any) -> None:
-    """``function(*args, **options)``, which launches kernels that make descriptors: Triton asks for memory for them.
+    """Call ``function(*args, **options)``, which launches kernels with descriptors: Triton asks for memory for them.
 
-    In a context of its own, so that an allocator that the user gave to Triton is as before afterwards.
+    This runs in a context of its own, so that an allocator that the user gave to Triton stays in place.
     """
-    import triton  # when it is needed: models on a CPU start without it
+    import triton  # imported only when needed: models on a CPU start without it
 
     def call() -> None:
         triton.set_allocator(_scratch_memory)
@@ -57,8 +57,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch ``kernel[grid](*args, **meta)`` on the device of its first argument, a tensor.
 
     ``args`` are the kernel's parameters that are not ``tl.constexpr``, ``meta`` the others and the options. With traced
-    tensors, the kernel becomes a node of the compiler's graph. A recording takes note of the launch in place of the
-    device. A grid with a zero in it launches nothing, because CUDA refuses such a grid.
+    tensors, the kernel becomes a node of the compiler's graph. A recording notes the launch, which
+    is then not made. A grid with a zero in it launches nothing, because CUDA refuses such a grid.
     """
     if 0 in grid:
         return

@@ -4,7 +4,7 @@
     dx̂ = dn·g               du = rstd·(dx̂ − mean(dx̂) − x̂·mean(dx̂·x̂))        dg = Σ_p dn·x̂        dβ = Σ_p dn
 
 A program takes BR rows and loops over the channels in chunks of BC, twice in the backward (once for the means). dg and
-dβ are partial sums a program, (splits, 2, C), that a second launch adds in a fixed order.
+dβ are partial sums, one per program (splits, 2, C), that a second launch adds in a fixed order.
 """
 
 from __future__ import annotations

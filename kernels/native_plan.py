@@ -1,7 +1,7 @@
-"""Recorded calls repeated by one call of C: native_plan.c, compiled when the first call is recorded.
+"""Replay by one call of C: native_plan.c, compiled when the first call is recorded.
 
 Triton compiles it, with the C compiler that it needs for itself, and keeps it in its cache. Where that fails, and for
-launches that are not plain kernels on a grid, Python repeats the plan, through Triton's own launcher. A kernel's
+launches that are not plain kernels on a grid, Python replays the plan, through Triton's own launcher. A kernel's
 parameters are read from its PTX: those of its signature, then pointers to scratch buffers, as many as the version of
 Triton adds. The first is for kernels that make descriptors (mlp/gemm_tma.py), the others are null.
 """
@@ -30,7 +30,7 @@ from .recording import Launch, Part, Plan
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _CONSTANT, _PART = -1, 0
-"""In the place of a memory's number; in that of the threads, where a plan is repeated."""
+"""_CONSTANT replaces the number of a piece of memory. _PART replaces the number of threads, for the plan of a part."""
 _READERS = ("dim", "sizes", "strides", "dtype", "device_type", "device_index", "data_ptr")
 FORMATS = {
     **{f"{sign}{bits}": code for bits, codes in ((8, "bB"), (16, "hH"), (32, "iI"), (64, "qQ"))
@@ -98,18 +98,18 @@ def library() -> ModuleType | None:
 
 @functools.cache
 def _warn(reason: str) -> None:
-    warnings.warn(f"{reason}. Until then each call of the kernels takes the host longer.", stacklevel=3)
+    warnings.warn(f"{reason}. Until this is fixed, each call of the kernels takes the host longer.", stacklevel=3)
 
 
 def of(plan: Plan) -> Any | None:
-    """The plan for C, made once; None where C cannot repeat it."""
+    """The plan for C, made once; None if C cannot replay it."""
     if plan.native is NotImplemented:
         plan.native = build(plan)
     return plan.native
 
 
 def _key_of(tensor: RecordedTensor) -> bytes:
-    """The part of a call's key that native_plan.c makes of a real tensor like this one."""
+    """The part of a call's key that native_plan.c makes for a real tensor like this one."""
     if tensor.key is None:
         dim = len(tensor.shape)
         facts = _facts(tensor.dtype, tensor.device) | dim << 8 | tensor.data_ptr() % 16 << 48
@@ -119,14 +119,14 @@ def _key_of(tensor: RecordedTensor) -> bytes:
 
 @functools.cache
 def _facts(dtype: torch.dtype, device: torch.device) -> int:
-    """What the key of a tensor says first, but for its dimensions and alignment."""
+    """The first number of a tensor's key, without the count of dimensions and the alignment."""
     with torch._C.DisableTorchFunction():
         key = library().key((torch.empty((), dtype=dtype, device=device),))
     return int.from_bytes(key[:8], "little") & ~(15 << 48)
 
 
 def build(plan: Plan) -> Any | None:
-    """As `of`, made anew."""
+    """Make the plan that `of` returns."""
     module = library()
     if module is None or plan.given + len(plan.allocations) > module.MOST_BASES:
         return None
@@ -163,9 +163,9 @@ class _Form(NamedTuple):
     Attributes:
         taken: which parameters the kernel still takes once it is compiled.
         pointers: which of these are pointers.
-        scratch: pointers to scratch buffers after them.
-        count: of both.
-        format: for `struct`.
+        scratch: how many pointers to scratch buffers follow.
+        count: of all parameters, with these pointers.
+        format: of all, for `struct`.
     """
 
     taken: list[bool]
@@ -191,7 +191,7 @@ def _form(kernel: Any) -> _Form | None:
     taken = _sizes(kernel.asm["ptx"])
     scratch = len(taken) - len(sizes)
     if scratch < 0 or taken != sizes + [8] * scratch:
-        _warn(f"a kernel of Triton {triton.__version__} takes parameters of {taken} bytes and is given {sizes}")
+        _warn(f"a kernel of Triton {triton.__version__} takes parameters of {taken} bytes, its signature has {sizes}")
         return None
     formats = [f"q{code}{8 - size}x" for code, size in zip(codes, sizes, strict=True)] + ["qq"] * scratch
     parameters = [kind != "constexpr" for kind in kernel.src.signature.values()]

@@ -1,7 +1,7 @@
-"""What stands for a tensor while a call is recorded (recording.py): all that a launcher asks of one, and no memory.
+"""The stand-in for a tensor while a call is recorded (recording.py): it has all that a launcher needs, but no memory.
 
-PyTorch's own tensors would do, but a view or an allocation of theirs takes ten times as long. What is not written out
-here is done to a tensor of the meta device, which tells the shape, the strides and the offset.
+PyTorch's own tensors would do, but their views and allocations take ten times as long. Operations that are not defined
+here run on a tensor of the meta device, which gives the shape, the strides and the offset.
 """
 
 # ruff: noqa: D102 (the methods are those of torch.Tensor)
@@ -23,7 +23,7 @@ from .launching import launch_hook
 
 
 class UnrecordableError(Exception):
-    """A call does something else than allocate, take views and launch."""
+    """A call does something other than allocate, take views and launch."""
 
 
 class Place(NamedTuple):
@@ -48,7 +48,7 @@ class RecordedTensor:
         alignment: of that piece of memory, its address modulo 16.
 
     Attributes:
-        specialised: all that a kernel may be compiled for.
+        specialised: all its properties that a kernel may be compiled for.
         key: its part of a call's key, once native_plan.py has made it.
     """
 
@@ -95,7 +95,7 @@ class RecordedTensor:
         return self.device.type == "cuda"
 
     def data_ptr(self) -> int:
-        """As far as it is known: modulo 16."""
+        """The address as far as it is known: modulo 16."""
         return self.alignment + self.place.offset
 
     def stride(self) -> tuple[int, ...]:
@@ -159,7 +159,7 @@ def _refuse(*_: Any) -> Any:
 
 
 _COMPARISONS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
-for _name in set(dir(Tensor)) - set(dir(RecordedTensor)) | _COMPARISONS:  # operators, which Python asks the class for
+for _name in set(dir(Tensor)) - set(dir(RecordedTensor)) | _COMPARISONS:  # Python looks up operators in the class
     if _name.startswith("__") and callable(getattr(Tensor, _name)):
         setattr(RecordedTensor, _name, _refuse)
 
@@ -203,12 +203,12 @@ _FUNCTIONS: dict[Any, Callable] = {
 
 
 def function_of(func: Any) -> Callable:
-    """What stands for PyTorch's function in a recording."""
+    """The function that replaces PyTorch's in a recording."""
     return _FUNCTIONS.get(func) or functools.partial(_view_on_meta, func)
 
 
 def _on_meta(tensor: RecordedTensor, ask: Callable[[Tensor], Any]) -> Any:
-    """What ``ask`` says of a tensor of the meta device that is like this one."""
+    """The result of ``ask`` for a tensor of the meta device like this one."""
     with torch._C.DisableTorchFunction(), torch.inference_mode(False):
         return ask(torch.empty_strided(tensor.shape, tensor.strides, dtype=tensor.dtype, device="meta"))
 
@@ -221,7 +221,7 @@ def _view_on_meta(func: Callable, tensor: Any = None, *args: Any, **kwargs: Any)
     def view(whole: Tensor) -> RecordedTensor:
         try:
             result = func(whole, *args, **kwargs)
-        except Exception as error:  # as it is written, the call says what is wrong
+        except Exception as error:  # when the call then runs unrecorded, it raises the error itself
             raise UnrecordableError from error
         if whole._version or not isinstance(result, Tensor) or _storage(result) != _storage(whole):
             raise UnrecordableError  # its values are written or read

@@ -1,10 +1,10 @@
 """A call of the kernels recorded as a plan: its allocations, launches and results.
 
-A plan holds for every call of the same kind, whatever memory its tensors lie in: an address is noted as a piece of
-memory and an offset into it. Memory that only the launches see comes from one allocation, in which pieces that are
-never used at the same time overlap. A call is recorded on what stands for its tensors (recorded_tensor.py): nothing is
-launched and no memory is taken. Afterwards the plan is repeated for that call, too. Where a recorded call makes other
-such calls, their plans become parts of its own.
+A plan is valid for every call of the same kind, wherever its tensors lie: an address is noted as a piece of memory and
+an offset into it. Memory that only the launches use comes from one allocation, the scratch buffer, in which pieces that
+are never used at the same time overlap. A call is recorded on stand-ins for its tensors (recorded_tensor.py): nothing
+is launched and no memory is allocated. Then the plan is replayed for that call, too. If a recorded call makes other
+replayed calls, their plans become parts of its own.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _RETURNED = frozenset((RecordedTensor, type(None)))
 _ALIGNMENT = 512  # bytes, as CUDA's allocator gives: no kernel asks for more
 _MOST = 16384
 _GIVEN: dict[tuple, RecordedTensor] = {}
-"""What stands for tensors of calls, by number and key: most calls of a new size have the weights of others."""
+"""The stand-ins for tensors, by number and key: most calls of a new size have the same weights as earlier calls."""
 
 
 class Address(int):
-    """Where a tensor lies, in the place of that tensor among the parameters of a launch."""
+    """The address of a tensor, which replaces that tensor among the parameters of a launch."""
 
 
 class Launch(NamedTuple):
@@ -82,7 +82,7 @@ class Plan:
         results: what is returned; None for None.
         single: whether the result is one tensor, not a tuple.
         device: the number of the tensors' device.
-        native: the plan as C repeats it, once it was made (native_plan.py); None where C cannot repeat it.
+        native: the plan for C, once it was made (native_plan.py); None if C cannot replay it.
     """
 
     given: int
@@ -94,7 +94,7 @@ class Plan:
     native: Any = NotImplemented
 
     def repeat(self, args: tuple) -> Any:
-        """The results of such a call, whose tensors are on the current device."""
+        """Replay the plan for a call whose tensors are on the current device; returns the call's results."""
         given = tensors(args)
         made = self.allocate(given[0].device)
         self.launch([t.data_ptr() for t in (*given, *made)], driver.active.get_current_stream(self.device))
@@ -114,11 +114,11 @@ class Plan:
             values = [Address(memory[p.memory] + p.offset) if isinstance(p, Place) else p for p in parameters]
             if scratch is None:
                 kernel[grid](*values, stream=stream)
-            else:  # Triton's launcher asks for its own
+            else:  # Triton's launcher allocates its own
                 with_scratch_memory(kernel[grid], *values, stream=stream)
 
     def outcome(self, made: Sequence[Tensor]) -> Any:
-        """What is returned of the allocations ``made``."""
+        """The results, as parts of the allocations ``made``."""
 
         def part(number: int, part: tuple | None) -> Tensor:
             return made[number] if part is None else made[number].as_strided(*part)
@@ -128,7 +128,7 @@ class Plan:
 
 
 def leaves(args: tuple) -> Iterator[Any]:
-    """The arguments, and after each tuple what is in it."""
+    """The arguments, and after each tuple its items."""
     for arg in args:
         yield arg
         if isinstance(arg, tuple):
@@ -147,19 +147,19 @@ def tensors(args: tuple) -> list[Tensor]:
 
 
 def facts_of(tensor: Tensor) -> tuple:
-    """All that is known of a call's tensor but its values and where it lies."""
+    """All that a call depends on in one of its tensors: everything but its values and its full address."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
 
 
 class _Watch(TorchFunctionMode):
-    """Tells this thread's recording what PyTorch is asked for."""
+    """Calls this thread's recording in place of PyTorch's functions."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return function_of(func)(*args, **kwargs or {})
 
 
 def _standing_for(tensor: Tensor, numbered: tuple[int, Hashable]) -> RecordedTensor:
-    """What stands for a call's tensor; ``numbered``: its number and its key."""
+    """The stand-in for a call's tensor; ``numbered``: its number and its key."""
     number, key = numbered
     shape, strides, dtype, device, alignment = facts_of(tensor)
     if 0 in shape:
@@ -173,7 +173,7 @@ def _standing_for(tensor: Tensor, numbered: tuple[int, Hashable]) -> RecordedTen
 
 
 def _with(values: tuple, given: Iterator[RecordedTensor]) -> tuple:
-    """The arguments with what is given in the place of their tensors."""
+    """The arguments with their tensors replaced by those ``given``."""
     changed = [
         next(given) if type(value) in TENSORS else _with(value, given) if isinstance(value, tuple) else value
         for value in values
@@ -184,7 +184,7 @@ def _with(values: tuple, given: Iterator[RecordedTensor]) -> tuple:
 class _Recording:
     """What a call allocates and launches. Memory is numbered: the call's tensors in order, then each allocation.
 
-    Nothing is launched and nothing has memory: ``args`` are the call's arguments with what stands for its tensors.
+    Nothing is launched and nothing has memory: ``args`` are the call's arguments with stand-ins for its tensors.
     """
 
     def __init__(self, args: tuple, keys: Sequence[Hashable]) -> None:
@@ -196,7 +196,7 @@ class _Recording:
         self.device = self.given[0].device
         self.allocations: list[Allocation] = []
         self.launches: list[Launch | Part] = []
-        self.used: dict[int, list[int]] = {}  # of an allocation: the first and the last launch that uses it
+        self.used: dict[int, list[int]] = {}  # for each allocation, the first and the last launch that use it
 
     def allocate(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> RecordedTensor:
         """A new tensor."""
@@ -207,15 +207,15 @@ class _Recording:
         return RecordedTensor(shape, strides, dtype, self.device, place)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
-        """Take note of ``kernel[grid](*args, **meta)``."""
+        """Note ``kernel[grid](*args, **meta)``."""
         constants = (None,) * (len(kernel.params) - len(args))  # the compiled kernel has them
         self.note(compiled(kernel, args, meta), grid, (*args, *constants))
 
     def note(self, kernel: Any, grid: tuple[int, ...], parameters: Sequence[Any]) -> None:
-        """Take note of a launch of a compiled kernel."""
+        """Note a launch of a compiled kernel."""
         noted = [each.place if type(each) is RecordedTensor else each for each in parameters]
         if not _REAL.isdisjoint(map(type, noted)):
-            raise UnrecordableError  # a tensor that the call did not get and did not allocate
+            raise UnrecordableError  # a tensor that the call neither got nor allocated
         bytes_asked, scratch = getattr(kernel.metadata, "global_scratch_size", 0), None
         if bytes_asked:
             size = bytes_asked * math.prod(grid) * kernel.metadata.num_ctas
@@ -224,7 +224,7 @@ class _Recording:
         self.launches.append(Launch(kernel, (*grid, 1, 1)[:3], noted, scratch))
 
     def include(self, plan: Plan, args: tuple) -> Any:
-        """The results of a call that ``plan`` is repeated for."""
+        """Note a call that has a ``plan``; returns stand-ins for its results."""
         first = len(self.given) + len(self.allocations)
         self.allocations += plan.allocations
         places = [tensor.place for tensor in tensors(args)]
@@ -244,16 +244,16 @@ class _Recording:
         return results[0] if plan.single else tuple(results)
 
     def _use(self, places: Iterable[Place]) -> None:
-        """Take note of what the next launch uses."""
+        """Note which allocations the next launch uses."""
         given, index = len(self.given), len(self.launches)
         for number in {number for number, _ in places if number >= given}:
             self.used.setdefault(number, [index, index])[1] = index
 
 
 def record(function: Callable, args: tuple, keys: Sequence[Hashable] | None = None) -> Plan | None:
-    """The plan of ``function(*args)``; None where there can be none.
+    """The plan of ``function(*args)``; None if it cannot be recorded.
 
-    keys: of each of its tensors, what tells `facts_of` it.
+    keys: for each of its tensors, a key that determines its `facts_of`.
     """
     outer = launch_hook.recording
     try:
@@ -264,7 +264,7 @@ def record(function: Callable, args: tuple, keys: Sequence[Hashable] | None = No
         return _plan(recording, outcome)
     except UnrecordableError:
         return None
-    except (AttributeError, TypeError) as error:  # what asks for a tensor of PyTorch's
+    except (AttributeError, TypeError) as error:  # from code that needs a tensor of PyTorch's
         name = getattr(function, "__name__", "a function")
         warnings.warn(f"calls of {name} are not recorded, which is slow: {error!r}", RuntimeWarning, stacklevel=2)
         return None
@@ -319,7 +319,7 @@ def _plan(recording: _Recording, outcome: Any) -> Plan:
 
 
 def _shared(recording: _Recording, returned: Iterable[int]) -> tuple[dict[int, int], int]:
-    """The offset of each piece of memory that is not returned, and the bytes of all: the largest are placed first."""
+    """The offset of each piece of memory that is not returned, and their total bytes. The largest are placed first."""
     given, used = len(recording.given), recording.used
     sizes = {number: _size(recording.allocations[number - given]) for number in used if number not in returned}
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first and last launch
@@ -337,7 +337,7 @@ def _shared(recording: _Recording, returned: Iterable[int]) -> tuple[dict[int, i
 
 
 def _size(allocation: Allocation) -> int:
-    """Bytes."""
+    """Its bytes."""
     shape, strides, dtype = allocation
     if strides == dense(shape):
         return dtype.itemsize * math.prod(shape)

@@ -3,9 +3,9 @@
 Which form of a kernel runs, in which configuration, on what grid and with what memory between the launches, depends on
 the shapes, strides, dtypes and alignments of a call's tensors and on its other arguments, never on values. Working this
 out takes the host longer than most kernels run. So the first call of its kind is recorded as a plan (recording.py),
-which this call and later ones repeat with the addresses of their own tensors. On NVIDIA that is one call of C
-(native_plan.py); without a C compiler, Python repeats the plan. A call that does anything except allocate, take views
-and launch has no plan: it is made as it is written.
+which this call and later ones replay with the addresses of their own tensors. On NVIDIA that is one call of C
+(native_plan.py); without a C compiler, Python replays the plan. A call that does anything except allocate, take views
+and launch has no plan: it runs normally, without a replay.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ Function = TypeVar("Function", bound=Callable)
 MOST = 512
 """The most kinds of calls remembered per function; when there are more, as with many sizes, all are dropped."""
 _RECORDING = threading.RLock()
-"""One thread at a time makes first calls: Triton would compile a kernel once in each thread that asks for it."""
+"""Lets one thread at a time make first calls: Triton would compile a kernel in each thread that asks for it."""
 _VALUES = frozenset((type(None), int, float, str, bool, torch.dtype))
 
 
 def is_replayable(tensor: Tensor) -> bool:
-    """Whether calls on ``tensor`` may be repeated: on NVIDIA, as AMD's kernels also depend on a storage's size.
+    """Whether calls on ``tensor`` may be replayed: only on NVIDIA, as AMD's kernels also depend on a storage's size.
 
-    Dispatch modes would not see what is repeated.
+    Not under a dispatch mode, which would not see a replayed call.
     """
     return tensor.is_cuda and torch.version.hip is None and not torch._C._len_torch_dispatch_stack()
 
 
 def replayed(function: Function, composed: bool = False, wait: int = 0) -> Function:
-    """``function(tensor, ...)``, repeating earlier calls.
+    """``function(tensor, ...)``, replaying earlier calls.
 
     Its arguments are tensors, None, numbers, strings, dtypes and tuples of these. It returns a tensor, or a tuple of
-    tensors and None, and reads no value of a tensor on the host. ``call.calls`` is what is remembered of it.
+    tensors and None, and reads no value of a tensor on the host. ``call.calls`` remembers its calls.
 
-    composed: the function only allocates and calls other replayed functions: within another composed function it is
-    called as it is written.
-    wait: how many calls of a kind are made as they are written before it is recorded. For a composed function of few
-    calls, whose plan saves little of each call, so that a size that comes seldom takes less.
+    composed: the function only allocates and calls other replayed functions. Within another composed function it runs
+    normally.
+    wait: how many calls of a kind run normally before one is recorded. For composed functions that make few calls:
+    their plans save little per call, so recording does not pay for rare sizes.
     """
     calls = Calls(function, composed, wait)
 
@@ -70,8 +70,8 @@ class Calls:
     """What is remembered of the calls of one function, by their `description`.
 
     Attributes:
-        kinds: for each kind of call its plan; None where there can be none; a number while its recording waits.
-        native: the plans that C repeats.
+        kinds: for each kind of call its plan; None if it cannot be recorded; a number of calls left to wait.
+        native: the plans that C replays.
         wait: see `replayed`.
     """
 
@@ -94,7 +94,7 @@ class Calls:
             return self._repeat(kind, plan, args)
 
     def _first(self, kind: Hashable, args: tuple) -> Plan | None:
-        """The plan for one of the first calls; None for one that is made as it is written."""
+        """The plan for one of the first calls; None for one that runs normally."""
         left = self.kinds.get(kind, self.wait)
         if type(left) is not int:
             return left  # another thread was first
@@ -104,7 +104,7 @@ class Calls:
         return self._record(kind, args)
 
     def within(self, recording: Any, args: tuple) -> Any:
-        """The results of a call that another one makes while it is recorded."""
+        """The results of a call made while another one is recorded."""
         kind = None if self._composed else _key(args)
         plan = None if kind is None else self.kinds.get(kind, NotImplemented)
         if plan is NotImplemented:
@@ -113,7 +113,7 @@ class Calls:
 
     def _record(self, kind: Hashable, args: tuple) -> Plan | None:
         if autotuning.ENABLED and launch_hook.recording is None:
-            self.function(*args)  # measures, which a recording cannot
+            self.function(*args)  # times the candidates, which a recording cannot
         module = native_plan.library()
         plan = record(self.function, args, module and module.keys(args))
         self._keep(kind, plan)
@@ -125,7 +125,7 @@ class Calls:
         self.kinds[kind] = plan
 
     def _repeat(self, kind: Hashable, plan: Plan, args: tuple) -> Any:
-        """C finds no plan for this call, or may not repeat it: launch hooks are set, or another device was current."""
+        """Replay a call that C did not: it had no plan, launch hooks are set, or another device was current."""
         native = native_plan.of(plan)
         if native is not None:
             self.native[kind] = native
@@ -142,10 +142,10 @@ class Calls:
 
 
 def description(args: tuple) -> Hashable | None:
-    """Everything that a call depends on except values; None where it cannot be repeated.
+    """Everything that a call depends on except values; None if it cannot be replayed.
 
-    Where there is a C compiler this is C's own key. It does not mark negative views, whose memory holds other values:
-    the caller resolves them.
+    With a C compiler this is C's own key. It does not mark negative views, whose memory holds other values: the caller
+    resolves them.
     """
     return _key(args) if is_replayable(args[0]) else None
 
@@ -157,7 +157,7 @@ def _key(args: tuple) -> Hashable | None:
 
 
 def is_observed() -> bool:
-    """Whether Triton's launch hooks, a profiler's, or a recording want to hear of each launch."""
+    """Whether Triton's launch hooks, such as a profiler's, or a recording must see each launch."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return launch_hook.recording is not None or any(hook and getattr(hook, "calls", True) for hook in hooks)
 

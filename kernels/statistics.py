@@ -3,7 +3,7 @@
     mean_b = Σ_{c in block} u_c / n_b        M2_b = Σ_{c in block} (u_c − mean_b)²
 
 A block holds CB channels, the last may be short. Merging (Chan, Golub and LeVeque 1979) never subtracts squares, so a
-large common offset of u costs no digits:
+large common offset of u loses no digits:
 
     n = n_a + n_b    δ = mean_b − mean_a    mean = mean_a + δ·n_b/n    M2 = M2_a + M2_b + δ²·n_a·n_b/n
 
@@ -26,7 +26,7 @@ def stats_block(channels: int, dtype: torch.dtype) -> int:
     """Channels per block of statistics, which is the channel block CB of the convolution that emits them.
 
     The largest size that pads ``channels`` by at most an eighth, else the size that pads least. ``dtype`` is the
-    compute dtype (float32, float16 or bfloat16). 8 bytes of statistics stand beside ``CB`` elements of u.
+    compute dtype (float32, float16 or bfloat16). ``CB`` elements of u have 8 bytes of statistics.
     """
     sizes = _BLOCKS[dtype]
     padded = [cdiv(channels, size) * size for size in sizes]

@@ -52,7 +52,7 @@ def target_of(tensor: torch.Tensor) -> str:
 
 @contextlib.contextmanager
 def planned_for(target: str) -> Iterator[None]:
-    """Within, launches are configured for ``target`` whatever the device: for code that compiles but does not run."""
+    """Within, launches are configured for ``target`` on any device: for code that compiles but does not run."""
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
     _planned.append(target)

@@ -36,7 +36,7 @@ class ConvNorm(NamedTuple):
 
 
 class NormConv(NamedTuple):
-    """LayerNorm, then a convolution of patches: a downsampling layer; shapes as of `ConvNorm`, ln_* of (C,)."""
+    """LayerNorm, then a convolution of patches: a downsampling layer; shapes as in `ConvNorm`, ln_*: (C,)."""
 
     ln_weight: Tensor
     ln_bias: Tensor

@@ -1,6 +1,6 @@
-"""Where a call of a fused op runs: Triton kernels, x86 kernels, ATen calls, or the plain reference.
+"""Chooses the backend of a fused op: Triton kernels, x86 kernels, ATen calls, or the plain reference.
 
-`ops.call` decides how it runs there.
+`ops.call` decides how the op is called there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _is_transformed() -> bool:
-    """Whether a transform of `torch.func` is at work."""
+    """Whether a transform of `torch.func` is active."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -31,19 +31,20 @@ def is_exporting() -> bool:
 
 
 def _is_ahead_of_time() -> bool:
-    """Whether AOTInductor compiles, whose programs run without Python."""
+    """Whether AOTInductor is compiling. Its programs run without Python."""
     inductor = sys.modules.get("torch._inductor.virtualized")
     return inductor is not None and inductor.V.aot_compilation is True
 
 
-# Asked while a compiler traces, for PyTorch 2.9 takes the first for a part of the graph, and the second for yes.
+# A tracer evaluates these at once. Otherwise PyTorch 2.9 puts the first into the graph and assumes the second is true.
 for _function in (_is_transformed, is_exporting, _is_ahead_of_time):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_whole(device: torch.device) -> bool:
-    """Whether a compiler gets the launches of a fused op on ``device`` as one operator: where one call of C makes them,
-    that is on NVIDIA's GPUs, unless the program will run without Python.
+    """Whether a compiler sees the launches of a fused op on ``device`` as one operator.
+
+    This is so where one call of C makes them, on NVIDIA's GPUs, unless the program will run without Python.
     """
     return device.type == "cuda" and torch.version.hip is None and not _is_ahead_of_time()
 
@@ -52,24 +53,24 @@ def select(device: torch.device, dtype: torch.dtype) -> Name:
     """The backend of the fused ops for activations on ``device`` computed in ``dtype``.
 
     - "triton": the Triton kernels, on CUDA, ROCm and XPU devices; on a CPU too under ``TRITON_INTERPRET=1``.
-    - "cpu": kernels compiled by LLVM, on an x86 CPU in float32 (`cpu.llvm`). Unsupported calls take ATen calls.
+    - "cpu": kernels compiled by LLVM, on an x86 CPU in float32 (`cpu.llvm`). Unsupported calls use ATen.
     - "aten": the same ops by calls of ATen and oneDNN, on every other CPU and device. Both are `cpu.ops`.
-    - "reference": plain eager PyTorch, for what the kernels cannot do on a GPU (float64, and NVIDIA's GPUs before
-      compute capability 8.0), for the meta device, and for what must see into the ops: export to ONNX,
+    - "reference": plain eager PyTorch, for what the kernels do not support on a GPU (float64, and NVIDIA's GPUs before
+      compute capability 8.0), for the meta device, and for what must see inside the ops: export to ONNX,
       `torch.jit.trace`, on a CPU `torch.export`, forward-mode derivatives, and the transforms of `torch.func`.
 
-    ``CONVNEXT_FAST_BACKEND`` asks for one of "triton", "aten" and "reference". On a CPU a compiler gets "aten": it
-    calls the ops as operators, which choose again when they run.
+    ``CONVNEXT_FAST_BACKEND`` requests one of "triton", "aten" and "reference". On a CPU, a compiled model gets "aten":
+    it calls the ops as operators, which choose again when they run.
 
     Raises:
-        ValueError: ``CONVNEXT_FAST_BACKEND`` is not one of its values, or "triton", and the kernels cannot run this
-            dtype.
+        ValueError: ``CONVNEXT_FAST_BACKEND`` has an unknown value, or it is "triton" and the kernels do not support
+            this dtype.
     """
     if torch.jit.is_tracing() or _is_transformed():
         return "reference"
     if torch.autograd.forward_ad._current_level >= 0:
         return "reference"
-    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():  # the other exporter to ONNX traces by jit
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():  # the other ONNX exporter uses torch.jit.trace
         return "reference"
     if environment.REQUEST == "triton":
         if dtype not in KERNEL_DTYPES:
@@ -96,7 +97,7 @@ def select(device: torch.device, dtype: torch.dtype) -> Name:
 
 @functools.cache
 def module(name: Name) -> ModuleType:
-    """The functions of a backend (see `interface.Backend`); the CPU's stand in for the reference's, too."""
+    """The functions of a backend (see `interface.Backend`). "reference" gets those of the CPU."""
     if name == "triton":
         from . import gpu  # imports Triton
 
@@ -108,6 +109,6 @@ def module(name: Name) -> ModuleType:
 
 @functools.cache
 def _is_old(device: torch.device) -> bool:
-    """Whether ``device`` lacks what the kernels need: a GPU of NVIDIA's before compute capability 8.0."""
+    """Whether ``device`` is an NVIDIA GPU before compute capability 8.0, which the kernels do not support."""
     cuda = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
     return cuda and torch.cuda.get_device_capability(device)[0] < 8

@@ -1,8 +1,8 @@
-"""The depthwise convolution as the GPU's ops call it: a launch, or in a compiler's graph an operator.
+"""The depthwise convolution as the GPU's ops call it: as a launch, or in a compiler's graph as an operator.
 
-Inductor rewrites the Triton kernels in a graph as ``triton.jit`` functions, which a Gluon kernel is not. So the forms
-with explicit layouts enter a traced graph as the operators ``convnext_fast::dwconv`` and ``dwconv_wgrad_sums``, which
-Inductor calls as they are: compiled models run the kernels that eager ones run.
+Inductor rewrites the Triton kernels in a graph as ``triton.jit`` functions, which is not possible for Gluon kernels. So
+the forms with explicit layouts enter a traced graph as the operators ``convnext_fast::dwconv`` and
+``dwconv_wgrad_sums``, which Inductor calls unchanged. Compiled models thus run the same kernels as eager ones.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def dwconv(
     flip: bool,
     statistics: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.dwconv.dwconv`; without statistics, an empty tensor. Alignment is known only now."""
+    """`kernels.dwconv.dwconv`, with an empty tensor for missing statistics. Alignment is known only when this runs."""
     u, stats = _launch(x, weight, bias, residual, dtype, out_dtype, flip, statistics)
     return u, x.new_empty(0) if stats is None else stats
 
@@ -79,7 +79,7 @@ def _(x, weight, bias, residual, dtype, out_dtype, flip, statistics):
 
 @torch.library.custom_op("convnext_fast::dwconv_wgrad_sums", mutates_args=())
 def dwconv_wgrad_sums(x: Tensor, du: Tensor, taps: int) -> Tensor:
-    """`kernels.dwconv.dwconv_wgrad_partials` in the form whose shape was promised: what is not aligned is copied."""
+    """`kernels.dwconv.dwconv_wgrad_partials` in the form whose shape the graph has; unaligned tensors are copied."""
     x, du = (t if kernels.gluon_supports(t) else t.clone() for t in (x, du))
     return _launch_wgrad(x, du, taps)
 

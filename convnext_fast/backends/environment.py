@@ -1,4 +1,4 @@
-"""What the environment asks for, read once when the package is imported."""
+"""Environment variables, read once when the package is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def check() -> None:
-    """Refuse a value of ``CONVNEXT_FAST_BACKEND`` that is not known; not at import, where no command can say so.
+    """Reject an unknown value of ``CONVNEXT_FAST_BACKEND``; not at import, where no command could report it.
 
     Raises:
         ValueError: it is none of ``REQUESTS``.

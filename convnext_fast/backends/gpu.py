@@ -1,6 +1,6 @@
 """The fused ops by the Triton kernels: what ``fused=True`` runs on a GPU.
 
-`interface.Backend` gives the types of long lists of arguments. T is the compute dtype, R the dtype of the residual
+For the types of long argument lists see `interface.Backend`. T is the compute dtype, R the dtype of the residual
 stream; the kernels sum and keep statistics in float32.
 """
 
@@ -33,7 +33,7 @@ def _dense(weights: Weights) -> Weights:
 
 
 def _like_its_inputs(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Gradients in the dtypes of the inputs; outside of what is replayed, for a conversion is no launch of ours."""
+    """Converts gradients to the dtypes of the inputs, outside of the replay, which repeats only launches of kernels."""
 
     @functools.wraps(backward)
     def call(dy: Tensor, x: Tensor, *arguments: Any) -> Gradients:
@@ -60,10 +60,10 @@ def _above_zero(eps: float) -> float:
 
 @replayed
 def block_fwd(x, weights, drop_scale, eps, act, recompute, dtype, narrow=None, copies=False) -> Gradients:
-    """y, and what ``recompute`` keeps of `Saved`; the statistics are the kernels' partial ones.
+    """y, and the fields of `Saved` that ``recompute`` keeps; the statistics are the kernels' partial ones.
 
-    In a group ``narrow`` is x in T, where x is wider, and where the next block asks for one (``copies``), such a copy
-    of y comes last.
+    In a group of blocks, ``narrow`` is a copy of x in T if x is wider. If the next block needs such a copy of y
+    (``copies``), it comes last.
     """
     rows, weights = (-1, x.shape[3]), _dense(weights)
     u, statistics = dwconv_fwd(x if narrow is None else narrow, weights.dwconv_weight, weights.dwconv_bias, dtype)
@@ -80,7 +80,7 @@ def block_fwd(x, weights, drop_scale, eps, act, recompute, dtype, narrow=None, c
 
 
 def _stream(dtype: torch.dtype, weights: BlockWeights) -> torch.dtype:
-    """R after a block, of an x in ``dtype``."""
+    """R after a block whose x is in ``dtype``."""
     return dtype if weights.gamma is None else torch.promote_types(dtype, weights.gamma.dtype)
 
 
@@ -88,9 +88,9 @@ def _stream(dtype: torch.dtype, weights: BlockWeights) -> torch.dtype:
 def block_bwd(
     dy, x, saved, weights, drop_scale, eps, act, dtype, needs_x, needs_dwconv, dx_dtype=None, out=None
 ) -> Gradients:
-    """Gradients of x and of the weights; of x alone where ``out``, a `BlockWeights`, takes those of the weights.
+    """Gradients of x and of the weights; of x alone if ``out``, a `BlockWeights`, receives those of the weights.
 
-    ``dx_dtype``: that of the real x, in a group that kept a copy in T.
+    ``dx_dtype``: the dtype of the original x, in a group that kept a copy in T.
     """
     rows, weights = (-1, x.shape[3]), _dense(weights)
     u, statistics, a, _ = saved
@@ -108,7 +108,7 @@ def block_bwd(
 
 
 _WAIT = 16
-"""Calls of several blocks before these are one plan, which saves 1/20 of a training step and takes the time of one."""
+"""Calls of several blocks before they become one plan, which saves 1/20 of a training step and takes one to record."""
 
 BlockCall = tuple[BlockWeights, Tensor | None, float, str, int]
 """What `block_fwd` takes besides x and the dtype, in order."""
@@ -116,11 +116,11 @@ BlockCall = tuple[BlockWeights, Tensor | None, float, str, int]
 
 @functools.partial(composed, wait=_WAIT)
 def blocks_fwd(x: Tensor, blocks: tuple[BlockCall, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """Several blocks that run one after another, all launches as one plan.
+    """Several consecutive blocks, all launches as one plan.
 
     Returns what the first block keeps (the four of `Saved`), its y, what the second one keeps, its y, and so on.
-    Where R is wider than T, the y between blocks are copies in T: convolutions read nothing else, forward and backward,
-    and half the bytes.
+    Where R is wider than T, the y between blocks are copies in T. Convolutions read only these, forward and backward,
+    which halves the bytes.
     """
     results: list[Tensor | None] = []
     narrow = None
@@ -235,7 +235,7 @@ def downsample_fwd(x: Tensor, weights: NormConv, eps: float, dtype: torch.dtype)
 @_like_its_inputs
 @replayed
 def downsample_bwd(dy, x, weights, eps, dtype, needs_norm, needs_weight, needs_bias) -> Gradients:
-    """Gradients of x and of the weights: all of them, for they come out of the same launches."""
+    """Gradients of x and of the weights. All are computed, because they come from the same launches."""
     ln_weight, ln_bias, weight, bias = _dense(weights)
     parameters = weight, bias, ln_weight, ln_bias
     dx, dweight, dbias, dg, dbeta = patchify.downsample_bwd(dy, x, *parameters, _above_zero(eps), dtype)
@@ -256,10 +256,10 @@ AnyWeights = ConvNorm | NormConv | BlockWeights | FrozenDownsample | FrozenBlock
 def steps(
     x: Tensor, steps: tuple[tuple[AnyWeights, float, str], ...], ends: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """The outputs of the steps numbered ``ends``, of several that run one after another, all launches as one plan.
+    """The outputs of the steps numbered ``ends``, among several consecutive ones, all launches as one plan.
 
-    x: (N, H, W, C), contiguous, or the image of a stem, which is the first step. steps: of each its weights, eps, and
-    the activation of a block.
+    x: (N, H, W, C), contiguous, or the image of a stem, which is the first step. steps: for each its weights, eps
+    and, of a block, the activation.
     """
     results = []
     for number, (weights, eps, act) in enumerate(steps):

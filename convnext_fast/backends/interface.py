@@ -22,7 +22,7 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def like_inputs(grads: Iterable[Tensor | None], x: Tensor, weights: Iterable[Tensor | None]) -> Gradients:
-    """The gradients of x and of the weights in the dtypes and shapes of these."""
+    """The gradients of x and of the weights in the dtypes and shapes of these inputs."""
     return tuple(map(_like, grads, (x, *weights)))
 
 
@@ -45,7 +45,7 @@ class Backend(Protocol):
         recompute: int,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """y, then the four of `Saved`: ``a`` at level 0 of ``recompute``; u, statistics and norms below 2.
+        """y, then the four fields of `Saved`: ``a`` at level 0 of ``recompute``; u, statistics and norms below level 2.
 
         x and y are in R, but on a GPU x may be narrower than γ, and so than y.
         """

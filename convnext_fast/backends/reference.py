@@ -35,7 +35,7 @@ def layer_norm(
 ) -> Tensor:
     """LayerNorm over the last dimension; its affine may be None."""
     x, weight, bias = _cast(dtype, x, weight, bias)
-    # The exporter to ONNX that traces takes a weight's shape for a constant, not an activation's.
+    # ONNX export by tracing treats the shape of a weight as a constant, but not that of an activation.
     shape = x.shape[-1:] if weight is None else weight.shape
     return F.layer_norm(x, tuple(shape), weight, bias, eps)
 

@@ -1,4 +1,4 @@
-"""The parts of a frozen model as steps, which run one after another without a call of any module."""
+"""The modules of a model as steps, which run one after another without calling the modules."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Step(NamedTuple):
     """A stem, a downsampling layer or a block.
 
     Attributes:
-        kind: which of them.
+        kind: which of the three.
         weights: the model's own parameters. A block's linear weights may also be those of 1×1 convolutions,
             (K, C, 1, 1), its γ may have any shape of C elements, and a global response norm's parameters any of K.
         eps: of the LayerNorm.
         act: of a block, one of ``config.ACTIVATIONS``.
-        token: of a frozen part a tensor with which what is folded of the weights is kept; None of a stem.
+        token: of a frozen module, a tensor that the folded weights are attached to; None for a stem.
         recompute: what a block's backward pass recomputes (see `ops.convnext_block`).
-        draw: of a block with drop path, what draws the factor of each sample of its input, or returns None.
+        draw: of a block with drop path, a function that draws the factor of each sample of its input, or returns None.
     """
 
     kind: Kind
@@ -47,7 +47,7 @@ class Step(NamedTuple):
 
 
 def shapes_after(steps: Iterable[Step], shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """(N, H, W, C) after each step; ``shape``: before the first, (N, H, W, C), or (N, C, H, W) of a stem."""
+    """(N, H, W, C) after each step; ``shape``: before the first, (N, H, W, C), or (N, C, H, W) for a stem."""
     shapes = []
     for kind, weights, *_ in steps:
         if kind != Kind.BLOCK:

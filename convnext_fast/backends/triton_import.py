@@ -1,9 +1,9 @@
-"""Triton can be imported after TensorFlow.
+"""Lets Triton be imported after TensorFlow.
 
-Both bring an LLVM. TensorFlow makes the symbols of its own visible to the whole process, so that a Triton loaded after
+Both contain a copy of LLVM. TensorFlow makes its LLVM symbols visible to the whole process. If Triton is loaded later,
 it registers its options with the wrong LLVM, which aborts the process. PyTorch imports Triton in optimizers and in
-`torch.compile`, where no code of this package is in between. So an import hook has Triton's library resolve its symbols
-in itself, if TensorFlow is there.
+`torch.compile`, where this package runs no code. So an import hook makes Triton's library resolve its symbols in itself
+first, if TensorFlow is there.
 """
 
 from __future__ import annotations
@@ -41,6 +41,6 @@ class _Finder:
 
 
 def install() -> None:
-    """Add the hook to this process, where the dynamic linker has such a mode (glibc's has)."""
+    """Add the hook to this process, if the dynamic linker has such a mode (glibc's has)."""
     if hasattr(os, "RTLD_DEEPBIND") and _LIBRARY not in sys.modules and _Finder not in sys.meta_path:
         sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]

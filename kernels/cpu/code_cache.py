@@ -1,8 +1,8 @@
 """Compiled kernels on disk, in the user's cache folder, so that a process finds what another one compiled.
 
-An entry is a digest over its key and its code, then the code. What is found there runs with the user's rights. So the
-folder and its entries have to belong to this user, and nobody else may be able to write to them. An entry that is
-damaged, or that belongs to another key, is compiled again.
+An entry is a digest of its key and its code, then the code. The code runs with the user's rights. So the folder and its
+entries must belong to this user, and nobody else may be able to write to them. An entry that is damaged, or that is of
+another key, is compiled again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def folder() -> Path:
 
 
 def code_for(description: str, compile_: Callable[[], bytes]) -> bytes:
-    """The code that ``description``, and the source of this package, stand for: from the cache, or compiled."""
+    """The code for ``description`` and the source of this package: from the cache, or compiled."""
     source, place = _source_digest(), _open_folder()
     if source is None or place is None:
         return compile_()
@@ -52,7 +52,7 @@ def code_for(description: str, compile_: Callable[[], bytes]) -> bytes:
 
 
 def _open_folder() -> int | None:
-    """A handle of the folder, which is made where it is missing; None where there is none that can be trusted."""
+    """A handle of the folder, which is created if it is missing; None if it cannot be used or trusted."""
     try:
         path = folder()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def _open_folder() -> int | None:
 
 
 def _read(place: int, name: str, key: bytes) -> bytes | None:
-    """The code of an entry; None where there is none, or not one to be trusted."""
+    """The code of an entry; None if it is missing or cannot be trusted."""
     try:
         with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=place), "rb") as file:
             if not _is_private(file.fileno()):
@@ -84,7 +84,7 @@ def _read(place: int, name: str, key: bytes) -> bytes | None:
 
 
 def _write(place: int, name: str, content: bytes) -> None:
-    """Make or replace an entry, whole; where that fails there is none, and the next process compiles it again."""
+    """Make or replace an entry atomically. If that fails, the next process compiles it again."""
     temporary = f".{name}.{secrets.token_hex(4)}.tmp"
     with contextlib.suppress(OSError):
         try:
@@ -108,12 +108,12 @@ def _is_private(handle: int) -> bool:
 
 @functools.cache
 def _warn(text: str) -> None:
-    """Warn, once a process."""
+    """Warn, once per process."""
     warnings.warn(text, RuntimeWarning, stacklevel=5)
 
 
 @functools.cache
 def _source_digest() -> str | None:
-    """None where the source is not there to be read."""
+    """None if the source cannot be read."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return None if not files else hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -2,10 +2,10 @@
 
     u[p, c] = Σ_{ky, kx} w[ky, kx, c]·x[h + ky − k//2, w + p + kx − k//2, c] + bias[c]
 
-One vector of channels at a time: for each row of the filter, its k vectors of weights stay in registers, each of the
-``GROUP`` + k − 1 pixels is loaded once and multiplied into the up to k sums it belongs to. ``GROUP`` is seven, which
-divides the widths that an image of 224² has. No code tests for the image's border: there is one function
-for each number of columns missing on the left and on the right.
+The kernel takes one vector of channels at a time. For each row of the filter, its k vectors of weights stay in
+registers, and each of the ``GROUP`` + k − 1 pixels is loaded once and multiplied into the up to k sums it belongs to.
+``GROUP`` is seven, which divides the widths of the feature maps of a 224² image. No code tests for the image's border:
+there is one function for each number of columns missing on the left and on the right.
 
 x: (N, H, W, C); weights: (k·k, C); u: rows of C.
 """
@@ -27,7 +27,7 @@ def group(
 ) -> ir.Function:
     """``f(x, row, first, last, weights, bias, out, ldo)``: u of ``pixels`` pixels.
 
-    x: the first of them; row: numbers in an image row; first, last: the filter's rows that lie inside the image;
+    x: the first of them; row: elements in an image row; first, last: the filter's rows that lie inside the image;
     ``missing``: columns that lie outside it, left of the pixels and right of them.
     """
     name = "dwconv_{}_{}".format(*missing)
@@ -64,7 +64,7 @@ def choose_group(e: Emitter, w: ir.Value, pixels: int, pad: int, width: ir.Value
 
 
 class Convolving(ParallelKernel):
-    """A kernel with a depthwise convolution, of the arguments x, dwconv_weight and dwconv_bias."""
+    """A kernel with a depthwise convolution, with the arguments x, dwconv_weight and dwconv_bias."""
 
     def __init__(self, machine: Machine, sizes: Any):
         super().__init__(machine, sizes)
@@ -81,7 +81,7 @@ class Convolving(ParallelKernel):
     def convolve(
         self, unit: ir.Value, start: ir.Value, u: ir.Value, ldu: int, then: Callable[[ir.Value], None] | None = None
     ) -> None:
-        """u of a unit, for rows ``ldu`` apart of which the first is pixel ``start``; ``then`` for each row of u."""
+        """u of a unit, in rows ``ldu`` apart, the first of them for pixel ``start``; ``then`` is called on each row."""
         e, pad, channels, pixels = self.e, self.pad, self.channels, self.pixels
         width, height = self.given["width"], self.given["height"]
         row, left = self.row_and_left(unit)
@@ -91,7 +91,7 @@ class Convolving(ParallelKernel):
         filter_ = self.given["dwconv_weight"], self.given["dwconv_bias"]
 
         def pixels_from(w: ir.Value) -> None:
-            w = e.smaller(w, e.minus(right, pixels))  # the last group may do some pixels again
+            w = e.smaller(w, e.minus(right, pixels))  # the last group may repeat some pixels
             pixel = e.plus(e.times(row, width), w)
             out = e.at(u, e.times(e.minus(pixel, start), ldu))
             here = e.at(self.given["x"], e.times(pixel, channels))
@@ -104,7 +104,7 @@ class Convolving(ParallelKernel):
 
 
 class DwconvSizes(NamedTuple):
-    """The kernel for the convolution alone: u in the place of y. With the filter flipped it computes x's gradient.
+    """The kernel for the convolution alone: u is written to y. With the filter flipped it computes x's gradient.
 
     group: pixels that the convolution does at a time, at most W.
     """
@@ -117,7 +117,7 @@ class DwconvSizes(NamedTuple):
 
     @classmethod
     def of(cls, channels: int, side: int, width: int) -> DwconvSizes:
-        """For images of a width."""
+        """For images of this width."""
         return cls(channels, side, min(width, GROUP))
 
 

@@ -2,9 +2,10 @@
 
     dw[ky, kx, c] = Σ_{n, h, w} du[n, h, w, c]·x[n, h + ky − k//2, w + kx − k//2, c]
 
-A thread's work is one row of the filter for one vector of channels: k sums. Of each group of pixels side by side du and
-x are loaded once, 20 vectors for 49 products. The sums of a group are added to those of an image row, these to those of
-the sample, and these to dw, so that no chain of additions is long. Nothing depends on the number of threads.
+A thread computes one row of the filter for one vector of channels: k sums. For each group of neighbouring pixels, du
+and x are loaded once, 20 vectors for 49 products. The sums of a group are added to those of its image row, these to
+those of the sample, and these to dw, so that no chain of additions is long. The result does not depend on the number of
+threads.
 
 x, du: (N, H, W, C); dw: (k·k, C).
 """

@@ -32,12 +32,12 @@ class BlockSizes(NamedTuple):
 
     @classmethod
     def of(cls, channels: int, hidden: int, side: int, width: int) -> BlockSizes:
-        """For images of a width."""
+        """For images of this width."""
         return cls(channels, hidden, side, min(width, GROUP))
 
     @property
     def row(self) -> int:
-        """Numbers of a row of scratch memory: n and h."""
+        """Elements in a row of scratch memory: n and h."""
         return self.channels + self.hidden + 2 * PADDING
 
 

@@ -2,10 +2,10 @@
 
     GELU(x) = x·(1/2 + f(x)),  f(x) = Φ(x) − 1/2 = erf(x/√2)/2        GELU'(x) = 1/2 + g(x),  g(x) = f(x) + x·φ(x)
 
-f and g are odd: up to a limit polynomials x·P(s) in s = 2·(x/limit)² − 1, fitted to minimise the largest error of f and
-g (Lawson's iteration on Chebyshev's basis), of degree 15 and 19. They err by at most 9e-9 and 4e-9, and by 1e-7 and
-2.4e-7 as computed in float32, where 1/2 + f is rounded to 6e-8 in any case. In the monomials of s no coefficient
-exceeds 0.13, so Horner's rule is safe. Beyond the limits f and g are 1/2 to float32's last digit.
+f and g are odd. Up to a limit they are approximated by x·P(s) with s = 2·(x/limit)² − 1, where P has degree 15 and 19
+and is fitted to minimise the largest error of f and g (Lawson's iteration in the Chebyshev basis). The errors are at
+most 9e-9 and 4e-9, or 1e-7 and 2.4e-7 when computed in float32, which rounds 1/2 + f to 6e-8 in any case. In powers of
+s no coefficient exceeds 0.13, so Horner's rule is safe. Beyond the limits f and g are 1/2 to float32's last digit.
 """
 
 from __future__ import annotations

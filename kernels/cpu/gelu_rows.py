@@ -2,7 +2,7 @@
 
     forward:   h = GELU(a)                 backward:  h = GELU(a),  da = dh·GELU'(a)
 
-Array sizes are multiples of the vector's lanes; each thread takes a part.
+Array sizes are multiples of a vector's lanes; each thread takes a part.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .work_sharing import entry, share
 
 
 class ElementwiseSizes(NamedTuple):
-    """The kernel for the fields a, h, dh and count. h may be a; da takes the place of dh."""
+    """The kernel for the fields a, h, dh and count. h may be a; da is written over dh."""
 
     backward: bool
 

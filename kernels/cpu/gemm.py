@@ -3,10 +3,10 @@
     z[r, j] = Σ_k a[r, k]·w[j, k] + bias[j]
 
 for ``rows`` rows r and ``vectors``·lanes columns j; an `Epilogue` consumes z. Each step k loads the panel's vectors,
-broadcasts a[r, k] for each r, and multiplies each by each: with AVX-512, 28 FMA for 2 vectors and 14 numbers read.
+broadcasts a[r, k] for each r, and multiplies all pairs: with AVX-512, 28 FMAs for 2 vectors and 14 scalars read.
 
-One chain of thousands of additions would err several times as much as BLAS does. So sums of ``CHUNK`` products each are
-added up on the stack, for 1 to 3 % of the time.
+One chain of thousands of additions would have several times the error of BLAS. So sums of ``CHUNK`` products each are
+added up on the stack, which takes 1 to 3 % of the time.
 
 The weights of a large model come from memory. So while a panel is used, the next one is prefetched into the L2 cache (2
 % faster at one image).
@@ -28,7 +28,7 @@ from .machine import Machine
 
 CHUNK = 96
 UNROLL = 4
-LINE = 16  # numbers of a cache line
+LINE = 16  # float32 in a cache line
 
 Epilogue = Callable[[Emitter, ir.Value, Sequence[ir.Value]], None]
 """The epilogue of a product: emits what is done with a vector of z, given its addresses in the epilogue's arrays."""
@@ -61,7 +61,7 @@ def tile(
 ) -> ir.Function:
     """``f(a, lda, panel, bias, valid, *places)`` for one tile of the product ``name``.
 
-    places: for each of the ``arrays`` of ``end`` the address of its first number and the numbers from row to row. All
+    places: for each of the ``arrays`` of ``end`` the address of its first element and its row stride in elements. All
     rows of a are read, lda apart, but the epilogue runs only for the first ``valid``. depth: K, a multiple of
     ``UNROLL``.
     """
@@ -82,7 +82,7 @@ def tile(
             for u in range(UNROLL):
                 weights = [e.load(here, u * width + j * lanes) for j in range(vectors)]
                 following = []
-                for row in starts:  # LLVM keeps this order, in which one number at a time takes a register
+                for row in starts:  # LLVM keeps this order, in which only one scalar at a time takes a register
                     number = e.spread(e.scalar(e.at(row, k), u))
                     following += [e.fma(number, weight, sums[len(following) + j]) for j, weight in enumerate(weights)]
                 sums = following

@@ -4,9 +4,9 @@ and in training LayerNorm and the MLP.
     frozen:    h = GELU(w1·n + b1)               y = x + w2·(h∘f) + b2           n as of `frozen_block`
     training:  a = n·w1ᵀ + b1,  h = GELU(a)      y = x + s·((h∘f + β)·w2ᵀ + b2)  n as of `mlp`
 
-β: the bias of the global response norm. The first pass leaves h, and a if it is saved, and Σ h² of each unit in
-``squares`` (units, K), where f takes the place of a sample's first unit. The second one writes h∘f + β in the place of
-h, and y.
+β: the bias of the global response norm. The first pass writes h, and a if it is saved, and Σ h² of each unit of work to
+``squares`` (units, K), where f then replaces the row of a sample's first unit. The second pass writes h∘f + β over h,
+and y.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class GrnForward(GrnPasses):
         return self.e.at(self.given["squares"], self.e.times(self.e.times(sample, self.units()), self.hidden))
 
     def sample(self, sample: ir.Value) -> None:
-        """f, and G in ``norms`` where that is an argument."""
+        """f, and G in ``norms`` if that is an argument."""
         e, factors = self.e, self.factors_of(sample)
         norms = e.at(self.given["norms"], e.times(sample, self.hidden)) if "norms" in self.given else factors
         inverse = self.norms(factors, self.hidden, norms)
@@ -57,7 +57,7 @@ class GrnForward(GrnPasses):
         e.loop(0, self.hidden, e.lanes, factor)
 
     def respond(self, start: ir.Value, count: ir.Value) -> None:
-        """h∘f + β in the place of h."""
+        """Write h∘f + β over h."""
         e, beta = self.e, self.given.get("beta")
 
         def row(r: ir.Value) -> None:
@@ -81,7 +81,7 @@ class GrnBlockSizes(BlockSizes):
 
     @property
     def row(self) -> int:
-        """Numbers of a row of scratch memory: n."""
+        """Elements in a row of scratch memory: n."""
         return self.channels + PADDING
 
 

@@ -1,10 +1,10 @@
-"""The backward of `grn_fwd` in training for each pixel, in two passes (`grn_passes`), as that of `mlp` in `mlp_bwd`.
+"""The per-pixel backward of `grn_fwd` in training, in two passes (`grn_passes`), like that of `mlp` in `mlp_bwd`.
 
     d = dz·w2     R_k = Σ_p d·h     N = G/m, m = mean G + ε     dγ = Σ_n N·R
     dG = (γ∘R − mean(γ∘R∘N))/m      dh = d∘f + h∘dG/G, where dG/G is 0 if G is      da = dh·GELU'(a)
 
-The first pass leaves a, d, and Σ h², Σ d·h and Σ d of each unit. The second one writes da in the place of d, and h∘f +
-β, whose product with dz is w2's gradient.
+The first pass writes a, d, and Σ h², Σ d·h and Σ d of each unit of work. The second pass writes da over d, and h∘f + β,
+whose product with dz is w2's gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .mlp_bwd import MlpBwd, MlpBwdSizes
 class GrnMlpBwdSizes(MlpBwdSizes):
     """The kernel, as `MlpBwdSizes`, with h∘f + β for h; gamma, beta: (K,); d_gamma: N·R (samples, K).
 
-    products: (units, 3, K), of h², d·h and d; in a sample's first unit f and dG/G take the place of the first two.
+    products: (units, 3, K), of h², d·h and d; in a sample's first unit f and dG/G then replace the first two.
     """
 
     addresses = (*MlpBwdSizes.addresses[:-1], "gamma", "beta", "d_gamma", "products", "scratch")
@@ -92,7 +92,7 @@ class GrnMlpBwd(GrnPasses, MlpBwd, sizes=GrnMlpBwdSizes):
         e.loop(0, hidden, e.lanes, factors)
 
     def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
-        """All else of the units from ``first`` up to ``last``."""
+        """The second pass for the units from ``first`` up to ``last``."""
         e, b, arrays = self.e, self.e.builder, self.hidden_rows(start)
 
         def row(r: ir.Value) -> None:

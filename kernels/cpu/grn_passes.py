@@ -2,8 +2,8 @@
 
     G_k = (Σ_p h²)^½      f_k = 1 + γ_k·G_k/(mean G + ε)
 
-The first pass leaves sums over the pixels of each unit of work (`work_sharing`), which never holds pixels of two
-samples. Then the sums of each sample follow. The units are the same for every number of threads, and so are the sums.
+The first pass sums over the pixels of each unit of work (`work_sharing`), which never holds pixels of two samples. Then
+the sums of each sample are made. The units are the same for every number of threads, and so are the sums.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from .work_sharing import PADDING, ParallelKernel, share
 
 
 class GrnPasses(ParallelKernel):
-    """A kernel with both passes. The argument has h, (N·H·W and a tile's rows, K + ``PADDING``)."""
+    """A kernel with both passes. The argument h is (N·H·W + a tile's rows, K + ``PADDING``)."""
 
     def __init__(self, machine: Machine, sizes: Any):
         super().__init__(machine, sizes)
         self.channels, self.hidden = sizes.channels, sizes.hidden
         self.ldh = self.hidden + PADDING
-        self.vectors = math.gcd(4, self.hidden // machine.lanes)  # that are added up side by side
+        self.vectors = math.gcd(4, self.hidden // machine.lanes)  # added up side by side
 
     def first_chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
         """Emit the first pass, as `ParallelKernel.chunk`."""
 
     def sample(self, sample: ir.Value) -> None:
-        """Emit what follows for a sample."""
+        """Emit the work for a sample between the passes."""
 
     def work(self) -> None:
         """Both passes."""
@@ -69,7 +69,7 @@ class GrnPasses(ParallelKernel):
         return e.loop(0, count, 1, row, *[e.spread(0.0)] * self.vectors)
 
     def norms(self, squares: ir.Value, ld: int, out: ir.Value) -> ir.Value:
-        """G in ``out``, which may be ``squares``, of a sample's rows of squares, ``ld`` apart: 1/(mean G + ε)."""
+        """Write a sample's G to ``out``, which may be ``squares``, rows ``ld`` apart; returns 1/(mean G + ε)."""
         e, b = self.e, self.e.builder
 
         def norms(k: ir.Value, total: ir.Value) -> list[ir.Value]:

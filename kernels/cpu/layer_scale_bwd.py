@@ -1,6 +1,6 @@
 """The gradients of w2 and of the layer scale from E = Σ_p dz ⊗ h, in one pass over E and the weight.
 
-dot[c] = Σ_k w2[c, k]·E[c, k], dγ without b2's part     dw2[c, k] = γ[c]·E[c, k], in the place of E
+dot[c] = Σ_k w2[c, k]·E[c, k], dγ without b2's part     dw2[c, k] = γ[c]·E[c, k], written over E
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Emitter:
         return values
 
     def call_one(self, key: ir.Value, functions: Mapping[int, ir.Function], arguments: Sequence[ir.Value]) -> None:
-        """Call the function whose number ``key`` is, if any."""
+        """Call ``functions[key]``, if there is one."""
         b = self.builder
         after = b.append_basic_block("after")
         switch = b.switch(key, after)
@@ -112,7 +112,7 @@ class Emitter:
         """Stack memory for vectors, until the function returns."""
         room = self.builder.alloca(ir.ArrayType(self.vector, vectors))
         room.align = 64
-        # llvmlite types it by what it points to, and does not cast that to an opaque pointer.
+        # llvmlite gives it a typed pointer, and has no cast from that to an opaque pointer.
         return self.builder.inttoptr(self.builder.ptrtoint(room, I64), POINTER)
 
     def load(self, pointer: ir.Value, index: int | ir.Value = 0) -> ir.Value:
@@ -135,7 +135,7 @@ class Emitter:
     def spread(self, value: float | ir.Value) -> ir.Value:
         """A float32 in every lane."""
         if isinstance(value, float):
-            nearest = struct.unpack("f", struct.pack("f", value))[0]  # LLVM takes no other constant
+            nearest = struct.unpack("f", struct.pack("f", value))[0]  # LLVM accepts only float32 constants here
             return ir.Constant(self.vector, [ir.Constant(F32, nearest)] * self.lanes)
         b, nothing = self.builder, ir.Constant(self.vector, ir.Undefined)
         first = b.insert_element(nothing, value, self.index(0))
@@ -165,7 +165,7 @@ class Emitter:
         return b.select(b.fcmp_ordered(">", x, low), x, low)
 
     def transposed(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
-        """The columns of as many vectors as there are lanes: blocks beside the diagonal swap, of 1, 2, 4, … lanes."""
+        """The columns of as many vectors as there are lanes: off-diagonal blocks of 1, 2, 4, … lanes are swapped."""
         rows, size = list(rows), 1
         while size < self.lanes:
             # The lane of the first vector, or that of the second after it.
@@ -179,7 +179,7 @@ class Emitter:
         return rows
 
     def sum_of_lanes(self, vector: ir.Value) -> ir.Value:
-        """In halves."""
+        """Added up by halves."""
         b, width = self.builder, self.lanes
         while width > 1:
             width //= 2

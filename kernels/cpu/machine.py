@@ -11,7 +11,7 @@ from llvmlite import binding, ir
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What decides the shape of a kernel. rows·vectors sums, vectors weights and a number fill the registers."""
+    """What decides the shape of a kernel. Registers hold rows·vectors sums, ``vectors`` of weights and a scalar."""
 
     lanes: int  # float32 in a vector
     rows: int  # of a tile of a matrix product; a smaller tile has half as many
@@ -27,7 +27,7 @@ AVX512 = Machine(lanes=16, rows=14, vectors=2)
 AVX2 = Machine(lanes=8, rows=6, vectors=2)
 
 NEEDED = {AVX2: ("avx2", "fma"), AVX512: ("avx512f", "avx512vl", "fma")}
-"""Features of a processor."""
+"""The processor features that each machine needs."""
 
 
 def host_features() -> dict[str, bool]:
@@ -62,7 +62,7 @@ def compile_for(machine: Machine, module: ir.Module) -> bytes:
     target = _target(machine)
     module.triple, module.data_layout = target.triple, str(target.target_data)
     parsed = binding.parse_assembly(str(module))
-    # What is unrolled and what is a vector is decided in the source.
+    # Unrolling and vectorisation are decided in the source.
     options = binding.create_pipeline_tuning_options(speed_level=2)
     options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
     passes = binding.create_pass_builder(target, options)

@@ -34,7 +34,7 @@ class MlpSizes(NamedTuple):
 
     @property
     def row(self) -> int:
-        """Numbers of a row of scratch memory: n and h."""
+        """Elements in a row of scratch memory: n and h."""
         return self.channels + self.hidden + 2 * PADDING
 
 

@@ -1,9 +1,9 @@
-"""The backward of `mlp` for each pixel, a chunk at a time; weights' gradients are `weight_grad`'s.
+"""The per-pixel backward of `mlp`, a chunk at a time; `weight_grad` makes the gradients of the weights.
 
     dz = s·dy     dh = dz·(γ∘w2)     da = dh·GELU'(a)     h = GELU(a)     dn = da·w1
     du = rstd·(dn∘g − mean(dn∘g) − x̂·mean(dn∘g∘x̂))
 
-n, dz, h and da are written to memory for `weight_grad`, with ``PADDING`` numbers after each row. The sums of da, dz,
+n, dz, h and da are written to memory for `weight_grad`, with ``PADDING`` elements after each row. The sums of da, dz,
 dn∘x̂ and dn are over the rows of each unit of work, so their order does not depend on the number of threads.
 """
 
@@ -43,7 +43,7 @@ class MlpBwdSizes(NamedTuple):
 
     @property
     def row(self) -> int:
-        """Numbers of a row of scratch memory: dn, and dn∘x̂."""
+        """Elements in a row of scratch memory: dn, and dn∘x̂."""
         return 2 * (self.channels + PADDING)
 
 
@@ -70,7 +70,7 @@ class MlpBwd(ParallelKernel, sizes=MlpBwdSizes):
         self.fc1_back = self.product("w1_back", "zeros", hidden, channels)
 
     def chunk(self, first: ir.Value, last: ir.Value, start: ir.Value, count: ir.Value) -> None:
-        """All of the units from ``first`` up to ``last``."""
+        """Everything for the units from ``first`` up to ``last``."""
         h, da, a = self.hidden_rows(start)
         self.gradient_of_hidden(start, count, da, h, a)
         self.gradient_of_input(first, last, start, count)

@@ -1,9 +1,9 @@
 """Weights that change with every step, packed for `gemm` by all threads.
 
-    transposed:  panel p, number (k, j) = s[p·panel + j]·w[p·panel + j, k]     for z[r, j] = Σ_k a[r, k]·s[j]·w[j, k]
-    otherwise:   panel p, number (k, j) = s[k]·w[k, p·panel + j]               for z[r, j] = Σ_k a[r, k]·s[k]·w[k, j]
+    transposed:  panel p, element (k, j) = s[p·panel + j]·w[p·panel + j, k]     for z[r, j] = Σ_k a[r, k]·s[j]·w[j, k]
+    otherwise:   panel p, element (k, j) = s[k]·w[k, p·panel + j]               for z[r, j] = Σ_k a[r, k]·s[k]·w[k, j]
 
-w: (N, K), transposed, or (K, N); s: a factor for each row of w, or none. Each size is a multiple of the lanes.
+w: (N, K), transposed, or (K, N); s: a factor for each row of w, or none. All sizes are multiples of the lanes.
 """
 
 from __future__ import annotations

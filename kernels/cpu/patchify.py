@@ -1,7 +1,7 @@
 """The convolutions of patches that do not overlap, as a matrix product over gathered patches.
 
     downsampling:  y[p] = Σ_q w[q]·x̂[patch p, pixel q] + bias
-    stem:          y[p] = LayerNorm(Σ_q w[q]·image[patch p, number q] + bias)
+    stem:          y[p] = LayerNorm(Σ_q w[q]·image[patch p, element q] + bias)
 
 x̂ = LayerNorm(x) without its affine, which w and bias hold (`folding`).
 
@@ -39,12 +39,12 @@ class PatchSizes(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Numbers of a patch."""
+        """Elements in a patch."""
         return self.channels * self.height * self.width
 
     @property
     def row(self) -> int:
-        """Numbers of a row of scratch memory: a patch."""
+        """Elements in a row of scratch memory: a patch."""
         return self.depth + PADDING
 
 
@@ -74,7 +74,7 @@ class Patches(ParallelKernel, sizes=PatchSizes):
             self.barrier()
 
     def _pixels(self, unit: ir.Value, start: ir.Value, work: Work) -> None:
-        """``work(sample, row, column, place)`` for the pixels of a unit; place: in the chunk."""
+        """``work(sample, row, column, place)`` for the pixels of a unit; place: a pixel's in the chunk."""
         e, height, width = self.e, self.given["height"], self.given["width"]
         row, left = self.row_and_left(unit)
         sample, h = e.over(row, height), e.builder.urem(row, height)

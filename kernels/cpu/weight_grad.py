@@ -2,11 +2,11 @@
 
     out[i, j] (+)= Σ_p left[p, i]·right[p, j]
 
-A tile of out stays in registers for ``CHUNK`` pixels: for each one the vectors of right are loaded and each number of
+A tile of out stays in registers for ``CHUNK`` pixels: for each one the vectors of right are loaded and each element of
 left is spread over the lanes, as in `gemm`, but nothing has to be packed. Pixels are taken in blocks small enough
 for the narrower matrix to stay in the L2 cache; a strip of the wider one, as wide as a tile, is used for all tiles
 along the other. The sums of a block's chunks are added up on the stack, those of blocks in out, so that no chain of
-additions is long. Threads share the tiles, so nothing depends on their number.
+additions is long. Threads share the tiles, so the result does not depend on their number.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .machine import Machine
 from .work_sharing import PADDING, entry, share
 
 _BLOCK_BYTES, _LEAST_BLOCK = 512 << 10, 512
-"""Bytes of the narrower matrix, and the least pixels: with fewer, a wide layer's out, which fits no cache, is read too
-often."""
+"""A block's bytes of the narrower matrix, and its least pixels: with fewer, a wide layer's out, which fits no cache, is
+read too often."""
 
 
 class WeightGradSizes(NamedTuple):
-    """The kernel for the addresses of left, right and out, the number of pixels, and whether it adds, 0 or 1.
+    """The kernel for the addresses of left, right and out, the number of pixels, and whether it adds to out, 0 or 1.
 
-    left, right: numbers of a row of each, with ``PADDING`` after it.
+    left, right: elements in a row of each, with ``PADDING`` after it.
     """
 
     left: int

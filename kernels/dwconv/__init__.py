@@ -54,7 +54,7 @@ def dwconv(
     flip: bool,
     statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(residual + dwconv(x) + bias in ``out_dtype``, statistics or None) in the form that serves ``x``.
+    """(residual + dwconv(x) + bias in ``out_dtype``, statistics or None) in the form that supports ``x``.
 
     ``dtype`` is T; ``flip`` mirrors the taps, which makes it the data gradient.
     """

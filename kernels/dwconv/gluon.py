@@ -1,13 +1,13 @@
-"""The depthwise convolution of tensor_core.py with explicit layouts, for NVIDIA: fewer instructions an output.
+"""The depthwise convolution of tensor_core.py with explicit layouts, for NVIDIA: fewer instructions per output.
 
-Formula, tiles, pairs, segments, the band matrices T and what NaNs reach are as in tensor_core.py. What differs
-is how the rows are fed. A warp owns 4 channels. Rows of x come by cp.async, STAGES − 1 rows early, into shared memory,
-whose order lets every thread read its fragments of the matrix product, 4 channels at a time, without bank conflicts;
-registers are renamed, never shuffled. A residual's rows come likewise, each thread's own. A finished row goes through
-shared memory once, to leave in whole sectors and to have its statistics taken by the matrix unit, for a thread then
-holds it as an operand.
+The formula, tiles, pairs, segments, band matrices T and spread of NaNs are as in tensor_core.py. What differs is
+how the rows are fed. A warp owns 4 channels. cp.async copies rows of x to shared memory, STAGES − 1 rows early. Their
+order there lets every thread read its fragments of the matrix product, 4 channels at a time, without bank conflicts;
+registers are renamed, never shuffled. Rows of a residual come likewise, each thread's own. A finished row goes through
+shared memory once: it leaves in whole sectors, and each thread then holds it as an operand, from which the matrix unit
+makes the statistics.
 
-Needs C to be a multiple of 8, x aligned to 16 bytes, and Gluon as Triton has it from 3.6 on (``AVAILABLE``).
+Needs C to be a multiple of 8, x aligned to 16 bytes, and the Gluon of Triton 3.6 or later (``AVAILABLE``).
 """
 
 # ruff: noqa: RUF005 (a kernel grows a tuple by +, it has no starred expressions)
@@ -361,7 +361,7 @@ def _layouts(warps: int, itemsize: int, statistics: bool, end_itemsize: int) -> 
     block = warps * 4
     copy, shared = row_layouts(warps, itemsize)
     channel = [[0, 1 << i] for i in range(block.bit_length() - 1)]
-    if itemsize == 4:  # two copies of 16 bytes a thread, of pixels with the same p: a constant apart
+    if itemsize == 4:  # two copies of 16 bytes per thread, of pixels with the same p: a constant apart
         threads = [*channel[2:], *([1 << i, 0] for i in (0, 1, 3, 4, 5))]
         copy = gl.DistributedLinearLayout([*channel[:2], [4, 0]], threads[:5], threads[5:], [], [64, block])
     # Bits of a pixel's index: the lanes' pair bits 0, 1, 2 and k bits 1, 2, then pair + 8, k + 1, k + 8 in registers.
@@ -371,7 +371,7 @@ def _layouts(warps: int, itemsize: int, statistics: bool, end_itemsize: int) -> 
     owners = [[0, 4 << i] for i in range(warps.bit_length() - 1)]
     read = gl.DistributedLinearLayout(registers, lanes, owners, [], [256, block])
     # Dimensions pair, j/4, j/2%2, j%2, channel. A thread stores 16 bytes at a time, so that those of neighbours make
-    # whole sectors; the statistics want a pixel in 4 lanes.
+    # whole sectors; the statistics need a pixel in 4 lanes.
     piece = 4 if end_itemsize == 4 or (block == 16 and statistics) else 8
     pair = [[1 << i, 0, 0, 0, 0] for i in range(4)]
     j0, j1, j2 = ([0] * (3 - i) + [1] + [0] * (1 + i) for i in range(3))

@@ -1,12 +1,12 @@
-"""The weight gradient of wgrad.py's tensor-core form with explicit layouts, for NVIDIA: fed as gluon.py feeds rows.
+"""The weight gradient of wgrad.py's tensor-core form with explicit layouts, for NVIDIA, fed with rows as in gluon.py.
 
-    dT[c, ky] += A_h[c]ᵀ · dU_{h + k//2 − ky}[c]        (16, 16) · (16, 8)      k products a channel and input row h
+    dT[c, ky] += A_h[c]ᵀ · dU_{h + k//2 − ky}[c]        (16, 16) · (16, 8)      k products per channel and input row h
 
 Tiles, pairs, the ring of du and the partial sums are as in wgrad.py. A warp owns 4 channels. Step t needs row t of du
-and row t − k//2 of x. Both come by cp.async, STAGES − 1 steps early, into buffers of shared memory whose order lets
+and row t − k//2 of x. cp.async copies both, STAGES − 1 steps early, to buffers of shared memory whose order lets
 every thread read its fragments of the products, 4 channels at a time; registers are renamed, never shuffled. Each
 buffer is a variable of its own, so the compiler sees that a step's copies do not touch what the step reads, and one
-barrier a step is enough. Steps are unrolled for that, UNROLL at a time; rows of du after the last one are zeros.
+barrier per step is enough. For this, steps are unrolled, UNROLL at a time; rows of du after the last one are zeros.
 
 Needs what gluon.py needs, of x and of du.
 """
@@ -246,7 +246,7 @@ if AVAILABLE:
 
 @functools.cache
 def _layouts(warps: int, x_itemsize: int) -> dict[str, object]:
-    """As in gluon.py; READ serves half a row of x, or a row of du: see _words for the bits of a pixel's index."""
+    """As in gluon.py; READ is for half a row of x, or a row of du: see _words for the bits of a pixel's index."""
     x_copy, x_shared = row_layouts(warps, x_itemsize)
     du_copy, du_shared = row_layouts(warps, 2)
     registers = [[0, 1], [0, 2], [8, 0], [16, 0]]
@@ -262,7 +262,7 @@ def supports_wgrad(x: torch.Tensor, du: torch.Tensor) -> bool:
 
 
 def dwconv_wgrad_shape(x: torch.Tensor, taps: int, split: int | None = None) -> tuple[int, ...]:
-    """Of the partial sums that this form gives, which do not depend on ``du``, nor on autotuning."""
+    """The shape of this form's partial sums, which depends neither on ``du`` nor on autotuning."""
     batch, _, width, channels = x.shape
     split = split or gluon_wgrad_split(tuple(x.shape), target_of(x))
     return cdiv(batch * cdiv(width, 8), split), taps, SLOTS, channels

@@ -4,7 +4,7 @@
 
 No product is rounded to TF32. A thread owns a few channels of TW neighbouring outputs of one row, in registers, and
 walks the TW + k − 1 pixels of an input row once: a loaded pixel serves up to k outputs. The rows above and below are
-read again by the programs of the neighbouring output rows, out of the cache.
+read again, from the cache, by the programs of the neighbouring output rows.
 
 The statistics of LayerNorm (see statistics.py) are those of u as stored. The data gradient is the same sum with the
 taps flipped: dx = dy + Σ w[c, k−1−ky, k−1−kx] · du, ``residual`` being dy.

@@ -7,12 +7,12 @@ the k taps form a band matrix
 
     T[c, ky] : (2·TW, TW)          T[i, j] = w[c, ky, i − j]   where 0 ≤ i − j < k, else 0
 
-and 16 independent pairs (image, tile) lie on M. Then one loaded input row serves all the output rows it touches:
+and 16 independent pairs (image, tile) form M. Then one loaded input row serves all the output rows it touches:
 
     A_h[c] : (16, 2·TW)            acc[o] += A_h[c] · T[c, h − o + k//2]        |h − o| ≤ k//2
 
-k products a row, batched over channels. The k output rows that are open at a time live in accumulators; row o always in
-the same one, o mod k, so with the rows unrolled k times no register ever moves. The zeros of T multiply pixels that
+k products per row, batched over channels. The k output rows in progress live in accumulators, row o always in the
+same one, o mod k, so with the rows unrolled k times no register ever moves. The zeros of T multiply pixels that
 belong to a neighbour in the tile: a NaN or inf in x therefore reaches every output of the tiles whose inputs hold it
 (rows are exact), and nothing else.
 
@@ -20,7 +20,7 @@ The height may be cut into segments, each its own pair, when the batch alone doe
 k − 1 rows that its neighbours read too.
 
 The statistics of LayerNorm (see statistics.py) are those of the rounded u. A program owns one block of CB channels and
-takes it DB channels at a time, for that is what fits in registers; it merges the statistics of the sweeps.
+takes it DB channels at a time, which is what fits in registers; it merges the statistics of the sweeps.
 
 The data gradient is the same sum with the taps flipped: dx = dy + Σ w[c, k−1−ky, k−1−kx] · du, ``residual`` being dy.
 """

@@ -32,9 +32,10 @@ class TensorCoreConfig:
 def segment_rows(height: int, taps: int, pairs: int, blocks: int, slots: int) -> int:
     """Output rows of a program that give the shortest launch; ``height`` if cutting it gains nothing.
 
-    ``pairs`` (image, width-tile) of a whole height, 16 a program, times ``blocks`` of channels; ``slots`` programs run
-    at a time. A program of s rows takes s + taps − 1 input rows (height when whole), plus about 4 rows' time to set up.
-    Segments of m·taps + 1 rows fill their groups of ``taps`` input rows exactly; those of 2 and 4 serve few images.
+    ``pairs`` (image, width-tile) of a whole height, 16 per program, times ``blocks`` of channels; ``slots`` programs
+    run at a time. A program of s rows takes s + taps − 1 input rows (height if whole), plus about 4 rows' time to set
+    up. Segments of m·taps + 1 rows fill their groups of ``taps`` input rows exactly; those of 2 and 4 are for few
+    images.
     """
     best, best_time = height, cdiv(cdiv(pairs, 16) * blocks, slots) * (height + 4)
     for segment in (*range(height // taps * taps + 1, 0, -taps), 4, 2):
@@ -48,10 +49,10 @@ def segment_rows(height: int, taps: int, pairs: int, blocks: int, slots: int) ->
 
 
 def tensor_core_config(shape: tuple[int, int, int, int], taps: int, block: int, target: str) -> TensorCoreConfig:
-    """Configuration of tensor_core.py for x of ``shape`` (N, H, W, C) and ``block`` channels a program.
+    """Configuration of tensor_core.py for x of ``shape`` (N, H, W, C) and ``block`` channels per program.
 
-    AMD's matrix instructions are 16 wide, hence tiles of 16, and 4 wavefronts so that each may have 512 registers, of
-    which 8 channels leave enough. Elsewhere 16 channels on 8 warps leave every target without spills.
+    AMD's matrix instructions are 16 wide, hence tiles of 16. With 4 wavefronts each may have 512 registers, enough for
+    8 channels. Elsewhere 16 channels on 8 warps spill on no target.
     """
     batch, height, width, channels = shape
     amd = target == "gfx942"
@@ -71,11 +72,11 @@ class GluonConfig:
 
 @remembered
 def gluon_config(shape: tuple[int, int, int, int], taps: int, block: int, itemsize: int, target: str) -> GluonConfig:
-    """Configuration of gluon.py for x of ``shape`` (N, H, W, C), ``itemsize`` bytes an element.
+    """Configuration of gluon.py for x of ``shape`` (N, H, W, C), ``itemsize`` bytes per element.
 
-    A row in shared memory is 256·block elements, and one on its way out 128·block of 16 bits; four of the first, three
-    ahead, where they fit (float32 rows of x then take 71 to 84 % of the time that two take on sm_90), else two. A
-    program's 16 pairs share one segment.
+    A row of x in shared memory takes 256·block elements, and a finished row 128·block of 16 bits. Shared memory holds
+    four rows of x, three of them ahead, where they fit (float32 rows then take 71 to 84 % of the time that two take on
+    sm_90), else two. A program's 16 pairs share one segment.
     """
     batch, height, width, channels = shape
     pairs = cdiv(batch * cdiv(width, 8), 16) * 16
@@ -85,10 +86,10 @@ def gluon_config(shape: tuple[int, int, int, int], taps: int, block: int, itemsi
 
 
 def residual_early(config: GluonConfig, taps: int, block: int, itemsize: int, target: str) -> bool:
-    """Whether a residual of ``itemsize`` bytes beside x of 16 bits comes with the rows, STAGES − 1 early.
+    """Whether a residual of ``itemsize`` bytes beside x of 16 bits is copied with the rows, STAGES − 1 early.
 
     The last ``taps // 2`` output rows have no input row of their own, hence the stages. A row of x takes 256·block
-    elements, one of the residual 128·block, and so does a row on its way out.
+    elements, one of the residual 128·block, and so does a finished row.
     """
     taken = (config.stages * (2 * 256 + itemsize * 128) + 2 * 128) * block
     return config.stages > taps // 2 and taken <= SHARED_BYTES[target]
@@ -113,10 +114,10 @@ class ScalarConfig:
 
 
 def scalar_config(shape: tuple[int, int, int, int], block: int, target: str) -> ScalarConfig:
-    """Configuration of scalar.py for x of ``shape`` (N, H, W, C) and ``block`` channels a program.
+    """Configuration of scalar.py for x of ``shape`` (N, H, W, C) and ``block`` channels per program.
 
-    Tiles of 7 fit every stage of an image whose side is a multiple of 224 and hold 56 sums a thread; 4 channels of two
-    rows are a thread's share. Narrow maps take narrow tiles.
+    Tiles of 7 fit every stage of an image whose side is a multiple of 224 and hold 56 sums per thread; 4 channels of
+    two rows are a thread's share. Narrow maps take narrow tiles.
     """
     threads = 4 * _lanes(target)
     share = 8 if shape[3] % 4 == 0 else 4
@@ -124,7 +125,7 @@ def scalar_config(shape: tuple[int, int, int, int], block: int, target: str) -> 
 
 
 def scalar_candidates(config: ScalarConfig) -> tuple[ScalarConfig, ...]:
-    """``config``, and half as many outputs a thread."""
+    """``config``, and half as many outputs per thread."""
     return config, dataclasses.replace(config, block_rows=max(1, config.block_rows // 2))
 
 
@@ -146,8 +147,8 @@ class WgradConfig:
 def wgrad_config(shape: tuple[int, int, int, int], dtype: torch.dtype, target: str, wide: bool) -> WgradConfig:
     """Configuration of wgrad.py for x of ``shape`` (N, H, W, C), ``wide`` if float32, and du of ``dtype``.
 
-    A program takes as many items as leave two programs for every processor, for each writes its own partial sums. On
-    sm_90 small ones, four a processor, with a row loaded ahead, take half (float32 x) to nine tenths of the time.
+    A program takes as many items as leave two programs per processor, because each writes its own partial sums. On
+    sm_90 smaller ones, four per processor, with a row loaded ahead, take half (float32 x) to nine tenths of the time.
     """
     batch, height, width, channels = shape
     programs = 2 * PROCESSORS[target]
@@ -157,7 +158,7 @@ def wgrad_config(shape: tuple[int, int, int, int], dtype: torch.dtype, target: s
         splits = max(1, programs // (cdiv(channels, block) * 7))
         split = cdiv(cdiv(batch * height, splits), block_rows) * block_rows
         return WgradConfig(min(7, width), block, max(split, block_rows), block_rows, 4)
-    # One channel a warp leaves NVIDIA's 128 registers a thread without spills; two fit AMD's 256, of float32 rows one.
+    # One channel per warp fits NVIDIA's 128 registers per thread; two fit AMD's 256, or one of float32 rows.
     tile_width, block = (16, 8 if wide else 16) if target == "gfx942" else (8, 8)
     warps, ahead = 8, 0
     if target == "sm_90":
@@ -178,12 +179,12 @@ class GluonWgradConfig:
 
 
 def gluon_wgrad_config(shape: tuple[int, int, int, int], itemsize: int, target: str) -> GluonWgradConfig:
-    """Configuration of gluon_wgrad.py for x of ``shape`` (N, H, W, C), ``itemsize`` bytes an element.
+    """Configuration of gluon_wgrad.py for x of ``shape`` (N, H, W, C), ``itemsize`` bytes per element.
 
     A thread takes nearly 255 registers, so 8 warps fill a processor: one program of 32 channels, whose reads are whole
-    sectors, or two of 16 where 32 would leave channels idle. Of rows in 16 bits four are in shared memory and 8 are
-    unrolled, after which the ring has turned by one row alone, or 4 where they leave fewer rows beyond the last one. Of
-    float32 rows three are in shared memory where they fit, else two, and as many are unrolled: more would spill.
+    sectors, or two of 16 where 32 would leave channels idle. Of 16-bit rows, four are in shared memory. 8 are unrolled,
+    after which the ring has turned by only one row, or 4 if that leaves fewer rows beyond the last one. Of float32
+    rows, three are in shared memory where they fit, else two, and as many are unrolled: more would spill.
     """
     if itemsize == 2:
         stages, unroll = 4, 8 if -shape[1] % 8 < 4 else 4
@@ -198,7 +199,7 @@ def _wgrad_warps(channels: int) -> int:
 
 
 def gluon_wgrad_split(shape: tuple[int, int, int, int], target: str) -> int:
-    """Pairs of a program: as few as leave one program for each place, for each writes its own partial sums."""
+    """Pairs of a program: as few as leave one program per place, because each writes its own partial sums."""
     batch, _, width, channels = shape
     warps = _wgrad_warps(channels)
     programs = cdiv(batch * cdiv(width, 8), 16) * cdiv(channels, 4 * warps)
@@ -206,5 +207,5 @@ def gluon_wgrad_split(shape: tuple[int, int, int, int], target: str) -> int:
 
 
 def gluon_wgrad_candidates(config: GluonWgradConfig) -> tuple[GluonWgradConfig, ...]:
-    """``config``, and half the channels a program; partial sums keep their shape."""
+    """``config``, and half the channels per program; partial sums keep their shape."""
     return tuple(dict.fromkeys((config, dataclasses.replace(config, num_warps=4))))

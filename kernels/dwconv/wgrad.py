@@ -3,11 +3,11 @@
     dw[c, ky, kx] = Σ_p x[p + (ky, kx) − k//2, c] · du[p, c]            db_c = Σ_p du[p, c]
 
 Tensor-core form (float16, bfloat16). With the tiles, the pairs and the padding of tensor_core.py, but the 16
-pairs on K, the gradient of the band matrix is
+pairs along K, the gradient of the band matrix is
 
-    dT[c, ky] += A_h[c]ᵀ · dU_{h + k//2 − ky}[c]        (2·TW, 16) · (16, TW)      k products an input row h
+    dT[c, ky] += A_h[c]ᵀ · dU_{h + k//2 − ky}[c]        (2·TW, 16) · (16, TW)      k products per input row h
 
-with the k rows of du that an input row meets in a ring, row o always in slot o mod k. The weights are its diagonals,
+where a ring holds the k rows of du that an input row meets, row o in slot o mod k. The weights are its diagonals,
 dw[c, ky, kx] = Σ_j dT[c, ky][j + kx, j]. The last padding row of A is set to 1, so the last row of dT[c, k//2] sums du.
 
 Scalar form (float32). A program owns one kernel row ky: TW gradients and TW + k − 1 pixels of a row sit in registers
@@ -15,8 +15,8 @@ and give k·TW multiply-adds; nothing is rounded to TF32.
 
 gluon_wgrad.py has the first form with explicit layouts, for NVIDIA.
 
-All write one partial sum a program, (splits, k, 8, C) float32 with kx in 0 … k − 1 and the bias at [k//2, 7], and a
-second launch adds them in a fixed order: no atomics, so two runs are equal to the bit.
+All write one partial sum per program, (splits, k, 8, C) float32 with kx in 0 … k − 1 and the bias at [k//2, 7], and a
+second launch adds them in a fixed order, without atomics, so two runs give the same bits.
 """
 
 # ruff: noqa: RUF005 (a Triton kernel grows a tuple by +, it has no starred expressions)
@@ -266,9 +266,9 @@ def dwconv_wgrad_partials(
 ) -> torch.Tensor:
     """Partial sums of the gradients, (splits, k, SLOTS, C) float32 with k = ``taps``, for ``add_taps``.
 
-    ``x`` (N, H, W, C) is of any float dtype, ``du`` (N, H, W, C) of the compute dtype: float16 and bfloat16 round x to
-    it and multiply on tensor cores, on NVIDIA in gluon_wgrad.py where it supports them, float32 does not. ``config``
-    replaces the configuration of tuning.py for the forms of this file.
+    ``x`` (N, H, W, C) is of any float dtype, ``du`` (N, H, W, C) of the compute dtype. In float16 and bfloat16, x is
+    rounded to it and tensor cores multiply, on NVIDIA in gluon_wgrad.py where supported; float32 does neither.
+    ``config`` replaces the configuration of tuning.py for the forms of this file.
     """
     if config is None and supports_wgrad(x, du):
         return dwconv_wgrad_gluon(x, du, taps)

@@ -15,7 +15,7 @@ other pass over the pixels is made. Narrow blocks in 16 bits keep the hidden act
 in the backward pass; wide blocks and float32 run as GEMMs with the hidden activations in memory.
 
 ConvNeXt V2 puts a global response norm, h ↦ f·h + bias, between the activation and fc2. Its f needs sums over the
-pixels of a sample, which a pass before this one makes (``grn.py``, ``grn_bwd.py``).
+pixels of a sample, which an earlier pass makes (``grn.py``, ``grn_bwd.py``).
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     x̂ = (u − μ)·rstd      a = x̂·w1gᵀ + b1g      h = act(a)      y = residual + s·γ·(h·w2ᵀ + b2)
 
 u and y are (P, C), pixels by channels, a and h (P, K); w1g, b1g carry LayerNorm's affine (``folding.py``); s is one
-factor a sample. Narrow blocks in 16 bits run in one kernel: a program keeps BLOCK_M rows of x̂ and of the result on
+factor per sample. Narrow blocks in 16 bits run in one kernel: a program keeps BLOCK_M rows of x̂ and of the result on
 the chip and walks K, so h never leaves the SM. A width is cut into parts that are powers of two (96 = 3·32 or 64 + 32,
 see ``split_width``), so that a tile wastes less than a third. Wide blocks and float32 run as two GEMMs
 (``gemm.py``).
 
-GELU in bfloat16 is taken twice, which saves an instruction an element, and its sum halved: factors of two cost bfloat16
+In bfloat16 h is twice GELU, which saves an instruction per element, and the sum is halved: factors of two cost bfloat16
 no digits and, unlike float16, no range that matters.
 
 With the global response norm (``grn.py``) a first pass, fc1 without its output, sums the squares of h, and this kernel,
@@ -200,7 +200,7 @@ def _mlp_fwd_kernel(
 def fused_mlp_fwd(
     u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden, grn=None, out=None
 ) -> tuple[Tensor, Tensor | None]:
-    """``mlp_fwd``, whose arguments it takes, with h on the chip, whatever the width."""
+    """``mlp_fwd`` with the same arguments, with h on the chip, for any width."""
     P, C = u.shape
     K = w1g.shape[0]
     y, copy = out or (torch.empty_like(u if residual is None else residual), None)

@@ -265,7 +265,7 @@ def _weight_kernel(
 
 
 def fused_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, grn: Grn | None = None) -> tuple[Tensor, Sums]:
-    """``mlp_bwd``, whose arguments it takes, with h and da on the chip, whatever the width; P > 0."""
+    """``mlp_bwd`` with the same arguments, with h and da on the chip, for any width; P > 0."""
     P, C = u.shape
     K = w1g.shape[0]
     target = target_of(u)

@@ -5,7 +5,7 @@ fc1 takes LayerNorm out of the product, so that u goes to the matrix units as it
     a = rstd·(u·w1gᵀ − μ·s) + b1g      s_k = Σ_c w1g[k, c]      h = act(a)
 
 A normalising prologue would touch every loaded element of u once per column tile (about 2.5·C/BLOCK_N instructions per
-hidden element, and a trip through registers); this epilogue costs 2. float32 has digits to lose, with TF32 most of
+hidden element, and a trip through registers); this epilogue costs 2. float32 would lose digits, with TF32 most of
 them, so there μ is subtracted from u as it is loaded, a = rstd·((u − μ)·w1gᵀ) + b1g, for 2 % more instructions, and 8 %
 with TF32 (C = 192, executed on sm_80; in the backward 1 to 2, and 1 to 8). fc2 ends with γ, drop path and residual:
 
@@ -320,7 +320,7 @@ def fc1(
     grn: Grn | None = None,
     keeps: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Scaling | None]:
-    """(act(a), a), both (P, K) in u's dtype, and what ``fc2`` takes GRN from. Arguments of ``mlp_fwd``.
+    """(act(a), a), both (P, K) in u's dtype, and what ``fc2`` makes GRN from. Arguments of ``mlp_fwd``.
 
     The first is None unless ``keeps``, the second unless ``save_hidden``, the third without ``grn``.
     """
@@ -394,6 +394,6 @@ def fc2(
 def gemm_mlp_fwd(
     u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden, grn=None, out=None
 ) -> tuple[Tensor, Tensor | None]:
-    """``mlp_fwd``, whose arguments it takes, as two GEMMs, whatever the width."""
+    """``mlp_fwd`` with the same arguments, as two GEMMs, for any width."""
     h, a, scaling = fc1(u, stats, w1g, b1g, eps, act, save_hidden, grn)
     return fc2(h, w2, residual, b2, gamma, drop_scale, scaling, out), a

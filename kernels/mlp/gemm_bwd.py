@@ -8,7 +8,7 @@
 LayerNorm's backward is the epilogue of the second product: its means m1 and m2 come with the first. In float32 μ is
 subtracted from u as it is loaded, D = da'ᵀ·(u − μ). With the global response norm GRN(h) replaces h in E.
 
-The means and the sums over pixels are partial sums, of a tile each, that a later launch adds up in a fixed order.
+The means and the sums over pixels are partial sums, one per tile, that a later launch adds up in a fixed order.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _weight_grad_kernel(
 
 
 def gemm_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, grn: Grn | None = None) -> tuple[Tensor, Sums]:
-    """``mlp_bwd``, whose arguments it takes, with h and da in memory, whatever the width; P > 0."""
+    """``mlp_bwd`` with the same arguments, with h and da in memory, for any width; P > 0."""
     P, C = u.shape
     K = w1g.shape[0]
     CB, NB = norm_blocks(stats, C, u.dtype)

@@ -1,11 +1,11 @@
 """The two GEMMs of wide blocks in persistent kernels that TMA feeds, on sm_90 and sm_100: ``CONVNEXT_FAST_TMA=1``.
 
 The formulas are those of gemm.py. As many programs as there are processors take tiles in turn. The tensor memory
-accelerator copies boxes of both operands to shared memory, with zeros outside of the matrices. One warp asks for the
-boxes, also for those of the next tile, while two groups of warps multiply and end a tile (``warp_specialize``).
+accelerator copies boxes of both operands to shared memory, with zeros outside of the matrices. One warp requests the
+boxes, also those of the next tile, while two groups of warps multiply and finish a tile (``warp_specialize``).
 
 A kernel makes its descriptors itself, in memory that Triton asks `launching` for. So its parameters are
-addresses, as those of any kernel, and a recorded call is repeated with those of its own tensors.
+addresses, like those of any kernel, and a replay passes the addresses of its own tensors.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def _fc2_tma_kernel(
 
 
 def serves(u: Tensor, stats: Tensor | None, w1g: Tensor, w2: Tensor, grn: Grn | None) -> bool:
-    """Whether ``tma_mlp_fwd`` takes these operands.
+    """Whether ``tma_mlp_fwd`` is requested and supports these operands.
 
-    Where it is asked for, in 16 bits, with strides and addresses that TMA takes, and tiles for all processors.
+    It needs 16 bits, strides and addresses that TMA accepts, and enough tiles for all processors.
     """
     if not ENABLED or not is_known(u.shape[0]) or grn is not None or u.dtype == torch.float32:
         return False
@@ -123,7 +123,7 @@ def serves(u: Tensor, stats: Tensor | None, w1g: Tensor, w2: Tensor, grn: Grn | 
 
 
 def _address(tensor: Tensor) -> int:
-    """Of the first element, for a compiler's tensor in its storage, which is aligned."""
+    """The address of the first element; for a compiler's tensor, the one within its storage, which is aligned."""
     return tensor.storage_offset() * tensor.element_size() if is_traced(tensor) else tensor.data_ptr()
 
 
@@ -134,7 +134,7 @@ def _tiles(rows: int, columns: int, block_rows: int, block_columns: int) -> int:
 def tma_mlp_fwd(
     u, stats, residual, w1g, b1g, w2, b2, gamma, drop_scale, eps, act, save_hidden, grn=None, out=None
 ) -> tuple[Tensor, Tensor | None]:
-    """``mlp_fwd``, whose arguments it takes, where ``serves`` says so."""
+    """``mlp_fwd`` with the same arguments, if ``serves`` says so."""
     (P, C), K = u.shape, w1g.shape[0]
     h = torch.empty((P, K), dtype=u.dtype, device=u.device)
     a = torch.empty_like(h) if save_hidden else None

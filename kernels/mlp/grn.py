@@ -6,7 +6,7 @@ Of a sample and a hidden unit k, with sums over the sample's pixels p and means 
 
 A first pass over the pixels leaves partial sums of h² in float32: fc1, which writes h as well in the wide form
 (``gemm.py``). The narrow form (``fused.py``) recomputes h in a second pass instead of writing it, 6 units of P·C
-elements to and from memory in the place of 13 for a block with its convolution. The second pass takes f from the sums
+elements to and from memory instead of 13 for a block with its convolution. The second pass takes f from the sums
 itself, on the way to its product. A row tile never holds pixels of two samples, so that a sum belongs to one sample,
 and the sums of a sample's tiles are added in a fixed order.
 """
@@ -37,7 +37,7 @@ class Grn(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """What the second product takes GRN from: sums (N, tiles, K), of h², of few tiles; weight and bias as in `Grn`."""
+    """What the second product makes GRN from: sums (N, tiles, K) of h², few tiles; weight and bias as in `Grn`."""
 
     sums: Tensor
     weight: Tensor
@@ -45,7 +45,7 @@ class Scaling(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What the backward takes of GRN: values (N, 2, K), f and the factor of h in dh; the bias (K,) or None."""
+    """What the backward needs of GRN: values (N, 2, K), f and the factor of h in dh; the bias (K,) or None."""
 
     values: Tensor
     bias: Tensor | None

@@ -6,7 +6,7 @@ With dg = dz'·w2 the gradient at GRN(h) = f·h + bias, of a sample and a hidden
     dG_k = dN_k/m − Σ_j dN_j·G_j/(K·m²)           dh = dg·f + h·t,  t_k = dG_k/G_k, 0 where G_k is 0
     dweight_k = Σ_n N_k·r_k                       dbias_k = Σ_n Σ_p dg
 
-One pass over the pixels makes h and dg and leaves partial sums of h², dg·h and dg in float32; a program a sample
+One pass over the pixels makes h and dg and writes partial sums of h², dg·h and dg in float32; one program per sample
 then makes f, t and the sample's part of the parameters' gradients. The kernels of the MLP's backward make h and dg
 again: 2 products more, and 2 units of P·C elements to read, where keeping both in memory would move 16.
 """

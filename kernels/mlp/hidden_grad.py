@@ -9,9 +9,9 @@ rstd·(dx̂ − mean(dx̂) − x̂·mean(dx̂·x̂)) for dx̂ = da·w1g, follow 
     m1 = Σ_k da'_k·r_k / C = rstd·mean(dx̂)        m2 = Σ_k da'_k·(a_k − b1g_k) / C = rstd·mean(dx̂·x̂)
 
 In float32 μ is subtracted from u as it is loaded, see gemm.py: a = rstd·((u − μ)·w1gᵀ) + b1g. With the global response
-norm dh is its gradient at h, and GRN(h) is stored in the place of h (``grn_bwd.py``).
+norm dh is its gradient at h, and GRN(h) is stored instead of h (``grn_bwd.py``).
 
-A tile ends in halves of its columns: the two products of a whole one would not leave registers for its end.
+The epilogue takes half of a tile's columns at a time: two whole products would leave it too few registers.
 """
 
 from __future__ import annotations

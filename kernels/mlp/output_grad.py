@@ -2,9 +2,9 @@
 
     dz' = s·dy        dz_sum = Σ_p dz'
 
-The products of the backward read dz' once for every tile of hidden units; written here once, in 16 bits and scaled, it
-costs half the bytes there, and the kernels need neither factor nor conversion. Where dy is dz' already, only the sums
-are made, which the downsampling asks for.
+The products of the backward read dz' once for every tile of hidden units. Written here once, in 16 bits and scaled, it
+costs half the bytes there, and the kernels need neither factor nor conversion. If dy is dz' already, only the sums are
+made, which the downsampling needs.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def _output_grad_kernel(
 def output_grad(
     dy: Tensor, drop_scale: Tensor | None, dtype: torch.dtype, summed: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(dz' (P, C) in ``dtype``, what adds up to dz_sum). The latter is dy itself where dy is dz', unless ``summed``.
+    """(dz' (P, C) in ``dtype``, what adds up to dz_sum). The latter is dy itself if dy is dz', unless ``summed``.
 
-    Else it is float32, (shares of the pixels, C). P > 0, but for ``summed``.
+    Otherwise it is float32, (shares of the pixels, C). P > 0, unless ``summed``.
 
     dy (P, C) of any float dtype; drop_scale (N,) of any float dtype or None, N dividing P.
     """

@@ -3,7 +3,7 @@
 Numbers come from compiled code (registers, spills, warp-group MMA) and from executed instruction counts on sm_80.
 Those of sm_90 were timed, on H100 and H200 (ConvNeXt-T, -B, Triton 3.6), except the tiles for few and for many rows,
 which follow the resource model (bench/static_analysis), and the backward of 129 to 192 channels: what helps there is
-occupancy, two or three programs a processor, so that one's epilogue runs beside another's products.
+occupancy, two or three programs per processor, so that one's epilogue runs during another's products.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _LARGE = (
 
 @dataclasses.dataclass(frozen=True)
 class TmaConfig(GemmConfig):
-    """A `GemmConfig` of a persistent kernel; HALVES: a tile ends in two halves of its columns, to save registers."""
+    """A `GemmConfig` of a persistent kernel; HALVES: the epilogue takes half of the columns at a time."""
 
     HALVES: bool
 
@@ -89,8 +89,10 @@ def is_fused(channels: int, dtype: torch.dtype) -> bool:
 
 
 def is_fused_backward(channels: int, dtype: torch.dtype, target: str) -> bool:
-    """Whether the backward does. Beyond, the sums of a chunk of hidden units do not fit the registers: 2·C a unit, or,
-    where two programs share them (see ``weights_apart``), C.
+    """Whether the backward keeps the hidden activations on the chip.
+
+    In wider blocks the sums of a chunk of hidden units do not fit the registers. They take 2·C per unit, or C where two
+    programs share them (see ``weights_apart``).
     """
     most = _FUSED_FORWARD if target in WARP_GROUPS else _FUSED_BACKWARD
     return channels <= most and dtype != torch.float32
@@ -120,7 +122,7 @@ def norm_blocks(stats: Tensor | None, channels: int, dtype: torch.dtype) -> tupl
 
 
 def are_few(rows: int, target: str) -> bool:
-    """Whether tiles of 64 rows leave processors of sm_90 idle, so that the latency of a program decides."""
+    """Whether tiles of 64 rows leave processors of sm_90 idle, so that the latency of a program matters most."""
     return target == "sm_90" and is_known(rows) and cdiv(rows, 64) <= PROCESSORS[target]
 
 
@@ -133,15 +135,16 @@ def are_many(rows: int, target: str) -> bool:
 def fused_configs(
     channels: int, hidden: int, lean: bool, target: str, grn: bool = False, few: bool = False, many: bool = False
 ) -> tuple[FusedConfig, ...]:
-    """Configurations of the one-kernel forward, the default first; ``lean``: a is not saved;
-    ``grn``: with a global response norm; ``few``: of rows that ``are_few``, which take smaller tiles; ``many``: that
-    ``are_many``.
+    """Configurations of the one-kernel forward, the default first.
+
+    ``lean``: a is not saved; ``grn``: with a global response norm; ``few``: for rows that ``are_few``, which take
+    smaller tiles; ``many``: for rows that ``are_many``.
 
     Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
-    as 8 warps would; 8 such warps, for many rows, read it a quarter as often. Else 16 rows a warp, half of them where a
-    saved beside it would spill. Steps of 64 hidden units, or 32 where a step of 64 would be half empty or would spill.
-    sm_90 has the shared memory for a third stage. With a norm, but without warp groups, steps of 32, and beyond 160
-    channels 4 warps and steps of 16.
+    as 8 warps would; 8 such warps, for many rows, read it a quarter as often. Else 16 rows per warp, or half as many
+    where saving a too would spill. Steps of 64 hidden units, or 32 where 64 would be half empty or would spill. sm_90
+    has the shared memory for a third stage. With a norm, but without warp groups, steps of 32, and beyond 160 channels
+    4 warps and steps of 16.
     """
     if grn and target not in WARP_GROUPS:
         norm = FusedConfig(BLOCK_M=128, BLOCK_K=32, num_warps=4 if target == "gfx942" else 8, num_stages=2)
@@ -177,11 +180,11 @@ def gemm_configs(
 ) -> tuple[GemmConfig, ...]:
     """Configurations of a GEMM of ``rows`` by ``columns`` with a fused epilogue, the default first.
 
-    ``heavy``: a is saved beside h, or there is a global response norm. ``sample_rows``: where every sample has tiles of
+    ``heavy``: a is saved with h, or there is a global response norm. ``sample_rows``: where every sample has tiles of
     its own, its rows. ``wide``: the result is float32. ``channels``: of fc1 those of its input.
 
-    On sm_90, by the resource model: the smallest tiles that do not outnumber the processors, with many loads ahead;
-    where none do, those whose ``_cost`` is least.
+    On sm_90, by the resource model: the smallest tiles that do not outnumber the processors, with many loads ahead; if
+    all tiles do, those whose ``_cost`` is least.
     """
     usual = _gemm_configs(columns, dtype, target, heavy, sample_rows)
     if target != "sm_90" or dtype == torch.float32 or sample_rows is not None or not is_known(rows):
@@ -193,7 +196,7 @@ def gemm_configs(
         return usual
     large = _LARGE
     if columns > 2048 or channels >= 768 or (channels and dtype == torch.float16):
-        # Else fc1 would spill beside many statistics, and in float16, whose activations take more registers.
+        # Else fc1 would spill with many statistics, and in float16, whose activations take more registers.
         large = _LARGE[:1] if channels and _BEFORE_38 else _LARGE[2:]
     elif wide:
         large = _LARGE[:1] + _LARGE[2:]  # else fc2 of 256 channels would
@@ -203,9 +206,9 @@ def gemm_configs(
 
 
 def _cost(rows: int, columns: int, config: GemmConfig, processors: int) -> int:
-    """What a step in depth takes: sides of tiles, which go through the L2 cache, and areas that a processor multiplies.
+    """What a step in depth takes: the sides of tiles, read through the L2 cache, and the areas a processor multiplies.
 
-    On an H200 a unit of the one takes about as long as a unit of the other, by the rates of the resource model.
+    On an H200 a unit of one takes about as long as a unit of the other, by the rates of the resource model.
     """
     tiles = count_tiles(rows, columns, config)
     return tiles * (config.BLOCK_M + config.BLOCK_N) + cdiv(tiles, processors) * config.BLOCK_M * config.BLOCK_N
@@ -215,14 +218,14 @@ def _cost(rows: int, columns: int, config: GemmConfig, processors: int) -> int:
 def tile_parts(side: int) -> tuple[tuple[int, int], ...]:
     """Parts (first, size) of a tile's rows or columns, each a power of two: 192 are 64 and 128.
 
-    The smaller comes first: where it ends first, its sums leave registers for the end of the larger.
+    The smaller comes first: once it is finished, the registers of its sums are free for the larger one's epilogue.
     """
     small = side & -side
     return ((0, small),) if small == side else ((0, small), (small, side - small))
 
 
 def is_known(rows: int) -> bool:
-    """Whether this is a number, not a compiler's symbol, for which a comparison would be a reason to compile again."""
+    """Whether this is a number, not a compiler's symbol, on which a comparison would add a guard."""
     return isinstance(rows, int)
 
 
@@ -235,11 +238,11 @@ def count_tiles(rows: int, columns: int, config: GemmConfig) -> int:
 def _gemm_configs(
     columns: int, dtype: torch.dtype, target: str, heavy: bool, sample_rows: int | None
 ) -> tuple[GemmConfig, ...]:
-    """``gemm_configs`` of a number of rows between few and many.
+    """``gemm_configs`` for a number of rows between few and many.
 
     Up to 64 rows of a sample a tile of 128 would be half empty, and on sm_100 4 warps would spill beyond 8,192 columns.
 
-    On sm_90 4 warps, two programs a processor, take 71 to 89 % of the time of 8 warps; beyond 3,072 columns, or where
+    On sm_90 4 warps, two programs per processor, take 71 to 89 % of the time of 8 warps; beyond 3,072 columns, or where
     it is ``heavy``, they would spill.
     """
     if dtype == torch.float32:
@@ -264,11 +267,11 @@ def _gemm_configs(
 
 @remembered
 def tma_config(target: str, fc1: bool, heavy: bool) -> TmaConfig | None:
-    """Configuration of a persistent GEMM, fc1 or fc2, that TMA feeds; None where Triton makes none for the target.
+    """Configuration of a persistent GEMM, fc1 or fc2, that TMA feeds; None if Triton supports none on the target.
 
     On sm_90 two groups of 4 warps share a tile. One of 128 × 256 needs three quarters of the bytes of 128 × 128, but
-    would spill where fc1 stores a beside h, or fc2 has a residual in float32: these are ``heavy``. Triton 3.6 cannot
-    divide halves of the columns among the groups: there a tile ends as a whole, for which fc2 must be small.
+    would spill where fc1 stores a with h, or fc2 has a residual in float32: these are ``heavy``. Triton 3.6 cannot
+    divide halves of the columns among the groups: there the epilogue takes a whole tile, so fc2's must be small.
     """
     if target == "sm_90" and _TRITON >= (3, 6):
         halves = _TRITON > (3, 6)
@@ -289,10 +292,10 @@ def statistics_first(channels: int, target: str) -> bool:
 
 
 def input_grad_config(channels: int, dtype: torch.dtype, target: str, grn: bool) -> FusedConfig:
-    """Configuration of the backward kernel that owns pixels: 16 rows a warp, which hold x̂, dz' and dx̂.
+    """Configuration of the backward kernel that owns pixels: 16 rows per warp, with their x̂, dz' and dx̂.
 
-    8 warps on sm_90 read each weight half as often, where no norm makes them spill. float16's GELU takes more
-    registers than bfloat16's: beside more than 96 channels it spills on sm_120.
+    8 warps on sm_90 read each weight half as often, unless a norm makes them spill. float16's GELU takes more
+    registers than bfloat16's: with more than 96 channels it spills on sm_120.
     """
     if target == "sm_90" and not grn:
         return FusedConfig(BLOCK_M=128, BLOCK_K=64, num_warps=8, num_stages=3 if channels <= 96 else 2)
@@ -302,7 +305,7 @@ def input_grad_config(channels: int, dtype: torch.dtype, target: str, grn: bool)
 
 
 def _third_stage(channels: int, target: str) -> bool:
-    """Whether a third stage takes fewer registers beside a global response norm."""
+    """Whether a third stage takes fewer registers with a global response norm."""
     return channels <= 48 and target in ("sm_80", "sm_86", "sm_100")
 
 
@@ -311,13 +314,13 @@ def weight_grad_config(
 ) -> tuple[FusedConfig, int]:
     """(configuration, rows of a share) of the backward kernel that owns hidden units.
 
-    ``saved``: a was; ``grn``: with a global response norm; lean: neither; ``half``: u is float16. The sums take 2·C
-    registers-worth a hidden unit. With a norm one stage on sm_90 (128 channels), and without warp-group MMA fewer loads
-    ahead (96 channels), or 2 warps of half the rows and hidden units, or beyond 96 channels fewer hidden units keep
-    them from spilling. Parts of 16 channels take twice the rows, for loads of 16 bytes, where these do not spill. As
-    many shares as give every processor about two programs, or one of 8 warps; a share is a multiple of BLOCK_M.
-    Programs that share the sums take 128 hidden units, for every program reads its pixels anew; with 96 channels on
-    sm_90 that takes 86 to 89 % of the whole backward's time, but in float16 it spills.
+    ``saved``: a was saved; ``grn``: with a global response norm; lean: neither; ``half``: u is float16. The sums take
+    2·C registers per hidden unit. With a norm, these avoid spills: one stage on sm_90 (128 channels); without
+    warp-group MMA, fewer loads ahead (96 channels), or 2 warps with half the rows and hidden units, or beyond 96
+    channels fewer hidden units. Parts of 16 channels take twice the rows, for loads of 16 bytes, where these do not
+    spill. There are as many shares as give every processor about two programs, or one of 8 warps; a share is a multiple
+    of BLOCK_M. Programs that share the sums take 128 hidden units, because every program reads its pixels again; with
+    96 channels on sm_90 that takes 86 to 89 % of the whole backward's time, but in float16 it spills.
     """
     narrow = split_width(channels, target)[-1][1] == 16
     lean = not (saved or grn)
@@ -351,10 +354,10 @@ def stem_config(channels: int) -> GemmConfig:
 def downsample_config(rows: int, columns: int, dtype: torch.dtype, wide: bool, target: str) -> GemmConfig:
     """Configuration of the downsampling GEMM: its left operand is normalised in registers on the way.
 
-    That is done anew for every tile of columns, so sm_90 takes wide ones: half to four fifths of the time. Few pixels
-    take 16 rows a tile, whose chain is shorter, many 128, which read fewer weights: by the resource model.
+    Every tile of columns does this again, so sm_90 takes wide ones: half to four fifths of the time. By the resource
+    model, few pixels take tiles of 16 rows, whose chain is shorter, and many take 128, which read fewer weights.
 
-    ``wide``: x is float32 beside weights of 16 bits, so that a step of 64, or 128 rows, would spill.
+    ``wide``: x is float32 with weights of 16 bits, so that a step of 64, or 128 rows, would spill.
     """
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)

@@ -16,11 +16,11 @@ from .tuning import GemmConfig
 
 
 def hidden_grad_config(channels: int, dtype: torch.dtype, target: str, sample_rows: int | None = None) -> GemmConfig:
-    """Configuration of the two products, a and dh, of one tile of hidden units: two sums a thread.
+    """Configuration of the two products, a and dh, of one tile of hidden units: two sums per thread.
 
-    With 4 warps the epilogue spills on sm_100; AMD's waves are twice as wide. Up to 8 blocks of statistics sm_100
-    merges in the registers of every thread of a row, which spills beside more than 32 hidden units; 32 blocks and more
-    spill on sm_120 beside 128 rows. ``sample_rows``: as of `gemm_configs`.
+    With 4 warps the epilogue spills on sm_100; AMD's waves are twice as wide. Up to 8 blocks of statistics are merged
+    in the registers of every thread of a row, which spills on sm_100 with more than 32 hidden units; 32 blocks and more
+    spill on sm_120 with 128 rows. ``sample_rows``: as in `gemm_configs`.
     """
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
@@ -28,9 +28,9 @@ def hidden_grad_config(channels: int, dtype: torch.dtype, target: str, sample_ro
         return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3)
     if target == "sm_90" and sample_rows is None and 256 < channels <= 1536:  # half of what tiles of 64² read from L2
         return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
-    if target == "sm_90":  # beside a norm, and with other widths, those would spill
+    if target == "sm_90":  # with a norm, or with other widths, those would spill
         depth, stages = (64, 3) if channels <= 512 else (32, 4)
-        warps = 8 if channels > 2048 else 4  # 4 spill beside the statistics of 2,816
+        warps = 8 if channels > 2048 else 4  # 4 spill with the statistics of 2,816 channels
         return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=depth, num_warps=warps, num_stages=stages)
     columns = 32 if target == "sm_100" and channels <= 256 else 64
     if sample_rows is not None and sample_rows <= 64:
@@ -49,7 +49,7 @@ def input_grad_config(columns: int, dtype: torch.dtype, target: str) -> GemmConf
 
 
 def output_grad_config(rows: int, channels: int, target: str) -> tuple[int, int, int]:
-    """(rows of a step, channels of a program, rows of its share): about four programs a processor."""
+    """(rows of a step, channels of a program, rows of its share): about four programs per processor."""
     block_m, block_n = 32, 128 if channels % 128 == 0 else 64
     shares = max(1, 4 * PROCESSORS[target] // cdiv(channels, block_n))
     return block_m, block_n, cdiv(cdiv(max(rows, 1), shares), block_m) * block_m
@@ -58,7 +58,7 @@ def output_grad_config(rows: int, channels: int, target: str) -> tuple[int, int,
 def weight_grad_config(
     rows: int, channels: int, hidden: int, dtype: torch.dtype, target: str
 ) -> tuple[GemmConfig, int]:
-    """(configuration, pixels of a share) of D and E: tiles of (hidden units, channels), BLOCK_K pixels a step.
+    """(configuration, pixels of a share) of D and E: tiles of (hidden units, channels), BLOCK_K pixels per step.
 
     As many shares as fill every processor with about two programs, or with one of 8 warps, which read less, where
     these need no second wave; a share is a multiple of BLOCK_K.
@@ -78,9 +78,10 @@ def weight_grad_config(
 def stem_bwd_config(rows: int, channels: int, depth: int, target: str) -> tuple[GemmConfig, int, int]:
     """(configuration, elements of a patch of a program, patches of a share) of the stem's backward.
 
-    All channels in a program, as in ``stem_config``, and of the weight's gradient what spills no register. 32 rows give
-    8 warps two pixels a load; beyond 512 channels they would not fit the shared memory of every target, and at 64 they
-    would spill on sm_80 and sm_86, where 64 do not. On sm_90 4 warps take less than six tenths of the time.
+    All channels in a program, as in ``stem_config``, and as much of the weight's gradient as spills no register. 32
+    rows give 8 warps two pixels per load. Beyond 512 channels they would not fit the shared memory of every target; at
+    64 channels they would spill on sm_80 and sm_86, where 64 rows do not. On sm_90 4 warps take less than six tenths of
+    the time.
     """
     width = max(16, next_power_of_2(channels))
     amd, fast = target == "gfx942", target == "sm_90" and width <= 128
@@ -107,7 +108,7 @@ def downsample_input_config(channels: int, dtype: torch.dtype, target: str) -> G
 def downsample_weight_config(
     rows: int, channels: int, columns: int, taps: int, dtype: torch.dtype, target: str
 ) -> tuple[GemmConfig, int]:
-    """(configuration, patches of a share) of the downsampling's weight gradient, BLOCK_K patches a step."""
+    """(configuration, patches of a share) of the downsampling's weight gradient, BLOCK_K patches per step."""
     if dtype == torch.float32:
         config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
     elif target == "sm_90":

@@ -1,7 +1,7 @@
 """Backward of the convolutions of non-overlapping patches: the stem and the downsampling layers.
 
 Stem (patch convolution, then LayerNorm). One kernel recomputes u, which reads less than a saved u, and computes from
-dout (P, C) and the image, with a share of the patches a program,
+dout (P, C) and the image, with one share of the patches per program,
 
     dx̂ = dout·g    du = rstd·(dx̂ − mean(dx̂) − x̂·mean(dx̂·x̂))    dw = duᵀ·patches    db = Σ du    dg = Σ dout·x̂
     dβ = Σ dout
@@ -13,7 +13,7 @@ Downsampling (LayerNorm, then patch convolution with wg = w∘g), dz (P, C') the
     D[tap] = dzᵀ·x̂[tap] (C', C)    and, of a tile, Σ_n w[n, c, tap]·D[tap]                   _downsample_weight_kernel
     dw = D∘g + db⊗β    dg_c = Σ_{n, tap} w·D    dβ_c = Σ_{n, tap} w·db_n                      _downsample_fold_kernel
 
-Sums over pixels are partial sums of a share each, which the last launch adds in a fixed order.
+Sums over pixels are partial sums, one per share, which the last launch adds in a fixed order.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""LayerNorm, the activations and the linear layers of a block on rows of pixels, with ATen calls and oneDNN's.
+"""LayerNorm, the activations and the linear layers of a block on rows of pixels, by calls of ATen and oneDNN.
 
-In float32 the products go to oneDNN (see ``onednn``), which applies the activation and the residual inside them.
+In float32 the products go to oneDNN (see ``onednn``), which fuses the activation and the residual into them.
 
 P pixels, C channels, K hidden units, T the compute dtype, R the dtype of the residual stream.
 """
@@ -43,7 +43,7 @@ def activation(a: Tensor, act: str) -> Tensor:
 
 
 def activation_and_bwd_(dh: Tensor, a: Tensor, act: str, h: Tensor) -> tuple[Tensor, Tensor]:
-    """dh·act'(a) in the place of dh, and act(a) in h, which may be a."""
+    """dh·act'(a), written over dh, and act(a), written to h, which may be a."""
     if act == "gelu" and onednn.supports(a) and llvm.supports_gelu(a):
         llvm.gelu_bwd_(dh, a, h)
         return dh, h
@@ -56,12 +56,12 @@ def activation_and_bwd_(dh: Tensor, a: Tensor, act: str, h: Tensor) -> tuple[Ten
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums."""
+    """The dtype in which tensors of ``dtype`` are summed."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class Norm(NamedTuple):
-    """LayerNorm: affine (C,), None for the identity, and epsilon."""
+    """LayerNorm: weight and bias (C,), None for the identity, and epsilon."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -79,7 +79,7 @@ class Norm(NamedTuple):
         return _aten.native_layer_norm_backward(dn, u, [u.shape[1]], mean, rstd, *self._affine(u), needs)
 
     def _affine(self, u: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """In a dtype in which PyTorch also keeps the statistics."""
+        """The weight and bias in the dtype of sums, so that PyTorch keeps the statistics in it too."""
         wide, weight, bias = sum_dtype(u.dtype), self.weight, self.bias
         if wide != u.dtype and weight is None:
             weight = u.new_ones(u.shape[1], dtype=wide)
@@ -126,17 +126,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str | Non
     return y if act == inside else ACTIVATIONS_[act](y)
 
 
-# Rows of a block: few enough for their hidden activations to stay near the last-level cache, enough for matrix products
-# at full speed and for Python's share to be small. With 36 MiB of cache, quarters of these took 5 to 6 % longer in
-# training with ATen's calls, and no blocks at all 3 to 7 %.
+# Rows of a block: few enough that their hidden activations stay near the last-level cache, and enough that matrix
+# products run at full speed and Python's overhead is small. With 36 MiB of cache, training with ATen took 5 to 6 %
+# longer with a quarter of these rows, and 3 to 7 % longer without blocks.
 _MOST_ROWS, _LEAST_ROWS = 8192, 256
 _CACHE_BYTES = 96 << 20
 
 
 def row_blocks(rows: int, row_bytes: int, most: int = _MOST_ROWS, cache_bytes: int = _CACHE_BYTES) -> list[slice]:
-    """Slices of about equal size for cache-sized work, ``row_bytes`` a row; one empty slice if there are no rows.
+    """Slices of about equal size that fit the cache, with ``row_bytes`` per row; one empty slice if there are no rows.
 
-    A slice has at most ``most`` rows and about ``cache_bytes``.
+    A slice has at most ``most`` rows and about ``cache_bytes`` bytes.
     """
     most = min(most, max(_LEAST_ROWS, cache_bytes // row_bytes))
     count = max(1, -(-rows // most))

@@ -1,7 +1,7 @@
 """The kernels that LLVM compiles for an x86 CPU, in float32 (`kernels.cpu`): packing their weights and running them.
 
-They need Linux, AVX2, llvmlite, numbers of channels that are multiples of 8, GELU, and PyTorch's threads to be
-libgomp's.
+They need Linux, AVX2, llvmlite, GELU, numbers of channels that are multiples of 8, and a PyTorch that uses libgomp's
+threads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OLDEST_LLVMLITE = 0, 46
 
 @functools.cache
 def launchers() -> ModuleType | None:
-    """The launchers; None where llvmlite is missing or old, or ATen's calls were asked for."""
+    """The launchers; None if llvmlite is missing or too old, or if ATen was requested."""
     try:
         version = metadata.version("llvmlite")
     except metadata.PackageNotFoundError:
@@ -44,7 +44,7 @@ def launchers() -> ModuleType | None:
 
 
 def describe() -> str:
-    """What the kernels are compiled for here, or why there are none, for people."""
+    """What the kernels are compiled for here, or why there are none, as text for people."""
     kernels = launchers()
     if kernels is None:
         return "none, they need llvmlite and CONVNEXT_FAST_BACKEND other than aten"
@@ -70,11 +70,11 @@ def _launch(*arguments: Any) -> Any:
 
 
 class Kernel:
-    """A step as one kernel, for contiguous x (N, H, W, C), a stem's (N, C, H, W), that `onednn.supports`.
+    """A step as one kernel, for contiguous x (N, H, W, C), or a stem's (N, C, H, W), that `onednn.supports`.
 
     machine: what its weights are packed for; weights: the copies that its addresses point to, because PyTorch may move
     a tensor's memory (`Module.share_memory`); sizes: what the kernel is compiled for, given the width of x; patch: the
-    size (C', C, kh, kw) of a weight for patches, None of a block.
+    size (C', C, kh, kw) of a patch convolution's weight, None for a block.
     """
 
     def __init__(self, machine: Any, weights: Sequence[Tensor], sizes: Callable, patch: Any = None, stem: bool = False):
@@ -108,7 +108,7 @@ class CompiledBlock(Kernel):
 
     @staticmethod
     def packed(weights: FrozenBlock, machine: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """What the kernels read of the weights: up to the hidden units, and after them."""
+        """The weights that the kernels read: those up to the hidden units, and those after them."""
         dwconv_weight, dwconv_bias, w1, b1, w2, b2, _ = weights
         pack, channels = launchers().pack, w1.shape[1]
         taps = dwconv_weight.reshape(channels, -1).t().clone(memory_format=torch.contiguous_format)
@@ -117,7 +117,7 @@ class CompiledBlock(Kernel):
 
 
 class CompiledPatches(Kernel):
-    """A stem, by ``parameters`` bias, ln_weight and ln_bias, or a frozen downsampling layer, by bias alone."""
+    """A stem, with ``parameters`` bias, ln_weight and ln_bias, or a frozen downsampling layer, with bias alone."""
 
     def __init__(self, machine: Any, weight: Tensor, *parameters: Tensor):
         stem, (out_channels, channels, *patch) = len(parameters) == 3, weight.shape
@@ -130,7 +130,7 @@ class CompiledPatches(Kernel):
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
-    """The tensor as kernels read it: contiguous, and not the negative of what is in memory."""
+    """The tensor as kernels read it: contiguous and without the negative bit."""
     return None if tensor is None else tensor.resolve_neg().contiguous()
 
 
@@ -161,7 +161,7 @@ def run(
 
 
 def prepare_stem(weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor) -> CompiledPatches | None:
-    """The kernel of a stem, with its weights packed as they are now; None if it is not supported."""
+    """The kernel of a stem, with its current weights packed; None if not supported."""
     machine = machine_for(weight.shape[0])
     if machine is None or weight[0].numel() % launchers().UNROLL:
         return None
@@ -210,7 +210,7 @@ def gelu(a: Tensor) -> Tensor:
 
 
 def gelu_bwd_(dh: Tensor, a: Tensor, h: Tensor) -> None:
-    """dh·GELU'(a) in the place of dh, GELU(a) in h, which may be a."""
+    """Write dh·GELU'(a) over dh, and GELU(a) to h, which may be a."""
     kernels, machine = launchers(), machine_for(a.shape[-1])
     pointers = (tensor.data_ptr() for tensor in (a, h, dh))
     kernels.run(machine, kernels.ElementwiseSizes(True), *pointers, a.numel())

@@ -34,7 +34,7 @@ class V2Launch:
     def __init__(self, block: CompiledV2Block, shape: Sequence[int], eps: float):
         samples, height, width, channels = shape
         pixels, self.parts, counts = height * width, [], []
-        row_bytes = 8 * block.hidden  # twice h: smaller blocks take 0.95 of the time at 8 images
+        row_bytes = 8 * block.hidden  # twice those of h: smaller blocks take 0.95 of the time at 8 images
         for rows in ResponseNorm(block.weights[-1], None, pixels).blocks(samples * pixels, row_bytes):
             counts.append((rows.stop - rows.start) // pixels)
             launch = Kernel.launch(block, (counts[-1], height, width, channels), eps)
@@ -51,6 +51,6 @@ class V2Launch:
     def _run(self, x: int, y: int, weights: Sequence[int], scratch: Tensor) -> None:
         new = launchers().memory
         h, squares = new(self.rows * self.row).view(self.rows, self.row), new(self.squares)
-        h[-self.tail :].zero_()  # as of `Launch.wants_zeros`
+        h[-self.tail :].zero_()  # see `Launch.wants_zeros`
         for place, launch in self.parts:
             launch.start(x + place, y + place, (*weights, h.data_ptr(), squares.data_ptr()), scratch)()

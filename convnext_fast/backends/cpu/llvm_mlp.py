@@ -1,8 +1,8 @@
 """`mlp.mlp_fwd` and `mlp_bwd`, LayerNorm and the pointwise MLP in training, as kernels of our own for an x86 CPU.
 
-Each step packs the weights again, with γ in them. The backward is one kernel for the pixels of a block of rows, which
-writes the operands of the weight gradients, and one for each of the two weight gradients. With a global response norm,
-blocks are of whole samples, and each kernel makes two passes over a block.
+Each training step packs the weights again, with γ in them. The backward runs one kernel on the pixels of a block of
+rows, which writes the operands of the weight gradients, and one kernel for each of the two weight gradients. With a
+global response norm, a block holds whole samples, and each kernel makes two passes over it.
 
 P pixels, C channels, K hidden units; everything is float32.
 """
@@ -20,16 +20,16 @@ from .llvm import dense
 from .response_norm import ResponseNorm
 
 _MOST_ROWS, _BLOCK_BYTES = 4096, 32 << 20
-"""Limits of a block in the backward: its n, dz, h and da stay near the last-level cache."""
+"""Limits of a block in the backward, so that its n, dz, h and da stay near the last-level cache."""
 
 _LEAST_ROWS_OF_WIDE = 384
-"""The least rows with which the forward of a wide layer is worth packing its weights, which are not in the cache."""
+"""With fewer rows, the forward of a wide layer does not repay packing its weights, which are not in the cache."""
 
 
 def machine_for(rows: tuple[Tensor | None, ...], mlp: Mlp, norm: Norm | None, grn: ResponseNorm | None = None) -> Any:
-    """The machine of the kernels; None if not supported.
+    """The machine that the kernels are compiled for; None if not supported.
 
-    rows: x, and the residual or dy and a.
+    rows: x and the residual, or dy, x and a.
     """
     if norm is None or mlp.act != "gelu" or (grn is not None and mlp.gamma is not None):
         return None
@@ -47,7 +47,7 @@ def forward_pays(rows: int, mlp: Mlp) -> bool:
 def mlp_fwd(
     machine, x, residual, norm, mlp, grn, scale, save_hidden, overwrite
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `mlp.mlp_fwd`, whose arguments it takes; scale: (P, 1)."""
+    """`mlp.mlp_fwd` with the same arguments, except scale: (P, 1)."""
     kernels, (hidden, channels) = llvm.launchers(), mlp.w1.shape
     y = x if overwrite else torch.empty_like(x)
     a = x.new_empty(len(x), hidden) if save_hidden else None
@@ -59,7 +59,7 @@ def mlp_fwd(
         sizes = kernels.MlpSizes(*flags)
         kernels.run_rows(machine, sizes, 1, len(x), norm.eps, *addresses((*pixels, *given)))
         return y, a, None
-    norms, blocks = x.new_empty(len(x) // grn.pixels, hidden), grn.blocks(len(x), 8 * hidden)  # as of frozen blocks
+    norms, blocks = x.new_empty(len(x) // grn.pixels, hidden), grn.blocks(len(x), 8 * hidden)  # as in `llvm_grn`
     given += _response(grn)
     h = x.new_empty(blocks[0].stop + machine.rows, hidden + kernels.PADDING)
     squares = x.new_empty(grn.samples(blocks[0]).stop * kernels.units_of_rows(machine, grn.pixels), hidden)
@@ -71,7 +71,7 @@ def mlp_fwd(
 
 
 def mlp_bwd(machine, dy, x, a, norm, mlp, grn, scale) -> tuple[Tensor | None, ...]:
-    """As `mlp.mlp_bwd`, whose arguments it takes; scale: (P, 1). The norms of ``grn`` are computed again."""
+    """`mlp.mlp_bwd` with the same arguments, except scale: (P, 1). The norms of ``grn`` are recomputed."""
     kernels, (hidden, channels) = llvm.launchers(), mlp.w1.shape
     w1 = pack(machine, mlp.w1, None, True) if a is None else None
     weights = w1, mlp.b1, pack(machine, mlp.w2, mlp.gamma, False), pack(machine, mlp.w1, None, False)
@@ -117,7 +117,7 @@ def mlp_bwd(machine, dy, x, a, norm, mlp, grn, scale) -> tuple[Tensor | None, ..
 
 
 def pack(machine: Any, weight: Tensor, scale: Tensor | None, transposed: bool) -> Tensor:
-    """The numbers of `kernels.cpu.packing`, in the shape of weight; scale: a factor for each of its rows."""
+    """The weight packed as in `kernels.cpu.packing`, in its own shape; scale: a factor for each of its rows."""
     kernels, weight = llvm.launchers(), dense(weight)
     packed, scale = torch.empty_like(weight), dense(scale)
     sizes = kernels.PackSizes(*weight.shape, transposed, scale is not None)
@@ -126,17 +126,17 @@ def pack(machine: Any, weight: Tensor, scale: Tensor | None, transposed: bool) -
 
 
 def affine(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """LayerNorm's weight and bias, 1 and 0 where there are none."""
+    """LayerNorm's weight and bias; 1 and 0 if absent."""
     weight = x.new_ones(x.shape[1]) if norm.weight is None else norm.weight
     bias = x.new_zeros(x.shape[1]) if norm.bias is None else norm.bias
     return dense(weight), dense(bias)
 
 
 def _response(grn: ResponseNorm) -> tuple[Tensor, Tensor]:
-    """γ and β of the response norm, 0 where there is no β."""
+    """γ and β of the response norm; β is 0 if absent."""
     return dense(grn.gamma), grn.gamma.new_zeros(len(grn.gamma)) if grn.beta is None else dense(grn.beta)
 
 
 def addresses(tensors: tuple[Tensor | None, ...]) -> list[int]:
-    """For a launch; 0 for what is absent."""
+    """The addresses of tensors for a launch; 0 for None."""
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

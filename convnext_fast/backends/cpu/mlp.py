@@ -1,4 +1,4 @@
-"""LayerNorm and the pointwise MLP on rows of pixels: kernels for x86 where they serve, else ATen calls.
+"""LayerNorm and the pointwise MLP on rows of pixels: x86 kernels where supported, else ATen calls.
 
 ATen works on rows in blocks whose hidden activations stay in the cache; the normalised activations are never saved.
 
@@ -27,8 +27,8 @@ def mlp_fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = residual + drop_scale·γ·(grn(act(a))·w2ᵀ + b2), a = norm(x)·w1ᵀ + b1 if ``save_hidden``, and grn's norms.
 
-    x: (P, C) in T; residual and y: (P, C) in R; drop_scale: (N,), for P/N rows each; a: (P, K) in T; norms: (N, K) in
-    at least float32. ``overwrite``: y may take the place of x, which saves the page faults of a large new tensor.
+    x: (P, C) in T; residual and y: (P, C) in R; drop_scale: (N,), each for P/N rows; a: (P, K) in T; norms: (N, K) in
+    at least float32. ``overwrite``: y may be written over x, which saves the page faults of a large new tensor.
     """
     machine = None if residual is None else llvm_mlp.machine_for((x, residual), mlp, norm, grn)
     scale = row_scale(drop_scale, x)
@@ -73,7 +73,7 @@ def mlp_bwd(
 ) -> tuple[Tensor | None, ...]:
     """(dx, dg, dβ, dw1, db1, dw2, db2, dγ), then grn's dγ and dβ, for dy (P, C) in R and x (P, C) in T.
 
-    a (P, K) and norms (N, K): as saved, or None to compute them again. dx: (P, C) in T, the others in at least float32.
+    a (P, K) and norms (N, K): as saved, or None to recompute them. dx: (P, C) in T, the others in at least float32.
     γ's gradient needs no z: for E = Σ_p dz' ⊗ h, with grn's β in it, and t = Σ_p dz', with dz' = drop_scale·dy, it is
     dγ = Σ_k w2∘E + b2·t; dw2 = γ∘E and db2 = γ·t.
     """
@@ -85,8 +85,8 @@ def mlp_bwd(
     original, mlp = mlp, mlp.to(dtype)
     dw1 = db1 = e = t = dg = dbeta = d_response = d_response_bias = d_gamma = None
     dx = torch.empty_like(x)
-    # dh, a, h and da of a block are used together; da takes the place of dh, and h that of an a made here, for a new
-    # tensor costs the page faults of its first use.
+    # A block uses dh, a, h and da together. da is written over dh, and h over an a computed here, because the first use
+    # of a new tensor costs page faults.
     blocks = row_blocks(len(x), 4 * row_bytes) if grn is None else grn.blocks(len(x), 3 * row_bytes)
     d_hidden = x.new_empty(blocks[0].stop, len(mlp.w1))
     hidden = None if a is None or grn is not None else torch.empty_like(d_hidden)
@@ -125,7 +125,7 @@ def mlp_bwd(
 
 
 def plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """total + part, in place; the part itself where there is no total yet."""
+    """total + part, in place; the part itself if there is no total yet."""
     return part if total is None or part is None else total.add_(part)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .llvm import dense
 
-# Without ReLU, because oneDNN's maps NaN to 0, and SELU, which oneDNN lacks.
+# ReLU is missing because oneDNN's maps NaN to 0, and SELU because oneDNN has none.
 _FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "silu": ("swish", "")}
 
 # The largest filter: larger ones gain nothing and sum all products in one chain.
@@ -31,11 +31,11 @@ _X86 = platform.machine() in ("x86_64", "AMD64")
 def supports(x: Tensor) -> bool:
     """Whether oneDNN computes for tensors like x: float32 on an x86 CPU, unless ``torch.backends.mkldnn`` is off.
 
-    It takes no empty tensors and none with the negative bit. A compiler traces these calls only if it has given up on
-    the model around them, and then cannot lower them.
+    Empty tensors and tensors with the negative bit are not supported. Neither is tracing: a compiler traces these calls
+    only if it has given up on the model around them, and it cannot lower them.
     """
     return (
-        type(x) in (Tensor, torch.nn.Parameter)  # no tracer's tensor without memory
+        type(x) in (Tensor, torch.nn.Parameter)  # not a tracer's tensor, which has no memory
         and x.numel() > 0
         and not torch.compiler.is_compiling()
         and x.dtype == torch.float32
@@ -53,7 +53,7 @@ def fuses(act: str) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
-    """act(x·weightᵀ + bias) for x (P, C), weight (K, C) and bias (K,), of any strides; act: `fuses`, or None."""
+    """act(x·weightᵀ + bias) for x (P, C), weight (K, C) and bias (K,), of any strides; act: None, or `fuses` it."""
     attribute, algorithm = ("none", "") if act is None else _FUSED_ACTIVATIONS[act]
     return torch.ops.mkldnn._linear_pointwise.default(x, dense(weight), dense(bias), attribute, [], algorithm)
 

@@ -1,7 +1,7 @@
 """The fused ops on a CPU (see `interface.Backend`): x86 kernels where supported, otherwise ATen calls.
 
 Activations stay (N, H, W, C); pixelwise work is in ``mlp``. Weights are used as they are: folding them on every call
-costs as much as the products of a few hundred pixels. `interface.Backend` gives the types of long lists of arguments.
+costs as much as the products of a few hundred pixels. For the types of long argument lists see `interface.Backend`.
 
 P = N·H·W pixels, C channels, K hidden units, T the compute dtype, R the dtype of the residual stream.
 """
@@ -53,9 +53,9 @@ def _dwconv_bwd(
 def block_fwd(
     x, weights, drop_scale, eps, act, recompute, dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """y, and what ``recompute`` keeps of `Saved`: u and a, (P, C) and (P, K) in T.
+    """y, and the fields of `Saved` that ``recompute`` keeps: u and a, (P, C) and (P, K) in T.
 
-    LayerNorm's statistics are cheaper to compute again, with the normalised activations, than to save.
+    LayerNorm's statistics are not saved, because recomputing them with the normalised activations is cheaper.
     """
     u = _dwconv(x, weights.dwconv_weight, weights.dwconv_bias, dtype)
     parts, saves_u = _parts(weights, x, eps, act), recompute < 2
@@ -158,7 +158,7 @@ def downsample_fwd(x: Tensor, weights: NormConv, eps: float, dtype: torch.dtype)
 
 
 def downsample_bwd(dy, x, weights, eps, dtype, needs_norm, needs_weight, needs_bias) -> Gradients:
-    """Gradients of x and of the weights, from x alone: LayerNorm(x), which PyTorch would save, is computed again."""
+    """Gradients of x and of the weights, from x alone: LayerNorm(x), which PyTorch would save, is recomputed."""
     norm, rows = Norm(weights.ln_weight, weights.ln_bias, eps), x.reshape(-1, x.shape[3])
     n, mean, rstd = norm.forward(rows)
     weight = weights.weight

@@ -1,5 +1,4 @@
-"""Frozen modules on a CPU in float32: their weights are packed once for the kernels, and the packed weights live as
-long as they do.
+"""Packed weights of frozen modules on a CPU in float32: made once, and kept as long as the weights live.
 
 One image takes so little time that packing weights on every call would be noticeable.
 """
@@ -17,10 +16,10 @@ from . import llvm
 from .llvm_grn import CompiledV2Block
 
 Weights = tuple[Tensor | None, ...]
-"""Of `weights.FrozenBlock` or `weights.FrozenDownsample`, or a stem's."""
+"""The fields of a `weights.FrozenBlock` or a `weights.FrozenDownsample`, or a stem's weights."""
 
 _KEPT: dict[int, tuple[Weights, llvm.Kernel]] = {}
-"""By the ``id`` of a weight, until it is freed: the other weights, and what was made of all."""
+"""By the ``id`` of a weight, until it is freed: the other weights, and the kernel made for all of them."""
 
 
 def _kept(weight: Tensor, others: Weights, make: Callable[[], llvm.Kernel]) -> llvm.Kernel:
@@ -52,7 +51,7 @@ def prepared_downsample(weight: Tensor, bias: Tensor) -> llvm.Kernel | None:
 def kernels_for(
     steps: Sequence[ConvNorm | FrozenDownsample | FrozenBlock], acts: Sequence[str]
 ) -> list[llvm.Kernel] | None:
-    """A stem's weights and those of frozen parts as kernels; None where one has none. ``acts``: of blocks."""
+    """The kernels of a stem and of frozen modules; None if one is not supported. ``acts``: the blocks' activations."""
     kernels = []
     for weights, act in reversed(list(zip(steps, acts, strict=True))):  # a stem, whose kernel is not kept, last
         if isinstance(weights, FrozenBlock):

@@ -1,6 +1,6 @@
 """ConvNeXt V2's global response norm between the linear layers of `mlp`, with ATen calls.
 
-For h = act(n·w1ᵀ + b1), its norms G over the pixels of each sample, γ and β of the global response norm:
+With h = act(n·w1ᵀ + b1), its norms G over the pixels of each sample, and γ and β of the global response norm:
 
     N = G/(mean_k G + ε)      s = 1 + γ·N      y = residual + drop_scale·((h·s + β)·w2ᵀ + b2)
 
@@ -23,20 +23,20 @@ from ...kernels.weights import GRN_EPS
 from .aten_layers import Mlp, sum_dtype
 
 _CACHE_BYTES = 24 << 20
-"""Of the hidden activations of a block of samples."""
+"""The most bytes of the hidden activations of a block of samples."""
 
 
 class ResponseNorm(NamedTuple):
-    """A global response norm: γ and β (K,), β None where it is folded away; pixels: of a sample."""
+    """A global response norm: γ and β (K,), β is None if it is folded away; pixels: per sample."""
 
     gamma: Tensor
     beta: Tensor | None
     pixels: int
 
     def blocks(self, rows: int, row_bytes: int, alone: bool = False) -> list[slice]:
-        """The rows of blocks of samples; an empty one if there are none. ``alone``: of one sample each.
+        """The rows of blocks of samples; one empty block if there are no rows. ``alone``: a block for each sample.
 
-        row_bytes: of the hidden activations of a row.
+        row_bytes: bytes of a row's hidden activations.
         """
         size = self.pixels * (1 if alone else max(1, _CACHE_BYTES // (self.pixels * row_bytes)))
         return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
@@ -46,7 +46,7 @@ class ResponseNorm(NamedTuple):
         return slice(rows.start // self.pixels, rows.stop // self.pixels)
 
     def forward(self, h: Tensor, mlp: Mlp, into_weight: bool) -> tuple[Tensor, Mlp, Tensor]:
-        """h (P, K) and the linear layers with s in one of them, ``into_weight`` of a single sample; and G (N, K)."""
+        """h (P, K), the linear layers, and G (N, K). s is in h, or for ``into_weight``, with a single sample, in w2."""
         samples = h.view(-1, self.pixels, h.shape[1])
         norms = _norms_of(samples)
         s = 1 + self.gamma * self._relative(norms)[0]
@@ -67,7 +67,7 @@ class ResponseNorm(NamedTuple):
         return dh.to(h.dtype).view(h.shape), (samples * s).to(h.dtype).view(h.shape), (relative * r).sum(0)
 
     def _relative(self, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """N, and its denominator, of G."""
+        """N for the norms G, and its denominator."""
         below = norms.mean(1, keepdim=True) + GRN_EPS
         return norms / below, below
 
