@@ -1,4 +1,4 @@
-"""The fused ops one by one: inputs, the fused form, the plain one, and what to compare."""
+"""Each fused op alone: its inputs, its fused and its plain form, and the results to compare."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class OpCase:
 
     @property
     def name(self) -> str:
-        """For a row's key."""
+        """The case as part of a row's key."""
         return f"{self.op}/{'x'.join(map(str, self.shape))}/{self.dtype}/{self.mode}"
 
     @property
@@ -99,7 +99,7 @@ class OpCase:
         return op_work(self.op, self.shape, DTYPES[self.dtype].itemsize, self.mode)
 
     def inputs(self, device: torch.device) -> list[Tensor]:
-        """x and what follows it: vectors from N(0, 1), matrices and convolutions from N(0, 1/fan-in)."""
+        """x and the op's other arguments: vectors from N(0, 1), matrices and convolutions from N(0, 1/fan-in)."""
         generator = torch.Generator().manual_seed(0)
         tensors = [torch.randn(self.shape, generator=generator)]
         for shape in OPS[self.op][1](self.shape):
@@ -135,13 +135,13 @@ def results(case: OpCase, run: Callable[..., Tensor], inputs: list[Tensor]) -> l
 
 
 def reference_of(case: OpCase, inputs: list[Tensor]) -> Reference:
-    """Float64's results on the same inputs, and the bound that eager's error in the case's dtype gives."""
+    """The results in float64 on the same inputs, and bounds from eager's errors in the case's dtype."""
     expected = results(case, case.form(False), [tensor.double() for tensor in inputs])
     return Reference.of(expected, results(case, case.form(False), inputs), case.dtype)
 
 
 def build(name: str, case: OpCase, inputs: list[Tensor], device: torch.device) -> Job:
-    """One of ``CONTENDERS`` made ready: buffers of x take turns, so that none lies in a cache."""
+    """Prepare one of ``CONTENDERS``. Its calls alternate between copies of x, so that none is in a cache."""
     run = case.form(name == "fused")
     cotangent = case.cotangent(run(*inputs).detach())
     if name == "compile":
@@ -179,7 +179,7 @@ def _laid_out(x: Tensor, op: str, layout: torch.memory_format) -> Tensor:
 
 
 def prepare(names: tuple[str, ...], case: OpCase, device: torch.device) -> dict[str, Contender]:
-    """Contenders for `timing.measure`; names out of ``CONTENDERS``."""
+    """Contenders for `timing.measure`; ``names``: from ``CONTENDERS``."""
     inputs = case.inputs(device)
     reference = reference_of(case, inputs)
     return {name: Contender(functools.partial(build, name, case, inputs, device), reference) for name in names}

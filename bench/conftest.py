@@ -1,7 +1,7 @@
-"""``pytest bench/ --benchmark-only``: options, and the way from our measurements into pytest-benchmark's tables.
+"""``pytest bench/ --benchmark-only``: options, and how our measurements get into pytest-benchmark's tables.
 
-pytest-benchmark times by a clock. The clock here stands still but for the time that `convnext_fast.measuring` measured:
-by CUDA events on a GPU, by the wall clock on a CPU, where contenders for the same work take turns.
+pytest-benchmark reads a clock. The clock here advances only by the times that `convnext_fast.measuring` measures: with
+CUDA events on a GPU, with the wall clock on a CPU, where contenders for the same work are timed alternately.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _now = 0.0
 
 
 def measured_time() -> float:
-    """The clock: seconds that were measured so far."""
+    """The clock: seconds measured so far."""
     return _now
 
 
@@ -33,12 +33,12 @@ def _let_pass(times: list[float]) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--full``."""
-    parser.addoption("--full", action="store_true", help="benchmarks: every size and contender (default: the quick)")
+    """Add the option ``--full``."""
+    parser.addoption("--full", action="store_true", help="benchmarks: every size and contender (default: quick ones)")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """What the run measures on, and what it leaves out."""
+    """The device of the run, and what the run leaves out."""
     device = default_device()
     facts = ", ".join(f"{name} {value}" for name, value in environment.facts(device).items())
     if config.getoption("--full"):
@@ -47,32 +47,32 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every benchmark goes by our clock."""
+    """Make every benchmark use our clock."""
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=measured_time))
 
 
 def default_device() -> torch.device:
-    """CUDA where it is, otherwise the CPU."""
+    """CUDA if available, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """What is measured."""
+    """The device to measure."""
     return default_device()
 
 
 @pytest.fixture(scope="session")
 def roofline(device: torch.device) -> environment.Roofline:
-    """Data sheet or measured rates of the device."""
+    """The device's rates, from its data sheet or measured."""
     dtypes = ("float32",) if device.type == "cpu" else ("float32", "bfloat16", "float16")
     return environment.roofline(device, environment.measured_rates(device, dtypes))
 
 
 @pytest.fixture(scope="session")
 def _measured() -> dict[str, dict[str, Measured]]:
-    """Results by work and contender: all contenders are measured when the first is asked for."""
+    """Results by work and contender: all contenders are measured when the first is requested."""
     return {}
 
 

@@ -1,4 +1,4 @@
-"""Every fused op on this very device, in every dtype, before anything is timed."""
+"""Check every fused op on this device, in every dtype, before anything is timed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ STEM_SHAPES = ((2, 36, 28, 3), (1, 64, 64, 3))
 REPLAY, HUGE = "CUDA graph replay", "2³¹ elements"
 OFTEN = "same bits ten times"
 OFTEN_SHAPES = ((1, 56, 56, 96), (2, 28, 28, 192), (64, 33, 33, 96))
-"""Heights that the convolution cuts into segments, some unevenly: where late copies once met a last store's scratch."""
+"""Heights that the convolution cuts into segments, some unevenly: late copies once met a store's scratch buffer."""
 HUGE_OPS = ("dwconv_layernorm", "convnext_block")
 HUGE_MEMORY = 40 << 30
-"""Free bytes that the cases of 2³¹ elements ask for: they hold x and three tensors of its size, in bfloat16."""
+"""Free bytes that the cases of 2³¹ elements need: they hold x and three tensors of its size, in bfloat16."""
 
 
 def cases(device: torch.device) -> list[OpCase]:
-    """What is checked. float64 on an accelerator is the reference itself."""
+    """The cases to check. On an accelerator float64 is left out: it is the reference itself."""
     dtypes = [name for name in DTYPES if device.type == "cpu" or name != "float64"]
     return [
         OpCase(op, shape, dtype, "both")
@@ -50,7 +50,7 @@ def rows(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def row_of(check: str, case: OpCase, device: torch.device) -> dict[str, Any]:
-    """``HUGE``, ``OFTEN`` or one of ``CHECKS`` on one op."""
+    """The row of ``HUGE``, ``OFTEN`` or one of ``CHECKS`` on one op."""
     row = {
         "key": f"correctness/{check}/{case.name}",
         "section": "correctness",
@@ -79,7 +79,7 @@ def _against_float64(case: OpCase, device: torch.device) -> dict[str, Any]:
 
 
 def _deterministic(case: OpCase, device: torch.device, runs: int = 4) -> dict[str, Any]:
-    """Four calls: the first is recorded on a GPU, and those after it are replayed."""
+    """All runs give the same bits. On a GPU the first is recorded, and the later ones are replayed."""
     inputs = case.inputs(device)
     first, *others = (results(case, case.form(True), inputs) for _ in range(runs))
     return {"passed": all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))}
@@ -90,7 +90,7 @@ def _often_the_same(case: OpCase, device: torch.device) -> dict[str, Any]:
 
 
 def _replayed(case: OpCase, device: torch.device) -> dict[str, Any]:
-    """A forward captured on zeros, replayed on the inputs, gives the bits of a plain call."""
+    """A forward is captured on zeros and replayed on the inputs: it gives the bits of a plain call."""
     inputs = case.inputs(device)
     with torch.no_grad():
         expected = case.form(True)(*inputs)
@@ -99,7 +99,7 @@ def _replayed(case: OpCase, device: torch.device) -> dict[str, Any]:
 
 
 def huge_rows(device: torch.device) -> Iterator[dict[str, Any]]:
-    """x of more than 2³¹ elements: the last image is right, which it is not where an offset overflows."""
+    """Check the last image of an x with more than 2³¹ elements: it is wrong if an offset overflows."""
     if device.type != "cuda":
         yield _not_run(HUGE)
         return

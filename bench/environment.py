@@ -1,4 +1,4 @@
-"""What a measurement ran on: the device, versions, the commit, and the rates that its times are held against."""
+"""What a measurement ran on: the device, versions, the commit, and the rates that its times are compared with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-# Names by which drivers call the chips whose data sheets `chips` holds; others are held against measured rates.
+# Drivers' names of the chips whose data sheets are in `chips`; other chips are compared with measured rates.
 _SHEETS = {
     "A100-SXM4-80GB": "sm_80",
     "H100 80GB HBM3": "sm_90",
@@ -35,7 +35,7 @@ _SHEETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """What times are held against: FLOP/s of matrix products by dtype, and bytes/s of memory.
+    """What times are compared with: FLOP/s of matrix products by dtype, and bytes/s of memory.
 
     ``source`` says where the figures come from.
     """
@@ -50,7 +50,7 @@ class Roofline:
 
 
 def device_name(device: torch.device) -> str:
-    """What the driver, or the operating system, calls the device."""
+    """The device's name in the driver or the operating system."""
     if device.type != "cpu":
         return str(getattr(torch, device.type).get_device_name(device))
     try:
@@ -62,7 +62,7 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout, with ``+`` where files that git knows have changed since; "unknown" without git."""
+    """The commit of the checkout, with ``+`` if tracked files have changed since; "unknown" without git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -83,7 +83,7 @@ def version(package: str) -> str | None:
 
 
 def facts(device: torch.device) -> dict[str, object]:
-    """Device, versions and commit: what every row of the results carries."""
+    """Device, versions and commit, which are in every row of the results."""
     found: dict[str, object] = {"device": device_name(device), "commit": commit(), "torch": torch.__version__}
     if device.type == "cpu":
         found |= {"threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
@@ -94,7 +94,7 @@ def facts(device: torch.device) -> dict[str, object]:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last cache before memory."""
+    """Size of the last cache before memory."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [32 << 20]
@@ -120,7 +120,7 @@ def measured_rates(device: torch.device, dtypes: tuple[str, ...]) -> Roofline:
 
 
 def roofline(device: torch.device, measured: Roofline) -> Roofline:
-    """The chip's data sheet where `chips` holds it, otherwise the measured rates."""
+    """The chip's data sheet if it is in `chips`, otherwise the measured rates."""
     name = device_name(device)
     target = next((target for known, target in _SHEETS.items() if known in name), None)
     if device.type != "cuda" or target is None:
@@ -134,5 +134,5 @@ def roofline(device: torch.device, measured: Roofline) -> Roofline:
 
 
 def _best(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of six calls, as these make a limit."""
+    """Seconds of the fastest of six calls, since the result is used as a limit."""
     return min(seconds([call], device) for _ in range(6))

@@ -1,10 +1,10 @@
-"""``python -m bench.gpu_day``: what to learn from a GPU that is lent for fifteen minutes, the most important first.
+"""``python -m bench.gpu_day``: what to measure in fifteen minutes on a GPU, the most important first.
 
-Rates of the chip, correctness, the time of each kernel beside its limit and its modelled time, the host's part,
-prepared variants of the kernels, ncu's counters, torch.compile's best, the headline rows. Each step runs in a process
-of its own with a time limit, and each row is saved when it is there, so that neither an error nor a stop loses
-anything. Results and report go to ``bench/results/<device>-<date>-gpu-day/``. It needs PyTorch and Triton, nothing
-else; matplotlib draws the plots where it is installed.
+Rates of the chip, correctness, the time of each kernel beside its limit and its modelled time, the host's time,
+prepared variants of the kernels, ncu's counters, torch.compile in its fastest mode, the headline rows. Each step runs
+in its own process with a time limit, and each row is saved at once, so that neither an error nor a stop loses
+anything. Results and report go to ``bench/results/<device>-<date>-gpu-day/``. It needs only PyTorch and Triton; plots
+are drawn if matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bench.static_analysis import modelled
 
 COMMAND = (sys.executable, "-m", "bench.gpu_steps")
 LONGEST = 12 * 60.0
-"""Seconds of all steps together."""
+"""Most seconds of all steps together."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_day", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the results go")
     parser.add_argument(
-        "--report", action="store_true", help="measure nothing: model what --output has not, write its report anew"
+        "--report", action="store_true", help="measure nothing: model what --output lacks, rewrite its report"
     )
     given = parser.parse_args(arguments)
     if given.report:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def complete(folder: Path) -> None:
-    """Add the modelled times of the measured passes, where the GPU's time was not enough for them.
+    """Add the modelled times of measured passes that have none because time ran out on the GPU.
 
     Raises:
         FileNotFoundError, ValueError: see `results.read`.
@@ -74,9 +74,9 @@ def complete(folder: Path) -> None:
 
 
 def follow(steps: Sequence[Step], folder: Path, longest: float) -> bool:
-    """Do the steps one after another for ``longest`` seconds at most; returns whether all of them succeeded.
+    """Run the steps one after another for ``longest`` seconds at most; returns whether all of them succeeded.
 
-    A row of section "steps" says of each how long it took and what went wrong, and the report is written after each.
+    After each step a row of section "steps" gives its duration and its error, and the report is written.
     """
     begun = time.monotonic()
     good = True

@@ -1,4 +1,4 @@
-"""The parts of a report that `bench.gpu_day` adds: steps, the chip's rates, each kernel's time, the host, counters."""
+"""The sections that `bench.gpu_day` adds to a report: steps, the chip's rates, kernel times, the host, counters."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ COUNTERS = (
     "Achieved Occupancy",
     "L2 Hit Rate",
 )
-"""Of ncu's metrics, what the report shows; the results hold all."""
+"""The metrics of ncu that the report shows; the results hold all."""
 
 
 def sections(rows: Sequence[Row]) -> list[str]:
-    """The parts for which there are rows."""
+    """The sections that have rows."""
     return [
         _steps(of(rows, "steps")),
         _chip(of(rows, "chip")),
@@ -68,7 +68,7 @@ def _kernels(rows: list[Row], modelled: list[Row]) -> list[str]:
 
 
 def _kernel_table(measured: list[tuple[str, float]], model: Row | None) -> str:
-    """Kernels that the model knows by kinds of launches, the others by name; the longest first."""
+    """A table, longest first: kernels that the model knows by kind of launch, the others by name."""
     columns = ("kernel", "shape", "×", "measured µs", "modelled µs", "limit µs", "bound")
     others: dict[str, list[float]] = {}
     lines: list[tuple[float, tuple[str, ...]]] = []

@@ -1,6 +1,6 @@
 """What `bench.gpu_day` does on a GPU: each step is a function that yields rows of results, run in a process of its own.
 
-``python -m bench.gpu_steps STEP FOLDER`` runs one and adds each row to the folder's results as soon as it is there.
+``python -m bench.gpu_steps STEP FOLDER`` runs one step and adds each row to the folder's results at once.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ PLAIN = {
     "training": ("eager channels_last", "fused", "fused + CUDA graph"),
 }
 WIDE = (16, 28, 28, 384)
-"""A block with tiles for every processor, as the variants of wide GEMMs want."""
+"""A block with tiles for every processor, as the variants of wide GEMMs need."""
 COUNTED = "_hidden_grad|wgrad|dwconv|_fc1"
-"""The kernels that ncu looks at."""
+"""The kernels that ncu profiles."""
 NO_NCU = "ncu is not on this machine: install Nsight Compute for the counters"
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "WarpStateStats", "Occupancy")
 
 
 def rates(device: torch.device) -> Iterator[Row]:
-    """Rates of the chip: the products and the copy that times are held against, the L2 cache, and launches."""
+    """Rates of the chip: the products and the copy that times are compared with, the L2 cache, and launches."""
     held = environment.measured_rates(device, ("float32", "bfloat16", "float16"))
     yield study.rates_row(device, held)
     found = graphs.chip_rates(device)
@@ -54,12 +54,12 @@ def rates(device: torch.device) -> Iterator[Row]:
 
 
 def correct(device: torch.device) -> Iterator[Row]:
-    """Every fused op in every dtype; several calls in a row, so that recorded calls are among them."""
+    """Every fused op in every dtype; several calls in a row, so that some are replays."""
     return correctness.rows(device)
 
 
 def kernels(device: torch.device) -> Iterator[Row]:
-    """The time of each kernel in replays of a CUDA graph, then what the resource model says of the same passes."""
+    """The time of each kernel in replays of a CUDA graph, then the resource model's figures for the same passes."""
     from bench.static_analysis import modelled
 
     for name in graphs.PASSES:
@@ -84,7 +84,7 @@ def _profiled(name: str, device: torch.device) -> Row:
 
 
 def plain_and_graph(device: torch.device) -> Iterator[Row]:
-    """The host's part: CPU time of a step, and plain calls beside a CUDA graph and eager."""
+    """CPU time of a step on the host, then times of plain calls, of a CUDA graph and of eager."""
     for mode in ("inference", "training"):
         try:
             yield from host.rows(VARIANT, mode, HOST_CONTENDERS, HOST_ROUNDS)
@@ -97,7 +97,7 @@ def plain_and_graph(device: torch.device) -> Iterator[Row]:
 
 
 def variant(name: str, device: torch.device) -> Iterator[Row]:
-    """Passes as CUDA graphs, in a process whose environment chooses a prepared variant of the kernels; then values."""
+    """Times of passes as CUDA graphs, then errors; the process's environment chooses a variant of the kernels."""
     for each in graphs.PASSES:
         row = {"key": f"variants/{name}/{each}", "section": "variants", "variant": name, "pass": each}
         try:
@@ -125,7 +125,7 @@ def counters(device: torch.device) -> Iterator[Row]:
 
 
 def ncu_command() -> list[str] | None:
-    """The command that counts, or None where there is no ncu."""
+    """The ncu command that counts, or None without ncu."""
     ncu = shutil.which("ncu")
     if ncu is None:
         return None
@@ -151,7 +151,7 @@ def counter_rows(text: str) -> Iterator[Row]:
 
 
 def profiled_step(device: torch.device) -> Iterator[Row]:
-    """A training step for ncu to look at, after one that compiles; it has no rows."""
+    """A training step for ncu to profile, after one that compiles the kernels; yields no rows."""
     step = graphs.step_of_pass("training_64_autocast", device)
     step()
     torch.cuda.synchronize()
@@ -163,12 +163,12 @@ def profiled_step(device: torch.device) -> Iterator[Row]:
 
 
 def max_autotune(device: torch.device) -> Iterator[Row]:
-    """torch.compile at its best, beside which inference stands."""
+    """Inference with torch.compile in its fastest mode, to compare ours with."""
     return _cell_rows(device, "inference", BATCHES["many"], ("compile max-autotune",))
 
 
 def headline(device: torch.device) -> Iterator[Row]:
-    """The rows that the README quotes, but for those that `plain_and_graph` measured."""
+    """The rows that the README quotes, except those that `plain_and_graph` measures."""
     for mode, batch in (("inference", "many"), ("inference", "one"), ("training", "training")):
         done = () if batch == "many" else PLAIN[mode]
         names = tuple(name for name in variants.contenders(mode, device, quick=True) if name not in done)
@@ -204,12 +204,12 @@ STEPS = (
     Step("max-autotune", 120, max_autotune),
     Step("headline", 60, headline),
 )
-"""In order: what a short loan of a GPU teaches most comes first."""
+"""In order of importance, in case there is no time for all."""
 _HIDDEN = (Step("profiled-step", 60, profiled_step),)
 
 
 def run(step: Step, folder: Path) -> None:
-    """Do a step on the GPU, adding each of its rows to the folder's results."""
+    """Run a step on the GPU and add each of its rows to the folder's results."""
     device = torch.device("cuda")
     torch._dynamo.config.recompile_limit = 64
     results = Results(folder, environment.facts(device))
@@ -219,7 +219,7 @@ def run(step: Step, folder: Path) -> None:
 
 
 def main() -> None:
-    """The command of one step's process."""
+    """The command that runs one step in its process."""
     name, folder = sys.argv[1:]
     run(next(step for step in STEPS + _HIDDEN if step.name == name), Path(folder))
 

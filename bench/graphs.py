@@ -21,7 +21,7 @@ REPLAYS = 5
 
 
 def step_of_pass(name: str, device: torch.device) -> Callable[[], Any]:
-    """One of ``resource_model.PASSES`` as a function: a forward, and in training the backward to every parameter."""
+    """One of ``resource_model.PASSES`` as a function: a forward and, in training, the backward to every parameter."""
     return _pass(name, device, graph=False)
 
 

@@ -2,9 +2,9 @@
 
     python -m bench.host [--variant tiny] [--modes inference training] [--contenders eager fused ...] [--output FOLDER]
 
-A figure is the CPU time of a step, of all threads, until everything is launched. All contenders of a mode are alive at
-once and take turns, and a ratio is the median of those of the rounds, so that other work on the machine disturbs it
-little. It runs on a GPU, or on a CUDA that does nothing: ``PYTHONPATH=. hollow_gpu/run bench/host.py``.
+A figure is the CPU time of all threads in a step, until everything is launched. All contenders of a mode are in memory
+at once and run alternately. A ratio is the median of the rounds' ratios, so that other work on the machine disturbs it
+little. It runs on a GPU, or on a CUDA driver that does nothing: ``PYTHONPATH=. hollow_gpu/run bench/host.py``.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from convnext_fast import ConvNext, fuse, graphed
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 MODES = ("inference", "training", "training autocast")
-"""In bfloat16; the last with parameters in float32, under autocast, and with drop path."""
+"""All in bfloat16; the last one under autocast, with float32 parameters and with drop path."""
 DROP_PATH = 0.1
 WARM_UP, STEPS = 6, 5
 UNFUSED = {
     "of_best_eager": ("eager", "eager channels_last", "eager transformers"),
     "of_best_compiled": ("compile", "compile transformers"),
 }
-"""What a time is compared with; the second only that of a compiled model."""
+"""The contenders that a time is compared with; the second entry is for compiled models only."""
 _LAUNCHES = {"launches": "hollow_launches", "graphs": "hollow_graph_launches"}
 
 Step = Callable[[], None]
 
 
 def timm_model(variant: str, rate: float) -> nn.Module:
-    """timm's ConvNeXt; ``rate``: of its drop path."""
+    """timm's ConvNeXt; ``rate``: its drop-path rate."""
     import timm
 
     return timm.create_model(f"convnext_{variant}".replace("_v2", "v2"), drop_path_rate=rate)
@@ -69,7 +69,7 @@ def fused(model: nn.Module) -> nn.Module:
 
 
 def ours(variant: str, rate: float, recompute: int = 1, **options: Any) -> nn.Module:
-    """This package's own."""
+    """This package's model."""
     model = ConvNext(variant, drop_path_rate=rate, **options)
     model.recompute = recompute
     return model
@@ -100,7 +100,7 @@ CONTENDERS: dict[str, Callable[[str, float], nn.Module]] = {
     "compile fuse(transformers)": lambda *of: torch.compile(fused(transformers_model(*of))),
     "compile fuse(transformers) frozen": lambda *of: torch.compile(fuse(transformers_model(*of)).freeze().model),
 }
-"""How the model of each contender is made; "frozen" is for inference alone, "graphed" and "recompute" for training."""
+"""How the model of each contender is made; "frozen" is only for inference, "graphed" and "recompute" for training."""
 
 
 def image(dtype: torch.dtype = DTYPE) -> torch.Tensor:
@@ -134,9 +134,9 @@ def step_of(model: nn.Module, mode: str) -> Step:
 
 
 def measure(steps: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
-    """For each step its median CPU milliseconds, and the medians of that as a part of a round's best unfused ones'.
+    """For each step its median CPU milliseconds, and the medians of their ratios to the best unfused step of a round.
 
-    And, where the CUDA that does nothing counts them, its launches.
+    Also its launches, if the driver counts them, as the CUDA driver that does nothing does.
     """
     counters = _counters()
     taken: list[dict[str, float]] = []
@@ -144,7 +144,7 @@ def measure(steps: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
     for _ in range(rounds):
         taken.append({})
         for name, step in steps.items():
-            step()  # lest it pay for the caches that another one left
+            step()  # so that it does not pay for the caches that another step left
             before = {what: count() for what, count in counters.items()}
             spent = 0.0
             for _ in range(STEPS):
@@ -175,7 +175,7 @@ def _counters() -> dict[str, Callable[[], int]]:
 
 
 def rows(variant: str, mode: str, names: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """A row for each contender: its time, and that as a part of the best unfused ones' (see ``UNFUSED``).
+    """A row for each contender: its time, and the ratio to the best unfused one's (see ``UNFUSED``).
 
     Raises:
         ValueError: no eager contender is among ``names``.
@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         parser.error("needs a GPU, or hollow_gpu, a CUDA that does nothing")
     if _counters():
-        torch.backends.cudnn.enabled = False  # its library wants a real driver; ATen's own convolutions stand in
+        torch.backends.cudnn.enabled = False  # its library needs a real driver; ATen's own convolutions run instead
     facts = environment.facts(DEVICE)
     folder = options.output or environment.ROOT / "bench" / "results" / f"{slug(str(facts['device']))}-host"
     results = Results(folder, facts)

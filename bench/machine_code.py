@@ -1,9 +1,9 @@
 """``python -m bench.machine_code``: what the compiler makes of every launch of models, and the counts of a whole pass.
 
-Registers, spills, shared memory and static instructions are what the compiler gave, occupancy follows from them. Bytes
-and FLOPs are counted from the launches; limits are these over a data sheet's rates (chips.py). Times on an H200 are
-modelled (resource_model.py): nothing here ran on a GPU. Needs the package installed (``pip install -e .[bench]``), no
-GPU.
+Registers, spills, shared memory and static instructions come from the compiler; occupancy follows from them. Bytes and
+FLOPs are counted from the launches; limits are these divided by a data sheet's rates (chips.py). Times on an H200 are
+modelled (resource_model.py): nothing here ran on a GPU. Needs the package installed (``pip install -e .[bench]``), but
+no GPU.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ def precision(specialised: Specialised, dtype: str) -> str:
 
 
 def limit(moved: int, work: int | None, kind: str, chip: Chip) -> float | None:
-    """Microseconds that a launch takes at least on a chip: the greater of bytes over bandwidth and FLOPs over peak.
+    """The least microseconds of a launch on a chip: the greater of bytes over bandwidth and FLOPs over peak.
 
-    None without a count of FLOPs. Real times are longer; for an H200 `resource_model` says how much.
+    None without a count of FLOPs. Real times are longer; for an H200 `resource_model` models them.
     """
     return None if work is None else 1e6 * max(moved / chip.bandwidth, work / chip.flops_of(kind))
 
 
 def row(kernel: Kernel, compiled: Compiled, executed: float | None) -> dict[str, Any]:
-    """What is known of one compiled kernel, of its first launch where launches differ.
+    """What is known about one compiled kernel. Where its launches differ, the row describes the first.
 
-    ``executed``: thread instructions an output, None where they are not counted (executed.py).
+    ``executed``: thread instructions per output element, None if not counted (executed.py).
     """
     specialised, launch, dtype = kernel.specialised, kernel.launches[0], kernel.first.dtype
     chip = CHIP_OF[specialised.target]
@@ -96,7 +96,7 @@ def row(kernel: Kernel, compiled: Compiled, executed: float | None) -> dict[str,
 
 
 def rows(chosen: list[Pass], **options: Any) -> list[dict]:
-    """`row` of every kernel that the passes make Triton compile, each once, as `collect` gives them."""
+    """`row` of every kernel that Triton compiles for the passes, each once, in the order of `collect`."""
     kernels = list(collect(chosen, **options))
     described = analyse_all([kernel.specialised for kernel in kernels])
     executed = instructions_per_output(chosen, **options)
@@ -104,7 +104,7 @@ def rows(chosen: list[Pass], **options: Any) -> list[dict]:
 
 
 def summary_table(found: list[dict], chosen: list[Pass]) -> Table:
-    """The rows by dtype and target, and the faults."""
+    """A table by dtype and target, with the faults."""
     table = Table(title=f"{len(found)} kernels of {len(chosen)} passes")
     for name in ("dtype", "target", "kernels", "of them spill", "most shared", "limit", "large tiles", "warp groups"):
         table.add_column(name, justify="left" if name in ("dtype", "target") else "right")

@@ -1,4 +1,4 @@
-"""What reports are made of."""
+"""Helpers for reports in Markdown."""
 
 from __future__ import annotations
 

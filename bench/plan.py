@@ -1,4 +1,4 @@
-"""What a study does, in order."""
+"""The steps of a study, in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.work import Work, model_work
 
 SECTIONS = ("correctness", "models", "stages", "scaling", "alternating", "startup", "modelled")
 LONGEST_CALL = 10.0
-"""Seconds, by the roofline: what would take longer is not run, and has a row that says so."""
+"""Seconds by the roofline. Work that takes longer is not run, and its row says so."""
 # Batches of the quick study: for a CPU, and for an accelerator.
 _QUICK_BATCHES = {
     True: {"inference": (1, 8), "training": (8,)},
@@ -29,9 +29,9 @@ _QUICK_BATCHES = {
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Part of a study: its section, a title, the keys of its rows where they are known, and what makes them.
+    """A step of a study: its section, a title, the keys of its rows if known, and the function that makes the rows.
 
-    Where ``keys`` is empty, a last row of section "finished" marks the step as done.
+    If ``keys`` is empty, a last row of section "finished" marks the step as done.
     """
 
     section: str
@@ -40,7 +40,7 @@ class Step:
     run: Callable[[], Iterable[dict[str, Any]]]
 
     def finished(self, results: Results) -> bool:
-        """Whether all rows are there."""
+        """Whether all rows are in the results."""
         return all(key in results for key in self.keys or (f"{self.section}/finished",))
 
     def belongs_to(self, part: str) -> bool:
@@ -48,7 +48,7 @@ class Step:
         return part == self.section or any(key.startswith(part) for key in self.keys)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows, and the mark at the end."""
+        """The rows and, without ``keys``, the last row that marks the step as done."""
         yield from self.run()
         if not self.keys:
             yield {"key": f"{self.section}/finished", "section": "finished", "failure": None}
@@ -60,9 +60,9 @@ class Study:
 
     Attributes:
         device: what is measured.
-        roofline: gives what times are held against; called when a time is there.
-        quick: few sizes.
-        budget: seconds of sampling for each contender, about.
+        roofline: returns the rates that times are compared with; called once there is a time.
+        quick: whether to measure few sizes only.
+        budget: approximate seconds of sampling for each contender.
     """
 
     device: torch.device
@@ -81,9 +81,9 @@ class Study:
         return "float32" if self.on_cpu else "bfloat16"
 
     def steps(self, only: tuple[str, ...] = ()) -> list[Step]:
-        """The plan, correctness first; ``only`` those parts: sections, or the beginnings of rows' keys.
+        """The plan, correctness first. ``only`` selects parts: sections, or the beginnings of rows' keys.
 
-        A quick study of an accelerator is correctness and models alone: `bench.gpu_day` asks what remains.
+        On an accelerator a quick study has correctness and models only: `bench.gpu_day` measures the rest.
 
         Raises:
             ValueError: a part is not in the plan.
@@ -142,12 +142,12 @@ class Study:
     def model_rows(
         self, cell: Cell, names: tuple[str, ...], prepare: Callable[[], dict[str, Contender]]
     ) -> Iterator[dict[str, Any]]:
-        """A row of section "models" for each of ``names``, which ``prepare`` gives."""
+        """A row of section "models" for each of ``names``; ``prepare`` returns these contenders."""
         for name, figures, _ in self._checked_time(names, prepare, work_of(cell), cell.dtype):
             yield self._model_row("models", cell, f"{_key('models', cell)}/{name}", name, figures)
 
     def _axis(self, axis: str, cells: list[Cell]) -> Step:
-        """The fused model at every size of an axis; on a CPU the sizes take turns."""
+        """The fused model at every size of an axis; on a CPU the sizes are timed alternately."""
         name = "fused"
         keys = {_key(f"scaling/{axis}", cell): cell for cell in cells}
 
@@ -178,7 +178,7 @@ class Study:
     def _checked_time(
         self, names: tuple[str, ...], prepare: Callable[[], dict[str, Contender]], work: Work, dtype: str
     ) -> Iterator[Measured]:
-        """`measure`, or the same reason for all where the work is too much or has no reference."""
+        """`measure`, or one and the same failure for all if a call takes too long or there is no reference."""
         least = self.roofline().seconds(*work, dtype)
         why = None
         if least > LONGEST_CALL:
@@ -204,7 +204,7 @@ class Study:
 
 
 def work_of(cell: Cell) -> Work:
-    """Work of a cell. In training parameters are float32 and activations mostly the cell's dtype, which counts."""
+    """Work of a cell, all bytes in its dtype: parameters in training are float32, but most bytes are activations."""
     return model_work(cell.config, cell.batch, cell.side, DTYPES[cell.dtype].itemsize, cell.mode == "training")
 
 

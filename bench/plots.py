@@ -9,7 +9,7 @@ from typing import Any
 from bench.variants import RECIPES, is_ours
 
 Row = dict[str, Any]
-# Colours that stay apart for colour-blind readers (Okabe and Ito), ours in the warm ones.
+# Colours that colour-blind readers can tell apart (Okabe and Ito); ours are the warm ones.
 _PEERS = ("#999999", "#000000", "#0072B2", "#56B4E9", "#009E73", "#7F7FBF", "#5D3A9B", "#1A6B3C")
 _PANELS_ACROSS = 3
 _OURS = ("#D55E00", "#E69F00", "#CC79A7", "#F0E442", "#B22222", "#8B4513", "#FF9DA7")
@@ -101,7 +101,7 @@ def _memory(axes: Any, rows: list[Row]) -> None:
 
 
 def _speedup(axes: Any, rows: list[Row]) -> None:
-    """Each contender's speed over eager's, at every batch."""
+    """Each contender's speed divided by eager's, at every batch."""
     batches = sorted({row["batch"] for row in rows})
     names = list(_by_contender(rows))
     width = 0.8 / len(names)

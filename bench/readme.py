@@ -1,4 +1,4 @@
-"""The tables of results in README.md and bench/README.md, made of committed results."""
+"""The tables of results in README.md and bench/README.md, made from committed results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def update(folders: Sequence[Path], root: Path = ROOT) -> None:
-    """Write what stands between ``<!-- results: FOLDERS -->`` and ``<!-- end -->`` in every one of `PAGES` anew.
+    """Rewrite the text between ``<!-- results: FOLDERS -->`` and ``<!-- end -->`` in each of `PAGES`.
 
     Raises:
         ValueError: a page has no such marks, or a folder is not below ``root``.
@@ -30,7 +30,7 @@ def update(folders: Sequence[Path], root: Path = ROOT) -> None:
 
 
 def rewritten(path: Path, folders: Sequence[Path], make: Callable[[Sequence[Path], Path], str]) -> str:
-    """The text of the page at ``path`` with the section that ``make`` makes of the folders.
+    """The text of the page at ``path`` with a new section of results, which ``make`` makes from the folders.
 
     Raises:
         ValueError: the page does not have exactly one such section.
@@ -56,7 +56,7 @@ def named_in(path: Path) -> list[Path]:
 
 
 def overview(folders: Sequence[Path], base: Path) -> str:
-    """One table of all folders: our best against the best peer, and on which device."""
+    """One table of all folders: our best beside the best peer, and the device."""
     found = ((_device(rows[0]), line) for rows in map(read, folders) for line in _lines(rows))
     return report.table(_COLUMNS, [(f"{device}: {what}", *rest) for device, (what, *rest) in found])
 
@@ -67,7 +67,7 @@ def details(folders: Sequence[Path], base: Path) -> str:
 
 
 PAGES: dict[str, Callable[[Sequence[Path], Path], str]] = {"README.md": overview, "bench/README.md": details}
-"""The pages with a section of results, and what writes it."""
+"""The pages with a section of results, and the function that writes it."""
 
 
 def _link(folder: Path, base: Path) -> str:

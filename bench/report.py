@@ -1,4 +1,4 @@
-"""A folder of results as a Markdown report: every row that was measured, those where we lose like the others."""
+"""A folder of results as a Markdown report: every row that was measured, including those where we are slower."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(folder: Path) -> None:
 
 
 def line(row: Row) -> str:
-    """A row for people, while the study runs."""
+    """A row as a line of text, printed while the study runs."""
     name = row["key"]
     if row["failure"]:
         return f"{name}: {row['failure']}"
@@ -76,7 +76,7 @@ def best_own(cell: Iterable[Row]) -> Row | None:
 
 
 def cells(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by the work that they share: keys without the contender."""
+    """Rows grouped by work, which is their key without the contender."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row["key"].rsplit("/", 1)[0], []).append(row)
@@ -84,7 +84,7 @@ def cells(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def versions(rows: Sequence[Row]) -> str:
-    """Device, versions and commits of the rows, for a sentence."""
+    """Device, versions and commits of the rows, as part of a sentence."""
     row = rows[0]
     words = [row["device"]]
     if "threads" in row:
@@ -234,7 +234,7 @@ def _startup(rows: list[Row]) -> str:
 
 
 def _modelled(rows: list[Row]) -> str:
-    """Totals of whole passes; rows of earlier versions, which modelled bytes and products alone, are left out."""
+    """Totals of whole passes; rows of earlier versions, which modelled only bytes and products, are left out."""
     rows = [row for row in rows if "pass" in row]
     if not rows:
         return ""

@@ -1,4 +1,4 @@
-"""The rows of a study in one JSON file, written anew, whole or not at all, whenever a row is added."""
+"""The rows of a study in one JSON file. Each added row rewrites the file, completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 FILE = "results.json"
 SCHEMA = 1
-# What must agree for rows to stand in one file.
+# Facts that all rows of one file must share.
 SAME = ("device", "torch", "threads", "cuda", "rocm")
 
 
@@ -19,7 +19,7 @@ class Results:
 
     Args:
         folder: where `FILE` is or will be.
-        facts: of this run; every new row carries them.
+        facts: the facts of this run, which are added to every new row.
 
     Raises:
         ValueError: the folder holds results of another device or another PyTorch, or no results of this program.
@@ -40,7 +40,7 @@ class Results:
         return any(row["key"] == key for row in self.rows)
 
     def add(self, *rows: dict[str, Any]) -> None:
-        """Append rows, in place of those with the same keys, and write the file."""
+        """Append rows, replacing those with the same keys, and write the file."""
         keys = {row["key"] for row in rows}
         self.rows = [row for row in self.rows if row["key"] not in keys] + [row | self.facts for row in rows]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ class Results:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it, or kills us, finds the old one or the new one."""
+    """Write a file so that a reader, even after this process is killed, finds either the old or the new text."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -56,7 +56,7 @@ def _export(model: nn.Module, image: Tensor, folder: Path) -> Path:
 def _onnxruntime(module: ModuleType, path: Path, image: Tensor) -> Run:
     options = module.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Otherwise its threads go on spinning after a call, in the time of the next contender.
+    # Otherwise its threads keep spinning after a call and slow the next contender.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = module.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name

@@ -19,7 +19,7 @@ ALTERNATING = ("eager channels_last", "fused")
 
 
 def cells(quick: bool, on_cpu: bool) -> dict[str, list[Cell]]:
-    """For each of ``AXES`` training cells of growing size."""
+    """For each of ``AXES``, training cells of growing size."""
     variant = "atto" if on_cpu else "tiny"
     dtype = "float32" if on_cpu else "bfloat16"
     batches = (1, 2, 4, 8) if on_cpu else (8, 32, 64, 128, 256)
@@ -34,7 +34,7 @@ def cells(quick: bool, on_cpu: bool) -> dict[str, list[Cell]]:
 
 
 def size(axis: str, cell: Cell) -> int:
-    """What should be linear: images, pixels of an image, or blocks."""
+    """The size in which time and memory should be linear: images, pixels of an image, or blocks."""
     return {"batch": cell.batch, "side": cell.side**2, "depth": sum(cell.depths or ())}[axis]
 
 
@@ -48,9 +48,10 @@ def deviation(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def alternating(name: str, device: torch.device, on_cpu: bool) -> dict[str, Any]:
-    """Steps of inference whose batch and resolution change each time, against the same steps sorted by size.
+    """Steps of inference whose batch and resolution change each time, compared with the same steps sorted by size.
 
-    Gives the seconds of one step of each size, by medians, both ways, their ratio, and those of the first steps.
+    Returns the seconds of one step of every size together (medians) in both orders, their ratio, those of the first
+    steps, and the error.
     """
     variant, dtype = ("atto", "float32") if on_cpu else ("tiny", "bfloat16")
     batches = (1, 2, 3, 4) if on_cpu else (16, 24, 32, 48)

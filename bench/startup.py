@@ -1,4 +1,4 @@
-"""Start-up: what the import costs on top of PyTorch's, and each op's first call and the calls after.
+"""Start-up: the time of the import after PyTorch's, and of each op's first and later calls.
 
 ``python -m bench.startup DEVICE`` prints the calls of this process as JSON.
 """
@@ -33,7 +33,7 @@ print(time.perf_counter() - begun)
 
 
 def import_seconds(rounds: int = 3) -> list[float]:
-    """Of ``import convnext_fast`` after ``import torch``, each in a process of its own."""
+    """Seconds of ``import convnext_fast`` after ``import torch``, each in a process of its own."""
     return [float(_python("-c", _IMPORT)) for _ in range(rounds)]
 
 
@@ -51,7 +51,7 @@ def calls(device: torch.device) -> dict[str, dict[str, float]]:
 
 
 def rows(device: torch.device) -> Iterator[dict[str, Any]]:
-    """A row for the import, and one for each op: in a new process without any compiled kernel, and with."""
+    """A row for the import, and one for each op: in new processes, without compiled kernels on disk and with them."""
     row: dict[str, Any] = {"key": "startup/import", "section": "startup", "what": "import convnext_fast"}
     try:
         taken = statistics.median(import_seconds())

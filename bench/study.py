@@ -1,7 +1,7 @@
 """``python -m bench.study``: is it right on this device, and how fast is it beside eager, torch.compile and others?
 
 Writes ``results.json`` after every row, and at the end ``report.md`` and plots, to
-``bench/results/<device>-<date>/``. The same command with the same ``--output`` goes on where it was stopped. The exit
+``bench/results/<device>-<date>/``. The same command with the same ``--output`` continues where it stopped. The exit
 status is 1 if a fused op or model was wrong or failed.
 """
 
@@ -29,15 +29,15 @@ HOME = ROOT / "bench" / "results"
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser("python -m bench.study", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="ConvNeXt-T alone, few sizes: under 8 minutes")
+    parser.add_argument("--quick", action="store_true", help="only ConvNeXt-T, few sizes: under 8 minutes")
     parser.add_argument(
         "--only",
         metavar="PART",
         action="append",
         help=f"{', '.join(plan.SECTIONS)}, or the start of rows' keys (models/base/8x224); may be given several times",
     )
-    parser.add_argument("--output", type=Path, help="folder of the results; one that holds some is gone on with")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if it is there)")
+    parser.add_argument("--output", type=Path, help="folder of the results; a study in it is continued")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
     parser.add_argument("--report", action="store_true", help="measure nothing, write report and plots of --output")
     parser.add_argument(
         "--readme", type=Path, nargs="+", metavar="FOLDER", help="write the tables of README.md and bench/README.md"
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench.study: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("bench.study: interrupted; the same command goes on from here", file=sys.stderr)
+        print("bench.study: interrupted; the same command continues from here", file=sys.stderr)
         return 130
 
 
@@ -74,13 +74,13 @@ def default_folder(device: torch.device, quick: bool) -> Path:
 
 
 def run(device: torch.device, folder: Path, quick: bool, only: tuple[str, ...] = ()) -> None:
-    """Measure what the folder does not hold yet; ``only``: see `plan.Study.steps`.
+    """Measure what is not yet in the folder; ``only``: see `plan.Study.steps`.
 
     Raises:
-        ValueError: nothing is to be done, or the folder holds results of another device.
+        ValueError: there is nothing to measure, or the folder holds results of another device.
     """
     results = Results(folder, environment.facts(device))
-    # Each contender compiles the same code anew, on purpose.
+    # Each contender compiles the same code again, on purpose.
     torch._dynamo.config.recompile_limit = 64
     roofline = functools.cache(lambda: _rates(results, device))
     budget = (2.0 if device.type == "cpu" else 1.0) if quick else 5.0
@@ -90,7 +90,7 @@ def run(device: torch.device, folder: Path, quick: bool, only: tuple[str, ...] =
 
 
 def follow(steps: Sequence[plan.Step], results: Results, progress: Progress, between: Callable[[], None]) -> None:
-    """Do the steps that are not finished, adding every row to the results; call ``between`` after each."""
+    """Run the steps that are not finished and add every row to the results; call ``between`` after each."""
     for step in steps:
         progress.start(step)
         if not step.finished(results):
@@ -102,7 +102,7 @@ def follow(steps: Sequence[plan.Step], results: Results, progress: Progress, bet
 
 
 class Progress(Protocol):
-    """Who is told how a study goes on."""
+    """Is told of the progress of a study."""
 
     def start(self, step: plan.Step) -> None:
         """A step begins."""
@@ -125,7 +125,7 @@ def _rates(results: Results, device: torch.device) -> environment.Roofline:
 
 
 def rates_row(device: torch.device, measured: environment.Roofline) -> dict[str, Any]:
-    """The row that says what times are held against."""
+    """The row with the rates that times are compared with."""
     row: dict[str, Any] = {"key": "rates/measured", "section": "rates", "failure": None}
     for name, rates in (("measured", measured), ("held_against", environment.roofline(device, measured))):
         row[name] = {"flops": rates.flops, "bandwidth": rates.bandwidth, "source": rates.source}
@@ -133,17 +133,17 @@ def rates_row(device: torch.device, measured: environment.Roofline) -> dict[str,
 
 
 def _check_alive(device: torch.device) -> None:
-    """An illegal access takes the whole process's device with it: everything after would fail for no own reason."""
+    """Stop if the device is lost: after an illegal access every later step of the process would fail, too."""
     if device.type == "cpu":
         return
     try:
         torch.ones(1, device=device).item()
     except RuntimeError as error:
-        raise OSError(f"the device is lost to this process ({error}): the same command goes on from here") from error
+        raise OSError(f"this process lost its device ({error}): the same command continues from here") from error
 
 
 def failed(folder: Path) -> list[dict[str, Any]]:
-    """Rows of fused ops and models that were wrong, or that failed for another reason than a lack of memory or time."""
+    """Rows of fused ops and models that were wrong, or that failed for a reason other than a lack of memory or time."""
     excused = ("not run", "no reference", "OutOfMemoryError")
     return [
         row
@@ -154,7 +154,7 @@ def failed(folder: Path) -> list[dict[str, Any]]:
 
 
 class _Progress:
-    """A bar on a terminal, and a line for each row anywhere."""
+    """Prints a line for each row and, on a terminal, a progress bar."""
 
     def __init__(self, total: int):
         from rich.console import Console

@@ -9,7 +9,7 @@ from conftest import default_device
 
 from bench.cases import CONTENDERS, OpCase, prepare, stage_shapes
 
-# Without --full, torch.compile runs for this stage alone: compiling takes longer than all else.
+# Without --full, torch.compile runs only for this stage: compiling takes longer than everything else.
 _COMPILED_STAGE = 2
 
 
@@ -53,7 +53,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_op(case, name, record, device, request):
-    """One contender."""
+    """Measure one contender."""
     names = tuple(
         item.callspec.params["name"]
         for item in request.session.items

@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_model(cell, name, record, device, request):
-    """One contender."""
+    """Measure one contender."""
     names = tuple(
         item.callspec.params["name"]
         for item in request.session.items

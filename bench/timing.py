@@ -1,4 +1,4 @@
-"""From ways to run the same work to rows of results: check first, then time.
+"""Check contenders for the same work, then time them.
 
 A contender that fails, or whose result is wrong, gets a row that says so and no time.
 """
@@ -21,23 +21,23 @@ from bench.environment import Roofline
 from bench.work import Work
 from convnext_fast.measuring import Call, peak_bytes, relative_error, saved_bytes, seconds
 
-# Least seconds of a sample: shorter calls are timed several in a row.
+# Least seconds of a sample: if a call is shorter, several in a row are one sample.
 LEAST_SAMPLE = {"cpu": 2e-3, "cuda": 5e-3}
 LEAST_ROUNDS, MOST_ROUNDS, MOST_REPEATS = 5, 50, 200
 LEAST_BOUNDS = {"float32": 1e-5, "float64": 1e-10}
-"""Relative errors that are never held against a contender."""
+"""Relative errors that every contender may have."""
 
 
 @dataclasses.dataclass
 class Job:
-    """A contender made ready.
+    """A prepared contender.
 
     Attributes:
-        ready: does what is not timed and returns what is.
+        ready: does what is not timed, and returns the call to time.
         results: outputs and gradients of one run, in the order of the reference's.
         owned: parameters and inputs, which are not counted as saved for the backward pass.
         trains: whether autograd saves anything.
-        most_repeats: calls that may be made ready at a time.
+        most_repeats: calls that may be prepared at a time.
     """
 
     ready: Callable[[], Call]
@@ -47,7 +47,7 @@ class Job:
     most_repeats: int = MOST_REPEATS
 
     def run(self) -> Any:
-        """Make it ready, and call it."""
+        """Prepare a call and make it."""
         return self.ready()()
 
 
@@ -57,8 +57,8 @@ class Reference:
 
     Attributes:
         expected: outputs, and gradients.
-        bounds: largest relative error of each: twice eager's in the same dtype, which counts as no less than the
-            median of its errors, and at least ``LEAST_BOUNDS``.
+        bounds: largest allowed relative error of each: twice eager's in the same dtype, which is taken as no less than
+            the median of eager's errors, and at least ``LEAST_BOUNDS``.
     """
 
     expected: list[Tensor]
@@ -66,10 +66,10 @@ class Reference:
 
     @classmethod
     def of(cls, expected: list[Tensor], eager: list[Tensor], dtype: str) -> Reference:
-        """With the bounds that the errors of eager's results give.
+        """A reference whose bounds follow from the errors of eager's results.
 
         Raises:
-            ValueError: eager's results are not finite, so that nothing can be held against them.
+            ValueError: eager's results are not finite, so that nothing can be compared with them.
         """
         errors = [relative_error(a, b) for a, b in zip(eager, expected, strict=True)]
         if not math.isfinite(sum(errors)):
@@ -78,13 +78,13 @@ class Reference:
         return cls(expected, [2 * max(error, least) for error in errors])
 
     def worst(self, results: Sequence[Tensor]) -> tuple[float, float]:
-        """Relative error and bound of the result that comes nearest to its bound, or is furthest over it."""
+        """Relative error and bound of the result that is nearest to its bound, or furthest over it."""
         errors = [relative_error(a, b) for a, b in zip(results, self.expected, strict=True)]
         return max(zip(errors, self.bounds, strict=True), key=lambda pair: pair[0] / pair[1] if pair[1] else pair[0])
 
 
 class WrongResult(Exception):
-    """A contender computes something else than the reference."""
+    """A contender's result differs from the reference."""
 
 
 def check(job: Job, reference: Reference) -> tuple[float, float]:
@@ -106,7 +106,7 @@ def quantiles(samples: Sequence[float]) -> dict[str, float]:
 
 
 def rates(median: float, work: Work, roofline: Roofline, dtype: str) -> dict[str, Any]:
-    """GB/s and TFLOP/s of ``work`` done in ``median`` seconds, and the roofline's part of that time."""
+    """GB/s and TFLOP/s of ``work`` done in ``median`` seconds, and the roofline's share of that time."""
     return {
         "gbs": work.bytes / median / 1e9,
         "tflops": work.flops / median / 1e12,
@@ -116,16 +116,16 @@ def rates(median: float, work: Work, roofline: Roofline, dtype: str) -> dict[str
 
 
 def failure(error: BaseException) -> str:
-    """What a row says of an error: its kind and the first line of its message."""
+    """What a row says about an error: its type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def samples(jobs: Sequence[Job], device: torch.device, budget: float) -> list[list[float]]:
-    """Seconds a call of each job, sampled in turns for about ``budget`` seconds a job, at least 5 rounds.
+    """Seconds per call of each job. Jobs are sampled in turn, for about ``budget`` seconds each and at least 5 rounds.
 
-    Each turn begins with a call that is not timed, lest a job pay for the caches and the heap that another left: what
-    is asked is the time of a call in a program that makes one after the other.
+    Each turn begins with a call that is not timed, so that no job pays for the caches and the heap that another left:
+    a sample is the time of a call in a program that makes one after the other.
     """
     repeats, costs = [], []
     for job in jobs:
@@ -143,7 +143,7 @@ def samples(jobs: Sequence[Job], device: torch.device, budget: float) -> list[li
 
 
 def cpu_peak_bytes(call: Call) -> int:
-    """`measuring.peak_bytes` on a CPU, by PyTorch's profiler: it sees tensors, not what other libraries allocate."""
+    """`measuring.peak_bytes` on a CPU, with PyTorch's profiler: it sees tensors, not what other libraries allocate."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise reports its start and end on stderr
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
@@ -158,13 +158,13 @@ def cpu_peak_bytes(call: Call) -> int:
 
 
 def memory(job: Job, device: torch.device) -> dict[str, float | None]:
-    """Peak MiB of a call, and MiB saved for the backward pass; None where the way to run does not tell."""
+    """Peak MiB of a call, and MiB saved for the backward pass; None where these are unknown."""
     found: dict[str, float | None] = {"peak_mib": None, "saved_mib": None}
     for tensor in job.owned:
-        tensor.grad = None  # gradients of the call before are not part of this one's
+        tensor.grad = None  # gradients of the previous call do not belong to this one
     try:
         peak = cpu_peak_bytes(job.run) if device.type == "cpu" else peak_bytes(job.run, device)
-        found["peak_mib"] = peak / 2**20 or None  # no byte at all: the way to run does not use PyTorch's allocator
+        found["peak_mib"] = peak / 2**20 or None  # zero bytes: the contender does not use PyTorch's allocator
         found["saved_mib"] = saved_bytes(job.run, job.owned) / 2**20 if job.trains else 0.0
     except RuntimeError:
         pass
@@ -172,7 +172,7 @@ def memory(job: Job, device: torch.device) -> dict[str, float | None]:
 
 
 class Contender(NamedTuple):
-    """What makes a job, and what its results are held against."""
+    """A function that makes a job, and the reference for its results."""
 
     build: Callable[[], Job]
     reference: Reference
@@ -189,14 +189,14 @@ class Measured(NamedTuple):
 def measure(contenders: dict[str, Contender], device: torch.device, budget: float) -> Iterator[Measured]:
     """Check and time each contender for about ``budget`` seconds.
 
-    On a CPU all take turns, so that noise hits all alike; elsewhere each has the device's memory to itself.
+    On a CPU all run alternately, so that noise affects all alike; elsewhere each has the device's memory to itself.
     """
     if device.type == "cpu":
         yield from _measure(contenders, device, budget)
         return
     for name, contender in contenders.items():
         yield from _measure({name: contender}, device, budget)
-        torch.compiler.reset()  # which also frees the CUDA graphs that a compiled model keeps
+        torch.compiler.reset()  # also frees the CUDA graphs that a compiled model keeps
         gc.collect()
         getattr(torch, device.type).empty_cache()
 

@@ -2,7 +2,7 @@
 
 "eager" is this package's plain reference: it calls the same PyTorch operators on the same shapes as timm's model (the
 tests compare the two lists). Weights are random, γ and the affines drawn from N(0, 1), so that no term of the formula
-hides behind a small one; drop path is off, and no optimiser runs, as both are the same for all.
+is hidden by a small factor; drop path is off, and no optimiser runs, as both are the same for all.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Cell:
 
     Attributes:
         variant: one of ``config.VARIANTS``.
-        batch, side: images, and pixels of their sides.
-        dtype: inference: of parameters and images; training: autocast's, over float32 parameters.
+        batch, side: number of images, and their height and width in pixels.
+        dtype: in inference that of parameters and images, in training autocast's, with float32 parameters.
         mode: "inference", or "training": forward, and backward down to every parameter.
-        depths: blocks of the stages in place of the variant's.
+        depths: numbers of blocks of the stages, instead of the variant's.
     """
 
     variant: str
@@ -89,7 +89,7 @@ RECIPES = {
 
 
 def contenders(mode: str, device: torch.device, quick: bool) -> tuple[str, ...]:
-    """Names out of ``RECIPES`` that run a mode on a device; ``quick`` leaves the slow to compile out."""
+    """Names from ``RECIPES`` that run a mode on a device; ``quick`` leaves out those that compile slowly."""
     return tuple(
         name
         for name, recipe in RECIPES.items()
@@ -137,18 +137,18 @@ class Subject:
         return model.train(self.trains)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """In training, the cell's dtype over float32 parameters."""
+        """In training autocast to the cell's dtype, unless that is float32; in inference nothing."""
         if not self.trains or self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     @functools.cached_property
     def reference(self) -> Reference:
-        """Float64's results; in inference those of the first and the last image alone."""
+        """The results in float64; in inference only those of the first and the last image."""
         return Reference.of(self._eager(torch.float64), self._eager(self.dtype), self.cell.dtype)
 
     def _eager(self, dtype: torch.dtype) -> list[Tensor]:
-        """Results of the plain model in a dtype, a few images at a time: gradients add up."""
+        """Results of the plain model in a dtype, computed on a few images at a time; gradients accumulate."""
         model = self.model(fused=False)
         wide = dtype == torch.float64
         model = model.double() if wide else model
@@ -174,7 +174,7 @@ def prepare(names: tuple[str, ...], subject: Subject) -> dict[str, Contender]:
 
 
 def build(recipe: Recipe, subject: Subject) -> Job:
-    """A contender made ready.
+    """Prepare a contender.
 
     Raises:
         ImportError: a package that it needs is missing.

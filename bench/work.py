@@ -1,7 +1,7 @@
-"""Operations and bytes that a model or a block cannot do without: what time and roofline are compared by.
+"""The least operations and bytes that a model or a block needs, from which the roofline's time follows.
 
-FLOPs are products and sums of convolutions and linear layers, nothing computed anew. Bytes count each layer's (a whole
-block's) input, output and parameters once: whoever runs blocks one after another must move these, and no more.
+FLOPs are products and sums of convolutions and linear layers, without recomputation. Bytes count the input, the output
+and the parameters of each layer (of a block, as a whole) once: running one after another moves at least these.
 """
 
 from __future__ import annotations

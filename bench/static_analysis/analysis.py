@@ -1,6 +1,6 @@
-"""What a compiled kernel is made of: registers, spills, shared memory, instructions, and who accesses what how wide.
+"""Describe a compiled kernel: registers, spills, shared memory, instructions, and how wide its accesses are.
 
-Results are kept under Triton's own cache, beside the machine code that they describe.
+Results are kept in Triton's own cache, beside the machine code that they describe.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from triton.runtime.cache import get_cache_manager
 from bench.static_analysis.compilation import _cuobjdump
 from bench.static_analysis.recording import Specialised
 
-# A worker of a parallel test run has a processor of its own already.
+# A worker of a parallel test run already has a processor to itself.
 WORKERS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
-# Opcodes of SASS by their beginnings; the first match decides.
+# Classes of SASS opcodes by prefix; the first match decides.
 _CLASSES = (
     ("tensor", "HMMA QMMA IMMA BMMA DMMA HGMMA QGMMA IGMMA UTCHMMA UTCQMMA UTCIMMA"),
     ("local", "LDL STL"),
@@ -61,7 +61,7 @@ _AMD_CLASSES = (
 )
 
 
-# What multiplies matrices in PTX, and the opcodes of SASS that it becomes.
+# PTX instructions that multiply matrices, and the SASS opcodes that they become.
 _MATRIX_PTX = {"wgmma.mma_async": "HGMMA", "mma.sync": "HMMA", "tcgen05.mma": "UTCHMMA"}
 
 
@@ -69,11 +69,11 @@ _MATRIX_PTX = {"wgmma.mma_async": "HGMMA", "mma.sync": "HMMA", "tcgen05.mma": "U
 class Compiled:
     """What the compiler made of one kernel for one target.
 
-    registers: of a thread. spills: instructions that access local memory (AMD: vector registers that went to memory).
-    shared: bytes a program. instructions: static counts by class, may be empty unless asked for. matrix: opcodes of the
-    matrix unit.
-    read, written: argument name → {bytes a thread accesses at a time: static accesses}; AMD's machine code does not
-    show whose an access is, so all are under "".
+    registers: per thread. spills: instructions that access local memory (AMD: vector registers that went to memory).
+    shared: bytes per program. instructions: static counts by class, may be empty unless asked for. matrix: opcodes of
+    the matrix unit.
+    read, written: argument name → {bytes that a thread accesses at a time: static accesses}; AMD's machine code does
+    not show which argument an access belongs to, so all are under "".
     """
 
     kernel: str
@@ -89,10 +89,10 @@ class Compiled:
 
 
 def analyse(specialised: Specialised, mix: bool = True) -> Compiled:
-    """Compile, or find in Triton's cache, and describe.
+    """Compile a kernel, or find it in Triton's cache, and describe it.
 
-    ``mix``: count instructions. Without, NVIDIA's machine code is only disassembled where it has a stack frame, without
-    which nothing spills: that takes a third of the time.
+    ``mix``: count instructions. Without it, NVIDIA's machine code is disassembled only if it has a stack frame, since
+    nothing spills without one: that takes a third of the time.
     """
     compiled = triton.compile(specialised.source(), target=specialised.gpu, options=specialised.options)
     store = get_cache_manager(hashlib.sha256(f"{compiled.hash}{_version()}".encode()).hexdigest())
@@ -108,7 +108,7 @@ def analyse(specialised: Specialised, mix: bool = True) -> Compiled:
 
 
 def analyse_all(kernels: list[Specialised], mix: bool = True) -> list[Compiled]:
-    """`analyse` of each, by ``WORKERS`` processes."""
+    """`analyse` of each, in ``WORKERS`` processes."""
     if WORKERS == 1:
         return [analyse(kernel, mix) for kernel in kernels]
     global _queue
@@ -197,7 +197,7 @@ def _class_of(opcode: str, classes: tuple[tuple[str, str], ...], exact: bool) ->
 def accesses(ptx: str, parameters: list[str | None]) -> tuple[dict[str, dict[int, int]], dict[str, dict[int, int]]]:
     """(read, written) of `Compiled`: addresses are followed from the kernel's parameters through 64-bit registers.
 
-    ``parameters``: of those that are no constants, in order, the name of a pointer or None.
+    ``parameters``: for each that is not a constant, in order, its name if it is a pointer, else None.
     """
     roots: dict[str, set[str]] = defaultdict(set)
     steps, found = [], []
@@ -214,7 +214,7 @@ def accesses(ptx: str, parameters: list[str | None]) -> tuple[dict[str, dict[int
             width = re.search(r"(?:\.v(\d))?\.[a-z](\d+)$", opcode)
             size = int(width[1] or 1) * int(width[2]) // 8
             found.append((opcode[:2] == "st", re.search(r"\[\s*(%rd\d+)", operands)[1], size))
-        elif opcode.startswith("tensormap.replace.tile.global_address"):  # of a descriptor, from which TMA loads
+        elif opcode.startswith("tensormap.replace.tile.global_address"):  # in a descriptor, from which TMA loads
             found.append((False, re.findall(r"%rd\d+", operands)[-1], 16))
         elif opcode.startswith("cp.async.bulk"):
             continue

@@ -14,7 +14,7 @@ compared in November 2026 with pages that quote them:
   no page was found that prints them.
 - MI300X: 304 processors, 5.3 TB/s and 164.6 TFLOP/s in float32 (gpu.blog; ours, 163.4, is processors · 256 · clock);
   2,615 TFLOP/s in 16 bits (codesota.com, which calls them dense) are twice the figure below. TF32 was not found.
-- What a processor holds: registers and 228 KiB of a B200 (mortalapps.com), threads of sm_120 (docs.rs/oxicuda-launch).
+- Limits of a processor: registers and 228 KiB of a B200 (mortalapps.com), threads of sm_120 (docs.rs/oxicuda-launch).
   The other limits are unchecked.
 """
 
@@ -26,7 +26,7 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A GPU: units, rates and what one streaming multiprocessor (compute unit) holds."""
+    """A GPU: units, rates, and the limits of one streaming multiprocessor (compute unit)."""
 
     name: str
     target: str
@@ -41,15 +41,15 @@ class Chip:
     bandwidth: float
     """DRAM, bytes/s."""
     registers: int
-    """32-bit registers a processor."""
+    """32-bit registers per processor."""
     shared: int
-    """Bytes of shared memory (LDS) a processor."""
+    """Bytes of shared memory (LDS) per processor."""
     shared_block: int
     """Most bytes of shared memory one program may take."""
     shared_reserved: int
-    """Bytes that the driver takes of each program's."""
+    """Bytes of each program's shared memory that the driver takes."""
     threads: int
-    """Most threads a processor."""
+    """Most threads per processor."""
     lanes: int
     """Threads of a warp (wavefront)."""
 
@@ -58,7 +58,7 @@ class Chip:
         return {"16-bit": self.tensor_flops, "tf32": self.tf32_flops, "fp32": self.fp32_flops}[kind]
 
     def programs_resident(self, registers: int, shared: int, num_warps: int) -> int:
-        """Programs that one processor holds at a time, by registers a thread, shared memory and threads."""
+        """Programs that one processor holds at a time, limited by registers, shared memory and threads."""
         slots = self.threads // (num_warps * self.lanes)
         partition = self.registers // 4
         warps = 4 * (partition // (max(8, math.ceil(registers / 8) * 8) * self.lanes))

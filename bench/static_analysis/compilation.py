@@ -1,4 +1,4 @@
-"""Compile recorded Triton launches for targets that are not there, and report what the compiler made of them.
+"""Compile recorded Triton launches for GPUs that are not present, and report what the compiler made of them.
 
     with recording() as launches:
         dwconv_fwd(x, weight, bias, torch.bfloat16)      # tensors may be on the meta device; nothing runs
@@ -50,7 +50,7 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes: registers a thread, spills (see compile_launch), shared memory in bytes."""
+    """What one compiled kernel needs: registers per thread, spills (see compile_launch), shared memory in bytes."""
 
     kernel: str
     target: str
@@ -62,7 +62,7 @@ class Resources:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Within, Triton launches are listed instead of run, on tensors of any device, the meta device included."""
+    """In this context Triton launches are listed, not run; tensors may be on any device, the meta device included."""
     launches: list[Launch] = []
     run = JITFunction.run
 

@@ -1,8 +1,8 @@
 """Counts of a whole pass: DRAM bytes, launches, FLOPs and saved bytes, beside the peers' and the budgets.
 
 All figures are counted, none measured. DRAM bytes of a launch are the bytes of the tensors that its machine code reads
-and of those that it writes, each byte once, which is what a cache that holds a launch's working set leaves.
-PyTorch's own operators count as one launch each, and their tensors likewise.
+and of those that it writes, each byte once: the traffic that is left if a cache holds the launch's working set.
+Each of PyTorch's own operators counts as one launch, and its tensors are counted in the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COUNTED = (("inference", None), ("training", 0), ("training", 1), ("training", 2
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """Peers' ConvNeXt-T at 224², bf16, batch 128, (least, most): MB an image and launches.
+    """MB per image and launches of peers' ConvNeXt-T at 224², bf16, batch 128, each as (least, most).
 
     Counted from eager's operators (timm), and from the code that Inductor generates for an H100.
     """
@@ -55,9 +55,9 @@ V2_BUDGETS: dict[tuple[str, int | None], dict[str, float]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """A pass, an image: MB to and from DRAM, launches (of the pass) and how many are ours, GFLOPs, MB saved.
+    """Of a pass: launches and how many are ours; per image: MB to and from DRAM, GFLOPs, MB saved.
 
-    ``gflops`` are multiply-adds times two of matrix products and convolutions, recomputation included. ``uncounted``
+    ``gflops`` are twice the multiply-adds of matrix products and convolutions, recomputation included. ``uncounted``
     names kernels that multiply matrices but have no formula in `flops`.
     """
 
@@ -74,7 +74,7 @@ class Counts:
 
 
 def flops(launch: Launch, compiled: Compiled) -> int | None:
-    """FLOPs of the products in a launch, padding and overhang left out; None where there is no formula.
+    """FLOPs of the products in a launch, without padding and overhang; None if there is no formula.
 
     Kernels without matrix products or convolutions count 0.
     """
@@ -108,7 +108,7 @@ def flops(launch: Launch, compiled: Compiled) -> int | None:
 
 
 def first_writes(recording: Recording) -> dict[int, frozenset[int]]:
-    """For each launch, by ``id``: the storages that nothing filled before, so that it reads there what it wrote."""
+    """For each launch, by ``id``: the storages that no earlier step filled, so that it can only read what it wrote."""
     filled = set(recording.given)
     found = {}
     for step in recording.steps:
@@ -125,7 +125,7 @@ def traffic(launch: Launch, compiled: Compiled, own: frozenset[int]) -> tuple[in
     """(bytes read, bytes written) of a launch; ``own``: see `first_writes`."""
     tensors = {name: value for name, value in launch.arguments.items() if isinstance(value, Buffer)}
     if "" in compiled.read or "" in compiled.written:
-        # AMD's machine code does not name whose an access is: every tensor counts once, as read.
+        # AMD's machine code does not show which argument an access belongs to: each tensor counts once, as read.
         return unique_bytes(tensors.values()), 0
     read = [tensors[name] for name in compiled.read if tensors[name].storage not in own]
     return unique_bytes(read), unique_bytes(tensors[name] for name in compiled.written)
@@ -171,7 +171,7 @@ def output_elements(launch: Launch, compiled: Compiled) -> int:
 
 
 def average_share(launch: Launch) -> float:
-    """What a program does on average of what the first one does: less than 1 where persistent ones share tiles."""
+    """Work of an average program over that of the first: less than 1 where persistent programs share tiles."""
     given = launch.arguments
     if "PROGRAMS" not in given:
         return 1.0

@@ -1,6 +1,6 @@
-"""Where the package ``sass_emulator`` lies, which executes sm_80 machine code on CPU tensors.
+"""Find the package ``sass_emulator``, which executes sm_80 machine code on CPU tensors.
 
-Under the folder in ``CONVNEXT_FAST_SASS_EMULATOR``, else under ``../shared/tools`` beside the repository.
+It is in the folder that ``CONVNEXT_FAST_SASS_EMULATOR`` names, else in ``../shared/tools`` beside the repository.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def emulator_path() -> Path | None:
-    """Folder that holds the package ``sass_emulator``, or None where the tool is not there."""
+    """Folder that holds the package ``sass_emulator``, or None without the tool."""
     named = os.environ.get("CONVNEXT_FAST_SASS_EMULATOR")
     folder = Path(named) if named else Path(__file__).resolve().parents[3] / "shared" / "tools"
     return folder if (folder / "sass_emulator").is_dir() else None

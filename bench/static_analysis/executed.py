@@ -1,8 +1,8 @@
 """Instructions that launches execute, counted by an emulator of sm_80 (emulator.py).
 
-The emulator runs the machine code on zeros in ordinary memory, so a pass is executed for 16 images, not for 128, which
-still fill the 16 rows of every matrix product. It is planned for a chip with as many fewer processors, so that its
-programs are as large as those for 128 images; a launch counts where both run the same compiled kernel.
+The emulator runs the machine code on zeros in ordinary memory, so a pass is executed for 16 images, not for 128. They
+still fill the 16 rows of every matrix product. The pass is planned for a chip with proportionally fewer processors, so
+that its programs are as large as those for 128 images. A launch counts if both run the same compiled kernel.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ BATCH = 16
 
 
 def instructions_per_output(chosen: list[Pass], **options: Any) -> dict[str, float]:
-    """Thread instructions for each element of the largest tensor that a launch writes, by the key of its kernel.
+    """Thread instructions per element of the largest tensor that a launch writes, by the key of its kernel.
 
-    Of the kernels that the passes of ``chosen`` for sm_80 launch at ``BATCH`` images; empty without the emulator.
-    ``options``: side of `record`.
+    For the kernels that the sm_80 passes in ``chosen`` launch at ``BATCH`` images; empty without the emulator.
+    ``options``: ``side`` of `record`.
     """
     some = [each for each in chosen if each.target == TARGET]
     if not some or emulator_path() is None:

@@ -1,7 +1,7 @@
 """What instructions compute, as far as loops, masks and addresses depend on it: integers, predicates, and divisions of
-integers by floating-point numbers.
+integers in floating point.
 
-A meaning gives (row, value) of each result, None as the value where that is not known, or None for all results.
+A meaning returns (row, value) of each result, with None for an unknown value, or None if all results are unknown.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _move(p: Threads, i: Instruction) -> Found:
 
 
 def _half_constants(p: Threads, i: Instruction) -> Found:
-    """A product of zeros, by which the compiler writes two 16-bit constants, the upper one first."""
+    """A product of zeros, with which the compiler makes two 16-bit constants, the upper one first."""
     if len(i.sources) != 4 or {each.row for each in i.sources[:2]} != {ZERO}:
         return None
     upper, lower = (int(_float(p, each).astype(np.float16).view(np.uint16)) for each in i.sources[2:])
@@ -291,7 +291,7 @@ def _float(p: Threads, operand: Operand) -> np.ndarray:
 
 
 def _float_arithmetic(p: Threads, i: Instruction) -> Found:
-    """Of integers that kernels divide as floating-point numbers."""
+    """Arithmetic of kernels that divide integers in floating point."""
     if any(each.text.startswith(("0x", "-0x")) for each in i.sources):
         return None
     values = [_float(p, each).astype(np.float64) for each in i.sources if each.kind != "predicate"]
@@ -345,7 +345,7 @@ def _vote(p: Threads, i: Instruction) -> Found:
 
 
 def _always(p: Threads, i: Instruction) -> Found:
-    """A barrier in shared memory, or registers of other warps, that are tried: they are always ready."""
+    """A test whether a barrier in shared memory, or registers of other warps, are ready: they always are."""
     return [(row, np.uint32(1)) for row in i.written]
 
 

@@ -1,4 +1,4 @@
-"""Rows of a study that nothing was timed for: the resource model's figures of whole passes on an H200."""
+"""Rows of a study that are not timed: the resource model's figures of whole passes on an H200."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.static_analysis.resource_model import MEASURED, PASSES, ModelledPass,
 from bench.timing import failure
 
 KEPT = ("kernel", "shape", "programs", "resident", "waves", "limit", "microseconds", "bounds")
-"""Of `resource_model.Modelled`, what a row keeps."""
+"""The fields of `resource_model.Modelled` that a row keeps."""
 
 
 def rows() -> Iterator[dict[str, Any]]:
@@ -20,7 +20,7 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def row(name: str) -> dict[str, Any]:
-    """Of a pass: milliseconds modelled and at the limit, and every kind of launch."""
+    """The row of a pass: its modelled milliseconds, its limit, and every kind of launch."""
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     head = {"key": f"modelled/{name}", "section": "modelled", "pass": name}
     try:
@@ -30,7 +30,7 @@ def row(name: str) -> dict[str, Any]:
 
 
 def figures(made: ModelledPass) -> dict[str, Any]:
-    """Of a pass; "places" are those of its kinds of launches among all launches of the pass."""
+    """The figures of a pass; "places" are the positions of each kind of launch in the pass."""
     kinds = [
         {name: value for name, value in dataclasses.asdict(each).items() if name in KEPT} | {"places": places}
         for each, places in made.kinds()

@@ -1,8 +1,8 @@
-"""What one program of a launch takes of a streaming multiprocessor, from walking its compiled code.
+"""What one program of a launch needs of a streaming multiprocessor, found by walking its compiled code.
 
 Counts are exact for the walked program: instructions issued, products, wavefronts of shared memory, sectors of global
 memory. The serial chain is modelled: the clocks from the first to the last instruction of a program that has the
-processor to itself, by assumed latencies.
+processor to itself, with assumed latencies.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from bench.static_analysis.walking import Program
 
 SECTOR, LINE = 32, 128
 PARAMETERS = 0x210
-"""Where the constant bank of sm_90 holds a kernel's parameters."""
-# Assumed clocks until a result can be read, by opcode; a global load is one that misses a half-loaded L2 half the time.
+"""Offset of a kernel's parameters in the constant bank of sm_90."""
+# Assumed clocks until a result can be read, by opcode; a global load is assumed to miss a half-loaded L2 half the time.
 LATENCY = {"LDG": 600, "LDGSTS": 620, "LDL": 300, "ATOMG": 700, "LDS": 30, "LDSM": 33, "SHFL": 24}
 LATENCY |= {"MUFU": 20, "HMMA": 33, "I2F": 14, "F2I": 14, "S2R": 20, "S2UR": 20, "LDC": 30, "R2UR": 10}
 LATENCY["HGMMA"] = 0  # WARPGROUP.DEPBAR waits for its results
 PLAIN_LATENCY, BARRIER, PRODUCT_LATENCY = 5, 20, 30
 DENSE_FLOPS = 4096
-"""16-bit FLOPs of a processor and clock, by warp groups. Products of single warps reach 0.62 of it (measured on H800 by
+"""16-bit FLOPs of warp groups per processor and clock. Products of single warps reach 0.62 of it (measured on H800 by
 Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", 2024)."""
 SINGLE_WARP = 0.62
 _ALU = (
@@ -41,16 +41,16 @@ _ITEM = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of one program.
+    """The costs of one program.
 
     Attributes:
         issued: warp instructions.
-        alu, slow: of these, on the integer units and on the special function units.
+        alu, slow: those of them on the integer units and on the special function units.
         tensor: clocks of the tensor cores at their dense rate.
         flops: products and sums of the matrix unit, padding included.
         shared: wavefronts (128 bytes each at most) of shared memory.
         read, written: bytes of sectors between the L2 cache and the processor.
-        chain: clocks of the program on a processor of its own.
+        chain: clocks of the program when it has a processor to itself.
         opcodes: warp instructions by opcode.
     """
 
@@ -67,13 +67,13 @@ class Costs:
 
 
 def costs(specialised: Specialised, launch: Launch, listing: str, threads: int, cache: int) -> Costs:
-    """Walk the program in the middle of a launch's grid, of persistent ones the first, which has the most tiles.
+    """Walk the program in the middle of a launch's grid; of persistent programs the first, which has the most tiles.
 
     Args:
         specialised, launch: the kernel, and arguments to run it with.
         listing: its machine code, from ``cuobjdump -sass``.
-        threads: of a program.
-        cache: bytes of the L1 cache that a program has for itself.
+        threads: threads of a program.
+        cache: bytes of the L1 cache that a program has to itself.
 
     Raises:
         walking.UnknownFlow: the kernel's control flow depends on values of tensors.
@@ -96,7 +96,7 @@ def costs(specialised: Specialised, launch: Launch, listing: str, threads: int, 
 
 
 def constants(specialised: Specialised, launch: Launch, threads: int) -> dict[int, int | None]:
-    """The constant bank: block and grid sizes, and the arguments. Each storage lies at an address of its own."""
+    """The constant bank: block and grid sizes, and the arguments. Each storage has an address of its own."""
     words: dict[int, int | None] = {0: threads, 4: 1, 8: 1}
     words |= {12 + 4 * place: side for place, side in enumerate((*launch.grid, 1, 1)[:3])}
     offset = PARAMETERS
@@ -119,7 +119,7 @@ def constants(specialised: Specialised, launch: Launch, threads: int) -> dict[in
 
 
 class _Watcher:
-    """Counts what is issued, and follows when each result is there."""
+    """Counts the issued instructions, and tracks when each result is ready."""
 
     program: Program
 
@@ -159,7 +159,7 @@ class _Watcher:
             self.ready[rows] = done if warps is None else np.where(warps, done, self.ready[rows])
 
     def costs(self) -> Costs:
-        """What was counted. What one program loads anew comes from its L1 cache, as far as that holds all it loads."""
+        """What was counted. Repeated loads come from the L1 cache if that can hold all sectors of the program."""
         requested = sum(each.size for each in self.cached)
         distinct = np.unique(np.concatenate(self.cached)).size if self.cached else 0
         sectors = distinct if distinct * SECTOR <= self.cache else requested
@@ -182,7 +182,7 @@ class _Watcher:
         """The sectors that each warp touches."""
         operand = [each for each in instruction.operands if each.kind == "address"][-1]
         addresses = self.program.addresses(operand)
-        if addresses is None:  # a warp's threads are then taken to lie side by side
+        if addresses is None:  # the threads of a warp are then assumed to access adjacent items
             self.unknown += self.warps * LANES * size // SECTOR
             return []
         first = addresses // SECTOR
@@ -195,7 +195,7 @@ class _Watcher:
         return found
 
     def _wavefronts(self, operand: Any, size: int, lanes: np.ndarray | None) -> int:
-        """Of an access to shared memory by every warp: threads in turn, 128 bytes at a time, a bank at a time."""
+        """Wavefronts of an access to shared memory by every warp: 128 bytes at a time, one word per bank."""
         addresses = self.program.addresses(operand)
         least = max(1, size // 4) * self.warps
         if addresses is None:
@@ -241,7 +241,7 @@ class _Watcher:
         return at, done
 
     def shared_access(self, i: Instruction, at: np.ndarray, done: np.ndarray, active: Any, lanes: Any) -> tuple:
-        if i.base in ("LDSM", "STSM"):  # eight threads give eight rows of 16 bytes
+        if i.base in ("LDSM", "STSM"):  # eight threads give the addresses of eight rows of 16 bytes
             matrices = int(i.modifiers[-1]) if i.modifiers[-1].isdigit() else 1
             self.shared += matrices * int(active.sum())
             return at, done
@@ -253,7 +253,7 @@ class _Watcher:
         return at, done
 
     def expect(self, i: Instruction, at: np.ndarray, done: np.ndarray, active: Any, lanes: Any) -> tuple:
-        """A barrier is told of how many bytes TMA will copy to shared memory before it opens."""
+        """An instruction that tells a barrier how many bytes TMA copies to shared memory before it opens."""
         if i.modifiers == ("ARRIVE", "TRANS64"):
             told = np.broadcast_to(self.program.value(i.sources[-1]), self.warps * LANES)
             moved = int(told[self._lanes(active, lanes)].sum())
@@ -269,7 +269,7 @@ class _Watcher:
     # Products.
 
     def product(self, i: Instruction, at: np.ndarray, done: np.ndarray, active: Any, lanes: Any) -> tuple:
-        """By one warp: m16n8k16 and its kin."""
+        """A matrix product by one warp: m16n8k16 and similar shapes."""
         shape = i.modifiers[0]
         depth = int(shape[3:]) if shape.startswith("168") else 16
         flops = 2 * 16 * 8 * depth
@@ -283,7 +283,7 @@ class _Watcher:
         return start, start + LATENCY["HMMA"]
 
     def group_product(self, i: Instruction, at: np.ndarray, done: np.ndarray, active: Any, lanes: Any) -> tuple:
-        """By a group of four warps; its end is awaited by WARPGROUP.DEPBAR."""
+        """A matrix product by a group of four warps; WARPGROUP.DEPBAR waits for its end."""
         rows, columns, depth = (int(each) for each in i.modifiers[0].split("x"))
         scale = 2 if "TF32" in i.modifiers else 1
         groups = int(active.sum()) / 4

@@ -35,14 +35,14 @@ from convnext_fast.models import whole_runs
 from convnext_fast.ops import block_group, call, folded_weights, sequence
 
 MODES = ("inference", "training")
-# Operators, by the beginnings of their names, that move no data; and those that do not read what they write to.
+# Prefixes of operators that move no data, and of operators that do not read what they write to.
 RESIDENT = ("empty", "new_empty", "detach", "lift_fresh", "alias", "_unsafe_view", "_reshape_alias")
 OVERWRITING = ("fill_", "zero_", "copy_", "bernoulli_")
 
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """A tensor argument: what a compiler and a count of bytes need to know of it, and which memory it is.
+    """A tensor argument: what a compiler and a count of bytes need to know about it, and its place in memory.
 
     ``offset`` and ``size``: first byte and bytes spanned within storage number ``storage``, of ``storage_size`` bytes.
     """
@@ -69,7 +69,7 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """One of PyTorch's own operators that moves data: a kernel launch, or several, that is not ours.
+    """One of PyTorch's own operators that moves data: one or more kernel launches that are not ours.
 
     ``read`` and ``written`` count each byte of its tensors once; ``flops`` are those of matrix products; ``storages``
     are written to.
@@ -106,7 +106,7 @@ class Recording:
 
 
 class _Storages:
-    """Numbers for storages. Holds on to them, so that no number is given twice."""
+    """Numbers storages. It keeps them alive, so that no number is given twice."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[int, Any]] = {}
@@ -123,7 +123,7 @@ class _Storages:
 
 
 def unique_bytes(buffers: Iterable[Buffer]) -> int:
-    """Bytes that the buffers cover, those they share once."""
+    """Bytes that the buffers cover; bytes that they share count once."""
     total = 0
     reach: dict[int, int] = {}
     for buffer in sorted(buffers, key=lambda b: (b.storage, b.offset)):
@@ -135,7 +135,7 @@ def unique_bytes(buffers: Iterable[Buffer]) -> int:
 
 
 class _Recorder(TorchDispatchMode):
-    """Lists operators, and runs the bodies of ours, so that what is inside them is listed too."""
+    """Lists operators, and runs the bodies of ours, so that the operators and launches in them are listed too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ def _as_on_cuda() -> Iterator[None]:
 
 
 def _noting(tensors: list[torch.Tensor]) -> Callable[[Step], tuple]:
-    """`folded_weights.folded`, whose results ``tensors`` takes."""
+    """`folded_weights.folded`, which also appends its results to ``tensors``."""
 
     def call(step: Step) -> tuple:
         made = folded_weights.folded(step)
@@ -239,13 +239,13 @@ def record(
         variant: one of ``config.VARIANTS``.
         mode: "inference" (frozen, no gradients) or "training" (forward and backward down to the parameters, without
             the loss and without the optimiser; ``drop_path`` is the drop-path rate of the last block).
-        recompute: 0, 1 or 2, what the backward computes anew.
+        recompute: 0, 1 or 2: what the backward recomputes.
         target: one of ``targets.TARGETS``.
-        batch, side: images, and pixels of their sides.
-        autocast: the dtype of autocast around the forward, or None for without. PyTorch's own operators then run in
-            the dtypes that a CPU's autocast gives them.
-        shallow: at most three blocks a stage, or four in two groups where it has more than a group. The kernels are
-            those of the whole model: of the blocks of a stage only the first can have a drop-path rate of 0, and under
+        batch, side: number of images, and their height and width in pixels.
+        autocast: the dtype of autocast around the forward, or None for no autocast. With it, PyTorch's own operators
+            run in the dtypes that a CPU's autocast gives them.
+        shallow: at most three blocks per stage, or four in two groups if a stage has more than one group. The kernels
+            are those of the whole model: of a stage's blocks only the first can have a drop-path rate of 0, and under
             autocast the first and the last of a group differ in the dtype of x and in the copy of y.
 
     Raises:
@@ -295,7 +295,7 @@ def record(
 
 
 def unique(recording: Recording, target: str) -> dict[str, tuple[Specialised, list[Launch]]]:
-    """The kernels that a recording makes Triton compile for ``target``, each with its launches, by key."""
+    """The kernels that Triton compiles for a recording on ``target``, each with its launches, by key."""
     found: dict[str, tuple[Specialised, list[Launch]]] = {}
     for launch in recording.launches:
         specialised = specialise(launch, target)

@@ -45,27 +45,27 @@ PASSES: dict[str, dict[str, Any]] = {
 }
 """ConvNeXt-T at 224², as `recording.record` takes them."""
 MEASURED = {"training_64_autocast": 15.37, "inference_128": 4.10, "inference_1": 0.69}
-"""Milliseconds on an H200 inside a CUDA graph (bench/results/nvidia-h200-2026-11-27-quick), of the code of that day,
-for which the model gives 13.7, 3.96 and 0.61."""
+"""Milliseconds on an H200 in a CUDA graph (bench/results/nvidia-h200-2026-11-27-quick), with the code of that day, for
+which the model gives 13.7, 3.96 and 0.61."""
 BOUNDS = ("dram", "l2", "port", "tensor", "issue", "shared", "chain")
 """What can bound a launch: see `model_launch`."""
 
 
 OVERLAP = 4
-"""Exponent of the norm of the bounds: infinity would be perfect overlap, 1 none. Chosen so that the three ``MEASURED``
-times come out; the first step of `bench.gpu_day` measures rates, its third the time of each kernel."""
+"""Exponent of the norm of the bounds: infinity would be perfect overlap, 1 none. Chosen to match the three ``MEASURED``
+times; the first step of `bench.gpu_day` measures rates, its third the time of each kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a chip does a second.
+    """The rates of a chip.
 
     Attributes:
         processors: streaming multiprocessors.
         clock: Hz.
         dram, l2: bytes/s.
         tensor: 16-bit FLOP/s with float32 sums.
-        port: bytes that a processor takes from the L2 cache a clock.
+        port: bytes per clock that a processor takes from the L2 cache.
         launch: seconds from the end of one kernel to the work of the next in a CUDA graph.
     """
 
@@ -95,8 +95,8 @@ assumed: public microbenchmarks give 5.5 to 12 TB/s for the L2 cache of Hopper c
 class Modelled:
     """A launch, or an operator of PyTorch, and how many microseconds each resource needs for it.
 
-    ``resident``: programs that a processor holds. ``waves``: programs over what all processors hold. ``limit``: what
-    its bytes through DRAM and its products, without padding, cannot do without.
+    ``resident``: programs that a processor holds. ``waves``: programs over what all processors hold. ``limit``: the
+    least time for its bytes through DRAM and for its products, without padding.
     """
 
     kernel: str
@@ -123,16 +123,16 @@ class ModelledPass:
 
     @property
     def milliseconds(self) -> float:
-        """Of the whole pass."""
+        """Modelled milliseconds of the whole pass."""
         return sum(each.microseconds for each in self.launches) / 1e3
 
     @property
     def limit(self) -> float:
-        """Milliseconds that bytes and products cannot do without."""
+        """The least milliseconds for the bytes and products of the pass."""
         return sum(each.limit for each in self.launches) / 1e3
 
     def kinds(self) -> list[tuple[Modelled, list[int]]]:
-        """The launches that differ, each with its places in the pass."""
+        """The different launches, each with its positions in the pass."""
         found: dict[tuple[str, str, int, str], list[int]] = {}
         for place, each in enumerate(self.launches):
             found.setdefault((each.kernel, each.shape, each.programs, f"{each.microseconds:.2f}"), []).append(place)
@@ -209,7 +209,7 @@ def model_pass(name: str, rates: Rates = RATES) -> ModelledPass:
 
 
 def shape_of(launch: Launch) -> str:
-    """Channels and hidden units (outputs) of a launch, or of a depthwise convolution the image's sides and channels."""
+    """Channels and hidden units (outputs) of a launch; for a depthwise convolution, the image's sides and channels."""
     given = launch.arguments
     if launch.name.startswith("dwconv") and "x_ptr" in given:
         return "×".join(map(str, given["x_ptr"].shape[1:]))

@@ -20,7 +20,7 @@ INSTRUCTION_BYTES = 16
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
 _REGISTER = re.compile(r"(U?)R(Z|\d+)(\.64|\.reuse|\.X\d+|\.H\d_H\d|\.B\d|\.U32)*")
 _PREDICATE = re.compile(r"(U?)P(T|\d)")
-# 32-bit words of a result or a stored value, by a modifier; of the sources of matrix products, in order.
+# 32-bit words: of a result or a stored value, by modifier; of the sources of matrix products, in order.
 _WORDS = {"64": 2, "128": 4, "WIDE": 2}
 _SOURCES = {"HMMA": (4, 2, 4), "HGMMA": (4, 4, 4), "STSM": (1, 4, 1)}
 _NO_RESULT = ("ST", "BAR", "BRA", "EXIT", "RET", "CALL", "DEPBAR", "FENCE", "MEMBAR", "NOP", "WARP", "BSSY", "BSYNC")
@@ -31,8 +31,8 @@ _NO_RESULT += ("LDGSTS", "LDGDEPBAR", "UTMASTG", "UTMALDG", "RED", "ERRBAR", "CC
 class Operand:
     """One operand. ``kind``: "register", "predicate", "number", "constant" (of bank 0), "address" or "name".
 
-    ``row``: of a register or predicate. ``value``: of a number, or the offset of a constant. ``rows``: the registers of
-    an address, the first of which may be 64 bits wide (``wide``); ``value`` is then added.
+    ``row``: the row of a register or predicate. ``value``: a number, or the offset of a constant. ``rows``: registers
+    of an address, the first of which may be 64 bits wide (``wide``); an address is their sum plus ``value``.
     """
 
     text: str
@@ -48,7 +48,7 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction: where it lies, its guard (a predicate or None), the opcode with and without modifiers."""
+    """One instruction: its address, its guard (a predicate or None), the opcode with and without modifiers."""
 
     address: int
     guard: Operand | None
@@ -121,7 +121,7 @@ class Instruction:
 
 
 def _rows(spans: Iterable[tuple[int, int]]) -> tuple[int, ...]:
-    """The rows of (first, count) spans, without those that always hold the same."""
+    """The rows of (first, count) spans, without those whose value never changes."""
     found = {row for first, count in spans for row in range(first, first + count)}
     return tuple(sorted(found - CONSTANT))
 
@@ -149,13 +149,13 @@ def decode(listing: str) -> list[Instruction]:
 
 
 def _split(text: str) -> list[str]:
-    """By commas outside of brackets."""
+    """Split a text at commas outside of brackets."""
     return re.split(r",(?![^\[]*\])", text)
 
 
 @functools.cache
 def _operand(text: str) -> Operand:
-    """The operand that a text says; what is none of the known kinds is a "name"."""
+    """The operand in a text; anything of an unknown kind is a "name"."""
     negative, inverted = text.startswith("-"), text.startswith(("!", "~"))
     bare = text.lstrip("-!~").replace(".reuse", "")
     absolute = bare.startswith("|")

@@ -1,11 +1,11 @@
-"""Every launch of the models, each compiled once for each target, against what is required of the machine code.
+"""Compile every launch of the models once for each target, and check what is required of the machine code.
 
     kernels = collect(passes(("tiny", "base"), ("bf16",), ("inference", "training"), (0, 1, 2), TARGETS))
     for kernel, made in zip(kernels, analyse_all([each.specialised for each in kernels])):
         print(made, faults(kernel, made))
 
-Recording a pass takes half a second, compiling a kernel a few. Passes share kernels: a kernel is compiled where it
-occurs first, and Triton's cache keeps it for the next process.
+Recording a pass takes half a second, compiling a kernel a few seconds. Passes share kernels: a kernel is compiled where
+it occurs first, and Triton's cache keeps it for the next process.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ DTYPES = {
     "autocast-fp16": torch.float16,
 }
 
-# The reads of activations that are narrower than 16 bytes, by kernel and argument, or by these and channels, and why.
+# Allowed reads of activations narrower than 16 bytes, by kernel, argument and, for some, channels, with the reasons.
 NARROW = {
-    ("_stem_kernel", "image_ptr"): 8,  # a row of a 4×4 patch of one channel is 4 pixels
-    ("_stem_bwd_kernel", "image_ptr"): 4,  # and spread over more threads
-    ("dwconv_wgrad_tensor_core_kernel", "du_ptr"): 8,  # 8 channels a program, one a warp: half a sector a thread
-    ("_weight_kernel", "u_ptr", 80): 8,  # without warp groups: parts of 16 channels, of which 32 rows would spill
+    ("_stem_kernel", "image_ptr"): 8,  # a row of a 4×4 patch of one channel has 4 pixels
+    ("_stem_bwd_kernel", "image_ptr"): 4,  # the same row, spread over more threads
+    ("dwconv_wgrad_tensor_core_kernel", "du_ptr"): 8,  # 8 channels per program, 1 per warp: half a sector per thread
+    ("_weight_kernel", "u_ptr", 80): 8,  # without warp groups: parts of 16 channels; 32 rows of them would spill
     ("_weight_kernel", "dz_ptr", 80): 8,
-    # With a global response norm, of which 64 rows would spill. A row of the last part, 32 channels, is whole sectors;
-    # 4 warps of half the hidden units would read it by 16 bytes, and take 1.3 times as long by the resource model.
+    # With a global response norm; 64 rows would spill. A row of the last part, 32 channels, is whole sectors. 4 warps
+    # with half the hidden units would read it by 16 bytes, but take 1.3 times as long in the resource model.
     ("_weight_kernel", "u_ptr", 160): 8,
     ("_weight_kernel", "dz_ptr", 160): 8,
 }
@@ -83,7 +83,7 @@ def passes(
     targets: Iterable[str],
     drop_paths: Iterable[float] = (0.0,),
 ) -> list[Pass]:
-    """All of them, in the order given, the dtypes outermost and the targets innermost; inference has one level."""
+    """All combinations in the given order, dtypes outermost and targets innermost; inference has one level."""
     variants, modes, levels, targets = list(variants), list(modes), list(levels), list(targets)
     inference = [("inference", 1, 0.0)]
     training = [("training", level, rate) for rate in drop_paths for level in levels]
@@ -120,10 +120,10 @@ def collect(chosen: Iterable[Pass], **options: Any) -> Iterator[Kernel]:
 
 
 def faults(kernel: Kernel, made: Compiled, spills: int = 0) -> list[str]:
-    """Where a compiled kernel misses what is required of it.
+    """The requirements that a compiled kernel misses.
 
-    Shared memory within the target's limit. In 16 bits also: no spills, warp-group MMA in the large tiles of sm_90,
-    activations read by 16 bytes. ``spills``: how many are known of.
+    Shared memory must be within the target's limit. In 16 bits also: no spills, warp-group MMA in the large tiles of
+    sm_90, activations read by 16 bytes. ``spills``: how many are allowed.
     """
     launch, target = kernel.launches[0], made.target
     limit = CHIP_OF[target].shared_block
@@ -140,7 +140,7 @@ def faults(kernel: Kernel, made: Compiled, spills: int = 0) -> list[str]:
 
 
 def large_tile(launch: Launch) -> bool:
-    """Whether a kernel multiplies tiles of at least 64 × 64 by matrices."""
+    """Whether a kernel multiplies matrices in tiles of at least 64 × 64."""
     given = launch.arguments
     rows = given.get("BLOCK_M", 0)
     columns = given["PARTS"][0][1] if "PARTS" in given else given.get("BLOCK_N", 0)
@@ -148,9 +148,9 @@ def large_tile(launch: Launch) -> bool:
 
 
 def narrow_reads(launch: Launch, made: Compiled) -> Iterator[str]:
-    """Loads of activations by less than 16 bytes: of 16-bit tensors that are not much smaller than the largest."""
+    """Loads of activations (16-bit tensors not much smaller than the largest one) by less than 16 bytes."""
     if launch.name.startswith(("_fold", "_grn_factors")):
-        return  # of weights alone
+        return  # these kernels read weights only
     tensors = {k: v for k, v in launch.arguments.items() if isinstance(v, Buffer) and v.dtype.itemsize == 2}
     large = max((tensor.numel() for tensor in tensors.values()), default=0) // 8
     for name, widths in made.read.items():
@@ -163,7 +163,7 @@ def narrow_reads(launch: Launch, made: Compiled) -> Iterator[str]:
 
 
 def describe(kernel: Kernel) -> str:
-    """Name and integer arguments of the first launch, and whose it is."""
+    """Name and integer arguments of the first launch, and its pass."""
     given = kernel.launches[0].arguments
     sizes = {k: v for k, v in given.items() if isinstance(v, int) and not isinstance(v, bool)}
     return f"{kernel.launches[0].name} {sizes} ({kernel.first})"

@@ -19,10 +19,10 @@ class Threads:
 
     Attributes:
         table: a row for each register and predicate (sass.py), a column for each thread.
-        known: which rows hold what the machine would.
-        local: what was spilled, by its offset.
-        active: the threads that execute the instruction at hand; None for all of them.
-        shared: bytes of shared memory that hold a known value, such as what warps of other tasks are told to do.
+        known: which rows hold the values that the machine would have.
+        local: spilled values, by offset.
+        active: the threads that execute the current instruction; None for all of them.
+        shared: bytes of shared memory with known values, such as orders to warps that have other tasks.
     """
 
     def __init__(self, threads: int, place: tuple[int, int, int], constants: dict[int, int | None]) -> None:
@@ -61,7 +61,7 @@ class Threads:
         return np.uint64(np.int64(operand.value) if operand.kind == "number" else 0)
 
     def addresses(self, operand: Operand) -> np.ndarray | None:
-        """What every thread's address is, or None where it is not known."""
+        """Every thread's address, or None if it is not known."""
         if not all(self.known[row] and (not operand.wide or self.known[row + 1]) for row in operand.rows):
             return None
         total = np.full(self.threads, operand.value, np.int64)
@@ -73,13 +73,13 @@ class Threads:
         return total
 
     def known_lanes(self, operand: Operand | None) -> np.ndarray | None:
-        """The threads for which a predicate holds; None for all of them, and where it is not known."""
+        """The threads for which a predicate holds; None for all of them, or if it is not known."""
         if operand is None or not self.known[operand.row]:
             return None
         return (self.table[operand.row] != 0) ^ operand.inverted
 
     def store_local(self, instruction: Instruction) -> None:
-        """A spill, which every thread writes at the same place of its own memory."""
+        """Store a spill, which every thread writes to the same offset in its own memory."""
         address, value = instruction.sources[:2]
         for n in range(instruction.words):
             row = value.row + n if value.row not in CONSTANT else value.row
@@ -103,7 +103,7 @@ class Threads:
                 self.shared |= {at + 4 * n + byte: word >> 8 * byte & 255 for byte in range(4)}
 
     def load_shared(self, operand: Operand, size: int) -> np.ndarray | None:
-        """The number of ``size`` bytes that each thread loads; None where one is not known."""
+        """The number of ``size`` bytes that each thread loads; None if any is not known."""
         where = self.addresses(operand)
         if where is None or not self.shared:
             return None

@@ -1,4 +1,4 @@
-"""Walk the machine code of one program: which instructions it executes how often, and what memory they touch.
+"""Walk the machine code of one program: which instructions it executes, how often, and what memory they access.
 
 Integers, predicates and addresses are computed for every thread, since loops and masks follow from them. Values of
 tensors are unknown: floating-point instructions, and what is loaded, only mark their results as unknown. A kernel whose
@@ -49,19 +49,19 @@ class Program(Threads):
         self._steps = [self._step(each) for each in code]
 
     def walk(self, most: int = 3_000_000) -> None:
-        """From the first instruction to the end of every thread.
+        """Walk from the first instruction to the end of every thread.
 
-        Threads at the lowest address go first, which lets those that parted meet again.
+        Threads at the lowest address go first, so that diverged threads meet again.
 
         Raises:
             UnknownFlow: a branch depends on a value that is not known.
             ValueError: more than ``most`` instructions.
         """
         groups = {0: self._all.copy()}
-        waiting: dict[int, dict[int, np.ndarray]] = {}  # by barrier, where its threads go on
+        waiting: dict[int, dict[int, np.ndarray]] = {}  # by barrier: where its threads continue
         alive = self._all.copy()
         while groups or waiting:
-            if not groups:  # what waits for threads that have ended goes on
+            if not groups:  # threads that wait for ended ones continue
                 for there in waiting.values():
                     self._join(groups, there)
                 waiting = {}
@@ -132,7 +132,7 @@ class Program(Threads):
         return found
 
     def _targets(self, instruction: Instruction, taken: np.ndarray) -> dict[int, np.ndarray]:
-        if not taken.any() or "DIV" in instruction.modifiers:  # of threads that parted: none has, here
+        if not taken.any() or "DIV" in instruction.modifiers:  # for diverged threads; here none are
             return {(instruction.address + INSTRUCTION_BYTES): taken} if taken.any() else {}
         if instruction.base == "RET":
             row = int(instruction.operands[0].text.split()[0].strip("R"))
@@ -143,7 +143,7 @@ class Program(Threads):
         return {numbers[-1]: taken}
 
     def _step(self, instruction: Instruction) -> Callable[[np.ndarray | None], None]:
-        """What executes an instruction for the active threads."""
+        """The function that executes an instruction for the active threads."""
         guard, results = instruction.guard, [row for row in instruction.written if row < ROWS]
         value = MEANINGS.get(instruction.base)
         reads = [row for row in instruction.read if guard is None or row != guard.row]
@@ -181,7 +181,7 @@ class Program(Threads):
                     table[row] = new
                     known[row] = True
                 else:
-                    # What the other threads hold may be unknown, but they will hardly read it.
+                    # Values of the other threads may be unknown, but these will hardly read them.
                     np.copyto(table[row], new, where=mask, casting="unsafe")
                     known[row] = True
 

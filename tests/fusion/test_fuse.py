@@ -1,4 +1,4 @@
-"""`fuse` on the models of transformers: agreement, what survives, and what changes a block afterwards."""
+"""`fuse` on the models of transformers: agreement, what it preserves, and later changes of a block."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def upernet():
         )
     )
     for module in model.modules():
-        # Normalised over a batch of pooled maps, the gradients of what comes before are rounding errors.
+        # After a norm over a batch of pooled maps, the gradients of earlier layers are rounding errors.
         if hasattr(module, "batch_norm"):
             module.batch_norm = torch.nn.Identity()
     return model
@@ -110,7 +110,7 @@ def test_fused_blocks_run_fused(image):
 
 
 class Recording(ConvNextDropPath):
-    """Keeps the dtypes in which it draws."""
+    """Remembers the dtypes in which it draws."""
 
     def __init__(self, rate):
         super().__init__(rate)

@@ -78,7 +78,7 @@ def test_hooks_inside_a_block_are_compiled(layer, image):
 
 
 MORE = 3
-"""Blocks that the larger of two models has more: what a model has once does not count."""
+"""Blocks that the larger of two models has in addition, so that what a model has once does not count."""
 
 
 def guards_of_a_block(prepare):
@@ -101,7 +101,7 @@ def test_a_fused_block_has_hardly_more_guards_than_the_hosts_own():
 
 
 def exported(image):
-    """(the program of a fused model with a dynamic batch, that model, what it made before it was fused)."""
+    """(the program of a fused model with a dynamic batch, that model, its output before it was fused)."""
     model = Logits(tiny()).eval()
     expected = model(image)
     fuse(model)

@@ -80,7 +80,7 @@ def worker():
     else:
         raise AssertionError("unfuse did not see the class that fully_shard put on top")
     dist.destroy_process_group()
-    # A thread of Gloo's may still let go of a tensor, which aborts a process whose interpreter is about to end
+    # A Gloo thread may still release a tensor, which aborts a process whose interpreter is about to end
     # (pytorch#179291).
     os._exit(0)
 

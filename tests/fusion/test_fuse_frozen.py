@@ -61,7 +61,7 @@ class NoisyInTraining(Listed):
 
 
 class Backwards(nn.Module):
-    """Calls what it holds in another order."""
+    """Calls its modules in another order."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ def norm(channels):
 
 
 def written():
-    """A host of containers: a stem, stages of every kind, a norm."""
+    """A host made of containers: a stem, stages of every kind, a norm."""
     return nn.Sequential(
         nn.Sequential(nn.Conv2d(3, 16, 4, 4), norm(16)),
         nn.Sequential(block(16), block(16)),

@@ -43,7 +43,7 @@ def changed(change):
 
 
 class Counting(ConvNextLayer):
-    """Its forward does something more."""
+    """Its forward does something else, too."""
 
     def forward(self, features):
         self.calls = getattr(self, "calls", 0) + 1
@@ -51,7 +51,7 @@ class Counting(ConvNextLayer):
 
 
 class Plain(nn.Module):
-    """The layers of a block of nobody's library."""
+    """The layers of a block of no known library."""
 
     def __init__(self, **parts):
         super().__init__()
@@ -228,7 +228,7 @@ class Centred(ConvNextV2GRN):
 
 
 class Larger(ConvNextV2GRN):
-    """A response norm with an epsilon that only small activations show."""
+    """A response norm with an epsilon that matters only for small activations."""
 
     def forward(self, h):
         norms = h.square().sum((1, 2), keepdim=True).sqrt()
@@ -236,7 +236,7 @@ class Larger(ConvNextV2GRN):
 
 
 class Tall(ConvNextV2GRN):
-    """A response norm with an epsilon that it tells."""
+    """A response norm with an epsilon as an attribute."""
 
     eps = 1e-5
 
@@ -285,7 +285,7 @@ def test_blocks_that_differ_by_a_function_are_each_run():
 
 @pytest.mark.parametrize("affine", [{}, {"bias": False}, {"elementwise_affine": False}])
 def test_blocks_of_unknown_libraries_are_found(affine):
-    """By what they hold: the names, the hidden width and the parts of LayerNorm's affine are free."""
+    """By their layers: names, the hidden width and which affine parameters LayerNorm has are free."""
     block = randomise(Written(norm=nn.LayerNorm(WIDTH, **affine)))
     twin = copy.deepcopy(block)
     assert fuse(twin, strict=True).fused == ("",)

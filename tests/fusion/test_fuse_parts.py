@@ -1,4 +1,4 @@
-"""Modules that call several fused parts and do other things, too: the parts' outputs are computed ahead, as one run."""
+"""Modules that call several fused modules ("parts") and do other things: one run computes the parts' outputs ahead."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def runs(monkeypatch):
 
 @torch.no_grad()
 def check(model, image, *rest):
-    """Against the host's own forward, and that one's error."""
+    """The error against float64 is no worse than that of the host's own forward."""
     plain = copy.deepcopy(model)
     unfuse(plain)
     got, eager = (head(body(image, *rest)) for body, head in (model, plain))
@@ -127,7 +127,7 @@ def test_a_body_that_does_more_between_its_parts_is_left_as_it_is(kind, image):
 @pytest.mark.parametrize("between", ["value", "in place"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_body_that_does_more_later(between, mode, image):
-    """What was computed ahead is used only for the very tensor that it was computed of."""
+    """An output computed ahead is used only for the same tensor that it was computed from."""
     model = host()
     fuse(model).freeze()
     check(model, image)
@@ -182,7 +182,7 @@ class Nested(nn.Module):
 
 
 class WithNothingElse(nn.Module):
-    """No chain, for it takes an option."""
+    """Not a chain, because it takes an option."""
 
     def __init__(self):
         super().__init__()
@@ -259,7 +259,7 @@ def test_bad_input():
 
 
 def test_modes_between_the_body_and_its_parts(image):
-    """What a part computes under hooks on saved tensors, or in another mode, is computed there."""
+    """A part called under hooks on saved tensors, or in another mode, is computed in its own call."""
     saved = []
     model = host()
     fuse(model).freeze()
@@ -275,7 +275,7 @@ def test_modes_between_the_body_and_its_parts(image):
 
 
 class ByData(Body):
-    """Writes where no version counts."""
+    """Writes through ``data``, which no version counts."""
 
     def forward(self, x):
         y = self.inner[0](self.stem(x))
@@ -310,7 +310,7 @@ def test_a_body_that_touches_a_map_or_checkpoints_a_part_is_left_as_it_is(kind, 
 
 
 def test_gradients_to_a_map_between_the_parts(image):
-    """As for Grad-CAM: the model takes no gradient, a map in it does."""
+    """As for Grad-CAM: the model needs no gradient, a map in it does."""
     model = host(Nested)
     model.requires_grad_(False)
     plain = copy.deepcopy(model)
@@ -324,7 +324,7 @@ def test_gradients_to_a_map_between_the_parts(image):
     assert relative_error(grads[1], grads[0]) <= FLOAT32_BOUND
 
 
-def test_a_body_that_makes_a_map_take_gradients(image):
+def test_a_body_that_makes_a_map_require_gradients(image):
     model = host(Leaf).requires_grad_(False)
     plain = copy.deepcopy(model)
     fuse(model).freeze()
@@ -332,7 +332,7 @@ def test_a_body_that_makes_a_map_take_gradients(image):
     assert model(image).requires_grad
 
 
-def test_what_follows_a_miss_is_let_go(image):
+def test_after_a_miss_later_outputs_are_released(image):
     model = host()
     fuse(model).freeze()
     body, x = model[0], image.clone()

@@ -1,4 +1,4 @@
-"""`fuse` on stems and downsampling layers: agreement, what survives, and every reason to leave one alone."""
+"""`fuse` on stems and downsampling layers: agreement, what it preserves, and every reason to leave one alone."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class PairOfLayers(nn.Module):
 
 
 class Pair(PairOfLayers):
-    """A downsampling layer that is no `torch.nn.Sequential`."""
+    """A downsampling layer that is not a `torch.nn.Sequential`."""
 
     def forward(self, x):
         return self.reduction(self.norm(x))
@@ -115,7 +115,7 @@ def downsampled(outputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", HOSTS)
 def test_agrees(name, dtype, layout, image):
-    """At sizes that no stride divides: the rows and columns left over are left out."""
+    """At sizes that no stride divides: leftover rows and columns are ignored."""
     model = host(name).to(dtype).train()
     x = image.to(dtype).contiguous(memory_format=layout)
     expected = everything(model, x)
@@ -234,7 +234,7 @@ def test_change_after_fusing_runs_the_hosts_forward(reason, image):
 
 
 def test_sequential_stays_one(image):
-    """A part of it is no fused layer, and one with more layers runs its own forward."""
+    """A slice of it is not a fused layer, and one with more layers runs its own forward."""
     model = official()
     fuse(model)
     x = torch.randn(2, WIDTH, 6, 5)
@@ -397,7 +397,7 @@ def test_keywords():
 
 
 def test_other_pairs_are_not_named():
-    """A convolution and a norm as decoders have them, and layers whose numbers are no tuples."""
+    """Pairs of a convolution and a norm as in decoders, and a layer whose sizes are not tuples."""
     odd = nn.Identity()
     odd.kernel_size, odd.groups, odd.in_channels, odd.stride = 3, 8, 8, 1
     model = nn.Sequential(
@@ -439,7 +439,7 @@ def test_own_models(kind):
 
 
 def test_written_out_norm_of_a_stem_is_left_alone():
-    """Under autocast its result is float32, in which the residual stream goes on."""
+    """Under autocast its result is float32, which the residual stream keeps."""
     model = official(stem=nn.Sequential(patches(3), ChannelNorm(WIDTH)))
     reason = "its output under autocast is torch.float32, not torch.bfloat16 as with PyTorch's LayerNorm"
     assert fuse(model).left_alone == {"stem": reason}

@@ -1,4 +1,4 @@
-"""What `fuse` leaves behind of the trials by which it confirms a block, and of a refusal: nothing."""
+"""`fuse` leaves no trace of the trials with which it confirms a block, nor of a refusal."""
 
 import random
 import warnings
@@ -32,7 +32,7 @@ class Noisy(ConvNextLayer):
 
 @pytest.mark.filterwarnings("error")
 def test_the_trial_of_a_block_leaves_no_trace():
-    """Also with the generators of Python and NumPy, by which some hosts drop paths."""
+    """Also in the generators of Python and NumPy, with which some hosts drop paths."""
     block = Noisy(ConvNextConfig(), 8)
 
     def states():
@@ -47,7 +47,7 @@ def test_the_trial_of_a_block_leaves_no_trace():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [lambda: ConvNextModel(ConvNextConfig(depths=[1, 1, 1, 1])), lambda: ConvNext("atto")])
 def test_scripting_is_refused_by_name(make):
-    """`torch.jit.script` asks each module first; nothing about the model has changed then."""
+    """`torch.jit.script` asks each module first, before anything about the model changes."""
     model = make()
     fuse(model)
     kinds = list(map(type, model.modules()))

@@ -65,7 +65,7 @@ class EitherNorm(nn.Module):
 
 
 class Doubled(EitherNorm):
-    """What a user may replace it by."""
+    """A norm with which a user may replace it."""
 
     def forward(self, x, **options):
         return 2 * super().forward(x, **options)

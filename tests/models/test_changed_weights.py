@@ -126,7 +126,7 @@ def test_a_conversion_there_and_back_rounds():
 
 @pytest.mark.usefixtures("backend")
 def test_weights_without_a_version():
-    """Made and changed in inference mode, where PyTorch counts none."""
+    """Weights made and changed in inference mode, where PyTorch counts no versions."""
     with torch.inference_mode():
         model = model_of().freeze()
         before = output(model)
@@ -209,7 +209,7 @@ def test_replaced_weights_are_not_kept():
 
 
 def test_freed_with_its_last_reference():
-    """Without the help of the garbage collector: what a model knows of itself makes no cycle."""
+    """Without the garbage collector: a model's state holds no reference cycle."""
     gc.collect()
     gc.disable()
     try:
@@ -247,7 +247,7 @@ def test_functional_call_with_other_parameters():
 
 
 def test_trained_weights_count_without_gradients_too():
-    """Frozen, then trained again by hand: what runs without gradients is what was trained."""
+    """Frozen, then trained again by hand: calls without gradients use the trained weights."""
     model = model_of().freeze()
     output(model)
     model.requires_grad_(True)
@@ -257,7 +257,7 @@ def test_trained_weights_count_without_gradients_too():
 
 
 def test_a_frozen_model_that_another_process_saved(tmp_path):
-    """The counting of writes begins with the first weights that are folded, not with a call of freeze."""
+    """Writes are counted from the first folding of weights on, not from a call of freeze on."""
     torch.save(model_of().freeze(), tmp_path / "model.pt")
     code = f"""
 import sys

@@ -31,7 +31,7 @@ def test_freezing_names_the_device_that_has_no_graphs(made):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_the_wish_lasts_until_the_next_freeze():
+def test_cuda_graph_lasts_until_the_next_freeze():
     model = model_of().freeze()
     stage = model.stages[1]
     stage._convnext_fast = State(state_of(stage).plan, (), cuda_graph=True)

@@ -1,4 +1,4 @@
-"""Frozen models: what is folded, and that every way to move, copy, compile or export one keeps it right."""
+"""Frozen models: what is folded, and correct results after every way to move, copy, compile or export one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def logits(model, x):
 
 
 def folded(model):
-    """What the frozen blocks and downsampling layers of a model compute with, by name."""
+    """The tensors that the frozen blocks and downsampling layers of a model compute with, by name."""
     found = {name: folded_weights(module) for name, module in model.named_modules() if is_frozen(module)}
     frozen = {name: weights for name, weights in found.items() if isinstance(weights, (FrozenBlock, FrozenDownsample))}
     fields = [(f"{name}.{field}", t) for name, weights in frozen.items() for field, t in weights._asdict().items()]
@@ -56,7 +56,7 @@ def test_only_the_speed_changes(made, dtype):
 
 
 def test_folded_weights_are_copies():
-    """Of all parameters, γ absent: what a block computes with shares no memory with them."""
+    """Without γ too, a frozen model computes with tensors that share no memory with any parameter."""
     model = model_of(torch.float64)
     for block in model.blocks():
         block.gamma = None
@@ -72,7 +72,7 @@ def test_folded_weights_are_copies():
     [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float64)],
 )
 def test_a_change_of_dtype_folds_again(before, after):
-    """Also one that finds the parameters in that dtype already: the biases stay wide, the row sums the weights' own."""
+    """Also a change to the same dtype: biases stay in the wider dtype, row sums are those of the folded weights."""
     model = model_of(before).freeze().to(after)
     wide = torch.promote_types(after, torch.float32)
     fresh = model_of(before).to(after).freeze()
@@ -96,7 +96,7 @@ def test_parameters_changed_before_a_move_show():
 
 
 def test_autocast_of_frozen_float32_weights():
-    """Folded and rounded on every call: no worse than the unfrozen model under autocast, times two."""
+    """Weights are folded and rounded on every call: errors are at most twice the unfrozen model's under autocast."""
     model = model_of()
     exact = copy.deepcopy(model).double()(image(torch.float64))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -168,7 +168,7 @@ def test_opcheck():
 
 @pytest.mark.parametrize("gradients", [True, False])
 def test_bad_operands_are_named(gradients):
-    """After good ones too, which are not checked again where no gradients are wanted."""
+    """Also after valid ones, which are not checked again if no gradients are wanted."""
     block, shrink = (model := model_of().freeze()).blocks()[0], model.stages[1].downsample
     x = torch.randn(2, 5, 4, 8)
     *weights, w1, b1, w2, b2, _ = folded_weights(block)

@@ -16,7 +16,7 @@ import convnext_fast
 from convnext_fast import ConvNextBackbone, ConvNextConfig, ConvNextForImageClassification, ConvNextModel
 
 OLD = ("adapter_name", "anything_else", "_fast_init", "offload_buffers", "resume_download")
-"""Options that transformers takes no more."""
+"""Options that transformers no longer takes."""
 SIZES = {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
 
 
@@ -308,7 +308,7 @@ def test_a_model_of_transformers_that_holds_ours_keeps_its_weights(kind, tmp_pat
 
 
 def test_saving_no_tensors(tmp_path):
-    """As where another library writes the weights."""
+    """For when another library writes the weights."""
     our_model().save_pretrained(tmp_path, state_dict={})
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["dtype"] == "float32"

@@ -1,4 +1,4 @@
-"""Own models whose layers were replaced or have hooks: these layers are called, with ``fused`` set or not."""
+"""Our models with replaced layers or with hooks: these layers are called, with ``fused`` set or not."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def hook_stem(model):
 
 
 def wrap_stem_norm(model):
-    """Its channels come last, as those of the norm within."""
+    """Its channels come last, as in the norm that it wraps."""
     holder, name = (model.stem, "1") if isinstance(model, ConvNext) else (model.convnext.embeddings, "layernorm")
     setattr(holder, name, Wrapped(getattr(holder, name)))
 

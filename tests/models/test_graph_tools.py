@@ -1,4 +1,4 @@
-"""Tools that look at graphs see the layers of a fused or frozen model, as they do before it is fused."""
+"""Tools that inspect graphs see the layers of a fused or frozen model, as before it was fused."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ CASES = list(zip(CONFIGS, SIZES, strict=True))
 
 def pair(name, fields, dtype, fused, **more):
     """transformers' model and ours with the same random weights."""
-    # transformers' backbone adds a list and a tuple: it wants lists.
+    # transformers' backbone adds a list and a tuple: it needs lists.
     theirs = getattr(transformers, name)(transformers.ConvNextConfig(**fields, **more)).to(dtype)
     randomise(theirs)
     ours = getattr(convnext_fast, name)(convnext_fast.ConvNextConfig(**fields, **more), fused=fused, dtype=dtype)
@@ -156,7 +156,7 @@ def test_losses(problem_type, num_labels, labels):
     ids=["regression", "classes", "one-hot floats", "soft labels", "int32"],
 )
 def test_the_problem_is_remembered(num_labels, labels, tmp_path):
-    """What is saved behaves as it was trained."""
+    """A saved model behaves as it did in training."""
     fields = {"hidden_sizes": [8], "depths": [1], "num_stages": 1, "num_labels": num_labels}
     theirs, ours = pair("ConvNextForImageClassification", fields, torch.float32, True)
     x = torch.randn(2, 3, 32, 32)
@@ -232,7 +232,7 @@ def test_outputs_by_attribute_key_and_index():
 
 
 def test_outputs_are_put_together_as_libraries_do():
-    """accelerate makes one of a dict, `torch.nn.DataParallel` of pairs."""
+    """accelerate makes an output from a dict, `torch.nn.DataParallel` from pairs."""
     logits, states = torch.randn(2, 3), (torch.randn(1), torch.randn(1))
     first = convnext_fast.models.outputs.ImageClassifierOutput(logits=logits, hidden_states=states)
     again = type(first)({key: value.double() if key == "logits" else value for key, value in first.items()})

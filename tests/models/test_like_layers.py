@@ -1,4 +1,4 @@
-"""What users may do with PyTorch's own layers they may do with the fused ops: change results, batch cotangents, …"""
+"""Users may treat the fused ops like PyTorch's own layers: change results, batch cotangents, …"""
 
 import copy
 
@@ -30,7 +30,7 @@ def images(dtype=torch.float64):
 
 
 def changed_in_place(model, x):
-    """Every kind of result, changed before what follows it is computed."""
+    """Every kind of result, changed in place before the next layer runs."""
     y = model.stem(x).mul_(2)
     for stage in model.stages:
         y = stage.downsample(y)

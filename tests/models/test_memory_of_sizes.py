@@ -1,4 +1,4 @@
-"""Images of ever new sizes: what is kept for each of them takes no more memory than eager PyTorch's own caches do."""
+"""Images of many sizes: what is kept for each size takes no more memory than eager PyTorch's own caches."""
 
 from __future__ import annotations
 

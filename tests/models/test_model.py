@@ -270,7 +270,7 @@ def test_features_only_has_only_the_stages_that_it_runs(tmp_path):
 
 @pytest.mark.parametrize("kind", ["fused", "plain", "frozen"])
 def test_symbolic_tracing(kind):
-    """As `torchvision.models.feature_extraction` and quantisation by graphs do it.
+    """As `torchvision.models.feature_extraction` and graph-based quantisation do it.
 
     The trace holds the layers, not the fused ops.
     """

@@ -1,4 +1,4 @@
-"""Whatever gives a frozen model other parameters is honoured: own models of both versions, and hosts of `fuse`."""
+"""A frozen model uses other parameters however it gets them: our models of both versions, and hosts of `fuse`."""
 
 from __future__ import annotations
 

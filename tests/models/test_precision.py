@@ -1,6 +1,6 @@
 """Whole models in 16 bits: logits, loss, gradients and training runs against float64, beside eager PyTorch's error.
 
-Also that one seed gives one result, and that what the backward pass computes anew changes it by rounding alone.
+Also: one seed gives one result, and recomputation in the backward pass changes gradients only by rounding.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def step(model, x, labels, mode="float32", scale=1.0):
 
 
 def assert_no_worse(ours, theirs):
-    """Errors of as many cases each: their ratio is at most 1.1 in the geometric mean, but for three standard errors.
+    """The geometric mean of the ratios of errors is at most 1.1, with a margin of three standard errors.
 
-    The tenth is for other processors, whose products of 16 bits round in another order: it moves both by a few percent.
+    1.1 allows for processors that round 16-bit products in another order, which changes both errors by a few percent.
     """
     ratio = (torch.tensor(ours) / torch.tensor(theirs)).log()
     assert torch.isfinite(ratio).all()
@@ -69,9 +69,9 @@ def assert_no_worse(ours, theirs):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_loss_and_gradients_are_as_good_as_eager(mode):
-    """All of them together on sixteen inputs, and each in root mean square over those.
+    """All results together on sixteen inputs, and each result in root mean square over the inputs.
 
-    A small tensor may be right by luck: the error that is typical in eager's results counts where its own is smaller.
+    A small tensor of eager's may be accurate by luck: its error counts as no less than the mean of eager's errors.
     """
     fused, eager = build(), build(fused=False)
     squares = [[], []]
@@ -107,7 +107,7 @@ def test_tf32_changes_nothing_on_a_cpu(fused):
 
 
 def written_out(x, eps=1e-6):
-    """LayerNorm over channels as a formula in the dtype of x, as the first ConvNeXt wrote it for its feature maps."""
+    """LayerNorm over channels as a formula in the dtype of x, as in the first ConvNeXt's code for feature maps."""
     centred = x - x.mean(-1, keepdim=True)
     return centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps)
 
@@ -156,7 +156,7 @@ def test_the_last_stage_stays_accurate_where_its_activations_grow(mode):
 
 
 def test_under_autocast_the_residual_stream_keeps_what_float16_would_lose():
-    """Near 2048 float16 counts in steps of 2: a branch of 0.25 would vanish, twelve of them as well."""
+    """Near 2048 float16 has steps of 2: a branch of 0.25 would vanish, and so would twelve."""
     model = build(hidden_sizes=[8, 16])
     block = model.stages[1].blocks[0]
     with torch.no_grad():
@@ -177,9 +177,9 @@ def test_under_autocast_the_residual_stream_keeps_what_float16_would_lose():
 
 @functools.cache
 def losses(fused, mode, seed, steps=16):
-    """Of a short run with AdamW on random pictures that can be told apart; float16 with a GradScaler.
+    """Losses of a short run with AdamW on random images of distinguishable classes; float16 with a GradScaler.
 
-    Its scale is one at which no step is left out: such steps would part the curves more than rounding does.
+    At its scale no step is skipped: skipped steps would separate the curves more than rounding does.
     """
     stored, computed = MODES.get(mode, (torch.float64, None))
     model = build(fused, layer_scale_init_value=0.5).to(stored).train()

@@ -11,13 +11,13 @@ from torch.nn.utils import parametrizations, parametrize
 
 import convnext_fast
 
-# The maps are as wide as they have channels: a norm along the wrong axis would not be noticed by its shape.
+# The maps are as wide as they have channels, so that the shape does not reveal a norm along the wrong axis.
 SIZES = {"num_stages": 2, "hidden_sizes": [8, 4], "depths": [1, 1], "num_labels": 3}
 X = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
 class OverMaps(nn.LayerNorm):
-    """A LayerNorm over the channels of (N, C, H, W), and more."""
+    """A LayerNorm over the channels of (N, C, H, W), times 2."""
 
     def forward(self, x):
         return 2 * super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -56,7 +56,7 @@ def first(output):
     return output
 
 
-# A host, an own model, and one with several results; the exporter traces as `torch.jit.trace` does the rest.
+# A host, a model of ours, and one with several results; the exporter traces the rest as `torch.jit.trace` does.
 BY_DEFAULT = "frozen host", "ConvNext", "backbone"
 
 

@@ -111,7 +111,7 @@ def test_fused_and_plain(dtype):
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_frozen(dtype):
-    """Also after the response norm's weights changed, and thawed again."""
+    """Also after the response norm's weights changed, and unfrozen again."""
     model = tiny(dtype=dtype).eval()
     plain = copy.deepcopy(model)
     plain.fused = False

@@ -1,4 +1,4 @@
-"""`ops` on a CPU against the plain reference: outputs and every gradient, over drawn shapes, dtypes and options."""
+"""`ops` on a CPU against the plain reference: outputs and every gradient, over random shapes, dtypes and options."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_block(shape, hidden, kernel, dtype, act, recompute, layout, drop, layer
     )
     # With one or two channels LayerNorm's gradient is a difference of equal terms: rounding is all that is left of it,
     # so it is measured against the terms, which are of the cotangent's size times the largest rstd.
-    # What meets rstd: gradients before the LayerNorm (x, the convolution's) and of its weight.
+    # Gradients with a factor rstd: those before the LayerNorm (x, the convolution's) and of its weight.
     size = cotangent.norm().item() if shape[3] <= 2 else 0.0
     convolution = parameters["dwconv_weight"], parameters["dwconv_bias"]
     u = F.conv2d(x.permute(0, 3, 1, 2), *convolution, padding="same", groups=shape[3])
@@ -106,7 +106,7 @@ def test_pointwise_mlp(shape, dtype, residual, recompute, act, seed):
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 def test_several_row_blocks(recompute, act):
-    """Nothing that is kept for the backward pass is written over: a second one gives the same bits."""
+    """Nothing saved for the backward pass is overwritten: a second backward pass gives the same bits."""
     parameters = block_parameters(5, 20, 7, torch.float64)
     x = activations((1, 47, 50, 5), torch.float64, "contiguous")
     leaves, cotangent = [x, *parameters.values()], torch.randn(x.shape, dtype=torch.float64)
@@ -125,7 +125,7 @@ def test_several_row_blocks(recompute, act):
 @pytest.mark.parametrize("mode", ["pure", "autocast", "autocast of half"])
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 def test_half_precision_is_as_good_as_eager(dtype, mode, recompute):
-    """Each result errs against float64 at most twice as much as eager PyTorch's in the same mode."""
+    """Each result's error against float64 is at most twice that of eager PyTorch's in the same mode."""
     torch.manual_seed(3)
     stored = dtype if mode == "pure" else torch.float32
     parameters = block_parameters(40, 160, 7, stored)

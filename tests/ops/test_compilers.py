@@ -52,7 +52,7 @@ def test_a_training_step_is_one_graph_for_any_size(surface, checkpointing):
     def images(*size):
         return torch.randn(size[0], 3, *size[1:], dtype=torch.float64), torch.arange(size[0]) % 5
 
-    for _ in range(2):  # the first labels decide what the problem is, which compiles transformers' surface once more
+    for _ in range(2):  # the first labels set the problem type, so that transformers' surface compiles once more
         compiled(*images(4, 32, 56))
     for size in [(2, 32, 40), (5, 40, 64)]:
         inputs = images(*size)
@@ -84,9 +84,9 @@ def test_checkpointing_by_hand_and_levels_of_recompute_compile(recompute):
 def test_compiles_under_autocast(dtype):
     """The same dtypes as without a compiler, and errors against float64 of the same size.
 
-    A compiler may take PyTorch's own layers apart and so round elsewhere. All errors together may be twice as large as
-    without it, but not half as large, as in a wider dtype. Each alone may be four times as large, for a single small
-    gradient's error is a matter of luck.
+    A compiler may decompose PyTorch's own layers and so round elsewhere. All errors together may be twice as large as
+    without it, but not half as large, which would mean a wider dtype. Each alone may be four times as large, because a
+    single small gradient's error is a matter of luck.
     """
     torch.compiler.reset()
     model = build("timm").train()
@@ -180,6 +180,6 @@ def test_onnx_of_the_other_surface_with_any_size(tmp_path):
         (lambda model, path: (ConvNext(ConvNextConfig(**{**FIELDS, "num_labels": 0})), path), "no classifier"),
     ],
 )
-def test_an_error_for_what_onnx_cannot_express(change, message, tmp_path):
+def test_what_onnx_cannot_express_is_an_error(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         export_onnx(*change(build("timm"), tmp_path / "model.onnx"), 32, 32)

@@ -63,14 +63,14 @@ def test_a_compiled_model_counts_and_still_runs(backend, monkeypatch):
 def test_every_operator_has_a_formula():
     prefix = "convnext_fast::"
     names = {name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)}
-    graphs_alone = {"blocks_fwd", "blocks_bwd"}  # compiled models call their blocks one by one under a counter
+    graphs_alone = {"blocks_fwd", "blocks_bwd"}  # under a counter, compiled models call their blocks one by one
     operators = {n for n in names if n.endswith(("_fwd", "_bwd"))} - graphs_alone
     assert operators == set(SIGNATURES)
     assert all(callable(getattr(flops, name)) for name in operators)
 
 
 def test_patches_on_a_gpu():
-    """By shapes, for a CPU runs PyTorch's own convolution."""
+    """Counted from shapes, because a CPU runs PyTorch's own convolution."""
     image, stem = torch.randn(2, 3, 22, 17), torch.randn(8, 3, 4, 4)
     x, weight = torch.randn(2, 5, 7, 8), torch.randn(12, 8, 2, 2)
     first = counted(lambda: torch.nn.functional.conv2d(image, stem, stride=4))

@@ -21,7 +21,7 @@ from convnext_fast.ops.signatures import SIGNATURES
 
 
 def test_every_registered_operator_is_checked():
-    """Here or, through the kernels, in kernels/machine_code: test_operators_executed.py, and dwconv in its own file.
+    """Here or, with the kernels, in kernels/machine_code: test_operators_executed.py, and dwconv in its own file.
 
     Those of sequence_operator.py in test_sequence_operator.py and in the interpreter's test_model_interpreted.py, those
     of block_group_operator.py in the interpreter's test_live_sequence.py.
@@ -46,7 +46,7 @@ def test_every_registered_operator_is_checked():
 @pytest.mark.parametrize("channels", [96, 384])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_any_number_of_images_is_one_program_on_a_gpu(target, channels):
-    """Of a symbolic number no size of a tile is asked, which would be a guard and a reason to compile again."""
+    """No tile size is computed from a symbolic number: that would add a guard and a reason to compile again."""
     environment = ShapeEnv()
     symbol = environment.create_symbol(8, source=ConstantSource("images"), dynamic_dim=DimDynamic.DYNAMIC)
     images = environment.create_symintnode(symbol, hint=8)
@@ -88,7 +88,7 @@ def test_compiles_under_inductor():
 
 
 def test_transforms_of_torch_func():
-    """They see into the plain reference: the same values as without them."""
+    """They transform the plain reference: the values are the same as without them."""
     torch.manual_seed(0)
     parameters = {name: p.detach() for name, p in block_parameters(6, 24, 7, torch.float64).items()}
     x, v = torch.randn(2, 3, 2, 5, 4, 6, dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_transforms_of_torch_func():
     expected = torch.autograd.grad(sum(y.square().sum() for y in outputs), [*singles, *leaves])
     gradient = torch.func.vmap(torch.func.grad(energy))(x)
     assert relative_error(gradient, torch.stack(expected[:3])) <= bound
-    # A gradient of the parameters for each sample, as differential privacy wants it.
+    # A gradient of the parameters for each sample, as differential privacy needs it.
     each = torch.func.vmap(torch.func.grad(energy, argnums=1), in_dims=(0, None))(x, parameters)
     for name, value in zip(parameters, expected[3:], strict=True):
         assert relative_error(each[name].sum(0), value) <= bound, name
@@ -145,7 +145,7 @@ def operands(name, members=3):
 
 @pytest.mark.parametrize("name", ops.__all__)
 def test_torch_func_takes_every_public_op(name):
-    """vmap over all operands at once and over the activations alone, and grad for each operand: as one by one."""
+    """vmap over all operands at once and over the activations alone, and grad for each operand: as in single calls."""
     torch.manual_seed(0)
     op, tensors = getattr(ops, name), operands(name)
 

@@ -1,4 +1,4 @@
-"""Frozen models as one sequence: the same bits as block by block, and every hook and mode sees what it saw before."""
+"""Frozen models as one sequence: the same bits as block by block, and every hook and mode sees the same as before."""
 
 import copy
 import itertools
@@ -28,7 +28,7 @@ KINDS = ConvNext, ConvNextModel
 
 
 def in_turn(cases, *rest):
-    """(kind of model, case, *rest): with one of both kinds, in turn, for compiling takes long; thorough: with both."""
+    """(kind of model, case, *rest), with alternating kinds, because compiling takes long; thorough: with both kinds."""
     return [
         pytest.param(kind, case, *rest, marks=() if (i + j) % 2 == 0 else thorough)
         for i, case in enumerate(cases)
@@ -72,7 +72,7 @@ def chains(monkeypatch):
 
 @pytest.fixture
 def one_by_one(monkeypatch):
-    """A function that has modules called one by one from then on."""
+    """A function after which modules are called one by one."""
 
     def forbid():
         def of_blocks(runs, root, parts, x, *last):
@@ -144,7 +144,7 @@ def test_grad_mode_without_a_gradient_to_record(model, chains, compile_):
 @pytest.mark.parametrize("depths", [[1, 1], [3, 2], [2, 1]])
 @torch.no_grad()
 def test_intermediate_feature_maps(depths, chains, one_by_one):
-    """All that models give out besides the last map, for numbers of blocks that leave a stage in either memory."""
+    """All maps that models return, for numbers of blocks with which a stage ends in either of two buffers."""
     config = ConvNextConfig(num_stages=2, hidden_sizes=[16, 24], depths=depths, out_features=["stem", "stage1"])
     timms = randomise(ConvNext(config)).eval().freeze()
     features = randomise(ConvNext(config, features_only=True, out_indices=[0, 1])).eval().freeze()
@@ -235,7 +235,7 @@ def test_an_image_that_a_downsampling_layer_cannot_divide():
 
 
 def test_the_stems_live_weights_are_used(model):
-    """It is not frozen: its weights may change, in place too."""
+    """The stem is not frozen: its weights may change, also in place."""
     x = torch.randn(1, 3, 32, 32)
     conv, norm = stem_of(model).children()
     with torch.no_grad():
@@ -270,7 +270,7 @@ def test_a_frozen_model_with_a_parameter_that_needs_a_gradient(model, chains, pa
 
 
 def test_a_module_twice(model):
-    """`torch.nn.Module.children` would say it once."""
+    """`torch.nn.Module.children` would list it once."""
     blocks = blocks_of(model, 0)
     blocks[2] = blocks[0]
     x = torch.randn(1, 3, 32, 32)
@@ -390,7 +390,7 @@ def test_a_compiled_model_calls_one_operator(model, chains):
 
 
 class OtherNorm(nn.LayerNorm):
-    """A layer that somebody put in the place of ours."""
+    """A layer that replaces one of ours."""
 
 
 def dilate(model):
@@ -434,7 +434,7 @@ def test_a_compiled_model_notices_changes(model, chains, do):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_models_of_one_kind_share_a_graph(keep):
-    """Also one that comes out of a pickle, or is a copy."""
+    """Also models that are unpickled or copied."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     x, kept = torch.randn(2, 3, 40, 40), []

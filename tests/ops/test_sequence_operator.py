@@ -1,4 +1,4 @@
-"""The operator of a frozen model's steps: its schema, and the shapes that compilers are told."""
+"""The operator of a frozen model's steps: its schema, and the shapes that compilers get."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from convnext_fast.ops.sequence_operator import frozen_steps, live_steps
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("channels", [16, 12])
 def test_opcheck(bias, channels):
-    """Of steps that kernels serve, and that they do not."""
+    """With steps that the kernels support, and with others."""
     config = ConvNextConfig(num_stages=2, hidden_sizes=[channels, 24], depths=[1, 1])
     model = randomise(ConvNext(config)).freeze()
     found = steps_of(nn.Sequential(model.stem, model.stages))

@@ -84,7 +84,7 @@ def test_block(shape, hidden, kernel, dtype, act, recompute, layout, drop, dwcon
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_several_blocks_of_samples(recompute, dtype, monkeypatch):
-    """Samples of which one alone fills the cache, with more and with fewer pixels than channels, and no drop path."""
+    """Samples so large that one fills the cache, with more and with fewer pixels than channels; no drop path."""
     monkeypatch.setattr(response_norm, "_CACHE_BYTES", 1)
     torch.manual_seed(0)
     for side in (2, 5):
@@ -99,7 +99,7 @@ def test_several_blocks_of_samples(recompute, dtype, monkeypatch):
 
 
 def test_the_dtype_of_a_result_does_not_depend_on_the_size():
-    """float16 in bfloat16's autocast, of one block of rows and of several."""
+    """float16 under autocast to bfloat16, in one block of rows and in several."""
     parameters = v2_parameters(12, 20, 7, torch.float32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         results = [ops.convnext_v2_block(torch.randn(3, side, side, 12).half(), **parameters) for side in (2, 4, 80)]
@@ -107,7 +107,7 @@ def test_the_dtype_of_a_result_does_not_depend_on_the_size():
 
 
 def test_gradients_with_a_layer_scale_too():
-    """As timm's blocks can have both."""
+    """timm's blocks can have both."""
     torch.manual_seed(0)
     parameters = {**v2_parameters(6, 24, 7, torch.float64), "gamma": block_parameters(6, 1, 3, torch.float64)["gamma"]}
     x = activations((2, 5, 4, 6), torch.float64, "contiguous")
@@ -137,7 +137,7 @@ def test_gradient_where_some_norms_are_zero():
 @pytest.mark.parametrize("mode", ["pure", "autocast", "autocast of half"])
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 def test_half_precision_is_as_good_as_eager(dtype, mode, recompute):
-    """Each result errs against float64 at most twice as much as eager PyTorch's in the same mode."""
+    """Each result's error against float64 is at most twice that of eager PyTorch's in the same mode."""
     torch.manual_seed(3)
     stored = dtype if mode == "pure" else torch.float32
     parameters = v2_parameters(40, 160, 7, stored)

@@ -1,11 +1,11 @@
-"""These tests need libraries that are heavy, and so an environment of their own: ``.ci/run`` makes it in stage 4."""
+"""These tests need large libraries and therefore their own environment, which ``.ci/run`` makes in stage 4."""
 
 import importlib.util
 
 import pytest
 
 NEEDED = ("timm", "torchvision")
-"""What a file here needs that has no ``NEEDED`` of its own."""
+"""The packages for files that have no ``NEEDED`` of their own."""
 
 
 def pytest_collection_modifyitems(items):

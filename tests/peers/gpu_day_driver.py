@@ -1,7 +1,7 @@
-"""Every step of `bench.gpu_day` in one process, on small work, on a CUDA that does nothing: ``FOLDER`` gets the rows.
+"""Every step of `bench.gpu_day` in one process, on small work, with a CUDA driver that does nothing; rows go to FOLDER.
 
-Values are garbage there and clocks stand still, so what compares values accepts them, and PyTorch's profiler, which
-needs a real device, is replaced by the launches that the resource model knows.
+Values are garbage there and clocks stand still. So comparisons of values are replaced by ones that accept all values,
+and PyTorch's profiler, which needs a real device, by a fixed list of kernels.
 """
 
 import json
@@ -16,7 +16,7 @@ from bench.cases import OpCase
 from bench.results import Results
 from bench.static_analysis import modelled, resource_model
 
-torch.backends.cudnn.enabled = False  # its library wants a real driver
+torch.backends.cudnn.enabled = False  # its library needs a real driver
 folder = Path(sys.argv[1])
 
 reference = timing.Reference([], [])

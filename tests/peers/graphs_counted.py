@@ -1,4 +1,4 @@
-"""Run on hollow_gpu: what frozen runs and training steps as CUDA graphs launch. Prints a line of JSON."""
+"""Run on hollow_gpu: count what frozen runs and training steps launch as CUDA graphs. Prints a line of JSON."""
 
 import copy
 import ctypes
@@ -194,7 +194,7 @@ def training():
     found["timm training"] = counted(step, fused)
 
 
-torch.backends.cudnn.enabled = False  # its library wants a real driver
+torch.backends.cudnn.enabled = False  # its library needs a real driver
 for scenario in (replays, shapes, changes, hosts, training):
     scenario()
 print(json.dumps(found))

@@ -1,6 +1,6 @@
 """Runs a script with its arguments and ends the process at once.
 
-On a CUDA that does nothing, PyTorch's threads sometimes abort while the interpreter shuts down.
+On a CUDA driver that does nothing, PyTorch's threads sometimes abort while the interpreter shuts down.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Scripts run on ``hollow_gpu``, a CUDA that does nothing: a CUDA build of PyTorch launches, and nothing is computed.
+"""Run scripts on ``hollow_gpu``, a CUDA driver that does nothing: a CUDA PyTorch launches, and nothing is computed.
 
 It is a folder under the path in CONVNEXT_FAST_HOLLOW_GPU, else under ``../shared/tools`` beside the repository.
 """
@@ -17,7 +17,7 @@ ROOT = HERE.parents[1]
 
 
 def run(folder, script, *arguments, driver=None):
-    """What ``script`` prints; ``folder``: for the libraries; ``driver``: C source in the place of hollow_gpu's."""
+    """What ``script`` prints; ``folder``: for the libraries; ``driver``: C source to use instead of hollow_gpu's."""
     tool = Path(os.environ.get("CONVNEXT_FAST_HOLLOW_GPU", ROOT.parent / "shared" / "tools")) / "hollow_gpu"
     if not tool.is_dir():
         pytest.skip("hollow_gpu not found: set CONVNEXT_FAST_HOLLOW_GPU to the folder that holds it")

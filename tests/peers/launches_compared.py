@@ -1,7 +1,7 @@
-"""Run on hollow_gpu with recording_driver.c: what C launches with against what Triton's own launcher does.
+"""Run on hollow_gpu with recording_driver.c: compare the launches of our C code with those of Triton's own launcher.
 
-Every call of the kernels that a training step and a frozen model's forward make is repeated twice, by Python through
-Triton's launcher and by C. Prints how many launches were compared.
+Every kernel call of a training step and of a frozen model's forward is repeated twice, by Python with Triton's launcher
+and by C. Prints how many launches were compared.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ driver.noted_launch.restype = ctypes.POINTER(Noted)
 
 
 def launches():
-    """What was noted since the last call: (function, grid, block, shared, stream, attributes), parameters."""
+    """What was recorded since the last call: (function, grid, block, shared, stream, attributes), parameters."""
     noted = [driver.noted_launch(i)[0] for i in range(driver.noted_launches())]
     found = [(tuple(each.where), tuple(each.values[: each.parameters[0]])) for each in noted]
     driver.forget_launches()
@@ -34,7 +34,7 @@ def launches():
 
 
 class Compared:
-    """Stands for C's ``repeat`` in the calls of a function."""
+    """Replaces C's ``repeat`` in the calls of a function."""
 
     total = 0
 
@@ -77,7 +77,7 @@ def step(model, frozen, x, dtype):
 
 
 def main():
-    torch.backends.cudnn.enabled = False  # its library wants a real driver
+    torch.backends.cudnn.enabled = False  # its library needs a real driver
     config = convnext_fast.ConvNextConfig(num_stages=2, depths=[1, 1], hidden_sizes=[96, 384], drop_path_rate=0.1)
     functions = [getattr(gpu, name) for name in dir(gpu) if hasattr(getattr(gpu, name), "calls")]
     for function in functions:

@@ -1,7 +1,7 @@
-"""Run on hollow_gpu: what the first calls of a new size cost the host. Prints a line of JSON.
+"""Run on hollow_gpu: measure what the first calls of a new size cost the host. Prints a line of JSON.
 
-CPU milliseconds, medians over sizes whose kernels are compiled: of a mode "extra", what the first two calls took above
-two later ones, and "later", one of those.
+For each mode, CPU milliseconds, as medians over sizes whose kernels are compiled: "extra", the time of the first two
+calls minus that of two later ones, and "later", the time of one later call.
 """
 
 import gc
@@ -14,7 +14,7 @@ import torch
 from convnext_fast import ConvNext
 from convnext_fast.backends import gpu
 
-torch.backends.cudnn.enabled = False  # its library wants a real driver
+torch.backends.cudnn.enabled = False  # its library needs a real driver
 DEVICE, DTYPE = "cuda", torch.bfloat16
 SIZES = [(images, side) for images in (2, 4, 6) for side in (160, 192, 224, 256)]
 CALLS, ROUNDS = 5, 3

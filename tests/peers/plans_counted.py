@@ -1,4 +1,4 @@
-"""Run on hollow_gpu: what is recorded of a new size, of weights of any strides and of a compiled model.
+"""Run on hollow_gpu: count what is recorded for a new size, for weights of any strides and for a compiled model.
 
 Prints a line of JSON.
 """
@@ -87,7 +87,7 @@ found["kinds"] = {
 
 
 def called():
-    """What the compiled forward of a training step calls of ours."""
+    """Our operators and kernels that the compiled forward of a training step calls."""
     names = set()
 
     def capture(graph, inputs):

@@ -1,4 +1,4 @@
-"""What the benchmarks call eager runs timm's operators on timm's shapes."""
+"""The benchmarks' eager model runs timm's operators on timm's shapes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_eager_is_timms_list_of_operators(layout, training):
             if training:
                 out.backward(torch.ones_like(out))
         lists.append(Counter(operators.seen))
-    # timm squeezes the pooled vector in place, whose backward copies it.
+    # timm squeezes the pooled vector in place, and the backward of that copies it.
     pooled = 2 * 320
     squeeze = Counter({("aten.new_zeros.default", pooled): 1, ("aten.copy_.default", pooled): 1})
     assert lists[0] - lists[1] == (squeeze if training else Counter())

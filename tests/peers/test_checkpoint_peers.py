@@ -50,7 +50,7 @@ def assert_same_outputs(ours, theirs):
 
 
 def options_of(name):
-    """What a bare timm file cannot say."""
+    """The options that a bare timm file does not contain."""
     return {"global_pool": "max"} if name == "convnext_small" else {}
 
 
@@ -205,7 +205,7 @@ def test_one_set_of_weights_through_all_libraries(tmp_path):
         logits = load_model(ConvNextForImageClassification, tmp_path / "folder")(IMAGE).logits
         assert relative_error(logits, theirs(IMAGE)) <= FLOAT32_BOUND
         convert_checkpoint(source, tmp_path / "official.pth", "official")
-        # timm reads the official repository's files by a map of its own.
+        # timm reads the official repository's files with its own map of names.
         peer = timm_model("convnext_tiny", patch_size=4)
         filtered = timm.models.convnext.checkpoint_filter_fn(torch.load(tmp_path / "official.pth"), peer)
         peer.load_state_dict(filtered, strict=True)

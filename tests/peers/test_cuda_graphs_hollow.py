@@ -29,7 +29,7 @@ def test_outputs_are_tensors_of_their_own(found):
     assert found["format"]
 
 
-def test_gradients_hooks_and_captures_take_the_plan(found):
+def test_gradients_hooks_and_captures_use_the_plan(found):
     assert found["a gradient"] == [1, 0]
     assert found["launch hooks"] == [0]
     assert found["a capture"] == [True, 0]
@@ -62,7 +62,7 @@ def test_copies_capture_their_own_and_freezing_again_turns_it_off(found):
 
 
 def test_fused_models_of_other_libraries(found):
-    """timm calls its stem alone."""
+    """timm calls its stem separately."""
     for name in ("timm", "transformers"):
         assert [graphs for _, graphs in found[name]] == [0, 0, 1, 1]
         assert found[name][-1][0] < found[name][1][0]
@@ -70,7 +70,7 @@ def test_fused_models_of_other_libraries(found):
 
 
 def test_a_training_step_is_two_graphs(found):
-    """Besides them: the image, the logits and their gradient are copied, and what the loss launches."""
+    """Other launches: copies of the image, the logits and their gradient, and those of the loss."""
     assert found["same"]
     assert found["no gradients"]
     assert found["warnings"] == []  # of gradients that are accumulated on the stream of the capture

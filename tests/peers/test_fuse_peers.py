@@ -76,7 +76,7 @@ def test_torchvision_agrees(seed, image):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("make", [timm_model, torchvision_model])
 def test_agrees_at_odd_sizes(make, dtype, layout):
-    """That no stride divides: the rows and columns left over are left out."""
+    """Sizes that no stride divides: leftover rows and columns are ignored."""
     model = make().to(dtype).train()
     x = torch.randn(3, 3, 38, 45, dtype=dtype).contiguous(memory_format=layout)
     expected = everything(model, x)

@@ -1,4 +1,4 @@
-"""`bench.gpu_day` on a GPU that does nothing: every step runs to its end, so that no mistake waits for the real one."""
+"""`bench.gpu_day` on a GPU that does nothing: every step runs to its end, to find mistakes before a real run."""
 
 import json
 
@@ -7,7 +7,7 @@ import hollow_support
 from bench import gpu_steps, results
 
 SAID = {"models", "kernels", "host", "variants", "correctness", "chip", "rates"}
-"""Sections of rows that must be there. Counters need ncu, which looks at real devices only."""
+"""Sections of rows that must be there. Counters need ncu and so a real device."""
 
 
 def test_every_step_runs(tmp_path):

@@ -1,4 +1,4 @@
-"""Tools that look at graphs see the layers of fused hosts of timm and torchvision, inside their blocks too."""
+"""Tools that inspect graphs see the layers of fused hosts of timm and torchvision, inside their blocks too."""
 
 from __future__ import annotations
 

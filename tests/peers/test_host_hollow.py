@@ -1,4 +1,4 @@
-"""What a step costs the host, of eager's in the same run, on a GPU that does nothing."""
+"""CPU time of a step on the host as a ratio to eager's in the same run, on a GPU that does nothing."""
 
 import json
 
@@ -30,14 +30,15 @@ ASKED = {
         "training": {"compile fused": 0.7, "compile fuse(timm)": 0.7, "compile fuse(transformers)": 0.7},
     },
 }
-"""For each ratio of bench/host.py, by mode and contender."""
+"""The required ratios of bench/host.py, by mode and contender."""
 UNFUSED = {"of_best_eager": ("eager", "eager transformers"), "of_best_compiled": ("eager", "compile")}
 ROOM = {"of_best_eager": 1.5, "of_best_compiled": 1.15}
-"""Beside another worker of the suite, which fills the caches; alone, 1.15 does. Of compiled models both sides wait."""
+"""Tolerance beside another worker of the suite, which fills the caches. Alone, 1.15 is enough, and also for compiled
+models, where both sides wait."""
 RUNS = 3
-"""At most, for other work on the machine fills the caches: each figure has to be reached in one of them."""
+"""Most runs. Other work on the machine fills the caches, so each figure has to be reached in only one run."""
 NEW_SIZE = {"inference": 1.0, "frozen": 0.8, "training": 2.9}
-"""What its first two calls may take above two later ones, once kernels are compiled."""
+"""Most extra time of the first two calls of a size over two later ones, in training steps; kernels are compiled."""
 LAUNCHES = {
     "inference": {"fused": 76, "frozen": 55, "fuse(timm)": 76, "fuse(transformers)": 76},
     "training": {"fused": 238, "fused recompute 0": 238, "fuse(timm)": 240, "fuse(transformers)": 238},
@@ -64,7 +65,7 @@ def test_the_host_is_not_what_a_step_waits_for(ratio, tmp_path):
 
 
 def test_a_new_size_costs_little(tmp_path):
-    """Above later calls, in training steps of the same run: what the machine does besides lengthens both."""
+    """Extra time relative to training steps of the same run, since other work on the machine lengthens both."""
     least = dict.fromkeys(NEW_SIZE, float("inf"))
     for run in range(RUNS):
         folder = tmp_path / str(run)

@@ -1,4 +1,4 @@
-"""What C launches, and how often Python works launches out, on a GPU that does nothing."""
+"""The launches that C makes, and how often Python computes launches, on a GPU that does nothing."""
 
 import json
 import re
@@ -15,7 +15,7 @@ def found(tmp_path_factory):
 
 def test_a_new_size_and_a_compiled_model_are_worked_out_once_for_each_kind_of_block(found):
     launched, worked_out = found["a new size"]
-    assert worked_out <= launched - 3 * 4  # of four equal blocks, three
+    assert worked_out <= launched - 3 * 4  # three of four equal blocks
     assert found["again"] == [launched, 0]
     assert found["compiled"] == [2, 2]
     assert found["a new size in training"] == [2 * 4, 0]  # stem, downsampling layer and two kinds of blocks, both ways

@@ -1,4 +1,4 @@
-"""Whatever gives a frozen host of timm or torchvision other parameters is honoured."""
+"""A frozen host of timm or torchvision uses other parameters however it gets them."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ step(224, 8)
 print(json.dumps(memory("VmHWM:") - before))
 """
 
-# Tensors of 64 KiB and more are pages of their own, which go back when the tensor dies. Without this, glibc moves its
-# threshold with what was freed, and holes in its heap make 25 MB more of one step in one run and none in the next.
+# Tensors of 64 KiB and more are pages of their own, which go back when the tensor dies. Without this, glibc adapts its
+# threshold to what was freed, and holes in its heap add 25 MB to a step in one run and nothing in the next.
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 

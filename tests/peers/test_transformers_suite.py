@@ -1,4 +1,4 @@
-"""transformers' own common tests, run on our classes: nothing fails but what is listed here, with the reason.
+"""transformers' own common tests, run on our classes: only the tests listed here fail, each with a reason.
 
 The tests are in transformers' source distribution on PyPI, which pip downloads; without it this test is skipped.
 """
@@ -30,7 +30,7 @@ KNOWN = {
     "test_training_gradient_checkpointing_use_reentrant_true": _OWN_CHECKPOINTING,
 }
 """The tests that fail, and why."""
-# What the common tests import that the source distribution lacks; our classes need none of it.
+# Modules that the common tests import but the source distribution lacks; our classes need none of them.
 STUBS = {
     "tests/__init__.py": "",
     "tests/models/__init__.py": "",

@@ -25,7 +25,7 @@ transformers.AutoImageProcessor.register(ConvNextConfig, image_processor_classes
 
 
 class OurModels:
-    """What the mix-ins ask for: a small configuration and its inputs."""
+    """What the mix-ins need: a small configuration and its inputs."""
 
     batch_size, image_size, num_channels, num_labels, is_training = 5, 32, 3, 10, True
     hidden_sizes, depths = [10, 20, 30, 40], [1, 2, 1, 1]

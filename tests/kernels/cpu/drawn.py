@@ -1,4 +1,4 @@
-"""Draws of sizes that a kernel is compiled for, each of which takes a while."""
+"""Random sizes to compile a kernel for, each of which takes a while."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 
 def drawn(*strategies: st.SearchStrategy, few: int, many: int) -> Callable:
-    """Make a test of a machine and of drawn values: of ``few`` draws by default, and of ``many`` with -m thorough."""
+    """Make a test of a machine and of random values: with ``few`` draws by default, and ``many`` with -m thorough."""
 
     def decorate(test: Callable) -> Callable:
         @pytest.mark.parametrize("draws", [few, pytest.param(many, marks=pytest.mark.thorough)])

@@ -1,7 +1,7 @@
-"""Run the CPU kernels on tensors between pages that may not be touched: a script, for it dies of what it tests for.
+"""Run the CPU kernels on tensors between protected pages. It is a script, because a bad access ends its process.
 
-Prints a line for each case. An access before the first byte of a tensor, or behind its last one, is a segmentation
-fault; an access to memory in between is seen by the values.
+Prints a line for each case. An access before the first byte of a tensor, or after its last one, is a segmentation
+fault; an access to memory in between shows in the values.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""The cache of compiled kernels: what is found there runs, so it has to be this user's own and whole."""
+"""The cache of compiled kernels: its code is run, so it has to be this user's own and complete."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from convnext_fast.kernels.cpu import code_cache
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """The cache's folder, which is not there yet."""
+    """The cache's folder, which does not exist yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     code_cache._warn.cache_clear()
     return tmp_path / "cache" / "convnext_fast"
@@ -59,7 +59,7 @@ def test_nobody_else_may_write(place, code):
 
 
 def empty(content):
-    """No code, and the digest that it would have if the key took no part."""
+    """No code, and its digest without the key."""
     return code_cache.hashlib.sha256(b"").digest()
 
 

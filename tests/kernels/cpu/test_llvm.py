@@ -39,18 +39,18 @@ sizes = st.one_of(st.integers(1, 16), st.sampled_from([28, 57, 65, 130]))
 
 
 def check(*draws):
-    """Of each draw (ours, float64's, eager's)."""
+    """Check each draw: (ours, float64's, eager's)."""
     assert all(got.is_contiguous() for got, _, _ in draws)
     assert no_worse_together(draws)
 
 
 def patches(image, patch):
-    """How many patches lie in (images, height, width)."""
+    """The number of patches in (images, height, width)."""
     return image[0] * (image[1] // patch[0]) * (image[2] // patch[1])
 
 
 def run_block(compiled, weights, machine, x, team_size):
-    """(ours, float64's, eager's) of a block, ours by so many threads."""
+    """(ours, float64's, eager's) of a block, ours with ``team_size`` threads."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(team_size)
@@ -97,7 +97,7 @@ def test_no_bias_of_the_convolution(machine):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_default_dtype_and_vectors_of_another_dtype(dtype):
-    """Kernels read float32 whatever else PyTorch would allocate, and whatever the biases are stored in and how."""
+    """Kernels read float32 with any default dtype of PyTorch and any dtype and strides of the biases."""
     weights = frozen_weights(32, 64, 7)
 
     def strided(vector):
@@ -127,7 +127,7 @@ def test_default_dtype_and_vectors_of_another_dtype(dtype):
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("image", [(3, 14, 14), (4, 7, 7), (2, 3, 100), (5, 9, 9)])
 def test_equal_bits_for_every_number_of_threads_and_batch(machine, image, threads):
-    """Whether threads share rows or columns too."""
+    """Also whether threads share rows or columns."""
     block = llvm.CompiledBlock(frozen_weights(96, 192, 7), machine)
     x = torch.randn(*image, 96)
     threads(1)
@@ -290,7 +290,7 @@ def test_a_downsampling_layer_is_prepared_once_and_freed_with_its_weights():
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_gelu_and_its_derivative(machine, monkeypatch):
-    """Numbers of every size: as close to float64 as PyTorch's, and NaN and infinity as the functions have them."""
+    """Numbers of every size: as close to float64 as PyTorch's, with NaN and infinity where the functions have them."""
     monkeypatch.setattr(llvm, "machine_for", lambda *_: machine)
     scale = torch.logspace(-38, 3, 2000)
     x = torch.cat([torch.linspace(-20, 20, 40001), scale, -scale, torch.tensor([0.0, float("nan"), float("inf")])])
@@ -323,7 +323,7 @@ def test_gelu_and_its_derivative(machine, monkeypatch):
 
 
 def test_memory_outside_the_tensors_is_not_touched():
-    """A process that reads or writes a byte before or behind its tensors dies of it."""
+    """Reading or writing a byte before or after the tensors ends the process."""
     script = Path(__file__).with_name("guarded_memory.py")
     support = {**os.environ, "PYTHONPATH": str(script.parents[2])}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, env=support)
@@ -379,8 +379,8 @@ def test_tensors_with_the_negative_bit():
         assert relative_error(ops.frozen_block(torch._neg_view(x), *weights), expected) < 1e-5
 
 
-def test_kernels_of_ever_new_sizes_are_let_go(monkeypatch):
-    """Those that have not run for long leave memory, and come back when they run."""
+def test_kernels_of_many_sizes_are_released(monkeypatch):
+    """Kernels that have not run for long leave memory, and return when they run."""
     assert launching._kernel.cache_info().maxsize
     assert llvm._launch.cache_info().maxsize
     few = functools.lru_cache(2, typed=True)(launching._kernel.__wrapped__)

@@ -55,7 +55,7 @@ def ours(machine, dy, u, residual, norm, mlp, grn, scale, saves):
 
 
 def eager(order, dy, u, residual, *rest):
-    """As `plain` in float32 with the pixels of each sample in another order, in which sums round otherwise."""
+    """As `plain` in float32 with the pixels of each sample in another order, in which sums round differently."""
     y, du, *others = plain(torch.float32, dy[order], u[order], residual[order], *rest)
     back = order.argsort()
     return [y[back], du[back], *others]

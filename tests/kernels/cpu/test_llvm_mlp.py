@@ -47,7 +47,7 @@ def ours(machine, dy, u, residual, norm, mlp, scale, saves):
 
 
 def eager(order, dy, u, residual, norm, mlp, scale):
-    """As `plain` in float32 with the rows in another order, in which sums round otherwise."""
+    """As `plain` in float32 with the rows in another order, in which sums round differently."""
     scale = scale if scale is None else scale[order]
     y, du, *others = plain(torch.float32, dy[order], u[order], residual[order], norm, mlp, scale)
     back = order.argsort()
@@ -63,7 +63,7 @@ def check(*draws):
 
 
 def orders(rows, sample=None):
-    """Three orders of the rows, the first as they are; many rows make sums so long that one order is enough.
+    """Three orders of the rows, first the given one; sums of many rows are so long that one order is enough.
 
     ``sample``: rows that stay together.
     """
@@ -73,7 +73,7 @@ def orders(rows, sample=None):
 
 
 def check_results(draws, names=NAMES):
-    """(ours, float64's, eager's, …) of each draw, each a list of tensors by these names, None for what is absent."""
+    """(ours, float64's, eager's, …) of each draw, each a list of tensors with these names, None for absent ones."""
     for name, *each in zip(names, *(zip(*kinds, strict=True) for kinds in draws), strict=True):
         if each[0][1] is None:
             assert each[0][0] is None or name == "dβ of GRN", name
@@ -127,7 +127,7 @@ def test_sums_over_many_pixels(machine):
 
 
 class Memory(TorchDispatchMode):
-    """The bytes of the largest tensor that is made, of those that are not results."""
+    """The bytes of the largest tensor that is made and is not a result."""
 
     def __init__(self, results):
         super().__init__()
@@ -207,7 +207,7 @@ def test_the_result_may_take_the_place_of_u(machine, scaled):
 
 
 def strided(tensor):
-    """The same values, every second number of what is in memory."""
+    """The same values, in every second number of a memory."""
     return torch.stack((tensor, torch.full_like(tensor, float("nan"))), -1)[..., 0]
 
 
@@ -255,7 +255,7 @@ def test_supported_arguments():
 @pytest.mark.parametrize("saves", [True, False])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_both_ways_with_factors_of_samples(serving, saves, samples, monkeypatch):
-    """What `aten_rows` calls, on the kernels and with ATen's calls."""
+    """What `aten_rows` calls, with the kernels and with ATen's calls."""
     if not serving:
         monkeypatch.setattr(llvm, "machine_for", lambda *_: None)
     called = []

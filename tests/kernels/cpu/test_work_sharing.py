@@ -1,4 +1,4 @@
-"""How the CPU kernels share work: threads seldom wait for one another, and get about the same."""
+"""How the CPU kernels share work: threads seldom wait for each other, and get about equal shares."""
 
 import collections
 import ctypes
@@ -47,7 +47,7 @@ def waits(monkeypatch):
 @pytest.mark.parametrize("rows", [49, 98, 196, 784])
 @pytest.mark.parametrize("team", [2, 3, 4])
 def test_training_waits_only_where_samples_are_summed(rows, team, threads, waits):
-    """A thread that waits for one that another process keeps from running loses a time slice."""
+    """A thread loses a time slice if it waits for one that another process keeps from running."""
     threads(team)
     step(AVX2, *torch.randn(3, rows, 32), *parameters(32, 128), torch.rand(rows, 1), False)
     assert not waits

@@ -1,4 +1,4 @@
-"""Every kernel test runs with outputs that are full of NaN until a kernel writes them."""
+"""Every kernel test runs with outputs full of NaN until a kernel writes them."""
 
 import ctypes
 import struct

@@ -1,4 +1,4 @@
-"""What the depthwise convolution and LayerNorm must give, whatever executes the kernels: checks on one shape each."""
+"""Checks of the depthwise convolution and LayerNorm on one shape each, for all ways to execute the kernels."""
 
 import torch
 from convnext_fast.kernels.dwconv import dwconv_dgrad, dwconv_fwd, dwconv_wgrad
@@ -73,7 +73,7 @@ def check_weight_gradient(
     stream: torch.dtype | None = None,
     again: bool = False,
 ) -> None:
-    """As good as eager's; ``again``: and equal to the bit in a second run."""
+    """As good as eager's; ``again``: and bit-for-bit equal in a second run."""
     x, weight, _, du, _ = draw(shape, taps, dtype, stream)
     got = dwconv_wgrad(x, du, taps)
     _, *reference = dwconv_gradients(x.double(), weight.double(), du.double())
@@ -99,9 +99,9 @@ def check_segments(shape: tuple[int, int, int, int], taps: int, config: TensorCo
 
 
 def check_non_finite(dtype: torch.dtype, exact: bool) -> None:
-    """One NaN and one infinity in x reach every output whose footprint holds them, and little else.
+    """One NaN and one infinity in x reach every output whose footprint holds them, and few others.
 
-    ``exact``: nothing else at all; otherwise at most the tiles of 8 outputs that also read the pixel, in rows that do.
+    ``exact``: no others at all; otherwise at most those in tiles of 8 outputs that read the pixel, in rows that do.
     """
     x, weight, bias, _, _ = draw((2, 12, 26, 16), 7, dtype)
     clean = x.clone()

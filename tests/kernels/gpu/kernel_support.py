@@ -1,8 +1,8 @@
 """What the kernel tests share: float64 references in plain torch, error bounds, poisoned allocations, the emulator.
 
-A kernel may err as much as the same formula written with eager operators in the same dtype errs against float64,
-times two (``assert_as_good_as_eager``). Outputs are allocated full of NaN (``poisoned``), so what is never written
-shows.
+A kernel's error against float64 may be twice that of the same formula in eager operators of the same dtype
+(``assert_as_good_as_eager``). Outputs are allocated full of NaN (``poisoned``), so that elements that are never written
+show.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Within, ``torch.empty`` and ``torch.empty_like`` of a float dtype return tensors full of NaN."""
+    """In this context ``torch.empty`` and ``torch.empty_like`` of a float dtype return tensors full of NaN."""
     names = ("empty", "empty_like")
     real = {name: getattr(torch, name) for name in names}
 
@@ -57,11 +57,11 @@ def assert_as_good_as_eager(
     factor: float = 2.0,
     terms: int = 1,
 ) -> None:
-    """``actual`` errs against the float64 ``reference`` at most ``factor`` times what ``eager`` errs, in RMS and peak.
+    """``actual``'s error against the float64 ``reference`` is at most ``factor`` times ``eager``'s, in RMS and peak.
 
-    Eager can be exact by luck on tiny inputs, so what no implementation can avoid is always allowed: one rounding of
-    the result to ``actual``'s dtype and the random walk of a float32 sum of ``terms`` terms. Shapes must agree and
-    ``actual`` must be finite.
+    Eager can be exact by luck on tiny inputs, so errors that no implementation can avoid are always allowed: one
+    rounding of the result to ``actual``'s dtype and the random walk of a float32 sum of ``terms`` terms. Shapes must
+    agree and ``actual`` must be finite.
     """
     assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
     if reference.numel() == 0:
@@ -77,10 +77,10 @@ def assert_as_good_as_eager(
 
 
 class TruncatedProducts(TorchDispatchMode):
-    """Eager TF32 on the CPU: matrix products and dense convolutions, backward ones too, of what tensor cores see.
+    """Eager TF32 on the CPU: matrix products and dense convolutions, also backward, of the numbers tensor cores see.
 
-    Triton hands float32 operands over as they are (no ``cvt.rna`` in its PTX), and the tensor cores take no more than
-    ten bits of each mantissa. Sums stay in float32; depthwise convolutions are exact products, as ours are.
+    Triton passes float32 operands unchanged (no ``cvt.rna`` in its PTX), and the tensor cores use only ten bits of each
+    mantissa. Sums stay in float32; depthwise convolutions are exact products, as ours are.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -104,7 +104,7 @@ def truncated(x: torch.Tensor) -> torch.Tensor:
 
 
 def eager_products(dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Within, eager operators multiply as PyTorch would on a GPU in ``dtype``: with TF32 where its switch allows it."""
+    """In this context eager operators multiply as on a GPU in ``dtype``: with TF32 if PyTorch's switch allows it."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return TruncatedProducts() if allowed else contextlib.nullcontext()
 
@@ -138,7 +138,7 @@ def dwconv_gradients(
 
 
 def merged_statistics(stats: torch.Tensor, block: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, variance), float64 of shape (P,), of partial statistics (NB, P, 2) with ``block`` channels a block."""
+    """(mean, variance), float64 of shape (P,), of partial statistics (NB, P, 2) with ``block`` channels per block."""
     counts = torch.tensor([min(block, channels - b * block) for b in range(stats.shape[0])], dtype=torch.float64)[
         :, None
     ]

@@ -32,8 +32,8 @@ class Case:
     """``samples`` images of ``pixels`` pixels each; ``full``: with all optional operands, not without; ``grn``: with
     a global response norm.
 
-    With few numbers an error is a matter of luck, of eager's luck too: ``draws`` of the inputs are taken together.
-    ``offset``: the deviation of a pixel's mean over the channels, in units of that about it.
+    With few numbers an error is a matter of luck, ours and eager's, so ``draws`` of the inputs are taken together.
+    ``offset``: the deviation of a pixel's mean over the channels, in units of the deviation about it.
     """
 
     samples: int
@@ -127,17 +127,17 @@ def run_forward(case: Case, given: dict, forward, save_hidden: bool = False):
 
 
 def eager_reference(case: Case, given: dict) -> dict[str, torch.Tensor]:
-    """What eager operators give in the case's dtype.
+    """The results of eager operators in the case's dtype.
 
-    One channel less its mean is zero, and rstd is eps^-½. Eager subtracts first, which is exact; most kernels multiply
-    first, so that x̂ is a difference of equal terms u·rstd, each rounded by up to 2⁻²⁴ of it: so is x̂ here.
+    One channel minus its mean is zero, and rstd is eps^-½. Eager subtracts first, which is exact; most kernels multiply
+    first, so that x̂ is a difference of equal terms u·rstd, each rounded by up to 2⁻²⁴ of it. So it is here, too.
     """
     with eager_products(case.dtype):
         return mlp_reference(case, given, case.dtype, off=2.0**-24 if case.channels == 1 else 0.0)
 
 
 def assert_each_as_good_as_eager(results: list[tuple[dict, dict, dict]], terms: int = 1) -> None:
-    """Of each result by name, in all draws together: (ours, eager's, float64's)."""
+    """Check each result by name, in all draws together; ``results``: (ours, eager's, float64's) of each draw."""
     for name in results[0][0]:
         assert_as_good_as_eager(
             *(torch.stack([kind[name] for kind in kinds]) for kinds in zip(*results, strict=True)), name, terms=terms
@@ -169,7 +169,7 @@ def check_result_in_two_dtypes(case: Case, forward) -> None:
 
 
 def check_backward(case: Case, backward=mlp_bwd, save_hidden: bool = False, again: bool = False) -> None:
-    """Every gradient as good as eager autograd's; ``again``: and equal to the bit in a second run."""
+    """Every gradient as good as eager autograd's; ``again``: and bit-for-bit equal in a second run."""
     results = []
     for draw in range(case.draws):
         given = inputs(case, draw)
@@ -185,7 +185,7 @@ def check_backward(case: Case, backward=mlp_bwd, save_hidden: bool = False, agai
 
 
 def gradients(case: Case, given: dict, backward, save_hidden: bool) -> dict[str, torch.Tensor]:
-    """Every gradient that the kernels make, by the name of what it is like."""
+    """Every gradient that the kernels make, by the name of its tensor."""
     _, a, stats = run_forward(case, given, mlp_fwd, save_hidden)
     folded = fold_fwd(weights_of(given), case.dtype, layer_scale=True)
     rest = (given["dy"], given["u"], stats, a, *folded, given["drop_scale"], EPS, case.act)
@@ -235,7 +235,7 @@ def half_autocast_reference(given: dict, pixels: int, dtype: torch.dtype | None)
 
 
 def check_small_layer_scale(case: Case, layer_scale: float, loss_scale: float, backward=mlp_bwd) -> None:
-    """γ as it is at the start of training, or large, beside gradients as a loss scale makes them."""
+    """γ as at the start of training, or large, with gradients as a loss scale makes them."""
     given = inputs(case)
     given["gamma"] = given["gamma"] * layer_scale
     given["dy"] = given["dy"] * loss_scale

@@ -1,4 +1,4 @@
-"""A small model's training step through the kernels, and the demo's digits: what both proofs run."""
+"""A small model's training step and the demo's digits, for the interpreter and for executed machine code."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def relative_errors(results: list[torch.Tensor], exact: list[torch.Tensor]) -> t
 
 
 def check_training_step(dtype: torch.dtype, recompute: int, through_kernels) -> float:
-    """A step through the kernels errs against float64 at most twice as much as eager's in that dtype and precision.
+    """The error of a step with the kernels against float64 is at most twice eager's in that dtype and precision.
 
-    Compared is the root mean square of the relative errors of the logits and of all gradients. Each alone may have four
-    times eager's, for a single small gradient's error is a matter of luck, of eager's luck too, or the 1e-5 that all
-    paths are held to in float32: the identity behind γ's gradient sums terms larger than their sum. Returns that mean.
+    It compares the root mean square of the relative errors of the logits and of all gradients. Each error alone may be
+    four times eager's, because a single small gradient's error is a matter of luck, also in eager, or the 1e-5 that all
+    paths must keep in float32: the identity behind γ's gradient sums terms larger than their sum. Returns that mean.
     """
     model = small_model(dtype)
     model.recompute = recompute

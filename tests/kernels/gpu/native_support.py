@@ -1,4 +1,4 @@
-"""A stand-in for CUDA's driver, for plans that C repeats on CPU tensors."""
+"""A stand-in for CUDA's driver, for plans that C replays on CPU tensors."""
 
 import ctypes
 import operator
@@ -22,8 +22,8 @@ _DEVICE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int))
 class StandIn:
     """``driver``, whose launches call ``launch(function, grid, threads, shared, stream, parameters)``.
 
-    ``device`` is the current one (a CPU's is −1), ``stream`` the current stream. An exception in ``launch`` is printed,
-    and is an error of the driver, which C raises.
+    ``device`` is the current one (a CPU's is −1), ``stream`` the current stream. An exception in ``launch`` is printed
+    and becomes an error of the driver, which C raises.
     """
 
     def __init__(self, launch, allocate=None, function_of=operator.attrgetter("function")):
@@ -51,7 +51,7 @@ def _allocate(shape, strides, dtype):
 
 
 def values_of(kernel, parameters):
-    """What a launch passes, as Python numbers, None for what the kernel was compiled for."""
+    """The parameters of a launch as Python numbers; None for constants that the kernel was compiled with."""
     values = []
     for kind in kernel.src.signature.values():
         if kind == "constexpr":

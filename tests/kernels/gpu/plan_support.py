@@ -32,13 +32,13 @@ class Kernel:
 
 
 def launched(kernel, grid, *parameters):
-    """As `launching.launch` tells a recording of a launch."""
+    """Report a launch to the recording, as `launching.launch` does."""
     if launch_hook.recording is not None:
         launch_hook.recording.note(kernel, grid, parameters)
 
 
 def known(function, *arguments):
-    """The function, replayed, that has the plan of such a call."""
+    """The replayed function, which already has a plan for such a call."""
     call = replaying.replayed(function)
     with mock.patch.object(replaying.Calls, "_repeat"):
         call(*arguments)

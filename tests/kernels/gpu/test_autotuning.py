@@ -1,4 +1,4 @@
-"""The choice of a configuration by measurement: made once, stored, read back. The measures are given numbers."""
+"""The choice of a configuration by measurement: made once, stored, read back. The measured times are made up."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def test_the_fastest_is_chosen_stored_and_read_back(monkeypatch):
     times = dict(zip(CANDIDATES, (3.0, 1.0, 2.0), strict=True))
     assert choose(KEY, CANDIDATES, times.__getitem__) == CANDIDATES[1]
     assert choose(KEY, CANDIDATES, never) == CANDIDATES[1]
-    monkeypatch.setattr(autotuning, "_chosen", {})  # another process
+    monkeypatch.setattr(autotuning, "_chosen", {})  # as in another process
     assert choose(KEY, CANDIDATES, never) == CANDIDATES[1]
     assert choose(KEY, CANDIDATES, None) == CANDIDATES[1]
     with pytest.raises(AssertionError, match="measured again"):

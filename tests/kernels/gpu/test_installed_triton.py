@@ -12,12 +12,12 @@ sys.path.append(str(Path(__file__).resolve().parents[3]))  # bench/ is not insta
 from bench.static_analysis.analysis import analyse
 from bench.static_analysis.sweep import collect, describe, passes
 
-# In 16 bits, the most that was seen with Triton 3.5.1, 3.6.0 or 3.8.0. test_budgets.py asks for none, of 3.9.
+# The most seen in 16 bits with Triton 3.5.1, 3.6.0 or 3.8.0. test_budgets.py requires none with Triton 3.9.
 SPILLS = {
     "_mlp_fwd_kernel": 4,
     "_fc1_kernel": 10,
     "_hidden_grad_kernel": 79,
-    "_weight_kernel": 27,  # and takes a third less time than a tile without, by the resource model
+    "_weight_kernel": 27,  # takes a third less time than a tile without spills, in the resource model
     "_stem_bwd_kernel": 59,
 }
 
@@ -36,7 +36,7 @@ def test_every_kernel_compiles(variant, dtype):
     for name, kernel in first.items():
         try:
             spills = analyse(kernel.specialised, mix=False).spills
-        except Exception as error:  # Triton raises many kinds, and all kernels that fail are to be seen
+        except Exception as error:  # Triton raises many kinds, and the test shows all kernels that fail
             wrong.append(f"{describe(kernel)}: {type(error).__name__}: {error}")
             continue
         if dtype != "fp32" and spills > SPILLS.get(name, 0):

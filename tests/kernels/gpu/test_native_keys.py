@@ -1,4 +1,4 @@
-"""The keys by which C finds the plan of a call: equal for calls that may share one, and none for what C cannot read."""
+"""The keys with which C finds the plan of a call: equal if calls may share one, and none for what C cannot read."""
 
 import struct
 
@@ -64,7 +64,7 @@ def test_subclasses_and_missing_memory_have_no_key():
 
 
 def test_what_stands_for_a_tensor_has_its_key():
-    """So that a call within a recording finds the plan of the same call outside of one."""
+    """So that a call in a recording finds the plan of the same call outside of one."""
     module = native_plan.library() or pytest.skip("needs a C compiler")
     keys = []
     for x in (X, X.t(), X[:, 1:], torch.randn(3)[1:], torch.tensor(1.0), X.bfloat16(), torch.randn(2, 3, 4, 5).half()):

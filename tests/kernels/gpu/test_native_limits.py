@@ -1,4 +1,4 @@
-"""Plans that C does not repeat, or refuses: then Python repeats them, with a warning where it helps."""
+"""Plans that C does not replay, or refuses: then Python replays them, with a warning where that helps."""
 
 import dataclasses
 import threading
@@ -15,7 +15,7 @@ from plan_support import PTX, WEIGHT, Kernel, X, known, launched, scaled
 
 @pytest.fixture
 def _nan_poisoned_allocations():
-    """Its mode would hear of every allocation, and calls that one hears of are not repeated."""
+    """Its mode would see every allocation, and calls that a mode sees are not replayed."""
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_launches_that_are_more_than_a_kernel_on_a_grid(device, kernel):
     ids=["another size", "fewer", "a descriptor", "more that are no pointers"],
 )
 def test_a_kernel_that_takes_other_parameters(device, ptx):
-    """As of a version of Triton that is not known yet: one warning, and Python launches."""
+    """As with an unknown version of Triton: one warning, and Python launches."""
     native_plan._warn.cache_clear()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -57,7 +57,7 @@ def test_a_kernel_that_takes_other_parameters(device, ptx):
 
 
 def test_more_tensors_than_c_has_room_for(device):
-    """The key says so too, which Python then does not ask for."""
+    """They have no key either, and Python replays without asking for one."""
     weights = tuple(torch.randn(1) for _ in range(1024))
     kernel = Kernel()
 
@@ -125,7 +125,7 @@ def test_a_recording_takes_no_memory_and_computes_nothing(device):
 
 
 def test_first_calls_of_several_threads_are_made_once(device):
-    """The others wait, for Triton compiles in the first call, and repeat the plan."""
+    """The others wait, because Triton compiles in the first call, and then replay the plan."""
     made, together, written = [], threading.Barrier(6), scaled(Kernel())
 
     def function(x, weight):

@@ -1,6 +1,6 @@
-"""Plans that C repeats: what it launches with, and when it leaves a call to Python.
+"""Plans that C replays: the parameters of its launches, and when it leaves a call to Python.
 
-Nothing is compiled for a GPU here: a stand-in for CUDA's driver notes what it is asked to launch, on CPU tensors.
+Nothing is compiled for a GPU here: a stand-in for CUDA's driver records the launches, on CPU tensors.
 """
 
 import gc
@@ -19,11 +19,11 @@ from triton import knobs
 
 @pytest.fixture
 def _nan_poisoned_allocations():
-    """Its mode would hear of every allocation, and calls that one hears of are not repeated."""
+    """Its mode would see every allocation, and calls that a mode sees are not replayed."""
 
 
 def test_what_is_launched(device):
-    """Each parameter in its place, pointers of this call's tensors with their offsets, null pointers after them."""
+    """Each parameter in its place, pointers to this call's tensors with their offsets, then null pointers."""
     call = known(scaled(Kernel()), X, WEIGHT)
     x, weight = torch.randn(8, 4), torch.randn(6)
     device.stream = 4711
@@ -39,7 +39,7 @@ def test_what_is_launched(device):
 
 
 def test_a_tensor_that_moved_is_found_where_it_is(device):
-    """The same Python tensor in other memory: `.data`, `set_`, and one freed and allocated anew."""
+    """The same Python tensor in other memory: `.data`, `set_`, and one freed and allocated again."""
     weight = WEIGHT.clone()
     call = known(scaled(Kernel()), X, weight)
     moves = (
@@ -77,7 +77,7 @@ def test_what_differs_has_a_plan_of_its_own(device, change):
 
 
 def test_a_weight_changed_in_place_is_noticed(device):
-    """Its strides, with the address and the Python tensor as they were."""
+    """Its strides change; its address and the Python tensor do not."""
     weight = torch.randn(6, 6)
     call = known(scaled(Kernel()), X, weight)
     call(X, weight)
@@ -129,7 +129,7 @@ def test_parts_of_one_allocation(device):
 
 
 def test_parts_of_the_allocation_of_a_part(device):
-    """What a call within a recording returns of an allocation lies there in the plan around it too."""
+    """If a call in a recording returns a part of an allocation, the plan around it uses the same part."""
     kernel = Kernel()
 
     @replaying.replayed
@@ -227,7 +227,7 @@ def test_what_is_composed_is_one_plan_of_the_calls_of_others(device):
 
 
 def test_a_recording_that_waits(device):
-    """Each kind of call waits for itself, and calls as they are written do the same."""
+    """Each kind of call counts for itself; calls without a plan launch the same."""
     step = replaying.replayed(scaled(Kernel()))
     call = replaying.composed(lambda x, weight: step(x, weight), wait=2)
     for times, plans in enumerate((0, 0, 1, 1), 1):
@@ -253,7 +253,7 @@ def test_a_part_that_has_no_plan_is_made_as_it_is_written(device):
 
 
 def test_scratch_memory_of_a_kernel_is_in_no_place_that_the_call_uses(device):
-    """The memory that Triton asked for at the launch, the first pointer after the parameters."""
+    """It is the memory that Triton asks for at the launch, the first pointer after the parameters."""
     asking = Kernel(ptx=PTX.replace("_param_4", "_param_4,\n.param .u64 kernel_param_5"), global_scratch_size=128)
 
     def function(x, weight):
@@ -270,8 +270,8 @@ def test_scratch_memory_of_a_kernel_is_in_no_place_that_the_call_uses(device):
     assert scratch >= read + 1000 or scratch + 4 * 128 <= read
 
 
-def test_hooks_of_a_profiler_hear_every_launch(device):
-    """Then Triton's own launcher launches, which calls them."""
+def test_hooks_of_a_profiler_see_every_launch(device):
+    """Then Triton's own launcher launches and calls the hooks."""
     call = known(scaled(Kernel()), X, WEIGHT)
     hooks = knobs.runtime.launch_enter_hook
     with mock.patch.object(Plan, "repeat", autospec=True, return_value="by Python") as repeat:
@@ -301,7 +301,7 @@ def test_another_current_device_is_left_to_python(device):
     assert isinstance(call(X, WEIGHT), torch.Tensor)
 
 
-def test_modes_that_dispatch_hear_of_allocations(device):
+def test_dispatch_modes_see_allocations(device):
     call = known(scaled(Kernel()), X, WEIGHT)
     call(X, WEIGHT)
     with (
@@ -332,7 +332,7 @@ def test_an_error_of_the_allocator_is_raised(device):
 
 def test_threads_repeat_one_plan_at_a_time_each_with_its_own_tensors(device):
     call = known(scaled(Kernel()), X, WEIGHT)
-    device.seconds = 1e-3  # between the call of the driver and its look at the parameters, others run
+    device.seconds = 1e-3  # between the call of the driver and its read of the parameters, others run
     wanted = []
 
     def work():

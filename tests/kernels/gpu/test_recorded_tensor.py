@@ -1,4 +1,4 @@
-"""What stands for a tensor in a recording: views as PyTorch takes them, and a kernel for each kind of launch."""
+"""What stands for a tensor in a recording: views as PyTorch makes them, and a kernel for each kind of launch."""
 
 from types import SimpleNamespace
 
@@ -31,7 +31,7 @@ VIEWS = {
 
 @pytest.fixture
 def _nan_poisoned_allocations():
-    """Its functions take the place of PyTorch's, which recordings know."""
+    """Its functions would replace PyTorch's, which recordings know."""
 
 
 def seen_by(function, *args):
@@ -44,7 +44,7 @@ def seen_by(function, *args):
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize("x", [DENSE, TURNED, FLAT, CUT], ids=["dense", "turned", "flat", "cut"])
 def test_views_are_those_of_torch(x, view):
-    """Where PyTorch has to copy, or refuses, nothing is recorded, but for `contiguous`, which launches a kernel."""
+    """If PyTorch has to copy, or refuses, nothing is recorded, except for `contiguous`, which launches a kernel."""
     if view is VIEWS["contiguous"] and not x.is_contiguous():
         return
     try:
@@ -129,12 +129,12 @@ def test_what_is_more_than_a_view_is_not_recorded(function, inference):
     assert torch.equal(X, before)
 
 
-def test_a_mistake_in_a_recorded_call_is_told():
+def test_a_mistake_in_a_recorded_call_warns():
     with pytest.warns(RuntimeWarning, match="calls of dim are not recorded, which is slow: TypeError"):
         assert record(torch.Tensor.dim, (X, X)) is None
 
 
-def test_a_tensor_of_nobody_is_not_recorded():
+def test_an_unknown_tensor_is_not_recorded():
     def call(x):
         launched(Kernel(), (1,), x, 1, 1.0, 0, WEIGHT)
         return torch.empty_like(x)

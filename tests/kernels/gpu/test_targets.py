@@ -1,4 +1,4 @@
-"""Which target a device is served by, and which devices the kernels serve at all."""
+"""The target that is used for a device, and which devices the kernels support."""
 
 import pytest
 import torch

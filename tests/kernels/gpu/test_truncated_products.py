@@ -1,4 +1,4 @@
-"""The eager TF32 that kernels are held against multiplies what tensor cores would see, and nothing else changes."""
+"""The eager TF32 that kernels are compared with multiplies what tensor cores see, and changes nothing else."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_linear_forward_and_backward(dims):
         y = F.linear(*leaves)
         grads = torch.autograd.grad(y, leaves, dy)
     x, weight, dz = (truncated(t.detach()) for t in (x, weight, dy))
-    torch.testing.assert_close(y, F.linear(x, weight, bias))  # not bit for bit: threads cut the sums
+    torch.testing.assert_close(y, F.linear(x, weight, bias))  # not bit for bit: threads split the sums
 
     def gradients(dtype):
         rows, inputs = dz.flatten(0, -2).to(dtype), x.flatten(0, -2).to(dtype)

@@ -38,7 +38,7 @@ def test_parts_cover_the_width_and_waste_little(target, split):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("channels", [96, 128, 192, 256, 384])
 def test_programs_of_the_weight_gradients_fill_the_chip(channels, target, dtype):
-    """More shares than that are partial sums that are written and read in vain."""
+    """More shares would only write and read more partial sums."""
     rows = 100_000
     for (config, share), products, columns in (
         (downsample_weight_config(rows, channels, 2 * channels, 4, dtype, target), 4, 2 * channels),
@@ -112,7 +112,7 @@ def test_tiles_of_other_targets_do_not_depend_on_the_number_of_rows(target):
 
 @pytest.fixture
 def matmul():
-    """PyTorch's switches for float32 products, put back afterwards to what they are in a new process."""
+    """PyTorch's switches for float32 products, reset afterwards to their values in a new process."""
     yield torch.backends.cuda.matmul
     torch.set_float32_matmul_precision("highest")
     if hasattr(torch.backends, "fp32_precision"):

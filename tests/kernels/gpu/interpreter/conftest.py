@@ -1,7 +1,7 @@
 """Tests of the kernels in Triton's interpreter, which must be chosen before Triton is imported.
 
-Run them in a process of their own: ``TRITON_INTERPRET=1 pytest tests/kernels/gpu/interpreter``. Elsewhere nothing here
-is collected.
+Run them in a process of their own: ``TRITON_INTERPRET=1 pytest tests/kernels/gpu/interpreter``. Without the variable,
+nothing here is collected.
 """
 
 import os
@@ -16,10 +16,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 @pytest.fixture
 def last_program(request, monkeypatch):
-    """The first launch runs its last program only, the others nothing, on memory that is reserved and never filled.
+    """The first launch runs only its last program, the others nothing, on memory that is reserved and never filled.
 
-    For tensors of more than 2³¹ elements of which only the end is touched. Returns ``torch.empty`` without poison. An
-    indirect parameter is the number of the launch that runs.
+    For tensors of more than 2³¹ elements of which only the end is accessed. Returns ``torch.empty`` without poison. An
+    indirect parameter is the number of the launch that runs instead of the first.
     """
     from triton.runtime.interpreter import interpreter_builder
 

@@ -1,4 +1,4 @@
-"""Element indices beyond 2^31: the last program of a launch over huge tensors, of which only the end is touched."""
+"""Element indices beyond 2^31: the last program of a launch over huge tensors, of which only the end is accessed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Element indices beyond 2^31 in the wide MLP's backward and in patchify's: the last program of a launch each."""
+"""Element indices beyond 2^31 in the wide MLP's backward and in patchify's: the last program of each launch."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ STEP = GemmConfig(32, 64, 16, 4, 1)
 
 @pytest.fixture
 def hidden(last_program, monkeypatch):
-    """What the wide backward allocates: its tensors of P rows end in ``TAIL`` rows of data."""
+    """The allocations of the wide backward: its tensors of P rows end in ``TAIL`` rows of data."""
     made = []
 
     def allocate(*args, **kwargs):

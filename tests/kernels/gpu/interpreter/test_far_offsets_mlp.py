@@ -14,7 +14,7 @@ from kernel_support import assert_as_good_as_eager
 
 C = K = 64
 P = 2**31 // C + 128 + 16
-TAIL = 16  # rows of the last program, whatever its tile
+TAIL = 16  # rows of the last program, for any tile
 EPS = 1e-6
 
 

@@ -39,7 +39,7 @@ def step(model, x):
 
 @pytest.mark.parametrize(("dtype", "recompute"), [(torch.float32, 2), (torch.float16, 1)])
 def test_training_step(dtype, recompute):
-    """At a size that no stride divides; by the bound of `model_cases.check_training_step`."""
+    """At a size that no stride divides, with the bound of `model_cases.check_training_step`."""
     model = host(dtype)
     x = torch.randn(2, 3, 42, 29, generator=torch.Generator().manual_seed(5)).to(dtype)
     eager, exact = step(model, x), step(copy.deepcopy(model).double(), x.double())

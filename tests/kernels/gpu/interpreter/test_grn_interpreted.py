@@ -87,7 +87,7 @@ def test_samples_do_not_mix(form):
 
 @pytest.mark.parametrize("form", FORMS, ids=IDS)
 def test_a_unit_that_is_zero_everywhere(form):
-    """Its norm is 0, which the backward divides by."""
+    """Its norm is 0, and the backward divides by it."""
     case = dataclasses.replace(SMALL, act="relu", dtype=torch.float32)
     given = inputs(case)
     given["b1"][::3] = -100.0

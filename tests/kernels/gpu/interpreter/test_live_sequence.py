@@ -1,4 +1,4 @@
-"""Unfrozen models without a call of their modules: the bits of calls of modules, and what has the modules called."""
+"""Unfrozen models that run without calling their modules: the same bits, and the reasons to call the modules."""
 
 import itertools
 import warnings
@@ -20,7 +20,7 @@ DEEP = ConvNextConfig(num_stages=2, hidden_sizes=[8, 8], depths=[1, 2], num_labe
 
 @pytest.fixture(autouse=True)
 def runs(monkeypatch):
-    """Whether each look for a whole run found one."""
+    """Whether each search for a whole run found one."""
     found = []
 
     def watched(*arguments):
@@ -49,7 +49,7 @@ def by_modules(monkeypatch):
 
 @pytest.fixture(params=[block_group, block_group_operator], ids=["node", "operator"])
 def _groups(request, monkeypatch):
-    """Blocks one after another as a node of autograd's, or as the operator that a compiler gets."""
+    """Consecutive blocks as an autograd node, or as the operator that a compiler gets."""
     monkeypatch.setattr(block_group, "run", request.param.run)
 
 
@@ -113,7 +113,7 @@ def test_autocast(runs, by_modules, dtype):
 
 @pytest.mark.usefixtures("_groups")
 def test_parts_that_take_no_gradient(runs, by_modules):
-    """Some weights of some blocks, all that comes before a block, and everything but the head."""
+    """Some weights of some blocks, everything before a block, and everything but the head."""
     model, x = deep().train(), torch.randn(1, 3, 8, 8)
     blocks = model.stages[1].blocks
     for frozen in (
@@ -191,7 +191,7 @@ def test_changes_are_noticed(runs, by_modules):
         runs.clear()
         assert torch.equal(forward(), by_modules(forward))
         assert tuple(runs) == expected_runs
-        forward()  # what was found lasts to the next call
+        forward()  # the result of a search lasts until the next call
 
     check(True)
     with torch.no_grad():
@@ -215,7 +215,7 @@ def test_checkpointing_calls_the_blocks(runs, after_a_run):
     model = deep().train()
     if after_a_run:
         for stage in model.stages:
-            stage.register_forward_hook(lambda *_: None)  # each stage looks for itself
+            stage.register_forward_hook(lambda *_: None)  # each stage searches for itself
         model(torch.randn(1, 3, 8, 8))
         runs.clear()
     model.set_grad_checkpointing()
@@ -225,7 +225,7 @@ def test_checkpointing_calls_the_blocks(runs, after_a_run):
 
 
 def test_a_hook_in_a_new_dictionary_is_called(runs):
-    """As recipes leave it that remove all hooks."""
+    """Recipes that remove all hooks leave a new dictionary."""
     model, x, calls = deep().eval(), torch.randn(1, 3, 8, 8), []
     for module in (model.stages[0].blocks[0], model.stages[1].blocks[0].norm):
         model(x)
@@ -239,8 +239,8 @@ def test_a_hook_in_a_new_dictionary_is_called(runs):
     assert calls == [1, 1]
 
 
-def test_a_stem_under_autocast_is_no_part_of_a_plan(monkeypatch):
-    """Its result has another dtype, on a GPU."""
+def test_a_stem_under_autocast_is_not_in_a_plan(monkeypatch):
+    """On a GPU its result has another dtype."""
     model = deep().half().eval()
     sequence = live_sequence.LiveSequence(steps_of(nn.Sequential(model.stem, model.stages), frozen=False))
     x = torch.randn(1, 3, 8, 8).half()
@@ -267,7 +267,7 @@ def test_a_layer_that_does_more_is_called(runs):
     assert calls == [1]
 
 
-def test_looking_for_a_run_in_vain_costs_ever_less(monkeypatch):
+def test_failed_searches_for_a_run_become_rare(monkeypatch):
     model, x = deep().eval(), torch.randn(1, 3, 8, 8)
     model.stages[1].blocks[1].register_forward_hook(lambda *_: None)
     looks, find = [], whole_runs._steps_of_parts

@@ -104,6 +104,6 @@ def test_backward_of_an_empty_batch(case):
     ("layer_scale", "loss_scale"), [(1e-6, 2.0**13), (1e-3, 2.0**4), (1.0, 1.0), (300.0, 2.0**-8), (0.0, 1.0)]
 )
 def test_layer_scales_of_float16(backward, layer_scale, loss_scale):
-    """γ·w2 alone would vanish in float16 at the start of training, and be infinite beside a large γ."""
+    """γ·w2 alone would vanish in float16 at the start of training, and be infinite with a large γ."""
     case = Case(3, 25, 40, 72, torch.float16, residual_dtype=torch.float32)
     check_small_layer_scale(case, layer_scale, loss_scale, backward)

@@ -1,4 +1,4 @@
-"""The wide MLP's forward fed by TMA: values in the interpreter, on two programs, so that each takes several tiles."""
+"""The wide MLP's forward with TMA loads: values in the interpreter, with two programs of several tiles each."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_result_in_two_dtypes():
 
 @pytest.mark.parametrize("absent", NEUTRAL)
 def test_without_an_operand(absent):
-    """As with zeros or ones in its place."""
+    """The same as with zeros or ones instead of it."""
     given = inputs(CASE)
     neutral = given | {absent: NEUTRAL[absent](given[absent].shape, dtype=given[absent].dtype)}
     with planned_for("sm_90"):
@@ -67,8 +67,8 @@ def test_without_an_operand(absent):
 
 
 def test_choice(monkeypatch):
-    """Where it is asked for, on two targets, in 16 bits, for rows and addresses of multiples of 16 bytes, and tiles for
-    all processors.
+    """TMA is used only on request, on two targets, in 16 bits, for rows and addresses that are multiples of 16 bytes,
+    and with tiles for all processors.
     """
     u, w1, w2 = (torch.empty(shape, dtype=torch.float16) for shape in ((9, 256), (264, 256), (256, 264)))
     with planned_for("sm_90"):

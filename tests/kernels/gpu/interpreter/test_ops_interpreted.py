@@ -50,7 +50,7 @@ def test_strided_operands_of_a_block(name):
 
 
 def negative(t):
-    """The same values, which in memory have the other sign."""
+    """The same values, with the opposite sign in memory."""
     return torch._neg_view(-t)
 
 
@@ -76,7 +76,7 @@ def test_expanded_drop_scale():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_an_epsilon_of_zero(dtype):
-    """Rows beyond the pixels, which a tile holds too, divide by nothing."""
+    """Rows of a tile beyond the last pixel do not divide by zero."""
     x, tensors = block_inputs()
 
     def run(x, given):
@@ -97,7 +97,7 @@ def test_an_epsilon_of_zero(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_block_under_autocast(dtype):
-    """Its result is as wide as γ, whatever x is, and the gradient of x is like x."""
+    """Its result is as wide as γ for any x, and the gradient of x has the dtype of x."""
     x, tensors = block_inputs()
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
 
@@ -127,7 +127,7 @@ def test_result_of_an_mlp_without_residual_has_the_dtype_of_eager(gamma_dtype):
 
 @pytest.mark.parametrize("name", ["convnext_block", "dwconv_layernorm", "pointwise_mlp", "patchify_stem", "downsample"])
 def test_a_batch_of_cotangents(name):
-    """Is refused by name: the kernels take one at a time."""
+    """It is refused with its name: the kernels take one cotangent at a time."""
     x, tensors = block_inputs()
     block, affine = list(tensors.values()), (tensors["ln_weight"], tensors["ln_bias"])
     arguments = {

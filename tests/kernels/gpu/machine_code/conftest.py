@@ -1,6 +1,6 @@
 """Tests that execute compiled sm_80 machine code on CPU tensors, and tests of what the compiler makes.
 
-The emulator is a folder ``sass_emulator`` under the path in CONVNEXT_FAST_SASS_EMULATOR, else under
+The emulator is the folder ``sass_emulator`` in the path in CONVNEXT_FAST_SASS_EMULATOR, else in
 ``../shared/tools`` beside the repository. Under TRITON_INTERPRET=1 nothing compiles, so nothing here is collected.
 """
 

@@ -1,4 +1,4 @@
-"""Backward launches in a compiler's graph: one graph serves any batch, though their sums are cut by the batch."""
+"""Backward launches in a compiler's graph: one graph serves any batch, though their sums are split by the batch."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
-"""What the compiler makes of the launches of whole models, and the counts of a whole pass, against their budgets.
+"""The compiled launches of whole models, and the counts of a whole pass, compared with their budgets.
 
 By default inference of ConvNeXt-T in bf16 for sm_90. With ``-m thorough``, its training at recomputation level 1;
-inference of T in three dtypes for every target; training with drop path in 15 cases in which every two of model, dtype,
-target and level meet; and T under autocast. With ``-m exhaustive`` every model, dtype, target and level, with and
+inference of T in three dtypes for every target; training with drop path in 15 cases that cover every pair of model,
+dtype, target and level; and T under autocast. With ``-m exhaustive`` every model, dtype, target and level, with and
 without drop path.
 Launches are recorded on fake tensors (bench/recording.py), compiled once for each specialisation, never run.
 """
@@ -37,7 +37,7 @@ LEVELS = (1, 2, 0)  # of recomputation
 PRECISIONS = ("bf16", "fp16", "fp32")
 FIVE = tuple(target for target in TARGETS if target != "sm_86")  # which is sm_80 with less shared memory
 MODELS = (("tiny",), ("atto",), ("base", "xlarge"))  # base and xlarge share kernels: they have three widths in common
-# Models, dtype, target and level: a Latin square, in which every two of the four meet.
+# Models, dtype, target and level: a Latin square, which covers every pair of values of two of them.
 TRAINING = [
     (models, PRECISIONS[(m + t) % 3], target, LEVELS[(m + 2 * t) % 3])
     for t, target in enumerate(FIVE)
@@ -45,49 +45,50 @@ TRAINING = [
 ]
 
 
-# The backward of a stem of more than 256 channels, in any dtype, the most of any target. With 16 rows it would spill
-# nothing, and take 1.6 times as long by the resource model.
+# The backward of a stem of more than 256 channels, in any dtype, the most of any target. With 16 rows it would not
+# spill, but take 1.6 times as long in the resource model.
 WIDE_STEM_SPILLS = 42
 
-# What is reached, per pass of ConvNeXt-T at batch 128, where BUDGETS are missed or not set.
+# Reached figures per pass of ConvNeXt-T at batch 128, where BUDGETS are missed or not set.
 #
-# Inference is at 38.2 MB an image where 37 were wanted: 12.6 MB are the hidden activations of C = 384 (nine blocks) and
-# 768 (three), written by fc1 and read by fc2. One kernel for both would leave them on the chip, and be slower. At 384,
-# 64 pixels a program are what fits the registers (128 spill 163 to 361 instructions on sm_90), and each program reads
+# Inference takes 38.2 MB per image, the budget is 37: 12.6 MB are the hidden activations of C = 384 (nine blocks) and
+# 768 (three), written by fc1 and read by fc2. One kernel for both would keep them on the chip, but be slower. At 384,
+# 64 pixels per program fit the registers (128 spill 163 to 361 instructions on sm_90), and each program reads
 # both weights, 2·384·1536·2 B = 2.36 MB: 925 MB for the 25,088 pixels of batch 128, through L2 about 0.17 ms at
-# 5.5 TB/s. The products are 59.2 GFLOP, 0.06 ms on an H100, and the hidden activations' way through DRAM is 154 MB,
+# 5.5 TB/s. The products are 59.2 GFLOP, 0.06 ms on an H100, and the hidden activations take 154 MB through DRAM,
 # 0.05 ms. Modelled, not measured.
 #
-# Training at level 0, which has no budget, writes and reads the hidden activations, too.
+# Training at level 0, which has no budget, also writes and reads the hidden activations.
 REACHED = {
     ("inference", None): {"megabytes": 38.2},  # misses 37
     ("training", 0): {"megabytes": 175.8, "launches": 237, "saved": 27.4},
 }
 
-# Milliseconds modelled on an H200 by the resource model, with 5 % of room: lower them as kernels improve.
+# Milliseconds on an H200 in the resource model, with a margin of 5 %: lower them as kernels improve.
 #
-# Inference of 128 images misses 3.1 ms: 3.22. Its limit, bytes and products alone, is 1.86, and 56 launches cost 0.17.
+# Inference of 128 images takes 3.22 ms, which misses 3.1. Its limit, bytes and products only, is 1.86; 56 launches
+# cost 0.17.
 #
 # - fc1 and fc2, 1.71 ms (limit 0.97), wait for the L2 cache at the assumed 6 TB/s. Tiles of 192 × 192 and 192 × 256 are
 #   the largest that the registers hold; only sharing loads among processors would read less. fc1 of 768 channels stays
-#   with 128 × 256, 77 µs a launch: 192 × 256 would take 66, but spills 2 to 24 instructions beside 24 blocks of
+#   with 128 × 256, 77 µs per launch: 192 × 256 would take 66, but spills 2 to 24 instructions beside 24 blocks of
 #   statistics, whether it ends in halves, quarters or eighths, merges before its product, or loads without masks;
 #   192 × 192 in quarters takes 74.
-# - The narrow blocks, 0.78 ms (limit 0.48): at 96 channels a program's own chain, of GELU between two products, is the
-#   longest, at 192 the L2 cache. There 192 rows a program, as 64 and 128, would read a quarter less, but take 147 to
-#   154 µs a launch where 128 rows take 126: the products of the two parts do not overlap.
-# - The convolutions, 0.46 ms (0.27), take 1.45 or 2.55 rounds of programs, each alone on a processor. Two programs of 4
-#   warps and 16 channels a processor would take 0.49 ms: they write twice the statistics, and their chains are no
-#   shorter. Two of 8 warps, two channels a warp, have 128 registers a thread and would need about 140: half of the 184
-#   of sums, taps and operands now, and the 50 of addresses and masks.
+# - The narrow blocks, 0.78 ms (limit 0.48): at 96 channels a program's own chain, of GELU between two products, takes
+#   longest, at 192 the L2 cache. There 192 rows per program, as 64 and 128, would read a quarter less, but take 147 to
+#   154 µs per launch where 128 rows take 126: the products of the two parts do not overlap.
+# - The convolutions, 0.46 ms (0.27), take 1.45 or 2.55 rounds of programs, each alone on a processor. Two programs per
+#   processor with 4 warps and 16 channels would take 0.49 ms: they write twice the statistics, and their chains are not
+#   shorter. Two of 8 warps, two channels per warp, have 128 registers per thread and would need about 140: half of the
+#   184 that sums, taps and operands now take, and the 50 of addresses and masks.
 # - The downsampling layers, 0.20 ms (0.07), wait for L2 and for their own loads. Tiles of 64 × 256 and 128 × 128 in
 #   steps of 64 take longer but for 384 channels; statistics of more channels at a time take more registers.
 #
-# One image is bound by the chain of a program and by 3 µs a launch, two fifths of the total: a second launch, to split
+# One image is bound by a program's chain and by 3 µs per launch, two fifths of the total: a second launch, to split
 # the depth of fc2, would cost about what it saves, 2 to 4 µs of a chain of 3.5 to 5.5.
 MODELLED = {"inference_128": 1.05 * 3.22, "inference_1": 1.05 * 0.405, "training_64_autocast": 1.05 * 8.69}
 
-# MB through DRAM an image. A training step under autocast misses 160. Of its 179 MB:
+# MB through DRAM per image. A training step under autocast misses 160. Of its 179 MB:
 #
 # - 44 are hidden activations and their gradients of the wide blocks: h written and read, then h and da written, and da
 #   read twice. Only a kernel for all of it would keep them on the chip, and, as in inference, read more through L2.
@@ -95,15 +96,15 @@ MODELLED = {"inference_128": 1.05 * 3.22, "inference_1": 1.05 * 0.405, "training
 #   before the products), in float32 as in eager PyTorch. What the convolutions read of it are copies in 16 bits.
 # - 15 are folded weights and the partial sums of their gradients; fewer shares would leave processors idle.
 # - 6 could go if the convolution's data gradient also wrote s·dy in 16 bits, with the next block's s: not tried.
-# - 4 could go if both gradients of the convolution shared their reads of du: 112 + 112 sums a thread do not fit the
-#   registers.
+# - 4 could go if both gradients of the convolution shared their reads of du, but 112 + 112 sums per thread do not fit
+#   the registers.
 # - The rest are u, du and dz in 16 bits, each written once and read once to three times.
 MOVED = {"training_64_autocast": 180}
 
 
 @pytest.fixture
 def _nan_poisoned_allocations():
-    """Nothing runs here, and what fills allocations would be recorded."""
+    """Nothing runs here, and filling allocations would be recorded."""
 
 
 def check(chosen, **options):
@@ -154,7 +155,7 @@ def test_v2(number, target):
     check(passes(variants, (dtype,), ("inference", "training"), (LEVELS[number % 3],), (target,), (0.1,)))
 
 
-def test_every_two_of_model_dtype_target_and_level_meet_in_training():
+def test_every_pair_of_model_dtype_target_and_level_is_in_training():
     for these, those in itertools.combinations(range(4), 2):
         met = {(case[these], case[those]) for case in TRAINING}
         assert met == set(itertools.product(*({case[each] for case in TRAINING} for each in (these, those))))
@@ -195,7 +196,7 @@ def test_few_blocks_per_stage_have_every_launch(variant, dtype, rate):
 @pytest.mark.thorough
 @pytest.mark.skipif(not AVAILABLE, reason="needs Gluon as Triton has it from 3.6 on")
 def test_resources_without_disassembly():
-    """Of a kernel, and of the same with more rows at a time than its registers hold."""
+    """Those of a kernel, and of the same kernel with more rows at a time than its registers hold."""
     x = torch.empty(128, 14, 14, 512, device="meta")
     with planned_for("sm_90"), recording() as launches:
         for rows in (3, 4):
@@ -218,8 +219,8 @@ def test_counts_of_a_pass(mode, recompute):
     assert not counts.uncounted, f"no formula for the FLOPs of {counts.uncounted}"
     missed = counts.missed(BUDGETS[mode, recompute] | REACHED.get((mode, recompute), {}))
     assert not missed, ", ".join(f"{name}: {got:.1f} exceeds {most}" for name, (got, most) in missed.items())
-    # 4.45 G multiply-adds an image forward; twice that backward. Computed anew are dh, by a fused backward, and from
-    # level 1 on a: once by two products, twice by a fused backward, three times where D and E are apart.
+    # 4.45 G multiply-adds an image forward; twice that backward. Recomputed are dh, by a fused backward, and from
+    # level 1 on a: once by two products, twice by a fused backward, three times if D and E are computed apart.
     least = 8.9 if mode == "inference" else 26.6
     assert least <= counts.gflops <= least * {None: 1.0, 0: 1.07, 1: 1.30, 2: 1.31}[recompute] + 0.1
 
@@ -246,7 +247,7 @@ def test_modelled_times_on_an_h200(name):
 
 @pytest.mark.thorough
 def test_modelled_time_with_tma(monkeypatch):
-    """Tiles of 128 × 128 and 128 × 256, with the room of ``MODELLED``."""
+    """Tiles of 128 × 128 and 128 × 256, with the margin of ``MODELLED``."""
     monkeypatch.setattr(gemm_tma, "ENABLED", True)
     made = model_pass("inference_128")
     assert made.milliseconds <= 1.05 * 3.52

@@ -1,4 +1,4 @@
-"""The copy of a tensor whose memory is not in order, by which a call with such a weight is recorded."""
+"""The copy of a tensor whose memory is not in order, with which a call with such a weight is recorded."""
 
 import sys
 from pathlib import Path

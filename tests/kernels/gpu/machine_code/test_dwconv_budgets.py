@@ -1,4 +1,4 @@
-"""Thread instructions per output (padding, overhang and statistics counted), bytes and sectors, as executed on sm_80.
+"""Thread instructions per output (with padding, overhang and statistics), bytes and sectors, as executed on sm_80.
 
 The maps are whole, the batch is the smallest that fills a program's 16 pairs.
 """
@@ -66,7 +66,7 @@ def test_forward_and_data_gradient_in_bfloat16(emulating, shape, budget):
 @needs_gluon
 @pytest.mark.parametrize("channels", [pytest.param(64, marks=thorough), 48])
 def test_a_residual_in_float32_moves_in_whole_sectors(emulating, channels):
-    """As under autocast; of 48 channels a program has 16."""
+    """As under autocast; a program has 16 of the 48 channels."""
     shape = (8, 14, 14, channels)
     with emulating(arch=80, detect_races="rw") as emulation:
         check_data_gradient(shape, 7, BF16, torch.float32)
@@ -136,7 +136,7 @@ def test_forward_in_float32(emulating, shape):
     ],
 )
 def test_weight_gradient_in_bfloat16(emulating, shape, channels, budget):
-    """With as many (image, tile) pairs a program as 128 images of the models' widths leave it, reduction included."""
+    """As many (image, tile) pairs per program as with 128 images of the models' widths, reduction included."""
     x, _, _, du, _ = draw(shape, 7, BF16)
     config = gluon_wgrad_config((128, *shape[1:3], channels), 2, "sm_80")
     with emulating(arch=80, detect_races="rw") as emulation:

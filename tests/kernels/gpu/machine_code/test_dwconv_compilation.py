@@ -1,4 +1,4 @@
-"""What the compiler makes of the depthwise convolution for each target, with no device there."""
+"""What the compiler makes of the depthwise convolution for each target, without a device."""
 
 import itertools
 import re
@@ -30,7 +30,7 @@ def _launches(target, dtype):
     return launches
 
 
-# By default the forward of a whole model, in test_budgets.py, and what follows, both for sm_90.
+# By default the forward of a whole model, in test_budgets.py, and the following, both for sm_90.
 @pytest.mark.thorough
 @pytest.mark.parametrize("target", GPU_TARGETS)
 def test_bfloat16_on_every_target(target):
@@ -81,7 +81,7 @@ def test_float32(target):
     [(40, "bfloat16", 16), pytest.param(36, "bfloat16", 8, marks=pytest.mark.thorough), (36, "float32", 16)],
 )
 def test_accesses_are_as_wide_as_the_channels_allow(channels, dtype, width):
-    """Of the forms that run everywhere: C is a multiple of 8 or 4, not of 16."""
+    """In the forms that run everywhere: C is a multiple of 8 or 4, not of 16."""
     dtype = getattr(torch, dtype)
     x, weight = (
         torch.empty(32, 28, 28, channels, dtype=dtype, device="meta"),
@@ -125,7 +125,7 @@ def test_offsets_of_images_are_64_bit():
     ],
 )
 def test_shared_memory_of_rows_is_not_reused_before_all_copies_arrive(segment, residual):
-    """Else the compiler puts the last store's scratch there, which copies still write to: seen on an H100.
+    """Else the compiler puts the last store's scratch buffer where copies still write: seen on an H100.
 
     An emulator completes copies at once and cannot show it. A buffer lives until its ``local_dealloc``.
     """
@@ -152,7 +152,7 @@ def test_shared_memory_of_rows_is_not_reused_before_all_copies_arrive(segment, r
     ],
 )
 def test_every_copy_is_in_a_group_that_is_waited_for(taps, segment, target):
-    """A copy that is not committed when rows are waited for is counted in a later group than its row's."""
+    """A copy that is not committed before the wait for its row counts in a later group."""
     x, weight = (
         torch.empty(8, 14, 14, 64, dtype=torch.bfloat16, device="meta"),
         torch.empty(64, 1, taps, taps, device="meta"),

@@ -20,8 +20,8 @@ SHAPES = [((3, 1, 3, 5), 3), ((2, 6, 13, 33), 5), ((3, 14, 14, 48), 7), ((1, 7, 
 
 
 def in_dtypes(shapes, few):
-    """By default the first ``few``, in 16 bits, which take the same kernels: in which of the two changes from shape to
-    shape. Every second in float32, too.
+    """By default the first ``few`` shapes, alternately in one of the two 16-bit dtypes, which take the same kernels;
+    every second shape also in float32.
     """
     dtypes = (torch.bfloat16, None), (torch.float16, torch.float32), (torch.float32, None)
     for (number, (shape, taps)), (of, case) in itertools.product(enumerate(shapes), enumerate(dtypes)):
@@ -52,7 +52,7 @@ def test_weight_gradient(shape, taps, dtype, stream):
 @pytest.mark.thorough
 @pytest.mark.skipif(not AVAILABLE, reason="needs Gluon as Triton has it from 3.6 on")
 def test_weight_gradient_in_explicit_layouts_whatever_the_configuration(monkeypatch):
-    """Each gives the same sums, also where a program takes several times 16 pairs, and with offsets of 64 bits."""
+    """Each gives the same sums, also with several times 16 pairs per program and with offsets of 64 bits."""
     x, _, _, du, _ = draw((9, 9, 17, 40), 7, torch.bfloat16)
     splits = [gluon_wgrad.dwconv_wgrad_gluon(x, du, 7, GluonWgradConfig(16, *rest)) for rest in ((4, 4, 8), (8, 2, 4))]
     taps = [partial[..., :7, :] for partial in splits]
@@ -86,7 +86,7 @@ def test_layer_norm(pixels, channels, affine, dtype):
 
 @pytest.mark.parametrize("offset", [10.0, 100.0])
 def test_variance_of_activations_far_from_zero(offset):
-    """Statistics taken in one pass err no more than the rounding of the activations does, against unrounded ones."""
+    """One-pass statistics are as close to those of the unrounded activations as rounding these allows."""
     dtype = torch.float16
     x, weight, bias, _, _ = draw((2, 9, 10, 40), 7, dtype)
     bias = bias + offset

@@ -62,7 +62,7 @@ def test_a_tensor_that_is_not_aligned_takes_the_portable_form(emulating):
 
 
 def test_weight_gradient_of_tensors_that_are_not_aligned(emulating):
-    """They are copied, for the shape of the sums is promised to the compiler."""
+    """They are copied, because the compiler was told the shape of the sums."""
     x, _, _, du, _ = draw(SHAPE, 7, torch.float16)
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(SHAPE).copy_(x)
     with emulating(arch=80) as emulation:

@@ -34,7 +34,7 @@ def test_forward_and_backward(emulating, forward, backward, case):
 @pytest.mark.thorough
 @pytest.mark.parametrize("apart", [False, True])
 def test_sums_of_many_tiles_and_saved_activations(emulating, monkeypatch, apart):
-    """Three tiles a sample, which a launch of its own adds up; D and E by one program, and by two."""
+    """Three tiles per sample, which a separate launch adds up; D and E by one program, and by two."""
     monkeypatch.setattr(grn, "MOST_TILES", 2)
     monkeypatch.setattr(fused_bwd, "weights_apart", lambda channels: apart)
     case = Case(2, 300, 24, 96, BF16, residual_dtype=torch.float32, grn=True)

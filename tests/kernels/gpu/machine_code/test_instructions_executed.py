@@ -9,7 +9,7 @@ from bench.static_analysis.sweep import passes
 
 @pytest.fixture
 def _nan_poisoned_allocations():
-    """What fills allocations would be recorded."""
+    """Filling allocations would be recorded."""
 
 
 @pytest.mark.thorough

@@ -1,4 +1,4 @@
-"""What the compiler makes of the MLP's and patchify's launches in 16 bits for GPUs that are not there."""
+"""What the compiler makes of the MLP's and patchify's launches in 16 bits for GPUs that are not present."""
 
 import itertools
 import sys
@@ -46,7 +46,7 @@ def patch_launches():
     return launches
 
 
-# By default what test_budgets.py, which compiles the whole of inference, does not ask by default.
+# By default what test_budgets.py, which compiles all of inference, does not check by default.
 @pytest.mark.parametrize(
     ("what", "target"),
     [
@@ -100,7 +100,7 @@ def test_candidates_of_the_autotuner_do_not_spill(channels, target, monkeypatch)
     ],
 )
 def test_an_epsilon_in_float64_does_not_spread(what):
-    """Inductor declares Python's numbers so, and arithmetic in float64 took longer than all the rest of a forward."""
+    """Inductor passes Python's numbers as float64, in which arithmetic took longer than the rest of a forward."""
     direction, _, channels = what.partition(" ")
     with planned_for("sm_90"):
         launches = mlp_launches(int(channels), direction == "backward") if channels else patch_launches()

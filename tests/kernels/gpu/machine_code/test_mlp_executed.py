@@ -39,7 +39,7 @@ def test_forward(emulating, forward, case):
         check_forward(case, forward)
 
 
-# By default the smallest and the largest: they differ in numbers alone.
+# By default the smallest and the largest: they differ only in numbers.
 TILES = [
     pytest.param(tile, marks=() if tile in (tuning._SMALL[0], tuning._LARGE[1]) else thorough)
     for tile in (*tuning._SMALL, *tuning._LARGE)
@@ -48,7 +48,7 @@ TILES = [
 
 @pytest.mark.parametrize("config", TILES, ids=str)
 def test_tiles_of_few_and_of_many_rows(emulating, config, monkeypatch):
-    """As sm_90 takes them, here of sm_80's code."""
+    """The tiles of sm_90, here in sm_80's code."""
     monkeypatch.setattr(gemm, "gemm_configs", lambda *a: (config,))
     with emulating(arch=80, detect_races="rw"):
         check_forward(Case(3, 25, 72, 264, BF16), gemm_mlp_fwd)
@@ -94,7 +94,7 @@ def test_result_in_two_dtypes(emulating, forward):
     [pytest.param(40, 14.5, marks=thorough), (96, 12.3), pytest.param(192, 15.8, marks=thorough)],
 )
 def test_instructions_of_the_fused_forward(emulating, channels, allowed):
-    """Thread instructions per hidden element beside the MMAs, all of the kernel counted, GELU included."""
+    """Thread instructions per hidden element besides the MMAs, for the whole kernel, GELU included."""
     given = inputs(Case(1, 256, channels, 4 * channels, torch.bfloat16)) | {"drop_scale": None}
     with emulating(arch=80, detailed=False) as emulation:
         run_forward(Case(1, 256, channels, 4 * channels, torch.bfloat16), given, mlp_fwd)
@@ -120,7 +120,7 @@ def test_backward(emulating, backward, case):
     ids=str,
 )
 def test_backward_whose_sums_two_programs_share(emulating, monkeypatch, case, save_hidden):
-    """As where warp groups multiply it is beyond 128 channels."""
+    """As with warp groups beyond 128 channels."""
     monkeypatch.setattr(fused_bwd, "weights_apart", lambda channels: True)
     with emulating(arch=80, detect_races="rw"):
         check_backward(case, fused_mlp_bwd, save_hidden)
@@ -135,7 +135,7 @@ def test_backward_in_float32(emulating, precision):
 @pytest.mark.parametrize("precision", [pytest.param("ieee", marks=thorough), "tf32"], indirect=True)
 @pytest.mark.parametrize("case", [pytest.param(FAR[0], marks=thorough), FAR[1]], ids=str)
 def test_float32_far_from_zero(emulating, precision, case):
-    """Where the convolution's output has a mean that its deviations are small beside, TF32 has no digits to cancel."""
+    """If the convolution's output has a mean much larger than its deviations, TF32 has no digits to cancel."""
     with emulating(arch=80, detect_races="rw"):
         check_forward(case)
         check_backward(case)

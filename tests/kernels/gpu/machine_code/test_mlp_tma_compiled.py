@@ -1,4 +1,4 @@
-"""What the compiler makes of the wide MLP's forward fed by TMA, for GPUs that are not there."""
+"""What the compiler makes of the wide MLP's forward with TMA loads, for GPUs that are not present."""
 
 import itertools
 import re
@@ -28,7 +28,7 @@ THOROUGH = {  # two widths on each target, in each dtype, as it is in inference 
 
 
 def launches(channels, target, dtype, full):
-    """Of ``mlp_fwd``; ``full``: with what takes registers, a that is saved, drop path and a residual in float32."""
+    """Launches of ``mlp_fwd``; ``full``: with what takes registers: a saved a, drop path and a float32 residual."""
 
     def meta(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")

@@ -1,4 +1,4 @@
-"""opcheck of every operator through the machine code of its kernels: what compilers are told of it is what it does."""
+"""opcheck of every operator with the machine code of its kernels: it does what compilers are told about it."""
 
 import pytest
 import torch

@@ -21,7 +21,7 @@ def test_downsample(emulating, dtype):
 
 @pytest.mark.parametrize("stream", [pytest.param(torch.bfloat16, marks=pytest.mark.thorough), torch.float32])
 def test_downsample_of_few_pixels(emulating, stream, monkeypatch):
-    """As sm_90 takes them, here of sm_80's code."""
+    """The tiles of sm_90, here in sm_80's code."""
     few = downsample_config(1, 128, torch.bfloat16, False, "sm_90")
     monkeypatch.setattr(fwd, "downsample_config", lambda *a: few)
     with emulating(arch=80, detect_races="rw"):

@@ -1,8 +1,8 @@
-"""Calls that repeat a plan: the bits of the call as it is written, and no plan of what it does not hold for.
+"""Calls that replay a plan: the bits of a call without replay, and no plan for calls that it does not fit.
 
-The plans of C launch through what stands in for CUDA's driver, and executes in the emulator what it is given.
-Repeated launches have addresses in the place of tensors, which the emulator does not take. ``Memory`` gives it tensors
-back, and fills what a call allocates with NaN, so that memory that is read before it is written shows.
+Plans in C launch through a stand-in for CUDA's driver, which executes the launches in the emulator.
+Replayed launches have addresses instead of tensors, which the emulator does not take. ``Memory`` gives it tensors
+again, and fills the allocations of a call with NaN, so that memory that is read before it is written shows.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ ALL = [*ON_CPU, *KERNELS_ALONE]
 
 @pytest.fixture
 def _nan_poisoned_allocations():
-    """``Memory`` does it."""
+    """``Memory`` fills allocations."""
 
 
 class Memory(TorchDispatchMode):
-    """All that is allocated within, full of NaN, by address."""
+    """All allocations in this context, full of NaN, by address."""
 
     def __init__(self):
         super().__init__()
@@ -47,14 +47,14 @@ class Memory(TorchDispatchMode):
         return new
 
     def allocate(self, shape, strides, dtype):
-        """What a plan of C calls: no mode hears of it."""
+        """What a plan in C calls: no mode sees it."""
         return self.poisoned(torch.empty_strided(shape, strides, dtype=dtype))
 
     def add(self, storage):
         self.known.append(storage)
 
     def tensor(self, address):
-        """Bytes from ``address`` to the end of its storage; the newest, where an older one was freed."""
+        """Bytes from ``address`` to the end of its storage; of the newest one, if an older one was freed."""
         for storage in reversed(self.known):
             offset = address - storage.data_ptr()
             if 0 <= offset < storage.nbytes():
@@ -65,7 +65,7 @@ class Memory(TorchDispatchMode):
 
 
 class Kernels:
-    """Compiled kernels by a number, for the handles that C launches by."""
+    """Compiled kernels by a number, which C uses as their handle."""
 
     def __init__(self):
         self.known = []
@@ -83,9 +83,9 @@ class Kernels:
 
 @pytest.fixture(params=["native"])
 def repeating(request, emulating, monkeypatch):
-    """``call(operator's name or a replayed function, arguments)``, to repeat calls, which counts ``call.repeats``.
+    """``call(operator's name or a replayed function, arguments)``, to replay calls, which counts ``call.repeats``.
 
-    Its parameter: "native" for plans that C repeats, "python" for plans that Python repeats.
+    Its parameter: "native" for plans that C replays, "python" for plans that Python replays.
     """
     from sass_emulator import emulation
 
@@ -175,7 +175,7 @@ def scaled(value, factor):
 
 
 def function_of(name):
-    """Of flat arguments, among which an empty vector stands for an absent one, as an operator leaves it."""
+    """The function of flat arguments, in which an empty vector means an absent one, as in an operator."""
     if callable(name):
         return name
     if name == "dwconv":
@@ -189,7 +189,7 @@ def function_of(name):
 
 
 def as_written(name, arguments):
-    """Without replay, neither of this call nor of those within it."""
+    """The function without replay, also of the calls in it."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(replaying, "is_replayable", return_value=False))
         for each in {calls_of(name), *map(calls_of, REPLAYED)}:
@@ -262,7 +262,7 @@ def test_patches_that_cover_the_image_are_recorded(repeating):
 
 
 def test_blocks_one_after_another_are_one_plan(repeating):
-    """Their activations and scratch memory share places."""
+    """Their activations and scratch buffers share memory."""
     torch.manual_seed(0)
     x, *weights, eps, act, dtype = cases("frozen_block_fwd", torch.bfloat16)[0]
 
@@ -305,7 +305,7 @@ def test_blocks_of_a_group_are_one_plan(repeating):
 @pytest.mark.thorough
 @pytest.mark.parametrize("needs_first", [True, False])
 def test_blocks_of_a_group_in_a_graph_are_one_plan(repeating, needs_first):
-    """The gradients of all weights of one dtype lie in one tensor. Unless ``needs_first``, the first block has none."""
+    """The gradients of all weights of one dtype are in one tensor. Without ``needs_first`` the first block has none."""
     torch.manual_seed(0)
     x, *flat = cases("block_fwd", torch.bfloat16)[0]
     flat[1], (drop_scale, eps, act, _, dtype) = flat[1].float(), flat[11:]
@@ -377,7 +377,7 @@ def test_tf32_has_its_own_record(repeating):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_whose_memory_is_not_in_order_are_copied(repeating, dtype):
-    """As by ``model.to(memory_format=torch.channels_last)``; of every rank that a weight has."""
+    """As after ``model.to(memory_format=torch.channels_last)``; for every rank that a weight can have."""
     torch.manual_seed(0)
     image, weight, *affine, eps, _, _ = stem(dtype=dtype)
     x, narrow = torch.randn(1, 4, 4, 8).to(dtype), torch.randn(12, 8, 2, 2).to(dtype)
@@ -400,7 +400,7 @@ def test_weights_whose_memory_is_not_in_order_are_copied(repeating, dtype):
 
 
 def test_a_call_that_does_more_is_not_recorded(repeating):
-    """Here it writes zeros where no patch lies."""
+    """Here it writes zeros where there is no patch."""
     image, *rest, eps, dtype, _ = stem(side=9)
     for _ in range(4):
         given = (torch.randn(1, 2, 2, 8), torch.randn_like(image), *rest, eps, dtype, True)
@@ -409,7 +409,7 @@ def test_a_call_that_does_more_is_not_recorded(repeating):
 
 
 def test_writes_into_an_allocation_are_not_lost(repeating):
-    """No launch does it, so a record would return the allocation as it came."""
+    """No launch makes them, so a plan would return the allocation unwritten."""
     copied = replaying.replayed(lambda x: torch.empty_like(x).copy_(x))
     for _ in range(4):
         x = torch.randn(5)
@@ -418,7 +418,7 @@ def test_writes_into_an_allocation_are_not_lost(repeating):
 
 
 def test_tensors_in_the_same_memory_are_told_apart(repeating):
-    """x is its own residual twice; then it is not, which looks alike."""
+    """x is its own residual in two calls; in the next it is not, though the tensors look the same."""
     parameters = torch.randn(24, 8), torch.randn(24), torch.randn(8, 24), torch.randn(8), torch.randn(8)
     x = torch.randn(1, 4, 4, 8)
     for residual in (x, x, torch.randn_like(x)):
