@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import torch
 def become(code, environment, out, err):
     for number, path in enumerate((os.devnull, out, err)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["-c"]
     exec(code, {"__name__": "__main__"})
@@ -27,6 +29,8 @@ for line in sys.stdin:
         try:
             become(*json.loads(line))
             status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush()
@@ -43,11 +47,11 @@ def _server() -> subprocess.Popen:
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run code with changes to the environment, which PyTorch has read before."""
+    """Run code with changes to the environment, which PyTorch has already read. ``atexit`` handlers do not run."""
     server = _server()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("out", "err")]
-        server.stdin.write(json.dumps([code, environment, *map(str, files)]) + "\n")
+        server.stdin.write(json.dumps([code, dict(os.environ) | environment, *map(str, files)]) + "\n")
         server.stdin.flush()
         status = int(server.stdout.readline())
         return subprocess.CompletedProcess(code, status, *(file.read_text() for file in files))

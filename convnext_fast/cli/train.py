@@ -87,8 +87,8 @@ def _add_options(command: argparse.ArgumentParser) -> None:
 
 def train(arguments: argparse.Namespace) -> int:
     """Trains with AdamW, warm-up and cosine, and evaluates after each epoch. The output folder gets a checkpoint,
-    history.json and, at the end, model/, which classify reads. The defaults follow the paper's recipe for ImageNet. For
-    several processes, on the same batches: torchrun --nproc-per-node N -m convnext_fast train …
+    history.json and, at the end, model/, which classify reads. The defaults follow most of the paper's recipe for
+    ImageNet. For several processes, on the same batches: torchrun --nproc-per-node N -m convnext_fast train …
     """
     given = vars(arguments)
     chosen = {field.name: given[field.name] for field in dataclasses.fields(TrainingOptions) if field.name in given}

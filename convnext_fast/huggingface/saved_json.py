@@ -59,10 +59,15 @@ class SavedJson:
             ValueError: the file is not a JSON object, describes something else, or holds an invalid value.
         """
         loading, overrides = split_loading(options)
+        cls._check_names(overrides, return_unused_kwargs)
         path = local_path(pretrained_model_name_or_path)
         if not path.is_file():
             path = find_file(pretrained_model_name_or_path, cls.file_name, loading=loading)
         return cls._read(pretrained_model_name_or_path, path, overrides, return_unused_kwargs)
+
+    @classmethod
+    def _check_names(cls, overrides: dict[str, Any], return_unused: bool) -> None:
+        """Raise TypeError for unknown names, before anything is looked for."""
 
     @classmethod
     def _read(cls, source: str | Path, path: Path, overrides: dict[str, Any], return_unused: bool) -> Any:

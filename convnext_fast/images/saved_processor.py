@@ -58,11 +58,21 @@ class SavedProcessor(SavedJson, VirtualSubclass):
         return (made, unused) if return_unused_kwargs else made
 
     @classmethod
+    def _check_names(cls, overrides: dict[str, Any], return_unused: bool) -> None:
+        if not return_unused:
+            check_names(_without_unknown_none(overrides))
+
+    @classmethod
     def _read(cls, source: str | Path, path: Path, overrides: dict[str, Any], return_unused: bool) -> Any:
-        overrides = {name: value for name, value in overrides.items() if value is not None or name in DEFAULTS}
+        overrides = _without_unknown_none(overrides)
         fields = {name: value for name, value in read_json(path).items() if name not in overrides}
         try:
             cls.from_dict(fields)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
         return cls.from_dict(fields, return_unused_kwargs=return_unused, **overrides)
+
+
+def _without_unknown_none(overrides: dict[str, Any]) -> dict[str, Any]:
+    """transformers passes None for options that no caller set."""
+    return {name: value for name, value in overrides.items() if value is not None or name in DEFAULTS}

@@ -31,7 +31,7 @@ def augment(
 ) -> PIL.Image.Image:
     """``image`` as a square of side ``size``, changed at random.
 
-    "crop" cuts out 8 to 100 % of the area and mirrors half of the images (the recipe for ImageNet); "affine" rotates,
+    "crop" cuts out 8 to 100 % of the area and mirrors half of the images (as the paper does); "affine" rotates,
     shears, zooms and shifts slightly (for characters, whose mirror images would be wrong).
     """
     if kind == "affine":

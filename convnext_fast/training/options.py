@@ -15,7 +15,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 class TrainingOptions:
     """How to train; the defaults follow the paper's recipe for ImageNet (appendix A).
 
-    Batch size, learning rate and warm-up are smaller, and there is no RandAugment and no random erasing.
+    Batch size, learning rate and warm-up are smaller, and there is no RandAugment, no random erasing and, unless
+    ``drop_path`` asks for it (the paper has 0.1 for T), no stochastic depth.
 
     Attributes:
         epochs: passes over the training images.

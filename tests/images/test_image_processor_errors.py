@@ -137,6 +137,8 @@ def test_bad_files(tmp_path):
         ConvNextImageProcessor.from_dict({"image_processor_type": "ViTImageProcessor"})
     with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json"):
         ConvNextImageProcessor.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="unknown option 'do_resise'"):  # before the file is looked for
+        ConvNextImageProcessor.from_pretrained(tmp_path, do_resise=True)
     with pytest.raises(TypeError, match="source"):
         ConvNextImageProcessor.from_pretrained(None)
     file = tmp_path / "preprocessor_config.json"

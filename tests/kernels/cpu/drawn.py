@@ -21,6 +21,8 @@ def drawn(*strategies: st.SearchStrategy, few: int, many: int) -> Callable:
             def check(values: tuple) -> None:
                 test(machine, *values)
 
+            # Failing examples are kept by the test's source, which is the same for all that are decorated.
+            check.hypothesis.inner_test._hypothesis_internal_add_digest = test.__qualname__.encode()
             check()
 
         run.__name__ = test.__name__

@@ -171,3 +171,14 @@ def test_models_in_training_run_them(serving, recompute, monkeypatch):
         grads.append([parameter.grad for parameter in model.parameters()])
     assert all(relative_error(got, expected) < 1e-4 for expected, got in zip(*grads, strict=True))
     assert len(called) == (6 if serving else 0)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_result_may_take_the_place_of_u(machine, scaled):
+    _, u, residual, norm, mlp, grn, scale = draw(5, 26, 32, 64, scaled=scaled)
+    rest = residual, norm, mlp, grn, row_scale(scale, u), False
+    expected, *_ = llvm_mlp.mlp_fwd(machine, u, *rest, overwrite=False)
+    y, *_ = llvm_mlp.mlp_fwd(machine, u, *rest, overwrite=True)
+    assert y.data_ptr() == u.data_ptr()
+    assert torch.equal(y, expected)
