@@ -175,6 +175,8 @@ class ConvNextImageProcessor(SavedProcessor):
 
 ConvNextFeatureExtractor = ConvNextImageProcessor
 """The class's older name, which older checkpoints and scripts use."""
+ConvNextImageProcessorKwargs = ImageOptions
+"""transformers' name of the options; its own tests look for it in this module."""
 
 
 def _fetched(source: str, where: str) -> PIL.Image.Image:
