@@ -208,6 +208,8 @@ class _Recording:
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
         """Note ``kernel[grid](*args, **meta)``."""
+        if not _REAL.isdisjoint(map(type, args)):
+            raise UnrecordableError  # a tensor that the call neither got nor allocated; its key would keep it alive
         constants = (None,) * (len(kernel.params) - len(args))  # the compiled kernel has them
         self.note(compiled(kernel, args, meta), grid, (*args, *constants))
 

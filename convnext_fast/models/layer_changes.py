@@ -23,22 +23,25 @@ def changed(module: nn.Module, plan: Plan) -> str | None:
 def is_changed(module: nn.Module, plan: Plan) -> bool:
     """Whether the plan of a `FusedModule` no longer holds.
 
-    While a compiler traces, `changed` runs once, untraced. Only the classes and settings of the layers are compared in
-    traced code, which leaves guards that PyTorch sets for any layer. The weights are guarded where they are read.
-    Tracing all of `changed` would leave thousands of guards more, which take longer than the kernels.
+    While a compiler traces, `changed` runs once, untraced. Only the classes and settings of the layers, and what
+    containers hold, are compared in traced code, which leaves guards that PyTorch sets for any layer. The weights are
+    guarded where they are read. Tracing all of `changed` would leave thousands of guards more, which take longer than
+    the kernels.
     """
     if not torch.compiler.is_compiling():
         return changed(module, plan) is not None
     if module._convnext_fast_changed():
         return True
-    for path, kind, names, values, _, _ in plan.watched:
+    for path, kind, names, values, children, _ in plan.watched:
         layer = follow(module, path)
-        if type(layer) is not kind:
+        if type(layer) is not kind or (children and tuple(layer._modules) != children):
             return True
         for name, value in zip(names, values, strict=True):
             if name in READ.get(kind, names) and getattr(layer, name) != value:
                 return True
-    return isinstance(plan, ChainPlan) and _container_change(module, plan) is not None
+    if isinstance(plan, ChainPlan):
+        return _container_change(module, plan) is not None
+    return isinstance(plan, PatchPlan) and _pair_change(module, plan) is not None
 
 
 def _watched_change(module: nn.Module, plan: Plan) -> str | None:
@@ -77,12 +80,13 @@ def _weights_change(module: nn.Module, plan: BlockPlan | PatchPlan) -> str | Non
         # FullyShardedDataParallel adds a parameter of its own, _flat_param, to the modules that it wraps.
         if tensor is not None and name != gamma and not name.startswith("_"):
             return f"it has a tensor {name} now"
-    if isinstance(plan, PatchPlan):
-        names = tuple(follow(module, holder_of(plan))._modules)
-        pair = (plan.conv[-1], plan.norm[-1]) if plan.stem else (plan.norm[-1], plan.conv[-1])
-        if names != pair:
-            return f"it now holds {_listed(names)}, not {_listed(pair)}"
-    return None
+    return _pair_change(module, plan) if isinstance(plan, PatchPlan) else None
+
+
+def _pair_change(module: nn.Module, plan: PatchPlan) -> str | None:
+    names = tuple(follow(module, holder_of(plan))._modules)
+    pair = (plan.conv[-1], plan.norm[-1]) if plan.stem else (plan.norm[-1], plan.conv[-1])
+    return None if names == pair else f"it now holds {_listed(names)}, not {_listed(pair)}"
 
 
 def _container_change(module: nn.Module, plan: ChainPlan) -> str | None:

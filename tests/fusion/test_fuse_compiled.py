@@ -65,6 +65,22 @@ def test_a_compiled_model_notices_changed_layers(image):
 
 
 @pytest.mark.filterwarnings("ignore:a fused")
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_compiled_model_notices_a_longer_downsampling_layer(frozen, image):
+    torch.compiler.reset()
+    model = Logits(tiny()).eval()
+    fused = fuse(model)
+    compiled = torch.compile(fused.freeze() if frozen else fused.model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        before = compiled(image)
+        layers = (m for m in model.modules() if getattr(m, "downsampling_layer", None))
+        next(m.downsampling_layer for m in layers).append(torch.nn.ReLU())
+        after = compiled(image)
+        assert relative_error(after, before) > 1e-3
+        assert relative_error(after, model(image)) <= FLOAT32_BOUND
+
+
+@pytest.mark.filterwarnings("ignore:a fused")
 @pytest.mark.parametrize("layer", ["dwconv", "act"])
 def test_hooks_inside_a_block_are_compiled(layer, image):
     torch.compiler.reset()
@@ -95,7 +111,8 @@ def guards_of_a_block(prepare):
 
 def test_a_fused_block_has_hardly_more_guards_than_the_hosts_own():
     """They are checked before each call, which takes the host longer than some kernels take a GPU."""
-    most = 1.4 * guards_of_a_block(lambda model: None)
+    # PyTorch 2.9 sets more of them, 1.8 times as many as for the library's own block.
+    most = (2 if torch.__version__ < "2.10" else 1.4) * guards_of_a_block(lambda model: None)
     assert guards_of_a_block(fuse) <= most
     assert guards_of_a_block(lambda model: fuse(model).freeze()) <= most
 

@@ -411,11 +411,27 @@ def stride_of_the_stem(model):
     next(stem_of(model).children()).stride = (2, 2)
 
 
+class Negation(torch.nn.Module):
+    def forward(self, x):
+        return -x
+
+
+def append_to_the_stem(model):
+    pair = next(m for m in model.modules() if type(next(m.children(), None)) is torch.nn.Conv2d)
+    pair.add_module("more", Negation())
+
+
+def append_to_a_downsampling_layer(model):
+    pairs = (m for m in model.modules() if [*m.children()][1:] and type([*m.children()][1]) is torch.nn.Conv2d)
+    next(pairs).add_module("more", Negation())
+
+
 def unfreeze_a_block(model):
     unfreeze(blocks_of(model, 0)[1])
 
 
-CHANGES = in_turn((dilate, replace, unfreeze_a_block))  # of a layer's setting, of a layer, of the plan
+# Of a layer's setting, of a layer, of the plan, of a pair.
+CHANGES = in_turn((dilate, replace, unfreeze_a_block, append_to_the_stem, append_to_a_downsampling_layer))
 CHANGES += [pytest.param(kind, do, marks=thorough) for kind in KINDS for do in (stop_fusing, stride_of_the_stem)]
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from convnext_fast.kernels import compiled, launching
+from convnext_fast.kernels import compiled, launching, recorded_tensor
 from convnext_fast.kernels.recording import record
 from plan_support import WEIGHT, Kernel, X, launched, scaled
 
@@ -43,9 +43,14 @@ def seen_by(function, *args):
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize("x", [DENSE, TURNED, FLAT, CUT], ids=["dense", "turned", "flat", "cut"])
-def test_views_are_those_of_torch(x, view):
+def test_views_are_those_of_torch(x, view, monkeypatch):
     """If PyTorch has to copy, or refuses, nothing is recorded, except for `contiguous`, which launches a kernel."""
     if view is VIEWS["contiguous"] and not x.is_contiguous():
+        copies = []
+        monkeypatch.setattr(recorded_tensor, "copy", lambda *pair: copies.append(pair))
+        got = seen_by(view, x)
+        assert (got.shape, got.stride(), got.dtype, got.place) == (x.shape, view(x).stride(), x.dtype, (1, 0))
+        assert [(source.place, target) for source, target in copies] == [((0, 0), got)]
         return
     try:
         expected = view(x)
