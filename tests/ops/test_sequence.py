@@ -1,73 +1,34 @@
 """Frozen models as one sequence: the same bits as block by block, and every hook and mode sees the same as before."""
 
-import copy
 import itertools
-import pickle
 
 import pytest
 import torch
-from support import no_worse, randomise
+from sequence_support import (
+    CONFIG,
+    KINDS,
+    WHOLE,
+    blocks_of,
+    check,
+    downsampling,
+    dwconv_of,
+    in_turn,
+    needs_kernels,
+    output,
+    stages,
+    stem_of,
+)
+from support import randomise
 from torch import nn
 
 from convnext_fast import ConvNext, ConvNextBackbone, ConvNextConfig, ConvNextModel
-from convnext_fast.backends.cpu import llvm
 from convnext_fast.models.freezing import freeze, state_of, unfreeze
-from convnext_fast.models.layers import ConvNextBlock, Stem
+from convnext_fast.models.layers import Stem
 from convnext_fast.models.plan import ChainPlan
 from convnext_fast.models.whole_runs import WholeRuns, outputs_of
 
-launching = pytest.importorskip("convnext_fast.kernels.cpu.launching", reason="needs llvmlite")
-from convnext_fast.kernels.cpu.machine import AVX2  # noqa: E402
-
-pytestmark = pytest.mark.skipif(not launching.has(AVX2), reason="these kernels need x86, Linux and AVX2")
-CONFIG = ConvNextConfig(num_stages=2, hidden_sizes=[16, 24], depths=[3, 2], num_labels=40)
-
-
+pytestmark = needs_kernels
 thorough = pytest.mark.thorough
-KINDS = ConvNext, ConvNextModel
-
-
-def in_turn(cases, *rest):
-    """(kind of model, case, *rest), with alternating kinds, because compiling takes long; thorough: with both kinds."""
-    return [
-        pytest.param(kind, case, *rest, marks=() if (i + j) % 2 == 0 else thorough)
-        for i, case in enumerate(cases)
-        for j, kind in enumerate(KINDS)
-    ]
-
-
-@pytest.fixture(params=KINDS)
-def model(request):
-    return randomise(request.param(CONFIG)).eval().freeze()
-
-
-def output(model, x):
-    y = model(x)
-    return y if isinstance(y, torch.Tensor) else y.last_hidden_state
-
-
-def check(got, model, x):
-    """Against the plain model in float64; no worse than twice the plain model in float32."""
-    assert no_worse(got, plain(model, x, torch.float64), plain(model, x, torch.float32))
-
-
-def plain(model, x, dtype):
-    copied = copy.deepcopy(model)
-    copied.fused = False
-    return output(copied.to(dtype), x.to(dtype))
-
-
-WHOLE = 1 + 3 + 1 + 2  # stem, blocks, downsampling, blocks
-"""Steps of the model."""
-
-
-@pytest.fixture
-def chains(monkeypatch):
-    """How many steps each chain had."""
-    lengths = []
-    run = llvm.run
-    monkeypatch.setattr(llvm, "run", lambda kernels, *rest: lengths.append(len(kernels)) or run(kernels, *rest))
-    return lengths
 
 
 @pytest.fixture
@@ -83,26 +44,6 @@ def one_by_one(monkeypatch):
             monkeypatch.setattr(f"convnext_fast.models.{module}.outputs_of", of_blocks)
 
     return forbid
-
-
-def stages(model):
-    return model.stages if isinstance(model, ConvNext) else model.encoder.stages
-
-
-def blocks_of(model, stage):
-    return stages(model)[stage].blocks if isinstance(model, ConvNext) else stages(model)[stage].layers
-
-
-def dwconv_of(block):
-    return block.conv_dw if isinstance(block, ConvNextBlock) else block.dwconv
-
-
-def downsampling(model):
-    return stages(model)[1].downsample if isinstance(model, ConvNext) else stages(model)[1].downsampling_layer
-
-
-def stem_of(model):
-    return model.stem if isinstance(model, ConvNext) else model.embeddings
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -376,93 +317,6 @@ def test_a_dispatch_mode_sees_the_blocks(model, chains):
         output(model, torch.randn(1, 3, 32, 32))
     assert names.count("convnext_fast.frozen_block_fwd") == 5
     assert not chains
-
-
-@pytest.mark.parametrize("model", [pytest.param(ConvNext, marks=thorough), ConvNextModel], indirect=True)
-def test_a_compiled_model_calls_one_operator(model, chains):
-    x = torch.randn(2, 3, 40, 40)
-    with torch.no_grad():
-        compiled_model = torch.compile(model, fullgraph=True)
-        check(output(compiled_model, x), model, x)
-        x = torch.randn(3, 3, 48, 36)
-        check(output(compiled_model, x), model, x)
-    assert chains == [WHOLE] * 2
-
-
-class OtherNorm(nn.LayerNorm):
-    """A layer that replaces one of ours."""
-
-
-def dilate(model):
-    conv = dwconv_of(blocks_of(model, 0)[1])
-    conv.dilation, conv.padding = (2, 2), (6, 6)
-
-
-def replace(model):
-    name = "norm" if isinstance(model, ConvNext) else "layernorm"
-    setattr(blocks_of(model, 0)[1], name, randomise(OtherNorm(16), seed=5))
-
-
-def stop_fusing(model):
-    blocks_of(model, 0)[1].fused = False
-
-
-def stride_of_the_stem(model):
-    next(stem_of(model).children()).stride = (2, 2)
-
-
-class Negation(torch.nn.Module):
-    def forward(self, x):
-        return -x
-
-
-def append_to_the_stem(model):
-    pair = next(m for m in model.modules() if type(next(m.children(), None)) is torch.nn.Conv2d)
-    pair.add_module("more", Negation())
-
-
-def append_to_a_downsampling_layer(model):
-    pairs = (m for m in model.modules() if [*m.children()][1:] and type([*m.children()][1]) is torch.nn.Conv2d)
-    next(pairs).add_module("more", Negation())
-
-
-def unfreeze_a_block(model):
-    unfreeze(blocks_of(model, 0)[1])
-
-
-# Of a layer's setting, of a layer, of the plan, of a pair.
-CHANGES = in_turn((dilate, replace, unfreeze_a_block, append_to_the_stem, append_to_a_downsampling_layer))
-CHANGES += [pytest.param(kind, do, marks=thorough) for kind in KINDS for do in (stop_fusing, stride_of_the_stem)]
-
-
-@pytest.mark.parametrize(("model", "do"), CHANGES, indirect=["model"])
-def test_a_compiled_model_notices_changes(model, chains, do):
-    torch.compiler.reset()
-    x = torch.randn(2, 3, 40, 40)
-    compiled_model = torch.compile(model, backend="aot_eager")
-    with torch.no_grad():
-        check(output(compiled_model, x), model, x)
-        assert chains == [WHOLE]
-        do(model)
-        check(output(compiled_model, x), model, x)
-        assert WHOLE not in chains[1:]
-
-
-@pytest.mark.parametrize("keep", [True, False])
-def test_models_of_one_kind_share_a_graph(keep):
-    """Also models that are unpickled or copied."""
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    x, kept = torch.randn(2, 3, 40, 40), []
-    for seed in range(10):
-        model = randomise(ConvNext(CONFIG), seed=seed).eval().freeze()
-        if seed % 3:
-            model = copy.deepcopy(model) if seed % 3 == 1 else pickle.loads(pickle.dumps(model))
-        with torch.no_grad():
-            check(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model, x)
-        if keep:
-            kept.append(model)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_shapes_that_no_kernel_supports(chains):
