@@ -140,6 +140,22 @@ def test_named_timm_models(name):
         assert not report.left_alone
 
 
+@pytest.mark.filterwarnings("ignore:a fused")
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_compiled_model_notices_a_longer_block(frozen, image):
+    """torchvision's blocks call whatever their Sequential holds."""
+    torch.compiler.reset()
+    model = torchvision_model().eval()
+    fused = fuse(model)
+    compiled = torch.compile(fused.freeze() if frozen else model, backend="aot_eager")
+    with torch.no_grad():
+        before = compiled(image)
+        model.features[1][0].block.append(torch.nn.Tanh())
+        after = compiled(image)
+        assert relative_error(after, before) > 1e-3
+        assert relative_error(after, model(image)) <= FLOAT32_BOUND
+
+
 def test_torchvision_tiny():
     with torch.device("meta"):
         report = fuse(torchvision.models.convnext_tiny(), strict=True)
