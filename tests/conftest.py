@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,8 +20,10 @@ torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTE
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """The same random numbers for a test whatever ran before it in its process."""
+    """The same random numbers and an empty compiler for a test, whatever ran before it in its process."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # Dynamo keeps which code it gave up compiling
+        torch.compiler.reset()
 
 
 class _TorchRandom:

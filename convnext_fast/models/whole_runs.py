@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends import choose
 from ..backends.steps import Kind, Step
 from ..ops import call, live_sequence, sequence
 from .layer_changes import changed, has_hooks, is_changed
@@ -22,6 +23,7 @@ from .run_plan import read, step_of
 
 _wants_gradient = operator.attrgetter("requires_grad")  # which Dynamo does not trace
 _CALL = nn.Module.__call__
+_dynamo_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
 
 class WholeRuns(dict):
@@ -109,7 +111,22 @@ def outputs_of(
         if not frozen and (call.autocasts(x) or call.wants_gradient(x, *_weights(every)) or any(map(_drops, every))):
             return live_sequence.compiled(every, x, ends)
         return None if call.wants_gradient(x) else sequence.compiled(every, x, ends, frozen)
-    run = _run_that_holds(runs, frozen, state.cuda_graph, root, parts)
+    compiles = callable(_dynamo_callback())  # Dynamo skipped this frame and would compile those within, piece by piece
+    run = torch.compiler.disable(_run) if compiles else _run
+    return run(runs, frozen, backend, state.cuda_graph, root, parts, x, last)
+
+
+def _run(
+    runs: WholeRuns,
+    frozen: bool,
+    backend: choose.Name,
+    cuda_graph: bool,
+    root: nn.Module | None,
+    parts: Sequence[nn.Module],
+    x: Tensor,
+    last: bool,
+) -> list[Tensor] | None:
+    run = _run_that_holds(runs, frozen, cuda_graph, root, parts)
     if run is None or (frozen and any(map(_wants_gradient, run.weights))):  # under no_grad too: they are trained
         return None
     ends = run.ends[-1:] if last else run.ends
@@ -131,7 +148,7 @@ def _run_that_holds(
     steps = _steps_of_parts(frozen, root, parts, layers)
     if steps is None and frozen and cuda_graph and (root is None or isinstance(root.__dict__[STATE].plan, ChainPlan)):
         kind = ", ".join(type(part).__name__ for part in parts)
-        warnings.warn(f"no CUDA graph of {kind}: {_reason(root, parts)}", RuntimeWarning, stacklevel=5)
+        warnings.warn(f"no CUDA graph of {kind}: {_reason(root, parts)}", RuntimeWarning, stacklevel=6)
     run = None if steps is None else _WholeRun(frozen, cuda_graph, root, parts, steps, layers)
     if run is None or not run.record.sees(run.weights):
         return None

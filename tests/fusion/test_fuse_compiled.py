@@ -20,7 +20,6 @@ def image():
 
 @pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_compiles_as_one_graph(training, image):
-    torch.compiler.reset()
     model = Logits(tiny(drop_path_rate=0.0)).train(training)
     expected = everything(model, image)
     compiled = torch.compile(fuse(model).model, fullgraph=True, backend="aot_eager")
@@ -52,7 +51,6 @@ def remove_the_layer_scale(block):
 
 @pytest.mark.filterwarnings("ignore:a fused")
 def test_a_compiled_model_notices_changed_layers(image):
-    torch.compiler.reset()
     model = Logits(tiny()).eval()
     compiled = torch.compile(fuse(model).model, fullgraph=True, backend="aot_eager")
     before = compiled(image)
@@ -67,7 +65,6 @@ def test_a_compiled_model_notices_changed_layers(image):
 @pytest.mark.filterwarnings("ignore:a fused")
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_compiled_model_notices_a_longer_downsampling_layer(frozen, image):
-    torch.compiler.reset()
     model = Logits(tiny()).eval()
     fused = fuse(model)
     compiled = torch.compile(fused.freeze() if frozen else fused.model, fullgraph=True, backend="aot_eager")
@@ -83,7 +80,6 @@ def test_a_compiled_model_notices_a_longer_downsampling_layer(frozen, image):
 @pytest.mark.filterwarnings("ignore:a fused")
 @pytest.mark.parametrize("layer", ["dwconv", "act"])
 def test_hooks_inside_a_block_are_compiled(layer, image):
-    torch.compiler.reset()
     model = Logits(tiny()).eval()
     compiled = torch.compile(fuse(model).model, fullgraph=True, backend="aot_eager")
     without = model(image)

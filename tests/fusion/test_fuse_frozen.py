@@ -358,7 +358,6 @@ def test_gradients_of_the_input(image):
     "name", [pytest.param(name, marks=() if name == "transformers" else pytest.mark.thorough) for name in HOSTS]
 )
 def test_compiles(name, image):
-    torch.compiler.reset()
     torch.manual_seed(3)
     model = host(name)
     report = fuse(model).freeze()

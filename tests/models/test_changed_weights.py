@@ -174,7 +174,6 @@ def test_what_leaves_no_trace_is_seen_after_freezing_again():
     ],
 )
 def test_compiled_models_notice(made, change):
-    torch.compiler.reset()
     torch.manual_seed(3)
     model = model_of(made).freeze()
     compiled = torch.compile(model, backend="aot_eager")

@@ -133,7 +133,6 @@ def test_gradients_of_the_input():
 
 
 def test_compiles_where_a_gradient_of_the_input_is_wanted():
-    torch.compiler.reset()
     model = model_of(torch.float64).freeze()
     x = image(torch.float64).requires_grad_()
     actual = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")(x)

@@ -130,7 +130,6 @@ def test_frozen(dtype):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_compiled_and_exported(frozen):
-    torch.compiler.reset()
     model, x = tiny().eval(), torch.randn(2, 3, 32, 32)
     if frozen:
         model.freeze()

@@ -42,7 +42,6 @@ both = pytest.mark.parametrize("surface", [pytest.param("timm", marks=pytest.mar
 )
 def test_a_training_step_is_one_graph_for_any_size(surface, checkpointing):
     """Loss, logits and every gradient as without a compiler; no compilation for a new batch or resolution."""
-    torch.compiler.reset()
     model = build(surface, torch.float64).train()
     if checkpointing:
         (model.set_grad_checkpointing if surface == "timm" else model.gradient_checkpointing_enable)()
@@ -67,7 +66,6 @@ def test_a_training_step_is_one_graph_for_any_size(surface, checkpointing):
 
 @pytest.mark.parametrize("recompute", [0, 2])
 def test_checkpointing_by_hand_and_levels_of_recompute_compile(recompute):
-    torch.compiler.reset()
     model = build("timm", torch.float64).train()
     model.recompute = recompute
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -88,7 +86,6 @@ def test_compiles_under_autocast(dtype):
     without it, but not half as large, which would mean a wider dtype. Each alone may be four times as large, because a
     single small gradient's error is a matter of luck.
     """
-    torch.compiler.reset()
     model = build("timm").train()
     x = torch.randn(2, 3, 32, 32)
     results = []
@@ -106,7 +103,6 @@ def test_compiles_under_autocast(dtype):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
 def test_replays_as_a_cuda_graph():
-    torch.compiler.reset()
     model = build("timm").cuda().train()
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     for seed in range(4):

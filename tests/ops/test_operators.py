@@ -80,7 +80,6 @@ def tiny(**options):
 
 
 def test_compiles_under_inductor():
-    torch.compiler.reset()
     model = tiny().eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -240,7 +239,6 @@ def test_a_result_without_gradient_gives_none(name):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_an_mlp_in_bfloat16_with_a_wider_layer_scale(compiled):
-    torch.compiler.reset()
     parameters = [p.detach().bfloat16() for p in list(block_parameters(8, 24, 7, torch.float32).values())[4:8]]
     gamma = torch.randn(8)
     x = activations((2, 5, 4, 8), torch.bfloat16, "contiguous")

@@ -20,6 +20,7 @@ from sequence_support import (
 )
 from support import randomise
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from convnext_fast import ConvNext, ConvNextModel
 from convnext_fast.models.freezing import unfreeze
@@ -37,6 +38,17 @@ def test_a_compiled_model_calls_one_operator(model, chains):
         x = torch.randn(3, 3, 48, 36)
         check(output(compiled_model, x), model, x)
     assert chains == [WHOLE] * 2
+
+
+def test_after_dynamo_gave_up_the_code_of_a_model(model):
+    """It then compiles the frames within, and would compile the steps' bookkeeping in pieces."""
+    x = torch.randn(1, 3, 32, 32)
+    with FlopCounterMode(display=False):
+        output(torch.compile(copy.deepcopy(model), backend="aot_eager"), x)
+    list(blocks_of(model, 1)[0].parameters())[-1].requires_grad_()
+    compiled_model = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        check(output(compiled_model, x).detach(), model, x)
 
 
 class OtherNorm(nn.LayerNorm):
@@ -85,7 +97,6 @@ CHANGES += [pytest.param(kind, do, marks=thorough) for kind in KINDS for do in (
 
 @pytest.mark.parametrize(("model", "do"), CHANGES, indirect=["model"])
 def test_a_compiled_model_notices_changes(model, chains, do):
-    torch.compiler.reset()
     x = torch.randn(2, 3, 40, 40)
     compiled_model = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
@@ -99,7 +110,6 @@ def test_a_compiled_model_notices_changes(model, chains, do):
 @pytest.mark.parametrize("keep", [True, False])
 def test_models_of_one_kind_share_a_graph(keep):
     """Also models that are unpickled or copied."""
-    torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     x, kept = torch.randn(2, 3, 40, 40), []
     for seed in range(10):

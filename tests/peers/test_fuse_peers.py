@@ -144,7 +144,6 @@ def test_named_timm_models(name):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_compiled_model_notices_a_longer_block(frozen, image):
     """torchvision's blocks call whatever their Sequential holds."""
-    torch.compiler.reset()
     model = torchvision_model().eval()
     fused = fuse(model)
     compiled = torch.compile(fused.freeze() if frozen else model, backend="aot_eager")
