@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
 from typing import Any
-
-from triton.runtime import driver
 
 from .recorded_tensor import RecordedTensor
 
@@ -16,8 +15,10 @@ _HASHED = frozenset((int, float, bool, str, tuple, type(None)))
 """Types of constants that are cheap to hash. Others, such as layouts, are told apart by their ids."""
 
 
-def compiled(kernel: Any, args: tuple, meta: dict[str, Any]) -> Any:
-    """What Triton launches for ``kernel[...](*args, **meta)`` on the current device, compiled if it is new.
+def compiled(kernel: Any, args: tuple, meta: dict[str, Any], where: Hashable) -> Any:
+    """What Triton launches for ``kernel[...](*args, **meta)``, compiled if it is new.
+
+    ``where``: Triton's driver and the current device.
 
     The key says more than a kernel is compiled for, because asking Triton would be slower: the powers of two that
     divide numbers and addresses, and the types of other arguments.
@@ -34,7 +35,7 @@ def compiled(kernel: Any, args: tuple, meta: dict[str, Any]) -> Any:
     ]
     values = meta.values()
     constants = [value if type(value) in _HASHED else id(value) for value in values]
-    key = id(kernel), driver.active, driver.active.get_current_device(), *kinds, *meta, *map(type, values), *constants
+    key = id(kernel), where, *kinds, *meta, *map(type, values), *constants
     found = _KNOWN.get(key)
     if found is None:
         made = kernel.run(*args, grid=(1,), warmup=True, **meta)
@@ -45,6 +46,6 @@ def compiled(kernel: Any, args: tuple, meta: dict[str, Any]) -> Any:
 
 
 @functools.lru_cache(_MOST)
-def _specialised(value: int) -> tuple:
-    """All properties of a number that a kernel may be compiled for."""
-    return value == 1, math.gcd(value, 16), -(2**31) <= value < 2**31, value < 2**63
+def _specialised(value: int) -> int:
+    """All properties of a number that a kernel may be compiled for, as one number, which is quickly hashed."""
+    return math.gcd(value, 16) * 8 + (value == 1) * 4 + (-(2**31) <= value < 2**31) * 2 + (value < 2**63)

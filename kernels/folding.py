@@ -211,12 +211,12 @@ def fold_fwd(weights: BlockWeights, dtype: torch.dtype, layer_scale: bool) -> tu
     launch.
     """
     K, C = weights.w1.shape
-    device, gamma = weights.w1.device, weights.gamma if layer_scale else None
-    w1g = torch.empty((K, C), dtype=dtype, device=device)
+    gamma = weights.gamma if layer_scale else None
+    w1g = weights.w1.new_empty((K, C), dtype=dtype)
     unit = gamma is not None and dtype == torch.float16
-    b1g = torch.empty((3 if unit else 2, K), dtype=torch.float32, device=device)
+    b1g = w1g.new_empty((3 if unit else 2, K), dtype=torch.float32)
     same = gamma is None and weights.w2.dtype == dtype
-    w2g = None if same else torch.empty((C, K), dtype=dtype, device=device)
+    w2g = None if same else w1g.new_empty((C, K))
     launch(
         _fold_fwd_kernel, (cdiv(K, 16),),
         weights.w1, weights.b1, weights.ln_weight, weights.ln_bias, weights.w2, gamma, w1g, b1g, w2g, K, C,
@@ -238,10 +238,10 @@ def fold_bwd(
     (K, C), (_, S, *_) = weights.w1.shape, sums.products.shape
     grads = out
     if grads is None:
-        grads = BlockWeights(*(None if p is None else torch.empty_like(p) for p in weights))
+        grads = BlockWeights(*(None if p is None else p.new_empty(p.shape) for p in weights))
     w1, w2, b2, gamma = weights.w1, weights.w2, weights.b2, weights.gamma
     tiles = cdiv(K, BLOCK_K)
-    partial = torch.empty((tiles, 4, C), dtype=torch.float32, device=w1.device)
+    partial = w1.new_empty((tiles, 4, C), dtype=torch.float32)
     num_warps = 8 if w1.dtype == torch.float16 or sums.grn is not None else 4  # 4 would spill on sm_120 and sm_100
     launch(
         _fold_bwd_kernel, (tiles, cdiv(C, 64)),

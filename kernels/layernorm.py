@@ -138,7 +138,7 @@ def layernorm_fwd(
     ``weight`` and ``bias`` (C,) of any float dtype, None for 1 and 0.
     """
     channels = u.shape[-1]
-    n = torch.empty_like(u)
+    n = u.new_empty(u.shape)
     if u.numel() == 0:
         return n
     pixels = u.numel() // channels
@@ -160,7 +160,7 @@ def layernorm_bwd(
     The gradients of the parameters are in the dtype of ``weight``, float32 where it is None.
     """
     channels = u.shape[-1]
-    du = torch.empty_like(u)
+    du = u.new_empty(u.shape)
     dtype = torch.float32 if weight is None else weight.dtype
     if u.numel() == 0:
         zero = torch.zeros(channels, dtype=dtype, device=u.device)
@@ -175,14 +175,14 @@ def layernorm_bwd(
     )  # fmt: skip
     split = max(cdiv(cdiv(pixels, 256), rows) * rows, rows)
     splits = cdiv(pixels, split)
-    partial = torch.empty((splits, 2, channels), dtype=torch.float32, device=u.device)
+    partial = u.new_empty((splits, 2, channels), dtype=torch.float32)
     launch(
         layernorm_wgrad_kernel, (splits, cdiv(channels, width)),
         dn, u, stats, partial, pixels, eps, split,
         C=channels, CB=block, NB=stats.shape[0], BR=rows, BC=width, num_warps=4,
     )  # fmt: skip
-    dweight = torch.empty(channels, dtype=dtype, device=u.device)
-    dbias = torch.empty_like(dweight)
+    dweight = u.new_empty(channels, dtype=dtype)
+    dbias = u.new_empty(channels, dtype=dtype)
     launch(
         layernorm_wgrad_sum_kernel, (cdiv(channels, 64),),
         partial, dweight, dbias, channels, splits, BS=8, BC=64, num_warps=1,

@@ -1,190 +1,26 @@
 /* A recorded call of the kernels, repeated by one call: allocate, patch pointers, launch.
 
    A plan is a list of launches. A parameter of a launch is eight bytes: a constant, or the address of a piece of memory
-   plus an offset. The pieces are the call's tensors in order, then what the plan allocates. In the place of a launch
-   may be another plan, whose pieces of memory are then the parameters:
+   plus an offset. In the place of a launch may be another plan, whose bases are then the parameters:
 
        bases      = addresses of the given tensors, then of one new tensor for each allocation
-       parameter  = constant,  or  bases[memory] + offset
+       memory     = addresses of the given tensors, then of the pieces:  base of an allocation + offset
+       parameter  = constant,  or  memory[number] + offset
        results    = new tensors, or parts of them
 
-   Plans are found by a key: the bytes of everything that a call depends on but the values in its tensors (shapes,
-   strides, dtypes, devices, alignments, plain arguments, the precision of float32 products). Addresses are read
-   again on every call and a plan keeps nothing of a call, so threads may repeat one plan at the same time.
+   Addresses are read again on every call and a plan keeps nothing of a call, so threads may repeat one plan at the same
+   time. Memory comes from the function that Inductor's code calls, on the current stream, and cuLaunchKernel launches.
+   The addresses of these functions come from Python (native_plan.py). native_key.c stands before this text. */
 
-   Tensors are read through PyTorch's stable C interface (aoti_torch_*), allocated by the function that Inductor's code
-   calls, on the current stream, and launched by cuLaunchKernel. The addresses of these functions come from Python
-   (native_plan.py), so this file needs no header but Python's. */
+#define MOST_PARAMETERS 128 /* of a kernel */
+#define CONSTANT (-1)       /* in the place of a memory's number */
+#define PART 0              /* in the place of the threads: a plan is repeated */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
-#include <string.h>
-
-#define MOST_WORDS 8192      /* of a key */
-#define MOST_BASES 1024      /* tensors of a call and allocations of a plan */
-#define MOST_PARAMETERS 128  /* of a kernel */
-#define CONSTANT (-1)        /* in the place of a memory's number */
-#define PART 0               /* in the place of the threads: a plan is repeated */
-
-typedef int32_t (*ReadInt64)(void *tensor, int64_t *value);
-typedef int32_t (*ReadInt32)(void *tensor, int32_t *value);
-typedef int32_t (*ReadPointer)(void *tensor, void **value);
 typedef int (*LaunchKernel)(void *function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
                             void *stream, void **parameters, void **extra);
 typedef int (*CurrentDevice)(int *device);
 
-static struct {
-    ReadInt64 dim;
-    ReadPointer sizes, strides, address;
-    ReadInt32 dtype, device_type, device_index;
-} torch_; /* each returns 0, or an error */
-
-static PyTypeObject *tensor_type, *parameter_type, *recorded_type, *dtype_type;
-static Py_ssize_t tensor_offset; /* of the at::Tensor in a Python tensor */
-static PyObject *as_strided, *key_of_recorded, *precision, *dispatch_modes, *runtime_knobs;
-static PyObject *enter_hook_name, *exit_hook_name, *calls_name, *key_name;
-
-/* ---- The key of a call ---- */
-
-typedef struct {
-    int words, bases;
-    uint64_t word[MOST_WORDS], base[MOST_BASES];
-} Call;
-
-enum { NONE = 1, TRUE_, FALSE_, INTEGER, FLOAT, TEXT, DTYPE, SEQUENCE, TENSOR };
-
-static int is_tensor(PyObject *value) { return Py_TYPE(value) == tensor_type || Py_TYPE(value) == parameter_type; }
-
-static void *handle_of(PyObject *tensor) { return (char *)tensor + tensor_offset; }
-
-/* These return 0, or -1 for what no plan supports. */
-static int add_bytes(Call *call, const void *bytes, Py_ssize_t size) {
-    Py_ssize_t words = (size + 7) / 8;
-    if (words > MOST_WORDS - call->words) return -1;
-    if (words) call->word[call->words + words - 1] = 0;
-    memcpy(call->word + call->words, bytes, size);
-    call->words += (int)words;
-    return 0;
-}
-
-static int add_word(Call *call, uint64_t word) {
-    if (call->words == MOST_WORDS) return -1;
-    call->word[call->words++] = word;
-    return 0;
-}
-
-static int add_tensor(Call *call, PyObject *tensor) {
-    void *handle = handle_of(tensor), *sizes, *strides, *address;
-    int64_t dim;
-    int32_t dtype, device_type, device_index;
-    if (!*(void **)handle || call->bases == MOST_BASES) return -1;
-    if (torch_.dim(handle, &dim) || torch_.sizes(handle, &sizes) || torch_.strides(handle, &strides) ||
-        torch_.dtype(handle, &dtype) || torch_.device_type(handle, &device_type) ||
-        torch_.device_index(handle, &device_index) || torch_.address(handle, &address))
-        return -1;
-    call->base[call->bases++] = (uint64_t)address;
-    uint64_t facts = TENSOR | (uint64_t)dim << 8 | (uint64_t)(uint8_t)dtype << 16 |
-                     (uint64_t)(uint8_t)device_type << 24 |
-                     (uint64_t)(uint16_t)device_index << 32 | (uint64_t)((uintptr_t)address % 16) << 48;
-    return add_word(call, facts) || add_bytes(call, sizes, 8 * dim) || add_bytes(call, strides, 8 * dim) ? -1 : 0;
-}
-
-/* What stands for a tensor in a recording has its part of the key, and no address. */
-static int add_recorded(Call *call, PyObject *value) {
-    PyObject *bytes = PyObject_GetAttr(value, key_name); /* None until it was asked for */
-    if (bytes == Py_None) {
-        Py_DECREF(bytes);
-        bytes = PyObject_CallOneArg(key_of_recorded, value);
-    }
-    int unknown = !bytes || !PyBytes_Check(bytes) || add_bytes(call, PyBytes_AS_STRING(bytes), PyBytes_GET_SIZE(bytes));
-    Py_XDECREF(bytes);
-    PyErr_Clear();
-    return unknown ? -1 : 0;
-}
-
-static int add_value(Call *call, PyObject *value) {
-    if (is_tensor(value)) return add_tensor(call, value);
-    if (Py_TYPE(value) == recorded_type) return add_recorded(call, value);
-    if (value == Py_None) return add_word(call, NONE);
-    if (value == Py_True) return add_word(call, TRUE_);
-    if (value == Py_False) return add_word(call, FALSE_);
-    if (Py_TYPE(value) == dtype_type) return add_word(call, DTYPE) || add_word(call, (uintptr_t)value) ? -1 : 0;
-    if (PyLong_CheckExact(value)) {
-        int overflow;
-        long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
-        return overflow || add_word(call, INTEGER) || add_word(call, (uint64_t)number) ? -1 : 0;
-    }
-    if (PyFloat_CheckExact(value)) {
-        double number = PyFloat_AS_DOUBLE(value);
-        return add_word(call, FLOAT) || add_bytes(call, &number, 8) ? -1 : 0;
-    }
-    if (PyUnicode_CheckExact(value)) {
-        Py_ssize_t size;
-        const char *text = PyUnicode_AsUTF8AndSize(value, &size);
-        if (!text) PyErr_Clear();
-        return !text || add_word(call, TEXT | (uint64_t)size << 8) || add_bytes(call, text, size) ? -1 : 0;
-    }
-    if (!PyTuple_Check(value)) return -1;
-    Py_ssize_t size = PyTuple_GET_SIZE(value);
-    if (add_word(call, SEQUENCE | (uint64_t)size << 8) || add_word(call, (uintptr_t)Py_TYPE(value))) return -1;
-    for (Py_ssize_t i = 0; i < size; i++)
-        if (add_value(call, PyTuple_GET_ITEM(value, i))) return -1;
-    return 0;
-}
-
-static int describe(Call *call, PyObject *arguments) {
-    call->words = call->bases = 0;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments); i++)
-        if (add_value(call, PyTuple_GET_ITEM(arguments, i))) return -1;
-    PyObject *state = PyObject_CallNoArgs(precision);
-    if (!state) {
-        PyErr_Clear();
-        return -1;
-    }
-    int unknown = add_value(call, state);
-    Py_DECREF(state);
-    return unknown;
-}
-
-static PyObject *key_of(Call *call) {
-    return PyBytes_FromStringAndSize((char *)call->word, 8 * (Py_ssize_t)call->words);
-}
-
-static PyObject *key(PyObject *module, PyObject *arguments) {
-    Call call;
-    if (!PyTuple_Check(arguments)) return PyErr_Format(PyExc_TypeError, "key takes the tuple of a call's arguments");
-    if (describe(&call, arguments)) Py_RETURN_NONE;
-    return key_of(&call);
-}
-
-/* Appends to ``found`` the part of the key that each tensor among the values makes; 0, or -1. */
-static int add_keys(PyObject *found, Call *call, PyObject *values) {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(values); i++) {
-        PyObject *value = PyTuple_GET_ITEM(values, i);
-        if (is_tensor(value) || Py_TYPE(value) == recorded_type) {
-            call->words = call->bases = 0;
-            PyObject *bytes = add_value(call, value) ? NULL : key_of(call);
-            int failed = !bytes || PyList_Append(found, bytes);
-            Py_XDECREF(bytes);
-            if (failed) return -1;
-        } else if (PyTuple_Check(value) && add_keys(found, call, value)) {
-            return -1;
-        }
-    }
-    return 0;
-}
-
-/* keys(arguments): those of a call's tensors, in order; None where one has none. */
-static PyObject *keys(PyObject *module, PyObject *arguments) {
-    Call call;
-    if (!PyTuple_Check(arguments)) return PyErr_Format(PyExc_TypeError, "keys takes the tuple of a call's arguments");
-    PyObject *found = PyList_New(0);
-    if (!found || !add_keys(found, &call, arguments)) return found;
-    Py_DECREF(found);
-    PyErr_Clear();
-    Py_RETURN_NONE;
-}
+static PyObject *as_strided, *dispatch_modes, *runtime_knobs, *enter_hook_name, *exit_hook_name, *calls_name;
 
 /* ---- Plans ---- */
 
@@ -193,7 +29,7 @@ typedef struct {
 } Launch;
 
 typedef struct {
-    int64_t memory; /* number of a base, or CONSTANT */
+    int64_t memory; /* its number, or CONSTANT; of a piece the number of an allocation */
     uint64_t value; /* offset in bytes, or the constant */
 } Parameter;
 
@@ -202,8 +38,9 @@ typedef struct {
     LaunchKernel launch;
     CurrentDevice current_device;
     int device, given, single; /* given: how many tensors a call has; single: the result is one tensor, no tuple */
-    PyObject *stream_of, *allocate, *allocations, *launches, *parameters, *results, *owners; /* of kernels, or plans */
-    PyObject *device_number, *arguments; /* the latter owns the seven above */
+    PyObject *stream_of, *allocate, *allocations, *pieces, *launches, *parameters, *results;
+    PyObject *owners; /* of kernels, or plans */
+    PyObject *device_number, *arguments; /* the latter owns the eight above */
 } Plan;
 
 static void Plan_dealloc(Plan *plan) {
@@ -213,6 +50,19 @@ static void Plan_dealloc(Plan *plan) {
 }
 
 static PyTypeObject PlanType;
+
+static Py_ssize_t count_of(PyObject *parameters) {
+    return PyBytes_GET_SIZE(parameters) / (Py_ssize_t)sizeof(Parameter);
+}
+
+/* Whether every parameter has a number from ``least`` to below ``end``. */
+static int is_within(PyObject *parameters, int64_t least, int64_t end) {
+    const Parameter *parameter = (const Parameter *)PyBytes_AS_STRING(parameters);
+    int within = 1;
+    for (Py_ssize_t i = 0; i < count_of(parameters); i++)
+        within &= parameter[i].memory >= least && parameter[i].memory < end;
+    return within;
+}
 
 /* Whether a launch of ``plan`` is a kernel's, or a plan's that its parameters suit. */
 static int is_whole(const Plan *plan, const Launch *launch, PyObject *owner) {
@@ -226,15 +76,13 @@ static int is_whole(const Plan *plan, const Launch *launch, PyObject *owner) {
 static int is_sound(Plan *plan) {
     Py_ssize_t allocations = PyTuple_GET_SIZE(plan->allocations), total = 0;
     Py_ssize_t launches = PyBytes_GET_SIZE(plan->launches) / (Py_ssize_t)sizeof(Launch);
-    Py_ssize_t parameters = PyBytes_GET_SIZE(plan->parameters) / (Py_ssize_t)sizeof(Parameter);
+    Py_ssize_t memory = plan->given + count_of(plan->pieces);
     const Launch *launch = (const Launch *)PyBytes_AS_STRING(plan->launches);
-    const Parameter *parameter = (const Parameter *)PyBytes_AS_STRING(plan->parameters);
-    int sound = plan->given >= 0 && plan->given + allocations <= MOST_BASES;
+    int sound = plan->given >= 0 && memory <= MOST_BASES && plan->given + allocations <= MOST_BASES;
+    sound &= is_within(plan->pieces, 0, allocations) && is_within(plan->parameters, CONSTANT, memory);
     if (PyList_GET_SIZE(plan->owners) != launches) return 0;
     for (Py_ssize_t i = 0; i < launches; total += launch[i++].parameters)
         sound &= launch[i].parameters >= 0 && is_whole(plan, launch + i, PyList_GET_ITEM(plan->owners, i));
-    for (Py_ssize_t i = 0; i < parameters; i++)
-        sound &= parameter[i].memory >= CONSTANT && parameter[i].memory < plan->given + allocations;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(plan->results); i++) {
         long number = 0;
         PyObject *part = Py_None, *result = PyTuple_GET_ITEM(plan->results, i);
@@ -242,19 +90,19 @@ static int is_sound(Plan *plan) {
         sound &= result == Py_None || (number >= 0 && number < allocations);
         sound &= part == Py_None || (PyTuple_Check(part) && PyTuple_GET_SIZE(part) == 3);
     }
-    return sound && total == parameters && (!plan->single || PyTuple_GET_SIZE(plan->results) == 1);
+    return sound && total == count_of(plan->parameters) && (!plan->single || PyTuple_GET_SIZE(plan->results) == 1);
 }
 
-/* Plan(launch, current_device, device, given, single, stream_of, allocate, allocations, launches, parameters, results,
-   owners): see native_plan.py, which makes them. */
+/* Plan(launch, current_device, device, given, single, stream_of, allocate, allocations, pieces, launches, parameters,
+   results, owners): see native_plan.py, which makes them. */
 static PyObject *Plan_new(PyTypeObject *type, PyObject *arguments, PyObject *names) {
     unsigned long long launch, current_device;
     Plan *plan = (Plan *)type->tp_alloc(type, 0);
     if (!plan) return NULL;
-    if (PyArg_ParseTuple(arguments, "KKiipOOO!SSO!O!", &launch, &current_device, &plan->device, &plan->given,
+    if (PyArg_ParseTuple(arguments, "KKiipOOO!SSSO!O!", &launch, &current_device, &plan->device, &plan->given,
                          &plan->single, &plan->stream_of, &plan->allocate, &PyTuple_Type, &plan->allocations,
-                         &plan->launches, &plan->parameters, &PyTuple_Type, &plan->results, &PyList_Type,
-                         &plan->owners)) {
+                         &plan->pieces, &plan->launches, &plan->parameters, &PyTuple_Type, &plan->results,
+                         &PyList_Type, &plan->owners)) {
         plan->launch = (LaunchKernel)(uintptr_t)launch;
         plan->current_device = (CurrentDevice)(uintptr_t)current_device;
         plan->arguments = Py_NewRef(arguments);
@@ -302,12 +150,16 @@ static int launch_all(const Plan *plan, const uint64_t *base, void *stream) {
     const Launch *launch = (const Launch *)PyBytes_AS_STRING(plan->launches);
     const Launch *end = (const Launch *)(PyBytes_AS_STRING(plan->launches) + PyBytes_GET_SIZE(plan->launches));
     const Parameter *parameter = (const Parameter *)PyBytes_AS_STRING(plan->parameters);
-    uint64_t value[MOST_BASES]; /* of a part all of its memory */
+    const Parameter *piece = (const Parameter *)PyBytes_AS_STRING(plan->pieces);
+    uint64_t memory[MOST_BASES], value[MOST_BASES]; /* of a part all of its bases */
     void *pointer[MOST_PARAMETERS];
     for (int i = 0; i < MOST_PARAMETERS; i++) pointer[i] = &value[i];
+    memcpy(memory, base, 8 * (size_t)plan->given);
+    for (Py_ssize_t i = 0; i < count_of(plan->pieces); i++)
+        memory[plan->given + i] = base[plan->given + piece[i].memory] + piece[i].value;
     for (; launch < end; launch++) {
         for (int64_t i = 0; i < launch->parameters; i++, parameter++)
-            value[i] = parameter->value + (parameter->memory == CONSTANT ? 0 : base[parameter->memory]);
+            value[i] = parameter->value + (parameter->memory == CONSTANT ? 0 : memory[parameter->memory]);
         int error = launch->threads == PART
                         ? launch_all((const Plan *)launch->function, value, stream)
                         : plan->launch((void *)launch->function, (unsigned)launch->grid[0], (unsigned)launch->grid[1],
@@ -411,22 +263,6 @@ static PyObject *repeat(PyObject *module, PyObject *const *given, Py_ssize_t cou
 }
 
 /* ---- The module ---- */
-
-/* Where a Python tensor holds its at::Tensor, one pointer, which tensor._cdata tells; -1 where it is not one place. */
-static Py_ssize_t find_offset(PyObject *tensor) {
-    PyObject *number = PyObject_GetAttrString(tensor, "_cdata");
-    if (!number) return -1;
-    void *wanted = PyLong_AsVoidPtr(number);
-    Py_DECREF(number);
-    if (PyErr_Occurred()) return -1;
-    Py_ssize_t found = -1, end = Py_TYPE(tensor)->tp_basicsize - (Py_ssize_t)sizeof(void *);
-    for (Py_ssize_t at = sizeof(PyObject); at <= end; at += sizeof(void *)) {
-        if (*(void **)((char *)tensor + at) != wanted) continue;
-        if (found >= 0) return -1;
-        found = at;
-    }
-    return found;
-}
 
 /* Takes a tensor and a parameter, the types dtype and RecordedTensor, and functions of Python and PyTorch. */
 static PyObject *configure(PyObject *module, PyObject *arguments) {

@@ -1,4 +1,4 @@
-"""Replay by one call of C: native_plan.c, compiled when the first call is recorded.
+"""Replay by one call of C: native_key.c and native_plan.c, compiled as one when the first call is recorded.
 
 Triton compiles it, with the C compiler that it needs for itself, and keeps it in its cache. Where that fails, and for
 launches that are not plain kernels on a grid, Python replays the plan, through Triton's own launcher. A kernel's
@@ -8,13 +8,14 @@ Triton adds. The first is for kernels that make descriptors (mlp/gemm_tma.py), t
 
 from __future__ import annotations
 
+import array
 import ctypes
 import functools
 import itertools
 import re
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from triton.runtime.build import compile_module_from_src
 from .recorded_tensor import Place, RecordedTensor
 from .recording import Launch, Part, Plan
 
-_SOURCE = Path(__file__).with_suffix(".c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("native_key.c", "native_plan.c")]
 _CONSTANT, _PART = -1, 0
 """_CONSTANT replaces the number of a piece of memory. _PART replaces the number of threads, for the plan of a part."""
 _READERS = ("dim", "sizes", "strides", "dtype", "device_type", "device_index", "data_ptr")
@@ -78,7 +79,7 @@ def _address(library: ctypes.CDLL, name: str) -> int:
 def library() -> ModuleType | None:
     """The compiled module; None, after a warning, where there is none."""
     try:
-        module = compile_module_from_src(_SOURCE.read_text(), "native_plan")
+        module = compile_module_from_src("".join(path.read_text() for path in _SOURCES), "native_plan")
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         readers = tuple(_address(torch_cpu, f"aoti_torch_get_{name}") for name in _READERS)
         with torch._C.DisableTorchFunction():  # a recording may be the first to ask for this
@@ -89,7 +90,7 @@ def library() -> ModuleType | None:
         )  # fmt: skip
     except Exception as error:
         _warn(
-            f"{_SOURCE.name} could not be compiled ({error!r}): install a C compiler (gcc or clang) and Python's "
+            f"{_SOURCES[-1].name} could not be compiled ({error!r}): install a C compiler (gcc or clang) and Python's "
             "headers (python3-dev)"
         )
         return None
@@ -109,7 +110,7 @@ def of(plan: Plan) -> Any | None:
 
 
 def _key_of(tensor: RecordedTensor) -> bytes:
-    """The part of a call's key that native_plan.c makes for a real tensor like this one."""
+    """The part of a call's key that native_key.c makes for a real tensor like this one."""
     if tensor.key is None:
         dim = len(tensor.shape)
         facts = _facts(tensor.dtype, tensor.device) | dim << 8 | tensor.data_ptr() % 16 << 48
@@ -128,7 +129,7 @@ def _facts(dtype: torch.dtype, device: torch.device) -> int:
 def build(plan: Plan) -> Any | None:
     """Make the plan that `of` returns."""
     module = library()
-    if module is None or plan.given + len(plan.allocations) > module.MOST_BASES:
+    if module is None or plan.given + len(plan.pieces) > module.MOST_BASES:
         return None
     driver = cuda()
     launches: list[int] = []
@@ -139,40 +140,45 @@ def build(plan: Plan) -> Any | None:
             if owner is None:
                 return None
             launches += id(owner), 0, 0, 0, _PART, 0, count
-            parameters += struct.pack(f"{2 * count}q", *itertools.chain.from_iterable(launch.places))
+            parameters += _numbers(itertools.chain.from_iterable(launch.places))
         else:
             owner = launch.kernel
             form = _form(owner)
             values = form and _values(form, launch)
             if values is None:
                 return None
-            warps, _, shared = owner.packed_metadata[:3]
-            launches += driver.function_of(owner), *launch.grid, 32 * warps, shared, form.count
-            parameters += struct.pack(form.format, *values)
+            launches += driver.function_of(owner), *launch.grid, form.threads, form.shared, form.count
+            parameters += form.pack(*values)
         owners.append(owner)
     return module.Plan(
         driver.launch, driver.current_device, plan.device, plan.given, plan.single, driver.stream_of,
-        driver.allocate, tuple(map(tuple, plan.allocations)), struct.pack(f"{len(launches)}q", *launches),
-        bytes(parameters), tuple(plan.results), owners,
+        driver.allocate, tuple(map(tuple, plan.allocations)), _numbers(itertools.chain.from_iterable(plan.pieces)),
+        _numbers(launches), bytes(parameters), tuple(plan.results), owners,
     )  # fmt: skip
+
+
+def _numbers(values: Iterable[int]) -> bytes:
+    """As C reads an array of int64_t."""
+    return array.array("q", values).tobytes()
 
 
 class _Form(NamedTuple):
     """How a kernel's parameters are written for C.
 
     Attributes:
-        taken: which parameters the kernel still takes once it is compiled.
-        pointers: which of these are pointers.
+        taken: the numbers of the parameters that the kernel still takes once it is compiled, and which are pointers.
         scratch: how many pointers to scratch buffers follow.
         count: of all parameters, with these pointers.
-        format: of all, for `struct`.
+        pack: writes all of them.
+        threads, shared: of a program, the latter in bytes.
     """
 
-    taken: list[bool]
-    pointers: list[bool]
+    taken: list[tuple[int, bool]]
     scratch: int
     count: int
-    format: str
+    pack: Callable[..., bytes]
+    threads: int
+    shared: int
 
 
 @functools.cache
@@ -182,33 +188,36 @@ def _form(kernel: Any) -> _Form | None:
     more = ("profile_scratch_size", "launch_cooperative_grid", "launch_pdl", "tensordesc_meta")
     if metadata.num_ctas != 1 or any(getattr(metadata, name, None) for name in (*more, "instrumentation_mode")):
         return None
-    kinds = [kind for kind in kernel.src.signature.values() if kind != "constexpr"]
-    pointers = [kind.startswith("*") for kind in kinds]
-    if not all(pointer or kind in FORMATS for kind, pointer in zip(kinds, pointers, strict=True)):
+    kinds = {number: kind for number, kind in enumerate(kernel.src.signature.values()) if kind != "constexpr"}
+    taken = [(number, kind.startswith("*")) for number, kind in kinds.items()]
+    if not all(kind.startswith("*") or kind in FORMATS for kind in kinds.values()):
         return None
-    codes = ["q" if pointer else FORMATS[kind] for kind, pointer in zip(kinds, pointers, strict=True)]
+    codes = [FORMATS.get(kind, "q") for kind in kinds.values()]
     sizes = list(map(struct.calcsize, codes))
-    taken = _sizes(kernel.asm["ptx"])
-    scratch = len(taken) - len(sizes)
-    if scratch < 0 or taken != sizes + [8] * scratch:
-        _warn(f"a kernel of Triton {triton.__version__} takes parameters of {taken} bytes, its signature has {sizes}")
+    found = _sizes(kernel.asm["ptx"])
+    scratch = len(found) - len(sizes)
+    if scratch < 0 or found != sizes + [8] * scratch:
+        _warn(f"a kernel of Triton {triton.__version__} takes parameters of {found} bytes, its signature has {sizes}")
         return None
     formats = [f"q{code}{8 - size}x" for code, size in zip(codes, sizes, strict=True)] + ["qq"] * scratch
-    parameters = [kind != "constexpr" for kind in kernel.src.signature.values()]
-    return _Form(parameters, pointers, scratch, len(taken), "=" + "".join(formats))
+    warps, _, shared = kernel.packed_metadata[:3]
+    return _Form(taken, scratch, len(found), struct.Struct("=" + "".join(formats)).pack, 32 * warps, shared)
 
 
 def _values(form: _Form, launch: Launch) -> list[Any] | None:
-    """What ``form.format`` takes; None where C does not support a parameter."""
+    """What ``form.pack`` takes; None where C does not support a parameter."""
     values: list[Any] = []
-    for value, pointer in zip(itertools.compress(launch.parameters, form.taken), form.pointers, strict=True):
+    parameters = launch.parameters
+    for number, pointer in form.taken:
+        value = parameters[number]
         if (type(value) is Place) is not pointer:
             return None
         values += value if pointer else (_CONSTANT, value)
-    pointers = [(_CONSTANT, 0)] * form.scratch
+    values += (_CONSTANT, 0) * form.scratch
     if launch.scratch is not None:
-        pointers[0] = launch.scratch
-    return [*values, *itertools.chain.from_iterable(pointers)]
+        first = 2 * len(form.taken)
+        values[first : first + 2] = launch.scratch
+    return values
 
 
 @functools.cache

@@ -147,7 +147,8 @@ class RecordedTensor:
         return self._view(tuple(shape), tuple(strides), storage_offset - self.storage_offset())
 
     def new_empty(self, *size: Any, dtype: torch.dtype | None = None) -> RecordedTensor:
-        return _empty(*size, dtype=dtype or self.dtype)
+        shape = size if len(size) != 1 or type(size[0]) is int else tuple(size[0])
+        return launch_hook.recording.allocate(shape, dense(shape), dtype or self.dtype)
 
     def _view(self, shape: tuple[int, ...], strides: tuple[int, ...], skipped: int) -> RecordedTensor:
         place = Place(self.place.memory, self.place.offset + skipped * self.dtype.itemsize)
@@ -171,9 +172,8 @@ def dense(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _empty(*size: Any, dtype: torch.dtype | None = None, device: Any = None) -> RecordedTensor:
-    shape = tuple(size[0]) if len(size) == 1 and type(size[0]) is not int else size
     _check_device(device)
-    return launch_hook.recording.allocate(shape, dense(shape), dtype or torch.get_default_dtype())
+    return RecordedTensor.new_empty(launch_hook.recording.given[0], *size, dtype=dtype or torch.get_default_dtype())
 
 
 def _check_device(device: Any) -> None:

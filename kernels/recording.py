@@ -10,9 +10,9 @@ replayed calls, their plans become parts of its own.
 from __future__ import annotations
 
 import bisect
-import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -78,7 +78,8 @@ class Plan:
     Attributes:
         given: how many tensors the call has.
         allocations: the scratch buffer of the launches, one tensor of bytes; then the tensors that are returned.
-        launches: what is launched, in order.
+        pieces: for each allocation of the call, the number of the one above that it is part of, and its offset there.
+        launches: what is launched, in order. Their memory is numbered: the call's tensors, then the pieces.
         results: what is returned; None for None.
         single: whether the result is one tensor, not a tuple.
         device: the number of the tensors' device.
@@ -87,6 +88,7 @@ class Plan:
 
     given: int
     allocations: list[Allocation]
+    pieces: list[tuple[int, int]]
     launches: list[Launch | Part]
     results: list[Result | None]
     single: bool
@@ -104,8 +106,9 @@ class Plan:
         """The allocations."""
         return [torch.empty_strided(shape, strides, dtype=t, device=device) for shape, strides, t in self.allocations]
 
-    def launch(self, memory: Sequence[int], stream: int) -> None:
-        """Launch everything; ``memory``: addresses by number."""
+    def launch(self, bases: Sequence[int], stream: int) -> None:
+        """Launch everything; ``bases``: the addresses of the call's tensors, then of the allocations."""
+        memory = [*bases[: self.given], *(bases[self.given + number] + offset for number, offset in self.pieces)]
         for launch in self.launches:
             if isinstance(launch, Part):
                 launch.plan.launch([memory[number] + offset for number, offset in launch.places], stream)
@@ -182,7 +185,7 @@ def _with(values: tuple, given: Iterator[RecordedTensor]) -> tuple:
 
 
 class _Recording:
-    """What a call allocates and launches. Memory is numbered: the call's tensors in order, then each allocation.
+    """What a call allocates and launches. Memory is numbered: the call's tensors in order, then each piece allocated.
 
     Nothing is launched and nothing has memory: ``args`` are the call's arguments with stand-ins for its tensors.
     """
@@ -194,62 +197,65 @@ class _Recording:
             self.given = [_standing_for(*each) for each in zip(tensors(args), numbered, strict=True)]
         self.args = _with(args, iter(self.given))
         self.device = self.given[0].device
-        self.allocations: list[Allocation] = []
+        self.pieces: list[RecordedTensor] = []
         self.launches: list[Launch | Part] = []
-        self.used: dict[int, list[int]] = {}  # for each allocation, the first and the last launch that use it
+        self.used: dict[int, list[int]] = {}  # for each piece, the first and the last launch that use it
 
     def allocate(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> RecordedTensor:
         """A new tensor."""
         if 0 in shape:
             raise UnrecordableError
-        place = start_of(len(self.given) + len(self.allocations))
-        self.allocations.append(Allocation(shape, strides, dtype))
-        return RecordedTensor(shape, strides, dtype, self.device, place)
+        new = RecordedTensor(shape, strides, dtype, self.device, start_of(len(self.given) + len(self.pieces)))
+        self.pieces.append(new)
+        return new
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
         """Note ``kernel[grid](*args, **meta)``."""
-        if not _REAL.isdisjoint(map(type, args)):
-            raise UnrecordableError  # a tensor that the call neither got nor allocated; its key would keep it alive
-        constants = (None,) * (len(kernel.params) - len(args))  # the compiled kernel has them
-        self.note(compiled(kernel, args, meta), grid, (*args, *constants))
+        noted = self._places(args)
+        noted += (None,) * (len(kernel.params) - len(args))  # constants, which the compiled kernel has
+        self._note(compiled(kernel, args, meta, self._where), grid, noted)
+
+    @functools.cached_property
+    def _where(self) -> Hashable:
+        """What else a kernel is compiled for."""
+        return driver.active, driver.active.get_current_device()
 
     def note(self, kernel: Any, grid: tuple[int, ...], parameters: Sequence[Any]) -> None:
         """Note a launch of a compiled kernel."""
-        noted = [each.place if type(each) is RecordedTensor else each for each in parameters]
-        if not _REAL.isdisjoint(map(type, noted)):
-            raise UnrecordableError  # a tensor that the call neither got nor allocated
+        self._note(kernel, grid, self._places(parameters))
+
+    def _places(self, args: Iterable[Any]) -> list[Any]:
+        """The arguments of the next launch with places instead of tensors."""
+        given, index, noted = len(self.given), len(self.launches), []
+        for arg in args:
+            if type(arg) is RecordedTensor:
+                place = arg.place
+                if place[0] >= given:
+                    self.used.setdefault(place[0], [index, index])[1] = index
+                noted.append(place)
+            elif type(arg) in _REAL:
+                raise UnrecordableError  # a tensor that the call neither got nor allocated; a key would keep it alive
+            else:
+                noted.append(arg)
+        return noted
+
+    def _note(self, kernel: Any, grid: tuple[int, ...], noted: list[Any]) -> None:
         bytes_asked, scratch = getattr(kernel.metadata, "global_scratch_size", 0), None
         if bytes_asked:
             size = bytes_asked * math.prod(grid) * kernel.metadata.num_ctas
-            scratch = self.allocate((size,), (1,), torch.uint8).place
-        self._use([value for value in (*noted, scratch) if type(value) is Place])
+            (scratch,) = self._places([self.allocate((size,), (1,), torch.uint8)])
         self.launches.append(Launch(kernel, (*grid, 1, 1)[:3], noted, scratch))
 
     def include(self, plan: Plan, args: tuple) -> Any:
         """Note a call that has a ``plan``; returns stand-ins for its results."""
-        first = len(self.given) + len(self.allocations)
-        self.allocations += plan.allocations
-        places = [tensor.place for tensor in tensors(args)]
-        places += map(start_of, range(first, first + len(plan.allocations)))
-        self._use(places)
-        self.launches.append(Part(plan, places))
+        made = [self.allocate(*each) for each in plan.allocations]
+        self.launches.append(Part(plan, self._places([*tensors(args), *made])))
 
         def result(number: int, part: tuple | None) -> RecordedTensor:
-            shape, strides, dtype = plan.allocations[number]
-            place = start_of(first + number)
-            if part is not None:
-                shape, strides, offset = part
-                place = Place(first + number, offset * dtype.itemsize)
-            return RecordedTensor(shape, strides, dtype, self.device, place)
+            return made[number] if part is None else made[number].as_strided(*part)
 
         results = [None if each is None else result(*each) for each in plan.results]
         return results[0] if plan.single else tuple(results)
-
-    def _use(self, places: Iterable[Place]) -> None:
-        """Note which allocations the next launch uses."""
-        given, index = len(self.given), len(self.launches)
-        for number in {number for number, _ in places if number >= given}:
-            self.used.setdefault(number, [index, index])[1] = index
 
 
 def record(function: Callable, args: tuple, keys: Sequence[Hashable] | None = None) -> Plan | None:
@@ -280,10 +286,11 @@ def _plan(recording: _Recording, outcome: Any) -> Plan:
     results = (outcome,) if single else outcome
     if type(results) is not tuple or not _RETURNED.issuperset(map(type, results)):
         raise UnrecordableError
-    given, counts = len(recording.given), collections.Counter(each.place.memory for each in results if each is not None)
-    offsets, scratch = _shared(recording, counts)
+    given, pieces = len(recording.given), recording.pieces
+    returned = [each.place.memory for each in results if each is not None]
+    offsets, scratch = _shared(recording, set(returned))
     allocations = [Allocation((scratch,), (1,), torch.uint8)] if scratch else []
-    places = {number: Place(given, offset) for number, offset in offsets.items()}
+    places = {number: (0, offset) for number, offset in offsets.items()}  # in the allocations
     parts: list[Result | None] = []
     for result in results:
         if result is None:
@@ -292,38 +299,26 @@ def _plan(recording: _Recording, outcome: Any) -> Plan:
         memory, offset = result.place
         if memory < given:
             raise UnrecordableError
-        seen = result.shape, result.strides, result.dtype
         if memory not in places:
-            whole = recording.allocations[memory - given]
-            places[memory] = start_of(given + len(allocations))
-            alone = counts[memory] == 1 and (seen == whole or _size(seen) == _size(whole))
-            allocations.append(Allocation(*seen) if alone and seen != whole else whole)
-        number = places[memory].memory - given
-        if result.dtype != allocations[number].dtype:
+            whole = pieces[memory - given]
+            if result is not whole and returned.count(memory) == 1 and _size(result) == _size(whole):
+                whole = result
+            places[memory] = len(allocations), 0
+            allocations.append(Allocation(whole.shape, whole.strides, whole.dtype))
+        number = places[memory][0]
+        seen, allocation = (result.shape, result.strides, result.dtype), allocations[number]
+        if result.dtype != allocation.dtype:
             raise UnrecordableError
-        part = None if seen == allocations[number] else (*seen[:2], offset // result.dtype.itemsize)
+        part = None if seen == allocation else (*seen[:2], offset // result.dtype.itemsize)
         parts.append(Result(number, part))
-
-    def moved(place: Place) -> Place:
-        new = places[place.memory]
-        return Place(new.memory, new.offset + place.offset) if place.offset else new
-
-    def all_moved(values: Iterable[Any]) -> list[Any]:
-        return [moved(value) if type(value) is Place and value[0] >= given else value for value in values]
-
-    launches = [
-        Part(launch.plan, all_moved(launch.places))
-        if type(launch) is Part
-        else Launch(launch.kernel, launch.grid, all_moved(launch.parameters), launch.scratch and moved(launch.scratch))
-        for launch in recording.launches
-    ]
-    return Plan(given, allocations, launches, parts, single, recording.given[0].get_device())
+    moved = [places.get(number, (0, 0)) for number in range(given, given + len(pieces))] if allocations else []
+    return Plan(given, allocations, moved, recording.launches, parts, single, recording.given[0].get_device())
 
 
 def _shared(recording: _Recording, returned: Iterable[int]) -> tuple[dict[int, int], int]:
     """The offset of each piece of memory that is not returned, and their total bytes. The largest are placed first."""
     given, used = len(recording.given), recording.used
-    sizes = {number: _size(recording.allocations[number - given]) for number in used if number not in returned}
+    sizes = {number: _size(recording.pieces[number - given]) for number in used if number not in returned}
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first and last launch
     offsets: dict[int, int] = {}
     for number in sorted(sizes, key=sizes.__getitem__, reverse=True):
@@ -338,9 +333,9 @@ def _shared(recording: _Recording, returned: Iterable[int]) -> tuple[dict[int, i
     return offsets, max((high for _, high, *_ in placed), default=0)
 
 
-def _size(allocation: Allocation) -> int:
+def _size(tensor: RecordedTensor) -> int:
     """Its bytes."""
-    shape, strides, dtype = allocation
+    shape, strides = tensor.shape, tensor.strides
     if strides == dense(shape):
-        return dtype.itemsize * math.prod(shape)
-    return dtype.itemsize * (1 + sum((side - 1) * step for side, step in zip(shape, strides, strict=True)))
+        return tensor.dtype.itemsize * math.prod(shape)
+    return tensor.dtype.itemsize * (1 + sum((side - 1) * step for side, step in zip(shape, strides, strict=True)))

@@ -31,7 +31,8 @@ def test_wheel_holds_only_our_packages(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"convnext_fast"}
-    assert {"convnext_fast/py.typed", "convnext_fast/kernels/native_plan.c"} <= set(names)
+    native = {f"convnext_fast/kernels/native_{name}.c" for name in ("key", "plan")}
+    assert {"convnext_fast/py.typed", *native} <= set(names)
     sources = {f"convnext_fast/kernels/{p.relative_to(ROOT / 'kernels')}" for p in (ROOT / "kernels").rglob("*.py")}
     sources |= {str(p.relative_to(ROOT)) for p in (ROOT / "convnext_fast").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources

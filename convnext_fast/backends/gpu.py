@@ -71,8 +71,8 @@ def block_fwd(x, weights, drop_scale, eps, act, recompute, dtype, narrow=None, c
     b2, gamma = weights.b2, weights.gamma
     drop_scale = None if drop_scale is None else drop_scale.contiguous()
     rest = (gamma, drop_scale, _above_zero(eps), act, recompute == 0, _grn(weights, x.shape[0]))
-    y = torch.empty_like(x, dtype=_stream(x.dtype, weights))
-    copy = torch.empty_like(x, dtype=dtype) if copies else None
+    y = x.new_empty(x.shape, dtype=_stream(x.dtype, weights))
+    copy = x.new_empty(x.shape, dtype=dtype) if copies else None
     out = (y.view(rows), None if copy is None else copy.view(rows))
     _, a = mlp_fwd(u.view(rows), statistics, x.view(rows), *folded, b2, *rest, out)
     kept = (None,) * 4 if recompute >= 2 else (u, statistics, a, None)

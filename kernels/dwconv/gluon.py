@@ -405,11 +405,11 @@ def dwconv_gluon(
     block = stats_block(channels, dtype)
     default = gluon_config(tuple(x.shape), taps, block, x.element_size(), target_of(x))
     candidates = (config,) if config else segment_candidates(default, height)
-    u = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    u = x.new_empty(x.shape, dtype=out_dtype)
     blocks = cdiv(channels, block)
     stats = None
     if statistics:
-        stats = torch.empty((blocks, batch * height * width, 2), dtype=torch.float32, device=x.device)
+        stats = x.new_empty((blocks, batch * height * width, 2), dtype=torch.float32)
     if x.numel() == 0:
         return u, stats
     tiles = cdiv(width, 8)

@@ -274,7 +274,7 @@ def dwconv_wgrad_gluon(
     """As ``dwconv_wgrad_partials``, where ``supports_wgrad(x, du)``."""
     batch, height, width, channels = x.shape
     default = config or gluon_wgrad_config(tuple(x.shape), x.element_size(), target_of(x))
-    partial = torch.empty(dwconv_wgrad_shape(x, taps, default.split), dtype=torch.float32, device=x.device)
+    partial = x.new_empty(dwconv_wgrad_shape(x, taps, default.split), dtype=torch.float32)
     tiles = cdiv(width, 8)
     images = 16 // tiles + 2
 

@@ -127,11 +127,11 @@ def dwconv_scalar(
     batch, height, width, channels = x.shape
     block = stats_block(channels, torch.float32)
     candidates = (config,) if config else scalar_candidates(scalar_config(tuple(x.shape), block, target_of(x)))
-    u = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    u = x.new_empty(x.shape, dtype=out_dtype)
     blocks = cdiv(channels, block)
     stats = None
     if statistics:
-        stats = torch.empty((blocks, batch * height * width, 2), dtype=torch.float32, device=x.device)
+        stats = x.new_empty((blocks, batch * height * width, 2), dtype=torch.float32)
     if x.numel() == 0:
         return u, stats
     vec, taps = math.gcd(channels, 16), weight.shape[-1]

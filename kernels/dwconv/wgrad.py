@@ -285,7 +285,7 @@ def dwconv_wgrad_partials(
     def run(share: Share) -> torch.Tensor:
         split = share.of(config.split, config.block_rows if exact else 16)
         splits = cdiv(items, split)
-        partial = torch.empty((splits, taps, SLOTS, channels), dtype=torch.float32, device=x.device)
+        partial = x.new_empty((splits, taps, SLOTS, channels), dtype=torch.float32)
         if exact:
             vec = math.gcd(channels, 16)
             launch(
@@ -323,8 +323,8 @@ def dwconv_wgrad(
 def add_partials(partial: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """(dweight (C, 1, k, k), dbias (C,)) in ``dtype``, from the partial sums of ``dwconv_wgrad_partials``."""
     splits, taps, _, channels = partial.shape
-    dw = torch.empty((channels, 1, taps, taps), dtype=dtype, device=partial.device)
-    db = torch.empty((channels,), dtype=dtype, device=partial.device)
+    dw = partial.new_empty((channels, 1, taps, taps), dtype=dtype)
+    db = partial.new_empty((channels,), dtype=dtype)
     launch(
         dwconv_wgrad_sum_kernel, (cdiv(channels, 32), taps * SLOTS),
         partial, dw, db, channels, splits, TAPS=taps, SLOTS=SLOTS, CB=32, BS=4, num_warps=1,

@@ -89,8 +89,8 @@ def mlp_bwd(
     if P == 0:
         K = w1g.shape[0]
         shapes = ((2, 0, K, C), (0, K), (0, C))
-        products, db1, dz = (torch.empty(shape, dtype=torch.float32, device=u.device) for shape in shapes)
-        grads = None if grn is None else torch.empty((0, 2, K), dtype=torch.float32, device=u.device)
-        return torch.empty_like(u), Sums(products, db1, None, dz, grads)
+        products, db1, dz = (u.new_empty(shape, dtype=torch.float32) for shape in shapes)
+        grads = None if grn is None else u.new_empty((0, 2, K), dtype=torch.float32)
+        return u.new_empty(u.shape), Sums(products, db1, None, dz, grads)
     backward = fused_mlp_bwd if is_fused_backward(C, u.dtype, target_of(u)) else gemm_mlp_bwd
     return backward(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, grn)

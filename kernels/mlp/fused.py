@@ -17,7 +17,6 @@ the second pass, multiplies GRN(h).
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -203,8 +202,8 @@ def fused_mlp_fwd(
     """``mlp_fwd`` with the same arguments, with h on the chip, for any width."""
     P, C = u.shape
     K = w1g.shape[0]
-    y, copy = out or (torch.empty_like(u if residual is None else residual), None)
-    a = torch.empty((P, K), dtype=u.dtype, device=u.device) if save_hidden else None
+    y, copy = out or ((u if residual is None else residual).new_empty((P, C)), None)
+    a = u.new_empty((P, K)) if save_hidden else None
     if P == 0:
         return y, a
     scaling = None if grn is None else fc1(u, stats, w1g, b1g, eps, act, False, grn, keeps=False)[2]

@@ -278,11 +278,11 @@ def fused_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, grn: Grn
     values, grn_bias = factors or (None, None)
     shape = {"C": C, "K": K, "PARTS": split_width_bwd(C, target), "CB": CB, "NB": NB, "UNIT": b1g.shape[0] == 3}
     shape |= {"ACT": act, "FORM": gelu_form(u.dtype), "PRECISION": dot_precision(u.dtype)}
-    du = torch.empty_like(u)
-    dz, half = None if drop_scale is None and dy.dtype == u.dtype else torch.empty_like(u), u.dtype == torch.float16
+    du = u.new_empty(u.shape)
+    dz, half = None if drop_scale is None and dy.dtype == u.dtype else u.new_empty(u.shape), u.dtype == torch.float16
     config = input_grad_config(C, u.dtype, target, grn is not None)
     programs = row_tiles(P, samples, config.BLOCK_M)
-    dz_sum = torch.empty((programs, C), dtype=torch.float32, device=u.device)
+    dz_sum = u.new_empty((programs, C), dtype=torch.float32)
     launch(
         _input_kernel, (programs,),
         dy, u, stats, a, w1g, b1g, w2g, drop_scale, values, du, dz, dz_sum, P, per_sample, eps,
@@ -295,8 +295,8 @@ def fused_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, grn: Grn
     def weights(part: Share) -> Sums:
         rows = part.of(share, config.BLOCK_M)
         splits = cdiv(row_tiles(P, samples, config.BLOCK_M) * config.BLOCK_M, rows)
-        products = torch.empty((2, splits, K, C), dtype=torch.float32, device=u.device)
-        db1 = torch.empty((splits, K), dtype=torch.float32, device=u.device)
+        products = u.new_empty((2, splits, K, C), dtype=torch.float32)
+        db1 = u.new_empty((splits, K), dtype=torch.float32)
         launch(
             _weight_kernel, (cdiv(K, config.BLOCK_K) * (2 if apart else 1), splits),
             dz, u, stats, a, w1g, b1g, w2g, values, grn_bias, *products, db1, P, per_sample, rows, eps,

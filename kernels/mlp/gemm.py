@@ -326,8 +326,8 @@ def fc1(
     """
     P, C = u.shape
     K = w1g.shape[0]
-    h = torch.empty((P, K), dtype=u.dtype, device=u.device) if keeps else None
-    a = torch.empty((P, K), dtype=u.dtype, device=u.device) if save_hidden else None
+    h = u.new_empty((P, K)) if keeps else None
+    a = u.new_empty((P, K)) if save_hidden else None
     CB, NB = norm_blocks(stats, C, u.dtype)
     early = u.dtype == torch.float32 or statistics_first(C, target_of(u))
     samples = None if grn is None else grn.samples
@@ -337,7 +337,7 @@ def fc1(
         tiles = row_tiles(P, samples, config.BLOCK_M)
         sums = None
         if samples is not None:
-            sums = torch.empty((samples, tiles // max(samples, 1), K), dtype=torch.float32, device=u.device)
+            sums = u.new_empty((samples, tiles // max(samples, 1), K), dtype=torch.float32)
         parts = tile_parts(config.BLOCK_M)
         launch(
             _fc1_kernel, (tiles * cdiv(K, config.BLOCK_N),),
@@ -370,7 +370,7 @@ def fc2(
     """
     P, K = h.shape
     C = w2.shape[0]
-    y, copy = out or (h.new_empty((P, C)) if residual is None else torch.empty_like(residual), None)
+    y, copy = out or ((h if residual is None else residual).new_empty((P, C)), None)
     if P == 0:
         return y
     samples = None if scaling is None else scaling.sums.shape[0]

@@ -127,7 +127,7 @@ def gemm_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, grn: Grn 
     dz, dz_sum = output_grad(dy, drop_scale, u.dtype)
     factors, grads = (None, None) if grn is None else grn_factors(dz, u, stats, a, w1g, b1g, w2g, eps, act, grn)
     h, da, db1, centre, means, mu = hidden_grad(dz, u, stats, a, w1g, b1g, w2g, eps, act, factors)
-    du = torch.empty_like(u)
+    du = u.new_empty(u.shape)
     config = input_grad_config(C, u.dtype, target)
     columns = 0 if means is None else means.shape[0]
     launch(
@@ -139,7 +139,7 @@ def gemm_mlp_bwd(dy, u, stats, a, w1g, b1g, w2g, drop_scale, eps, act, grn: Grn 
     def weights(part: Share) -> Sums:
         pixels = part.of(share, config.BLOCK_K)
         splits, tiles = cdiv(P, pixels), cdiv(C, config.BLOCK_N)
-        products = torch.empty((2, splits, K, C), dtype=torch.float32, device=u.device)
+        products = u.new_empty((2, splits, K, C), dtype=torch.float32)
         launch(
             _weight_grad_kernel, (2 * tiles * cdiv(K, config.BLOCK_M), splits),
             da, u, mu, h, dz, products, P, pixels, **shape, **config.__dict__,

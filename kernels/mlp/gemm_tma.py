@@ -136,9 +136,9 @@ def tma_mlp_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """``mlp_fwd`` with the same arguments, if ``serves`` says so."""
     (P, C), K = u.shape, w1g.shape[0]
-    h = torch.empty((P, K), dtype=u.dtype, device=u.device)
-    a = torch.empty_like(h) if save_hidden else None
-    y, copy = out or (torch.empty_like(u if residual is None else residual), None)
+    h = u.new_empty((P, K))
+    a = h.new_empty((P, K)) if save_hidden else None
+    y, copy = out or ((u if residual is None else residual).new_empty((P, C)), None)
     CB, NB = norm_blocks(stats, C, u.dtype)
     target = target_of(u)
     programs = PROCESSORS[target]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -138,7 +137,7 @@ def few_tiles(sums: Tensor) -> Tensor:
     samples, tiles, *rest = sums.shape
     if tiles <= MOST_TILES:
         return sums
-    total = torch.empty((samples, 1, *rest), dtype=sums.dtype, device=sums.device)
+    total = sums.new_empty((samples, 1, *rest))
     width = sums.stride(1)
     launch(_add_tiles_kernel, (samples, cdiv(width, 64)), sums, total, tiles, width, BLOCK=64, num_warps=2)
     return total

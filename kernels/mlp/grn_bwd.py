@@ -128,7 +128,7 @@ def grn_factors(
     CB, NB = norm_blocks(stats, C, u.dtype)
     config = hidden_grad_config(C, u.dtype, target_of(u), P // grn.samples)
     tiles = row_tiles(P, grn.samples, config.BLOCK_M)
-    sums = torch.empty((grn.samples, tiles // grn.samples, 3, K), dtype=torch.float32, device=u.device)
+    sums = u.new_empty((grn.samples, tiles // grn.samples, 3, K), dtype=torch.float32)
     launch(
         _grn_sums_kernel, (tiles * cdiv(K, config.BLOCK_N),),
         u, stats, dz, a, w1g, b1g, w2g, sums, P, P // grn.samples, C, eps,
@@ -136,7 +136,7 @@ def grn_factors(
         PRECISION=dot_precision(u.dtype), **config.__dict__,
     )  # fmt: skip
     sums = few_tiles(sums)
-    factors, grads = torch.empty((2, grn.samples, 2, K), dtype=torch.float32, device=u.device)
+    factors, grads = u.new_empty((2, grn.samples, 2, K), dtype=torch.float32)
     launch(
         _grn_factors_kernel, (grn.samples,), sums, grn.weight, factors, grads, K=K, TILES=sums.shape[1], BLOCK=512
     )  # fmt: skip

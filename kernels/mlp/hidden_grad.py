@@ -200,9 +200,9 @@ def hidden_grad(
     rows, columns = row_tiles(P, samples, config.BLOCK_M), cdiv(K, config.BLOCK_N)
 
     def partial(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=torch.float32, device=u.device)
+        return u.new_empty(sizes, dtype=torch.float32)
 
-    h, da = torch.empty((2, P, K), dtype=u.dtype, device=u.device)
+    h, da = u.new_empty((2, P, K))
     db1, centre, means, mu = partial(rows, K), None, None, None
     if stats is not None:
         means = partial(columns, P, 2)

@@ -56,9 +56,9 @@ def output_grad(
     same = drop_scale is None and dy.dtype == dtype
     if same and not summed:
         return dy, dy
-    dz = None if same else torch.empty((P, C), dtype=dtype, device=dy.device)
+    dz = None if same else dy.new_empty((P, C), dtype=dtype)
     block_m, block_n, share = output_grad_config(P, C, target_of(dy))
-    sums = torch.empty((cdiv(P, share), C), dtype=torch.float32, device=dy.device)
+    sums = dy.new_empty((cdiv(P, share), C), dtype=torch.float32)
     launch(
         _output_grad_kernel, (cdiv(C, block_n), cdiv(P, share)),
         dy, drop_scale, dz, sums, P, P // (1 if drop_scale is None else drop_scale.numel()), share,

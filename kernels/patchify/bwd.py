@@ -289,12 +289,12 @@ def stem_bwd(
     P, depth = N * HO * WO, CIN * KH * KW
     covered = image.shape[2] % KH == 0 and image.shape[3] % KW == 0
     dimage = _gradient_like(image, covered) if needs_image else None
-    dw, db, dg, dbeta = (None if p is None else torch.empty_like(p) for p in (weight, bias, ln_weight, ln_bias))
+    dw, db, dg, dbeta = (None if p is None else p.new_empty(p.shape) for p in (weight, bias, ln_weight, ln_bias))
     config, block, share = stem_bwd_config(P, C, depth, target_of(image))
 
     def run(part: Share) -> Tensor:
         patches = part.of(share, config.BLOCK_M)
-        sums = torch.empty((cdiv(P, patches), C * (depth + 3)), dtype=torch.float32, device=image.device)
+        sums = image.new_empty((cdiv(P, patches), C * (depth + 3)), dtype=torch.float32)
         launch(
             _stem_bwd_kernel, (sums.shape[0], cdiv(depth, block)),
             image, weight, bias, ln_weight, dout, dimage, sums, P, patches, HO, WO,
@@ -333,11 +333,11 @@ def downsample_bwd(
     P, taps, target = B * HO * WO, KH * KW, target_of(x)
     wg, _ = fold_downsample(weight, bias, ln_weight, ln_bias, dtype)
     dx = _gradient_like(x, H % KH == 0 and W % KW == 0)
-    dw, db, dg, dbeta = (None if p is None else torch.empty_like(p) for p in (weight, bias, ln_weight, ln_bias))
+    dw, db, dg, dbeta = (None if p is None else p.new_empty(p.shape) for p in (weight, bias, ln_weight, ln_bias))
 
     shape = {"C": C, "N": N, "PRECISION": dot_precision(wg.dtype)}
     dz, db_sums = output_grad(dout.view(P, N), None, dtype, summed=True)
-    xhat = torch.empty((taps, P, C), dtype=dtype, device=x.device)
+    xhat = x.new_empty((taps, P, C), dtype=dtype)
     config = downsample_input_config(C, dtype, target)
     launch(
         _downsample_input_kernel, (cdiv(P, config.BLOCK_M), taps),
@@ -349,8 +349,8 @@ def downsample_bwd(
     def weights(part: Share) -> tuple[Tensor, Tensor]:
         patches = part.of(share, config.BLOCK_K)
         shares = cdiv(P, patches)
-        D = torch.empty((shares, N, taps, C), dtype=torch.float32, device=x.device)
-        dg_sums = torch.empty((shares, rows * taps, C), dtype=torch.float32, device=x.device)
+        D = x.new_empty((shares, N, taps, C), dtype=torch.float32)
+        dg_sums = x.new_empty((shares, rows * taps, C), dtype=torch.float32)
         launch(
             _downsample_weight_kernel, (rows * taps * cdiv(C, config.BLOCK_N), shares),
             dz, xhat, weight, D, dg_sums, P, patches, TAPS=taps, **shape, **config.__dict__,

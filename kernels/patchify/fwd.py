@@ -200,7 +200,7 @@ def stem_fwd(
     C, _, KH, KW = weight.shape
     HO, WO = H // KH, W // KW
     P = N * HO * WO
-    out = torch.empty((N, HO, WO, C), dtype=out_dtype, device=image.device)
+    out = image.new_empty((N, HO, WO, C), dtype=out_dtype)
     config = stem_config(C)
     launch(
         _stem_kernel, (cdiv(P, config.BLOCK_M),),
@@ -215,8 +215,8 @@ def fold_downsample(
 ) -> tuple[Tensor, Tensor]:
     """(wg (C', kh, kw, C) in ``dtype``, bg (C',) float32) from weight (C', C, kh, kw) and LayerNorm's affine."""
     N, C, KH, KW = weight.shape
-    wg = torch.empty((N, KH, KW, C), dtype=dtype, device=weight.device)
-    bg = torch.empty(N, dtype=torch.float32, device=weight.device)
+    wg = weight.new_empty((N, KH, KW, C), dtype=dtype)
+    bg = weight.new_empty(N, dtype=torch.float32)
     launch(_fold_kernel, (N,), weight, bias, ln_weight, ln_bias, wg, bg, C=C, TAPS=KH * KW, BLOCK=512)
     return wg, bg
 
@@ -230,7 +230,7 @@ def downsample_fwd(x: Tensor, wg: Tensor, bg: Tensor, eps: float, out_dtype: tor
     N, KH, KW, _ = wg.shape
     HO, WO = H // KH, W // KW
     P = B * HO * WO
-    out = torch.empty((B, HO, WO, N), dtype=out_dtype, device=x.device)
+    out = x.new_empty((B, HO, WO, N), dtype=out_dtype)
     config = downsample_config(P, N, wg.dtype, x.dtype != wg.dtype, target_of(x))
     launch(
         _downsample_kernel, (cdiv(P, config.BLOCK_M) * cdiv(N, config.BLOCK_N),),

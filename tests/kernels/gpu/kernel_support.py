@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,9 +21,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """In this context ``torch.empty`` and ``torch.empty_like`` of a float dtype return tensors full of NaN."""
-    names = ("empty", "empty_like")
-    real = {name: getattr(torch, name) for name in names}
+    """In this context new tensors of a float dtype are full of NaN."""
 
     def poison(make):
         def allocate(*args, **kwargs):
@@ -31,13 +30,10 @@ def poisoned() -> Iterator[None]:
 
         return allocate
 
-    for name in names:
-        setattr(torch, name, poison(real[name]))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, poison(getattr(owner, name)))
         yield
-    finally:
-        for name in names:
-            setattr(torch, name, real[name])
 
 
 def errors(actual: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:

@@ -92,12 +92,14 @@ def test_without_a_compiler_python_repeats(device, monkeypatch):
         native_plan.library.cache_clear()
 
 
-@pytest.mark.parametrize("offender", ["memory", "allocation", "places of a part", "device of a part"])
+@pytest.mark.parametrize("offender", ["memory", "piece", "allocation", "places of a part", "device of a part"])
 def test_numbers_that_do_not_fit_are_refused(device, offender):
     plan, part = (record(scaled(Kernel()), (X, WEIGHT)) for _ in range(2))
     places = [Place(0, 0)] * 4
     if offender == "memory":
         plan.launches[0].parameters[0] = Place(4, 0)
+    elif offender == "piece":
+        plan.pieces[0] = 2, 0
     elif offender == "allocation":
         plan.results[0] = plan.results[0]._replace(allocation=2)
     elif offender == "places of a part":

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from convnext_fast.kernels import compiled, launching, recorded_tensor
+from convnext_fast.kernels import launching, recorded_tensor, recording
 from convnext_fast.kernels.recording import record
 from plan_support import WEIGHT, Kernel, X, launched, scaled
 
@@ -197,7 +197,7 @@ LAUNCHES = {
 
 def test_a_kernel_is_found_by_all_that_it_is_compiled_for(monkeypatch):
     driver = SimpleNamespace(active=Driver(0))
-    monkeypatch.setattr(compiled, "driver", driver)
+    monkeypatch.setattr(recording, "driver", driver)
     kernel, found = Jit(), {}
 
     def call(args, meta, kernel=kernel):

@@ -26,6 +26,7 @@ def last_program(request, monkeypatch):
     reserve = torch._C._VariableFunctions.empty
     monkeypatch.setattr(torch, "empty", reserve)
     monkeypatch.setattr(torch, "empty_like", torch._C._VariableFunctions.empty_like)
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch._C.TensorBase.new_empty)
     set_grid_dim, set_grid_idx = interpreter_builder.set_grid_dim, interpreter_builder.set_grid_idx
     grids = []
     chosen = getattr(request, "param", 0)
@@ -41,3 +42,26 @@ def last_program(request, monkeypatch):
         if name.startswith("convnext_fast.kernels.") and hasattr(module, "launch") and not name.endswith("launching"):
             monkeypatch.setattr(module, "launch", launch)
     return reserve
+
+
+class Allocated(list):
+    """What launchers allocate, in order; ``prepare`` may write to a new tensor."""
+
+    @staticmethod
+    def prepare(new):
+        pass
+
+
+@pytest.fixture
+def allocated(last_program, monkeypatch):
+    made = Allocated()
+
+    def allocate(like, *sizes, dtype=None, **options):
+        new = last_program(*sizes, dtype=dtype or like.dtype, **options)
+        if not options:  # Triton's interpreter gives a device
+            made.prepare(new)
+            made.append(new)
+        return new
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", allocate)
+    return made

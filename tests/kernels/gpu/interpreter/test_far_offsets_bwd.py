@@ -17,19 +17,15 @@ STEP = GemmConfig(32, 64, 16, 4, 1)
 
 
 @pytest.fixture
-def hidden(last_program, monkeypatch):
+def hidden(allocated):
     """The allocations of the wide backward: its tensors of P rows end in ``TAIL`` rows of data."""
-    made = []
 
-    def allocate(*args, **kwargs):
-        tensor = last_program(*args, **kwargs)
+    def prepare(tensor):
         if tensor.dim() == 3 and tensor.shape[1] == P:
             tensor[:, -TAIL:] = torch.randn(tensor.shape[0], TAIL, tensor.shape[2])
-        made.append(tensor)
-        return tensor
 
-    monkeypatch.setattr(torch, "empty", allocate)
-    return made
+    allocated.prepare = prepare
+    return allocated
 
 
 def normalised(u):
@@ -82,13 +78,11 @@ def test_weight_gradient(given, hidden, monkeypatch):  # noqa: F811
     assert_as_good_as_eager(sums.products[1, -1], eager, want, terms=TAIL)
 
 
-def test_stem(last_program, monkeypatch):
+def test_stem(last_program, allocated, monkeypatch):
     monkeypatch.setattr(bwd, "stem_bwd_config", lambda *_: (STEP, 64, 1024))
     image, dout = far(last_program, (P, 5, 4, 4), 0), far(last_program, (P, 1, 1, C), 1)
     torch.manual_seed(2)
     weight, bias, ln_weight = torch.randn(C, 5, 4, 4) / 9, torch.randn(C), torch.randn(C)
-    sums = []
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: sums.append(last_program(*a, **k)) or sums[-1])
     dimage, *_ = stem_bwd(dout, image, weight, bias, ln_weight, ln_weight, EPS, torch.float16, needs_image=True)
     results = []
     for dtype in DTYPES:
@@ -97,7 +91,7 @@ def test_stem(last_program, monkeypatch):
         y = F.layer_norm(u, (C,), ln_weight.to(dtype), eps=EPS)
         results.append(torch.autograd.grad(y, leaves, dout[-TAIL:].flatten(1).to(dtype)))
     # The last program has the last 16 of the 80 elements of a patch: its last channel.
-    got = dimage[-TAIL:], sums[-1][-1, : C * 80].view(C, 5, 4, 4)
+    got = dimage[-TAIL:], allocated[-1][-1, : C * 80].view(C, 5, 4, 4)
     for ours, eager, want in zip(got, *results, strict=True):
         assert_as_good_as_eager(ours[:, 4], eager[:, 4], want[:, 4], terms=TAIL)
 
@@ -127,21 +121,18 @@ def test_input_gradient_of_downsampling(downsampling):
 
 
 @pytest.mark.parametrize("last_program", [2], indirect=True)
-def test_weight_gradient_of_downsampling(downsampling, last_program, monkeypatch):
+def test_weight_gradient_of_downsampling(downsampling, allocated, monkeypatch):
     run, x, dout, _ = downsampling
     monkeypatch.setattr(bwd, "downsample_weight_config", lambda *_: (GemmConfig(64, 64, 32, 4, 1), 4096))
     last = x[-TAIL:, 1, 1].float()
-    made = []
 
-    def allocate(*args, **kwargs):
-        made.append(last_program(*args, **kwargs))
-        if made[-1].shape == (4, x.shape[0], C):  # x̂ of every tap and patch
-            made[-1][3, -TAIL:] = F.layer_norm(last, (C,), eps=EPS)
-        return made[-1]
+    def prepare(tensor):
+        if tensor.shape == (4, x.shape[0], C):  # x̂ of every tap and patch
+            tensor[3, -TAIL:] = F.layer_norm(last, (C,), eps=EPS)
 
-    monkeypatch.setattr(torch, "empty", allocate)
+    allocated.prepare = prepare
     run()
-    products = next(tensor for tensor in made if tensor.dim() == 4)
+    products = next(tensor for tensor in allocated if tensor.shape[1:] == (4 * C, 4, C))
     eager, want = (
         dout[-TAIL:].flatten(1).to(dtype).t() @ F.layer_norm(x[-TAIL:, 1, 1].to(dtype), (C,), eps=EPS)
         for dtype in DTYPES

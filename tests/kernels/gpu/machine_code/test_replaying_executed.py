@@ -39,7 +39,7 @@ class Memory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        return self.poisoned(out) if func.__name__.startswith("empty") else out
+        return self.poisoned(out) if func.__name__.startswith(("empty", "new_empty")) else out
 
     def poisoned(self, new):
         self.add(new.untyped_storage())
