@@ -17,6 +17,7 @@ the second pass, multiplies GRN(h).
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -224,7 +225,8 @@ def fused_mlp_fwd(
         )  # fmt: skip
 
     target = target_of(u)
-    candidates = fused_configs(C, K, lean, target, grn is not None, are_few(P, target), are_many(P, target))
+    few, many, wide = are_few(P, target), are_many(P, target), y.dtype == torch.float32
+    candidates = fused_configs(C, K, lean, target, grn is not None, few, many, wide)
     residual_dtype = None if residual is None else residual.dtype
     given = C, K, act, save_hidden, residual_dtype, y.dtype, copy is None, samples
     run(fastest(_mlp_fwd_kernel, run, candidates, u, P, given))

@@ -133,18 +133,25 @@ def are_many(rows: int, target: str) -> bool:
 
 @remembered
 def fused_configs(
-    channels: int, hidden: int, lean: bool, target: str, grn: bool = False, few: bool = False, many: bool = False
+    channels: int,
+    hidden: int,
+    lean: bool,
+    target: str,
+    grn: bool = False,
+    few: bool = False,
+    many: bool = False,
+    wide_residual: bool = False,
 ) -> tuple[FusedConfig, ...]:
     """Configurations of the one-kernel forward, the default first.
 
     ``lean``: a is not saved; ``grn``: with a global response norm; ``few``: for rows that ``are_few``, which take
-    smaller tiles; ``many``: for rows that ``are_many``.
+    smaller tiles; ``many``: for rows that ``are_many``; ``wide_residual``: y is float32.
 
     Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
     as 8 warps would; 8 such warps, for many rows, read it a quarter as often. Else 16 rows per warp, or half as many
-    where saving a too would spill. Steps of 64 hidden units, or 32 where 64 would be half empty or would spill. sm_90
-    has the shared memory for a third stage. With a norm, but without warp groups, steps of 32, and beyond 160 channels
-    4 warps and steps of 16.
+    where that would spill: beyond 160 channels if a is saved, and beyond 96 on sm_100 beside a wide residual. Steps of
+    64 hidden units, or 32 where 64 would be half empty or would spill. sm_90 has the shared memory for a third stage.
+    With a norm, but without warp groups, steps of 32, and beyond 160 channels 4 warps and steps of 16.
     """
     if grn and target not in WARP_GROUPS:
         norm = FusedConfig(BLOCK_M=128, BLOCK_K=32, num_warps=4 if target == "gfx942" else 8, num_stages=2)
@@ -153,7 +160,8 @@ def fused_configs(
     shallow = hidden % 64 != 0 or (channels > 160 and (grn or not lean)) or (channels > 128 and target == "gfx942")
     deep = 32 if shallow else 64
     stages = 3 if target == "sm_90" and channels > 96 else 2
-    wide = FusedConfig(BLOCK_M=128 if lean or channels <= 160 else 64, BLOCK_K=deep, num_warps=8, num_stages=stages)
+    short = (channels > 160 and not lean) or (channels > 96 and wide_residual and target == "sm_100")
+    wide = FusedConfig(BLOCK_M=64 if short else 128, BLOCK_K=deep, num_warps=8, num_stages=stages)
     others = (
         dataclasses.replace(wide, BLOCK_K=32, num_stages=4 if deep == 32 else 3),
         FusedConfig(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2),
@@ -357,11 +365,13 @@ def downsample_config(rows: int, columns: int, dtype: torch.dtype, wide: bool, t
     Every tile of columns does this again, so sm_90 takes wide ones: half to four fifths of the time. By the resource
     model, few pixels take tiles of 16 rows, whose chain is shorter, and many take 128, which read fewer weights.
 
-    ``wide``: x is float32 with weights of 16 bits, so that a step of 64, or 128 rows, would spill.
+    ``wide``: x is float32 with weights of 16 bits, so that a step of 64, or 128 rows, would spill. 4 warps would, too,
+    at 128 channels on sm_120 and at 160 on sm_80 and sm_86; at 192 and 256 channels on sm_100 it is 8 that would.
     """
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
-    usual = GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32 if wide else 64, num_warps=4, num_stages=2)
+    warps = 8 if wide and target in ("sm_80", "sm_86", "sm_120") else 4
+    usual = GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32 if wide else 64, num_warps=warps, num_stages=2)
     if target != "sm_90":
         return usual
     few = GemmConfig(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3)

@@ -20,11 +20,11 @@ def hidden_grad_config(channels: int, dtype: torch.dtype, target: str, sample_ro
 
     With 4 warps the epilogue spills on sm_100; AMD's waves are twice as wide. Up to 8 blocks of statistics are merged
     in the registers of every thread of a row, which spills on sm_100 with more than 32 hidden units; 32 blocks and more
-    spill on sm_120 with 128 rows. ``sample_rows``: as in `gemm_configs`.
+    spill on sm_120 with 128 rows, and 64 on sm_86. ``sample_rows``: as in `gemm_configs`.
     """
     if dtype == torch.float32:
         return GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
-    if target == "sm_120" and channels > 768:
+    if (target == "sm_120" and channels > 768) or (target == "sm_86" and channels > 1024):
         return GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3)
     if target == "sm_90" and sample_rows is None and 256 < channels <= 1536:  # half of what tiles of 64² read from L2
         return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)

@@ -107,9 +107,12 @@ def _nan_poisoned_allocations():
     """Nothing runs here, and filling allocations would be recorded."""
 
 
-def check(chosen, **options):
+def check(chosen, only=None, **options):
+    """``only``: the name of a kernel."""
     kernels = list(collect(chosen, shallow=True, **options))
     assert len(kernels) > 8
+    kernels = [each for each in kernels if only in (None, each.specialised.kernel.fn.__name__)]
+    assert kernels
     described = analyse_all([kernel.specialised for kernel in kernels], mix=False)
     wrong = []
     for kernel, made in zip(kernels, described, strict=True):
@@ -165,6 +168,23 @@ def test_every_pair_of_model_dtype_target_and_level_is_in_training():
 @pytest.mark.thorough
 def test_training_under_autocast():
     check(passes(("tiny", "v2_tiny"), ("autocast-bf16",), ("training",), (1,), ("sm_90",)))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("variant", "dtype", "level", "target", "kernel"),
+    [
+        ("atto", "bf16", 1, "sm_80", "_downsample_kernel"),
+        ("atto", "fp16", 1, "sm_86", "_downsample_kernel"),
+        ("base", "bf16", 1, "sm_120", "_downsample_kernel"),
+        ("xlarge", "bf16", 1, "sm_86", "_hidden_grad_kernel"),
+        ("atto", "bf16", 0, "sm_100", "_mlp_fwd_kernel"),
+        ("base", "fp16", 1, "sm_100", "_mlp_fwd_kernel"),
+        ("base", "fp16", 1, "sm_100", "_fold_fwd_kernel"),
+    ],
+)
+def test_kernels_that_nearly_spill_under_autocast(variant, dtype, level, target, kernel):
+    check(passes((variant,), (f"autocast-{dtype}",), ("training",), (level,), (target,), (0.1,)), kernel)
 
 
 @pytest.mark.exhaustive
