@@ -145,15 +145,15 @@ def _standard_input(data: bytes) -> Iterator[tuple[str, Path | bytes | str]]:
 
 
 def classify(
-    classifier: Classifier, pictures: Iterable[tuple[str, Path | bytes | str]], *, top_k: int, batch_size: int
+    classifier: Classifier, images: Iterable[tuple[str, Path | bytes | str]], *, top_k: int, batch_size: int
 ) -> Iterator[Result]:
-    """A `Result` for each of ``pictures`` (see `sources`), in order; an error in one does not stop the others.
+    """A `Result` for each of ``images`` (see `sources`), in order; an error in one does not stop the others.
 
     Images are read and results are yielded one batch at a time.
     """
     waiting: list[tuple[str, np.ndarray | str]] = []
     shape = None
-    for name, source in pictures:
+    for name, source in images:
         entry = source if isinstance(source, str) else _input(classifier, source)
         if isinstance(entry, np.ndarray) and entry.shape != shape:
             # A processor that does not resize gives inputs of several sizes, and a batch has one.

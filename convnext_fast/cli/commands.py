@@ -125,9 +125,9 @@ def classify(arguments: argparse.Namespace) -> int:
         taken = f"size {processor.size['shortest_edge']}, mean {processor.image_mean}, std {processor.image_std}"
         print_error(f"{arguments.checkpoint} has no preprocessor_config.json; using {taken}", "note")
     classifier = classifying.Classifier(model, processor)
-    pictures = classifying.sources(arguments.images, None if sys.stdin is None else sys.stdin.buffer)
+    images = classifying.sources(arguments.images, None if sys.stdin is None else sys.stdin.buffer)
     failed = False
-    for result in classifying.classify(classifier, pictures, top_k=arguments.top_k, batch_size=arguments.batch_size):
+    for result in classifying.classify(classifier, images, top_k=arguments.top_k, batch_size=arguments.batch_size):
         if result.error is not None:
             print_error(f"{result.name or repr('')}: {result.error}")
             failed = True

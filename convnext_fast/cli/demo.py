@@ -53,15 +53,15 @@ class Outcome(NamedTuple):
         return int((self.labels == self.predictions).sum())
 
 
-def read_held_out(pictures: Sequence[PIL.Image.Image], labels: Sequence[int], device: torch.device) -> Outcome:
-    """Classify ``pictures`` with the shipped model on both paths."""
+def read_held_out(images: Sequence[PIL.Image.Image], labels: Sequence[int], device: torch.device) -> Outcome:
+    """Classify ``images`` with the shipped model on both paths."""
     processor = ConvNextImageProcessor.from_pretrained(ASSETS)
     classifiers = [
         Classifier(ConvNextForImageClassification.from_pretrained(ASSETS, fused=fused, device=device), processor)
         for fused in (True, False)
     ]
     fused = classifiers[0]
-    inputs = [fused.prepare(picture) for picture in pictures]
+    inputs = [fused.prepare(image) for image in images]
     batches = [inputs[first : first + BATCH_SIZE] for first in range(0, len(inputs), BATCH_SIZE)]
     logits, expected = (torch.cat(list(map(classifier.logits, batches))) for classifier in classifiers)
     passes = [lambda model=model: list(map(model.logits, batches[:TIMED])) for model in classifiers]
@@ -80,7 +80,7 @@ def read_held_out(pictures: Sequence[PIL.Image.Image], labels: Sequence[int], de
     )
 
 
-def draw_sheet(pictures: Sequence[PIL.Image.Image], outcome: Outcome) -> PIL.Image.Image:
+def draw_sheet(images: Sequence[PIL.Image.Image], outcome: Outcome) -> PIL.Image.Image:
     """Digits with the prediction below each: mistakes first, framed in red, then the first correct ones."""
     wrong = np.flatnonzero(outcome.labels != outcome.predictions)
     right = np.flatnonzero(outcome.labels == outcome.predictions)
@@ -99,7 +99,7 @@ def draw_sheet(pictures: Sequence[PIL.Image.Image], outcome: Outcome) -> PIL.Ima
     for place, index in enumerate(shown):
         x, y = 8 + place % COLUMNS * cell_w, top + place // COLUMNS * cell_h
         left = x + (cell_w - side) // 2
-        digit = PIL.Image.eval(pictures[index].convert("L"), lambda value: 255 - value)
+        digit = PIL.Image.eval(images[index].convert("L"), lambda value: 255 - value)
         sheet.paste(digit.resize((side, side), PIL.Image.Resampling.BICUBIC), (left, y))
         label, read = outcome.labels[index], outcome.predictions[index]
         colour, words = RIGHT, f"{read}  {outcome.confidences[index]:.0%}"
@@ -128,12 +128,12 @@ def run(console: Console, output: Path, device: torch.device) -> int:
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output {output}: there is no folder {output.parent}")
     held_out = load_digits()[1]
-    pictures = [held_out.open(i, 1) for i in range(len(held_out))]
+    images = [held_out.open(i, 1) for i in range(len(held_out))]
     with console.status("reading digits"):
-        outcome = read_held_out(pictures, held_out.labels, device)
-    sheet = draw_sheet(pictures, outcome)
+        outcome = read_held_out(images, held_out.labels, device)
+    sheet = draw_sheet(images, outcome)
     write_files(output.parent, {output.name: lambda path: sheet.save(path, format)})
-    count = len(pictures)
+    count = len(images)
     accuracy = f"{outcome.correct / count:.2%} ({outcome.correct} of {count})"
     same = "same predictions" if outcome.same_predictions else "DIFFERENT predictions"
     ratio = outcome.fused_speed / outcome.reference_speed
@@ -148,5 +148,5 @@ def run(console: Console, output: Path, device: torch.device) -> int:
     ]
     if device.type == "cuda":
         rows.append(("peak GPU memory", f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB"))
-    print_table(console, "ConvNeXt on held-out handwritten digits", None, [*rows, ("picture", str(output))])
+    print_table(console, "ConvNeXt on held-out handwritten digits", None, [*rows, ("image", str(output))])
     return 0 if outcome.same_predictions else 1

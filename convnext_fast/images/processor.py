@@ -15,7 +15,7 @@ from .batch_feature import BatchFeature, to_framework
 from .files import fetch_image
 from .options import DEFAULTS, ImageOptions, check_names, check_option
 from .saved_processor import TYPES, SavedProcessor
-from .transforms import CHANNELS_LAST, Picture
+from .transforms import CHANNELS_LAST, Image
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -107,9 +107,9 @@ class ConvNextImageProcessor(SavedProcessor):
         for i, image in enumerate(transforms.flatten_images(images)):
             where = f"image {i}"
             image = _fetched(image, where) if isinstance(image, str) else image
-            picture = transforms.read_picture(image, where, values["input_data_format"], bool(values["do_convert_rgb"]))
-            picture, fractions = self._shape(picture, values, where)
-            array = transforms.to_array(picture)
+            image = transforms.read_image(image, where, values["input_data_format"], bool(values["do_convert_rgb"]))
+            image, fractions = self._shape(image, values, where)
+            array = transforms.to_array(image)
             if values["do_normalize"]:
                 _check_channels(array.shape[0], values, where)
             arrays.append(array)
@@ -144,7 +144,7 @@ class ConvNextImageProcessor(SavedProcessor):
         return values
 
     @staticmethod
-    def _shape(picture: Picture, values: Mapping[str, Any], where: str) -> tuple[Picture, bool]:
+    def _shape(image: Image, values: Mapping[str, Any], where: str) -> tuple[Image, bool]:
         fractions = False
         if values["do_resize"]:
             side = values["size"].get("shortest_edge")
@@ -158,19 +158,19 @@ class ConvNextImageProcessor(SavedProcessor):
                         f"crop_pct is {values['crop_pct']}: with size {side} it resizes to {edge:.3g} pixels, expected "
                         f"1 to {MOST_SIDE:,}"
                     )
-                target = transforms.shortest_edge_size(*transforms.picture_size(picture), int(edge))
+                target = transforms.shortest_edge_size(*transforms.image_size(image), int(edge))
             _check_pixels(target, f"{where} would be resized to")
-            picture, fractions = transforms.resize(picture, target, values["resample"], where)
+            image, fractions = transforms.resize(image, target, values["resample"], where)
             if side < WARP_EDGE:
-                picture = transforms.center_crop(picture, (side, side))
+                image = transforms.center_crop(image, (side, side))
         if values["do_center_crop"]:
             crop = values["crop_size"]
             if "height" not in crop:
                 raise ValueError(f"crop_size is {crop}: expected an integer or {{'height': …, 'width': …}}")
             target = crop["height"], crop["width"]
             _check_pixels(target, "crop_size is")
-            picture = transforms.center_crop(picture, target)
-        return picture, fractions
+            image = transforms.center_crop(image, target)
+        return image, fractions
 
 
 ConvNextFeatureExtractor = ConvNextImageProcessor

@@ -1,6 +1,6 @@
-"""Steps from a picture to model input, on pillow and numpy: read, resize, centre crop, rescale and normalise.
+"""Steps from an image to model input, on pillow and numpy: read, resize, centre crop, rescale and normalise.
 
-Between the steps a picture is either an 8-bit PIL image (mode L, LA, RGB or RGBA) or an array (channels, height,
+Between the steps an image is either an 8-bit PIL image (mode L, LA, RGB or RGBA) or an array (channels, height,
 width). Every step gives the values of transformers' PIL processor, bit for bit, in one pass over float32 memory.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-Picture = PIL.Image.Image | np.ndarray
+Image = PIL.Image.Image | np.ndarray
 
 CHANNELS_FIRST = "channels_first"
 CHANNELS_LAST = "channels_last"
@@ -52,7 +52,7 @@ def flatten_images(images: Any, where: str = "images", depth: int = 0) -> list[A
     return flat
 
 
-def read_picture(image: Any, where: str, input_data_format: str | None = None, to_rgb: bool = False) -> Picture:
+def read_image(image: Any, where: str, input_data_format: str | None = None, to_rgb: bool = False) -> Image:
     """``image`` as an 8-bit PIL image in mode L, LA, RGB or RGBA, or as an array (channels, height, width).
 
     Args:
@@ -79,7 +79,7 @@ def read_picture(image: Any, where: str, input_data_format: str | None = None, t
     return _array_to_rgb(array, where) if to_rgb else array
 
 
-def _read_pil(image: PIL.Image.Image, where: str, to_rgb: bool) -> Picture:
+def _read_pil(image: PIL.Image.Image, where: str, to_rgb: bool) -> Image:
     try:
         image.load()
     except (OSError, SyntaxError) as error:
@@ -98,7 +98,7 @@ def _read_pil(image: PIL.Image.Image, where: str, to_rgb: bool) -> Picture:
     if image.mode in _COLOUR_MODES:  # their channels are not converted
         return PIL.Image.fromarray(np.asarray(image))
     if image.mode in _WIDE_MODES:
-        return read_picture(np.asarray(image), where)
+        return read_image(np.asarray(image), where)
     if image.mode not in _BYTE_MODES:
         allowed = ", ".join(_BYTE_MODES + _COLOUR_MODES + _WIDE_MODES)
         raise ValueError(
@@ -108,7 +108,7 @@ def _read_pil(image: PIL.Image.Image, where: str, to_rgb: bool) -> Picture:
 
 
 def over_white(image: PIL.Image.Image) -> PIL.Image.Image:
-    """A picture with transparency laid over white, in mode RGBA."""
+    """An image with transparency laid over white, in mode RGBA."""
     image = image.convert("RGBA")
     return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
 
@@ -147,11 +147,11 @@ def infer_data_format(shape: Sequence[int], where: str) -> str:
     return CHANNELS_FIRST if first else CHANNELS_LAST
 
 
-def picture_size(picture: Picture) -> tuple[int, int]:
+def image_size(image: Image) -> tuple[int, int]:
     """(height, width) in pixels."""
-    if isinstance(picture, PIL.Image.Image):
-        return picture.height, picture.width
-    return picture.shape[1], picture.shape[2]
+    if isinstance(image, PIL.Image.Image):
+        return image.height, image.width
+    return image.shape[1], image.shape[2]
 
 
 def shortest_edge_size(height: int, width: int, shortest_edge: int) -> tuple[int, int]:
@@ -160,14 +160,14 @@ def shortest_edge_size(height: int, width: int, shortest_edge: int) -> tuple[int
     return (longest_edge, shortest_edge) if width <= height else (shortest_edge, longest_edge)
 
 
-def resize(picture: Picture, size: tuple[int, int], resample: int, where: str) -> tuple[PIL.Image.Image, bool]:
-    """``picture`` resampled to ``size`` (height, width), in 8 bits, and whether its values were in [0, 1].
+def resize(image: Image, size: tuple[int, int], resample: int, where: str) -> tuple[PIL.Image.Image, bool]:
+    """``image`` resampled to ``size`` (height, width), in 8 bits, and whether its values were in [0, 1].
 
     Pillow resamples 8-bit samples. An array of fractions is multiplied by 255 and truncated first; the caller has to
     divide by 255 afterwards.
     """
-    picture, fractions = (picture, False) if isinstance(picture, PIL.Image.Image) else _array_to_pil(picture, where)
-    return picture.resize((size[1], size[0]), resample=resample), fractions
+    image, fractions = (image, False) if isinstance(image, PIL.Image.Image) else _array_to_pil(image, where)
+    return image.resize((size[1], size[0]), resample=resample), fractions
 
 
 def _array_to_pil(array: np.ndarray, where: str) -> tuple[PIL.Image.Image, bool]:
@@ -190,25 +190,25 @@ def _array_to_pil(array: np.ndarray, where: str) -> tuple[PIL.Image.Image, bool]
     return PIL.Image.fromarray(samples), fractions
 
 
-def center_crop(picture: Picture, size: tuple[int, int]) -> Picture:
-    """The middle (height, width) = ``size`` of ``picture``, with zeros around it where it is smaller than that."""
-    (height, width), (crop_height, crop_width) = picture_size(picture), size
+def center_crop(image: Image, size: tuple[int, int]) -> Image:
+    """The middle (height, width) = ``size`` of ``image``, with zeros around it where it is smaller than that."""
+    (height, width), (crop_height, crop_width) = image_size(image), size
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
-    if isinstance(picture, PIL.Image.Image):
-        return picture.crop((left, top, left + crop_width, top + crop_height))
-    inside = picture[:, max(top, 0) :, max(left, 0) :][:, :crop_height, :crop_width]
+    if isinstance(image, PIL.Image.Image):
+        return image.crop((left, top, left + crop_width, top + crop_height))
+    inside = image[:, max(top, 0) :, max(left, 0) :][:, :crop_height, :crop_width]
     if inside.shape[1:] == size:
         return inside
-    out = np.zeros((picture.shape[0], crop_height, crop_width), picture.dtype)
+    out = np.zeros((image.shape[0], crop_height, crop_width), image.dtype)
     out[:, max(-top, 0) :, max(-left, 0) :][:, : inside.shape[1], : inside.shape[2]] = inside
     return out
 
 
-def to_array(picture: Picture) -> np.ndarray:
-    """``picture`` as an array (channels, height, width); a read-only view of a PIL image's bytes."""
-    if isinstance(picture, np.ndarray):
-        return picture
-    array = np.asarray(picture)
+def to_array(image: Image) -> np.ndarray:
+    """``image`` as an array (channels, height, width); a read-only view of a PIL image's bytes."""
+    if isinstance(image, np.ndarray):
+        return image
+    array = np.asarray(image)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 

@@ -2,8 +2,8 @@
 
 from .data import load_data
 from .evaluation import Reporter, Score, evaluate
+from .image_set import ImageSet
 from .loop import Trainer
 from .options import TrainingOptions
-from .pictures import ImageSet
 
 __all__ = ["ImageSet", "Reporter", "Score", "Trainer", "TrainingOptions", "evaluate", "load_data"]

@@ -16,9 +16,9 @@ from .data import evaluation_loader, load_data
 from .digits import digits_config, digits_processor, load_digits
 from .distributed import process_group
 from .evaluation import Reporter, Score, evaluate
+from .image_set import load_evaluation_folder
 from .loop import MODEL, Trainer
 from .options import TrainingOptions
-from .pictures import load_evaluation_folder
 
 
 class Start(NamedTuple):

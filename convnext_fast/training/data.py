@@ -19,7 +19,7 @@ from ..files import local_path
 from ..images.processor import ConvNextImageProcessor
 from .augment import AUGMENT, MIX, ORDER, augment, keyed_generator, mix_pairs
 from .digits import load_digits
-from .pictures import ImageSet, load_folder, split, validation_folder
+from .image_set import ImageSet, load_folder, split, validation_folder
 
 
 def load_data(source: str | Path, holdout: float, seed: int) -> tuple[ImageSet, ImageSet | None]:
@@ -115,7 +115,7 @@ class EpochSampler:
             yield [Key(self.epoch, i, int(order[i])) for i in range(start, start + local)]
 
 
-class _Pictures(Dataset):
+class _ImageDataset(Dataset):
     """Images ready for the model; an unreadable one gives its error as a value, which the main process raises.
 
     With ``skip``, the next readable image replaces it, so that batches keep their size and do not depend on the number
@@ -240,7 +240,7 @@ def training_loader(
     if (mixup or cutmix) and local % 2:
         raise ValueError(f"a process's batch is {local}: expected an even number, because mixup and cutmix mix pairs")
     return DataLoader(
-        _Pictures(images, processor, channels, augmentation, sampler.seed, skip_unreadable),
+        _ImageDataset(images, processor, channels, augmentation, sampler.seed, skip_unreadable),
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_Collate((channels, side, side), len(images.classes), mixup, cutmix, sampler.seed),
@@ -267,7 +267,7 @@ def evaluation_loader(
     """
     side = edge(processor)
     return DataLoader(
-        _Pictures(images.subset(range(rank, len(images), world)), processor, channels, "none", 0, skip_unreadable),
+        _ImageDataset(images.subset(range(rank, len(images), world)), processor, channels, "none", 0, skip_unreadable),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_Collate((channels, side, side), len(images.classes), 0.0, 0.0, 0),

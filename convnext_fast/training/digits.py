@@ -11,7 +11,7 @@ import numpy as np
 from ..config import ConvNextConfig
 from ..console import needing
 from ..images.processor import ConvNextImageProcessor
-from .pictures import ImageSet
+from .image_set import ImageSet
 
 CLASSES = tuple(str(digit) for digit in range(10))
 EVERY = 3
@@ -24,12 +24,12 @@ def load_digits() -> tuple[ImageSet, ImageSet]:
         from sklearn.datasets import load_digits as load
     data = load()
     # Samples are 0 to 16.
-    pictures = np.round(data.images * (255 / 16)).astype(np.uint8)
+    images = np.round(data.images * (255 / 16)).astype(np.uint8)
     labels = data.target
     held_out = np.zeros(len(labels), bool)
     for digit in range(len(CLASSES)):
         held_out[np.flatnonzero(labels == digit)[EVERY - 1 :: EVERY]] = True
-    training, rest = (ImageSet(list(pictures[part]), labels[part].tolist(), CLASSES) for part in (~held_out, held_out))
+    training, rest = (ImageSet(list(images[part]), labels[part].tolist(), CLASSES) for part in (~held_out, held_out))
     return training, rest
 
 

@@ -32,9 +32,9 @@ from .distributed import STRATEGIES, Process
 from .ema import Ema
 from .evaluation import Reporter, autocast, evaluate
 from .faults import bad_gradients, first_bad_layer
+from .image_set import PICTURES, ImageSet, changed_files
 from .optim import learning_rate, moments, parameter_groups, set_learning_rate
 from .options import TrainingOptions
-from .pictures import PICTURES, ImageSet, changed_files
 
 MODEL = "model"
 

@@ -20,8 +20,8 @@ from convnext_fast.images.processor import ConvNextImageProcessor
 from convnext_fast.training import evaluate
 from convnext_fast.training.command import Start, build, evaluate_checkpoint
 from convnext_fast.training.data import evaluation_loader
+from convnext_fast.training.image_set import load_folder
 from convnext_fast.training.optim import layer_ids
-from convnext_fast.training.pictures import load_folder
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ from convnext_fast.training import TrainingOptions, load_data
 from convnext_fast.training.augment import augment, mix_pairs
 from convnext_fast.training.data import EpochSampler, training_loader
 from convnext_fast.training.ema import Ema
+from convnext_fast.training.image_set import load_evaluation_folder, load_folder, split
 from convnext_fast.training.optim import layer_ids, learning_rate, parameter_groups, set_learning_rate
-from convnext_fast.training.pictures import load_evaluation_folder, load_folder, split
 
 
 def loader(images, sampler, *, mixup=0.8, cutmix=1.0, workers=0, augmentation="crop"):

@@ -18,7 +18,7 @@ from training_support import Quiet, finish, new_trainer, pictures, processor, st
 from convnext_fast import ConvNext
 from convnext_fast.training import evaluate
 from convnext_fast.training.data import evaluation_loader
-from convnext_fast.training.pictures import load_folder
+from convnext_fast.training.image_set import load_folder
 
 # Killed
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from training_support import Quiet, new_trainer, write_folder
 
 from convnext_fast.files import json_writer, write_files
-from convnext_fast.training.pictures import load_folder
+from convnext_fast.training.image_set import load_folder
 from convnext_fast.training.state import FACTS, load_tensors
 
 
