@@ -85,13 +85,13 @@ class Calls:
         """The results of any call."""
         kind = description(args)
         plan = None if kind is None else self.kinds.get(kind, NotImplemented)
-        if plan is NotImplemented or type(plan) is int:
-            with _RECORDING, current(args[0]):
-                plan = self._first(kind, args)
         if plan is None:
             return self.function(*args)
         with current(args[0]):
-            return self._repeat(kind, plan, args)
+            if plan is NotImplemented or type(plan) is int:
+                with _RECORDING:
+                    plan = self._first(kind, args)
+            return self.function(*args) if plan is None else self._repeat(kind, plan, args)
 
     def _first(self, kind: Hashable, args: tuple) -> Plan | None:
         """The plan for one of the first calls; None for one that runs normally."""

@@ -81,7 +81,8 @@ def block_fwd(x, weights, drop_scale, eps, act, recompute, dtype, narrow=None, c
 
 def _stream(dtype: torch.dtype, weights: BlockWeights) -> torch.dtype:
     """R after a block whose x is in ``dtype``."""
-    return dtype if weights.gamma is None else torch.promote_types(dtype, weights.gamma.dtype)
+    gamma = weights.gamma
+    return dtype if gamma is None or gamma.dtype == dtype else torch.promote_types(dtype, gamma.dtype)
 
 
 @replayed
