@@ -149,9 +149,9 @@ def fused_configs(
 
     Up to 96 channels 4 warps of 32 rows each hold everything in registers, if lean, and read each weight half as often
     as 8 warps would; 8 such warps, for many rows, read it a quarter as often. Else 16 rows per warp, or half as many
-    where that would spill: beyond 160 channels if a is saved, and beyond 96 on sm_100 beside a wide residual. Steps of
-    64 hidden units, or 32 where 64 would be half empty or would spill. sm_90 has the shared memory for a third stage.
-    With a norm, but without warp groups, steps of 32, and beyond 160 channels 4 warps and steps of 16.
+    where that would spill: beyond 160 channels if a is saved, and from 97 to 160 on sm_100 beside a wide residual.
+    Steps of 64 hidden units, or 32 where 64 would be half empty or would spill. sm_90 has the shared memory for a third
+    stage. With a norm, but without warp groups, steps of 32, and beyond 160 channels 4 warps and steps of 16.
     """
     if grn and target not in WARP_GROUPS:
         norm = FusedConfig(BLOCK_M=128, BLOCK_K=32, num_warps=4 if target == "gfx942" else 8, num_stages=2)
@@ -160,7 +160,7 @@ def fused_configs(
     shallow = hidden % 64 != 0 or (channels > 160 and (grn or not lean)) or (channels > 128 and target == "gfx942")
     deep = 32 if shallow else 64
     stages = 3 if target == "sm_90" and channels > 96 else 2
-    short = (channels > 160 and not lean) or (channels > 96 and wide_residual and target == "sm_100")
+    short = (channels > 160 and not lean) or (96 < channels <= 160 and wide_residual and target == "sm_100")
     wide = FusedConfig(BLOCK_M=64 if short else 128, BLOCK_K=deep, num_warps=8, num_stages=stages)
     others = (
         dataclasses.replace(wide, BLOCK_K=32, num_stages=4 if deep == 32 else 3),

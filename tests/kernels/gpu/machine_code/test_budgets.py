@@ -180,6 +180,7 @@ def test_training_under_autocast():
         ("xlarge", "bf16", 1, "sm_86", "_hidden_grad_kernel"),
         ("atto", "bf16", 0, "sm_100", "_mlp_fwd_kernel"),
         ("base", "fp16", 1, "sm_100", "_mlp_fwd_kernel"),
+        ("tiny", "fp16", 1, "sm_100", "_mlp_fwd_kernel"),
         ("base", "fp16", 1, "sm_100", "_fold_fwd_kernel"),
     ],
 )
