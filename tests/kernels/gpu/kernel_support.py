@@ -30,9 +30,13 @@ def poisoned() -> Iterator[None]:
 
         return allocate
 
+    def new_empty(like, *sizes, dtype=None, device=None):  # Dynamo traces this, but not the real one as a function
+        return torch.empty(*sizes, dtype=dtype or like.dtype, device=device or like.device)
+
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-            patch.setattr(owner, name, poison(getattr(owner, name)))
+        patch.setattr(torch, "empty", poison(torch.empty))
+        patch.setattr(torch, "empty_like", poison(torch.empty_like))
+        patch.setattr(torch.Tensor, "new_empty", new_empty)
         yield
 
 
