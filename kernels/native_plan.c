@@ -9,8 +9,8 @@
        results    = new tensors, or parts of them
 
    Addresses are read again on every call and a plan keeps nothing of a call, so threads may repeat one plan at the same
-   time. Memory comes from the function that Inductor's code calls, on the current stream, and cuLaunchKernel launches.
-   The addresses of these functions come from Python (native_plan.py). native_key.c stands before this text. */
+   time. Memory is allocated by the function that Inductor's code calls; kernels are launched by cuLaunchKernel on the
+   current stream. Both functions come from Python (native_plan.py), which compiles native_key.c and this file as one. */
 
 #define MOST_PARAMETERS 128 /* of a kernel */
 #define CONSTANT (-1)       /* in the place of a memory's number */
@@ -72,7 +72,7 @@ static int is_whole(const Plan *plan, const Launch *launch, PyObject *owner) {
     return part->device == plan->device && launch->parameters == part->given + PyTuple_GET_SIZE(part->allocations);
 }
 
-/* Whether every number lies where it may: a wrong one would be an address that nobody gave. */
+/* Whether every number of memory exists: a wrong one would be an address that nobody gave. */
 static int is_sound(Plan *plan) {
     Py_ssize_t allocations = PyTuple_GET_SIZE(plan->allocations), total = 0;
     Py_ssize_t launches = PyBytes_GET_SIZE(plan->launches) / (Py_ssize_t)sizeof(Launch);

@@ -79,7 +79,8 @@ def _address(library: ctypes.CDLL, name: str) -> int:
 def library() -> ModuleType | None:
     """The compiled module; None, after a warning, where there is none."""
     try:
-        module = compile_module_from_src("".join(path.read_text() for path in _SOURCES), "native_plan")
+        source = "".join(f'#line 1 "{path.name}"\n{path.read_text()}' for path in _SOURCES)
+        module = compile_module_from_src(source, "native_plan")
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         readers = tuple(_address(torch_cpu, f"aoti_torch_get_{name}") for name in _READERS)
         with torch._C.DisableTorchFunction():  # a recording may be the first to ask for this
@@ -90,7 +91,7 @@ def library() -> ModuleType | None:
         )  # fmt: skip
     except Exception as error:
         _warn(
-            f"{_SOURCES[-1].name} could not be compiled ({error!r}): install a C compiler (gcc or clang) and Python's "
+            f"native_plan.c could not be compiled ({error!r}): install a C compiler (gcc or clang) and Python's "
             "headers (python3-dev)"
         )
         return None
@@ -129,7 +130,11 @@ def _facts(dtype: torch.dtype, device: torch.device) -> int:
 def build(plan: Plan) -> Any | None:
     """Make the plan that `of` returns."""
     module = library()
-    if module is None or plan.given + len(plan.pieces) > module.MOST_BASES:
+    if module is None:
+        return None
+    memory = plan.given + max(len(plan.pieces), len(plan.allocations))
+    if memory > module.MOST_BASES:
+        _warn(f"a call has {memory} tensors and pieces of memory, C repeats calls with up to {module.MOST_BASES}")
         return None
     driver = cuda()
     launches: list[int] = []

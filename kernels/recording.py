@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ class Launch(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The plan of a call within another one, and a `Place` for each of its tensors, then of its allocations."""
+    """The plan of a call within another one, and a `Place` for each of its bases."""
 
     plan: Plan
     places: list[Place]
@@ -73,12 +73,13 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Plan:
-    """A recorded call. Memory is numbered: the call's tensors in order, then the allocations.
+    """A recorded call. Its bases are the call's tensors in order, then the allocations.
 
     Attributes:
         given: how many tensors the call has.
         allocations: the scratch buffer of the launches, one tensor of bytes; then the tensors that are returned.
-        pieces: for each allocation of the call, the number of the one above that it is part of, and its offset there.
+        pieces: for each piece of memory that the call allocated, the number of the allocation that holds it, and its
+            offset there; (0, 0) for one that nothing uses.
         launches: what is launched, in order. Their memory is numbered: the call's tensors, then the pieces.
         results: what is returned; None for None.
         single: whether the result is one tensor, not a tuple.
@@ -107,7 +108,7 @@ class Plan:
         return [torch.empty_strided(shape, strides, dtype=t, device=device) for shape, strides, t in self.allocations]
 
     def launch(self, bases: Sequence[int], stream: int) -> None:
-        """Launch everything; ``bases``: the addresses of the call's tensors, then of the allocations."""
+        """Launch everything; ``bases``: their addresses."""
         memory = [*bases[: self.given], *(bases[self.given + number] + offset for number, offset in self.pieces)]
         for launch in self.launches:
             if isinstance(launch, Part):
@@ -315,7 +316,7 @@ def _plan(recording: _Recording, outcome: Any) -> Plan:
     return Plan(given, allocations, moved, recording.launches, parts, single, recording.given[0].get_device())
 
 
-def _shared(recording: _Recording, returned: Iterable[int]) -> tuple[dict[int, int], int]:
+def _shared(recording: _Recording, returned: Collection[int]) -> tuple[dict[int, int], int]:
     """The offset of each piece of memory that is not returned, and their total bytes. The largest are placed first."""
     given, used = len(recording.given), recording.used
     sizes = {number: _size(recording.pieces[number - given]) for number in used if number not in returned}
