@@ -41,7 +41,7 @@ def training_works():
     model(torch.randn(2, 3, 16, 16)).sum().backward()
     optimizer.step()
 """
-PICTURE = "convnext_fast.ConvNextImageProcessor(size=16)(np.zeros((16, 16, 3), np.uint8), return_tensors='tf')"
+IMAGE = "convnext_fast.ConvNextImageProcessor(size=16)(np.zeros((16, 16, 3), np.uint8), return_tensors='tf')"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ PICTURE = "convnext_fast.ConvNextImageProcessor(size=16)(np.zeros((16, 16, 3), n
     [
         "import tensorflow, convnext_fast",
         "import convnext_fast, tensorflow",
-        f"import convnext_fast, numpy as np; {PICTURE}",
+        f"import convnext_fast, numpy as np; {IMAGE}",
         "import convnext_fast, triton, tensorflow",
     ],
 )

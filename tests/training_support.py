@@ -1,4 +1,4 @@
-"""A small model and small pictures to train it on, here or in processes that start at once."""
+"""A small model and small images to train it on, here or in processes that start at once."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ def tiny_config(**fields):
     return ConvNextConfig(**{**sizes, "image_size": 8, "num_labels": 2, "layer_scale_init_value": 0.5, **fields})
 
 
-def pictures(count=24, side=8, classes=("dark", "light")):
+def small_images(count=24, side=8, classes=("dark", "light")):
     rng = np.random.default_rng(0)
     labels = [i % len(classes) for i in range(count)]
     images = [rng.integers(0, 100, (side, side), np.uint8) + np.uint8(100 * label) for label in labels]
@@ -39,8 +39,8 @@ def processor(side=8):
 
 
 def write_folder(folder, count=20):
-    """The pictures as files, in a folder for each class."""
-    images = pictures(count)
+    """The images as files, in a folder for each class."""
+    images = small_images(count)
     for i, (array, label) in enumerate(zip(images.pictures, images.labels, strict=True)):
         path = folder / images.classes[label] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def new_trainer(output, *, images=None, validation=None, model=None, drop_path=0
     model = model or ConvNext(tiny_config(drop_path_rate=drop_path))
     of_training = {field.name for field in dataclasses.fields(TrainingOptions)} & options.keys()
     chosen = TrainingOptions(**{**OPTIONS, **{name: options.pop(name) for name in of_training}})
-    return Trainer(model, images or pictures(), validation, processor(), chosen, output, process=process, **options)
+    return Trainer(model, images or small_images(), validation, processor(), chosen, output, process=process, **options)
 
 
 def plain(model, dtype):

@@ -14,7 +14,7 @@ from ..images.files import find_images, open_image, to_channels
 from .augment import SPLIT, keyed_generator
 
 VALIDATION_FOLDERS = ("val", "validation")
-PICTURES = "pictures.json"
+FILES = "pictures.json"
 """In a run's folder: `ImageSet.files` of its training images, to name those that have changed when it is resumed."""
 
 
@@ -35,24 +35,24 @@ class ImageSet:
 
     def open(self, index: int, channels: int) -> PIL.Image.Image:
         """Image ``index``, with ``channels`` channels; a ValueError names a file that cannot be read."""
-        picture = self.pictures[index]
-        if isinstance(picture, np.ndarray):
-            return to_channels(PIL.Image.fromarray(picture), channels)
+        image = self.pictures[index]
+        if isinstance(image, np.ndarray):
+            return to_channels(PIL.Image.fromarray(image), channels)
         try:
-            return open_image(picture, channels)
+            return open_image(image, channels)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{picture}: {error}") from error
+            raise ValueError(f"{image}: {error}") from error
 
     def fingerprint(self) -> dict[str, list[int | str]]:
         """For each class, the number of its images, and a digest of their names and sizes in bytes."""
         digests = [hashlib.sha256() for _ in self.classes]
         counts = [0] * len(self.classes)
-        for picture, label in zip(self.pictures, self.labels, strict=True):
+        for image, label in zip(self.pictures, self.labels, strict=True):
             counts[label] += 1
-            if isinstance(picture, np.ndarray):
-                digests[label].update(picture.tobytes())
+            if isinstance(image, np.ndarray):
+                digests[label].update(image.tobytes())
             else:
-                digests[label].update(f"{picture.name}\0{picture.stat().st_size}\0".encode(errors="surrogateescape"))
+                digests[label].update(f"{image.name}\0{image.stat().st_size}\0".encode(errors="surrogateescape"))
         entries = zip(map(str, self.classes), counts, digests, strict=True)
         return {name: [count, digest.hexdigest()[:16]] for name, count, digest in entries}
 
@@ -72,7 +72,7 @@ def changed_files(run: Path, now: Mapping[str, int]) -> str:
     It is empty if the run's folder does not say what they were.
     """
     try:
-        before = read_json(run / PICTURES)
+        before = read_json(run / FILES)
     except (OSError, ValueError):
         return ""
     changed = sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
@@ -96,16 +96,16 @@ def load_folder(folder: Path, classes: Sequence[str] | None = None) -> ImageSet:
         raise ValueError(f"{folder} has the classes {sorted(set(names) - set(classes))}, which the model does not have")
     if len(names) < 2 and classes is None:
         raise ValueError(f"{folder} has {len(names)} folders: expected one for each class, at least two")
-    pictures, labels = [], []
+    images, labels = [], []
     for label, name in enumerate(names if classes is None else classes):
         found = find_images(folder / name) if name in names else []
         if not found and classes is None:
             raise ValueError(f"{folder / name} holds no image of a format that is read")
-        pictures += found
+        images += found
         labels += [label] * len(found)
-    if not pictures:
+    if not images:
         raise ValueError(f"{folder} holds no image of the classes {', '.join(classes or ())}")
-    return ImageSet(pictures, labels, names if classes is None else classes)
+    return ImageSet(images, labels, names if classes is None else classes)
 
 
 def load_evaluation_folder(source: str | Path, classes: Sequence[str]) -> ImageSet:

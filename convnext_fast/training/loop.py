@@ -32,7 +32,7 @@ from .distributed import STRATEGIES, Process
 from .ema import Ema
 from .evaluation import Reporter, autocast, evaluate
 from .faults import bad_gradients, first_bad_layer
-from .image_set import PICTURES, ImageSet, changed_files
+from .image_set import FILES, ImageSet, changed_files
 from .optim import learning_rate, moments, parameter_groups, set_learning_rate
 from .options import TrainingOptions
 
@@ -124,7 +124,7 @@ class Trainer:
             self._restore(checkpoint)
         elif process.rank == 0 and (files := training.files()):
             with contextlib.suppress(OSError):  # only a message needs it, and a full disk shows at the first checkpoint
-                write_files(self.output, {PICTURES: json_writer(files)})
+                write_files(self.output, {FILES: json_writer(files)})
         self.saved = self.step
         distributed.barrier()
         if process.rank == 0:

@@ -53,9 +53,9 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     """A folder with a folder for each class."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for name in NAMES:
         (folder / name).mkdir()
@@ -103,16 +103,16 @@ def copy_of(folder, target, **contents):
     return target
 
 
-def commands_on(checkpoint, pictures, tmp_path):
+def commands_on(checkpoint, images, tmp_path):
     """A call of every command that takes a checkpoint."""
-    picture = pictures / "ant" / "0.png"
+    image = images / "ant" / "0.png"
     return [
         ("info", checkpoint),
-        ("classify", picture, "--checkpoint", checkpoint),
+        ("classify", image, "--checkpoint", checkpoint),
         ("convert", checkpoint, tmp_path / "out.pth", "--to", "timm"),
-        ("evaluate", pictures, "--checkpoint", checkpoint),
-        ("train", pictures, "--config", checkpoint / "config.json", "--batch-size", 99, "--output", tmp_path / "run"),
-        ("train", pictures, "--checkpoint", checkpoint, "--batch-size", 99, "--output", tmp_path / "run"),
+        ("evaluate", images, "--checkpoint", checkpoint),
+        ("train", images, "--config", checkpoint / "config.json", "--batch-size", 99, "--output", tmp_path / "run"),
+        ("train", images, "--checkpoint", checkpoint, "--batch-size", 99, "--output", tmp_path / "run"),
         ("export", checkpoint, tmp_path / "out.txt"),
         ("bench", "--model", f"hf:{checkpoint}", "--batch-size", 1, "--image-size", 1, "--rounds", 1),
     ]
@@ -130,23 +130,23 @@ ALL = pytest.param(1, marks=pytest.mark.thorough)
 
 
 @pytest.mark.parametrize("every", [7, ALL])
-def test_any_value_in_a_configuration(run, checkpoint, pictures, tmp_path, every):
+def test_any_value_in_a_configuration(run, checkpoint, images, tmp_path, every):
     turns = itertools.cycle(range(7))
     wrong = wrong_fields((checkpoint / "config.json").read_text())
     for name, value, text in itertools.islice(wrong, 0, None, every):
         bad = copy_of(checkpoint, tmp_path / "bad", config=text)
-        calls = commands_on(bad, pictures, tmp_path)
+        calls = commands_on(bad, images, tmp_path)
         in_turn = calls[-1 if name == "architectures" else next(turns)]
         for argv in (calls[0], in_turn):
             assert len(run(*argv)[2]) < 5000, (name, value)
 
 
 @pytest.mark.parametrize("every", [3, ALL])
-def test_any_value_in_the_options_of_an_image_processor(run, checkpoint, pictures, tmp_path, every):
+def test_any_value_in_the_options_of_an_image_processor(run, checkpoint, images, tmp_path, every):
     wrong = wrong_fields((checkpoint / "preprocessor_config.json").read_text())
     for _, _, text in itertools.islice(wrong, 0, None, every):
         bad = copy_of(checkpoint, tmp_path / "bad", preprocessor_config=text)
-        run("classify", pictures / "ant" / "0.png", "--checkpoint", bad)
+        run("classify", images / "ant" / "0.png", "--checkpoint", bad)
 
 
 TEXTS = (
@@ -156,12 +156,12 @@ TEXTS = (
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors"])
-def test_any_text_as_a_file(run, checkpoint, pictures, tmp_path, name):
+def test_any_text_as_a_file(run, checkpoint, images, tmp_path, name):
     bad = copy_of(checkpoint, tmp_path / "bad")
     for text in TEXTS:
         (bad / name).unlink()
         (bad / name).write_bytes(text)
-        for argv in commands_on(bad, pictures, tmp_path)[:6]:
+        for argv in commands_on(bad, images, tmp_path)[:6]:
             run(*argv)
 
 
@@ -171,16 +171,16 @@ NAMES_OF_FILES = (
 )  # fmt: skip
 
 
-def test_any_name_of_a_file(run, checkpoint, pictures, tmp_path):
+def test_any_name_of_a_file(run, checkpoint, images, tmp_path):
     for name in NAMES_OF_FILES:
         for argv in (
             ("info", name),
             ("classify", "--checkpoint", checkpoint, "--", name),
-            ("classify", "--checkpoint", name, pictures / "ant" / "0.png"),
+            ("classify", "--checkpoint", name, images / "ant" / "0.png"),
             ("convert", "--to", "timm", "--", name, "out"),
             ("evaluate", "--checkpoint", checkpoint, "--", name),
-            ("train", "--config", name, "--", pictures),
-            ("train", "--checkpoint", checkpoint, "--epochs", 1, "--batch-size", 99, "--output", name, "--", pictures),
+            ("train", "--config", name, "--", images),
+            ("train", "--checkpoint", checkpoint, "--epochs", 1, "--batch-size", 99, "--output", name, "--", images),
             ("train", "--config", checkpoint, "--", name),
             ("export", "--", name, "x.onnx"),
             ("export", "--", checkpoint, name),
@@ -190,21 +190,21 @@ def test_any_name_of_a_file(run, checkpoint, pictures, tmp_path):
             run(*argv)
 
 
-def test_any_value_of_an_option(run, checkpoint, pictures):
-    picture = pictures / "ant" / "0.png"
+def test_any_value_of_an_option(run, checkpoint, images):
+    image = images / "ant" / "0.png"
     whole = ("-1", "0", "1e3", "x", "", "nan", "9" * 30, "9" * 5000, "٣x")
     for value in whole:
         for option in ("--top-k", "--batch-size"):
-            run("classify", picture, "--checkpoint", checkpoint, f"{option}={value}")
+            run("classify", image, "--checkpoint", checkpoint, f"{option}={value}")
         for option in ("--batch-size", "--workers"):
-            run("evaluate", pictures, "--checkpoint", checkpoint, f"{option}={value}") if value != "0" else None
+            run("evaluate", images, "--checkpoint", checkpoint, f"{option}={value}") if value != "0" else None
         for option in ("--batch-size", "--image-size", "--rounds"):
             run("bench", "--model", "torchvision:none", f"{option}={value}")
         run("export", checkpoint, "x.txt", f"--image-size={value}")
         for field in (*TrainingOptions.__dataclass_fields__, "holdout", "image_size", "save_every"):
             if field not in ("betas", "epochs"):
                 option = f"--{field.replace('_', '-')}={value}"
-                run("train", pictures, "--checkpoint", checkpoint, "--batch-size=99", option, "--output=run")
+                run("train", images, "--checkpoint", checkpoint, "--batch-size=99", option, "--output=run")
     run("bench", "--model", "torchvision:none", "--batch-size", 1 << 20, "--image-size", 8192)
 
 
@@ -212,11 +212,11 @@ def test_any_value_of_an_option(run, checkpoint, pictures):
     "device",
     ["", "meta", "cpu:x", "cuda", "cuda:99", "mps", "xla", "hpu", "lazy", "vulkan", "fpga", "x", "privateuseone"],
 )
-def test_any_device(run, checkpoint, pictures, device):
+def test_any_device(run, checkpoint, images, device):
     for argv in (
-        ("classify", pictures / "ant" / "0.png", "--checkpoint", checkpoint),
-        ("evaluate", pictures, "--checkpoint", checkpoint),
-        ("train", pictures, "--checkpoint", checkpoint),
+        ("classify", images / "ant" / "0.png", "--checkpoint", checkpoint),
+        ("evaluate", images, "--checkpoint", checkpoint),
+        ("train", images, "--checkpoint", checkpoint),
         ("bench", "--model", f"hf:{checkpoint}"),
         ("demo",),
     ):
@@ -226,15 +226,15 @@ def test_any_device(run, checkpoint, pictures, device):
 
 
 @pytest.mark.parametrize("wrong", [{"model_args": {"act_layer": ["gelu"]}}, {"label_names": [["a"], ["b"], ["c"]]}])
-def test_lists_in_a_configuration_of_timm(run, checkpoint, pictures, tmp_path, wrong):
+def test_lists_in_a_configuration_of_timm(run, checkpoint, images, tmp_path, wrong):
     bad = copy_of(checkpoint, tmp_path / "bad", config=json.dumps({"architecture": "convnext_tiny"} | wrong))
-    for argv in commands_on(bad, pictures, tmp_path)[:3]:
+    for argv in commands_on(bad, images, tmp_path)[:3]:
         status, _, err = run(*argv)
         assert status == 1
         assert str(bad) in err
 
 
-def test_hidden_states_that_are_none(run, checkpoint, pictures, tmp_path):
+def test_hidden_states_that_are_none(run, checkpoint, images, tmp_path):
     fields = json.loads((checkpoint / "config.json").read_text())
     bad = copy_of(checkpoint, tmp_path / "bad", config=json.dumps(fields | {"output_hidden_states": "abc"}))
     status, _, err = run("info", bad)
@@ -251,8 +251,8 @@ def test_no_classifier_to_export(run, checkpoint, tmp_path):
     assert "expected a checkpoint with a classifier" in err
 
 
-def test_standard_input(run, checkpoint, pictures):
-    good = str(pictures / "ant" / "0.png").encode()
+def test_standard_input(run, checkpoint, images):
+    good = str(images / "ant" / "0.png").encode()
     classify = ("classify", "-", "--checkpoint", checkpoint)
     assert run(*classify, stdin=None)[:2] == (1, "")
     for stdin in (b"", b"\0", b"a\0b\n", b"~no-such-user\n", b"\xff\xfe", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"x" * 5000):
@@ -260,19 +260,19 @@ def test_standard_input(run, checkpoint, pictures):
     for bad in (b"~no-such-user", b"x" * 5000, b"a\0b", b"/proc/self/mem"):
         status, out, _ = run(*classify, stdin=bad + b"\n" + good)
         assert status == 1
-        assert out.startswith(str(pictures))
+        assert out.startswith(str(images))
 
 
-def test_the_batch_goes_on(run, checkpoint, pictures):
-    good = pictures / "ant" / "0.png"
-    bad = ["", "~no-such-user", "x" * 5000, "missing", "/dev/null", pictures / "none"]
+def test_the_batch_goes_on(run, checkpoint, images):
+    good = images / "ant" / "0.png"
+    bad = ["", "~no-such-user", "x" * 5000, "missing", "/dev/null", images / "none"]
     status, out, err = run("classify", *bad, good, "--checkpoint", checkpoint, "--json")
     assert status == 1
     assert json.loads(out)["image"] == str(good)
     assert err.count("error:") == len(bad)
 
 
-def test_a_folder_that_cannot_be_read(run, checkpoint, pictures, monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_read(run, checkpoint, images, monkeypatch, tmp_path):
     real = os.scandir
 
     def scandir(path):
@@ -281,33 +281,33 @@ def test_a_folder_that_cannot_be_read(run, checkpoint, pictures, monkeypatch, tm
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    status, out, err = run("classify", pictures, "--checkpoint", checkpoint, "--json")
+    status, out, err = run("classify", images, "--checkpoint", checkpoint, "--json")
     assert status == 1
     assert "bee: the folder cannot be read: Permission denied" in err
     assert len(out.splitlines()) == 4
-    for argv in (("evaluate", pictures, "--checkpoint", checkpoint), ("train", pictures, "--checkpoint", checkpoint)):
+    for argv in (("evaluate", images, "--checkpoint", checkpoint), ("train", images, "--checkpoint", checkpoint)):
         assert "Permission denied" in run(*argv)[2]
 
 
 ODD_LABELS = ("[red]x[/red]", ":smile:", "\x1b[31mred\x07", "‮evil", "é", "\ud800", "a\nb")
 
 
-def test_labels_are_text(run, checkpoint, pictures, tmp_path):
+def test_labels_are_text(run, checkpoint, images, tmp_path):
     fields = json.loads((checkpoint / "config.json").read_text())
-    picture = pictures / "ant" / "0.png"
+    image = images / "ant" / "0.png"
     for label in ODD_LABELS:
         labels = {str(i): label + str(i) for i in range(3)}
         text = json.dumps(fields | {"id2label": labels, "label2id": None})
         bad = copy_of(checkpoint, tmp_path / "bad", config=text)
-        status, out, _ = run("classify", picture, "--checkpoint", bad)
+        status, out, _ = run("classify", image, "--checkpoint", bad)
         assert status == 0
         assert "\x1b" not in out + "".join(run("info", bad)[1:])
         assert "‮" not in out
         if label.isascii() and label.isprintable():
             assert f"{label}0" in out
-        status, out, _ = run("classify", picture, "--checkpoint", bad, "--json")
+        status, out, _ = run("classify", image, "--checkpoint", bad, "--json")
         assert {p["label"] for p in json.loads(out)["predictions"]} == set(labels.values())
-        run("evaluate", pictures, "--checkpoint", bad)
+        run("evaluate", images, "--checkpoint", bad)
 
 
 def spoiled(checkpoint, target, **fields):
@@ -330,25 +330,25 @@ def strict(text):
 
 
 @pytest.mark.parametrize("bias", [float("nan"), float("inf")])
-def test_json_whatever_the_model_says(run, checkpoint, pictures, tmp_path, bias):
+def test_json_whatever_the_model_says(run, checkpoint, images, tmp_path, bias):
     bad = spoiled(checkpoint, tmp_path / "bad", bias=bias)
-    _, out, err = run("classify", pictures / "ant" / "0.png", "--checkpoint", bad, "--json")
+    _, out, err = run("classify", images / "ant" / "0.png", "--checkpoint", bad, "--json")
     assert None in [p["score"] for p in strict(out)["predictions"]]
     assert "not all finite" in err
-    _, out, err = run("evaluate", pictures, "--checkpoint", bad, "--json")
+    _, out, err = run("evaluate", images, "--checkpoint", bad, "--json")
     assert strict(out)["loss"] is None
     assert "warning: the loss is" in err
 
 
-def test_the_scores_of_a_regression_are_no_percentages(run, checkpoint, pictures, tmp_path):
+def test_the_scores_of_a_regression_are_no_percentages(run, checkpoint, images, tmp_path):
     model = spoiled(checkpoint, tmp_path / "model", problem_type="regression", bias=12.5)
-    status, out, _ = run("classify", pictures / "ant" / "0.png", "--checkpoint", model)
+    status, out, _ = run("classify", images / "ant" / "0.png", "--checkpoint", model)
     assert status == 0
     assert "%" not in out
     assert "12." in out
 
 
-def test_pictures_that_other_programs_would_draw(run, checkpoint, tmp_path, monkeypatch):
+def test_images_that_other_programs_would_draw(run, checkpoint, tmp_path, monkeypatch):
     def start(*argv, **options):
         raise AssertionError(f"started {argv}")
 
@@ -357,7 +357,7 @@ def test_pictures_that_other_programs_would_draw(run, checkpoint, tmp_path, monk
     image = PIL.Image.new("RGB", (16, 16))  # Pillow 10 writes no smaller icons
     read = 0
     for suffix, format in PIL.Image.registered_extensions().items():
-        if format not in PIL.Image.SAVE or format == "MPO":  # several pictures of JPEG
+        if format not in PIL.Image.SAVE or format == "MPO":  # several images of JPEG
             continue
         data = io.BytesIO()
         for mode in ("RGB", "L", "1", "P"):
@@ -378,9 +378,9 @@ def test_pictures_that_other_programs_would_draw(run, checkpoint, tmp_path, monk
     )
 
 
-def test_an_ascii_terminal(checkpoint, pictures, tmp_path):
-    picture = tmp_path / "é😀.png"
-    picture.write_bytes((pictures / "ant" / "0.png").read_bytes())
+def test_an_ascii_terminal(checkpoint, images, tmp_path):
+    image = tmp_path / "é😀.png"
+    image.write_bytes((images / "ant" / "0.png").read_bytes())
     program = (
         "import sys; from convnext_fast.cli import main\n"
         "for argv in (['train', '--help'], ['classify', '--help'], ['info'], ['info', sys.argv[1]],\n"
@@ -390,7 +390,7 @@ def test_an_ascii_terminal(checkpoint, pictures, tmp_path):
         "    print('status', status)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, checkpoint, picture],
+        [sys.executable, "-c", program, checkpoint, image],
         env=os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
         capture_output=True,
     )
@@ -401,16 +401,16 @@ def test_an_ascii_terminal(checkpoint, pictures, tmp_path):
 
 
 @pytest.mark.parametrize(("request_", "words"), [("x", "expected one of auto"), ("triton", "need a GPU")])
-def test_a_backend_that_is_not_there(run, checkpoint, pictures, tmp_path, monkeypatch, request_, words):
+def test_a_backend_that_is_not_there(run, checkpoint, images, tmp_path, monkeypatch, request_, words):
     monkeypatch.setattr(environment, "REQUEST", request_)
-    calls = commands_on(checkpoint, pictures, tmp_path)
+    calls = commands_on(checkpoint, images, tmp_path)
     for argv in [("demo",), calls[1], calls[3], calls[5], calls[6], calls[7]]:
         status, _, err = run(*argv, *(["--device", "cpu"] if argv[0] != "export" else []))
         assert status == 1
         assert words in err
 
 
-def test_memory_that_is_not_there(run, checkpoint, pictures, monkeypatch):
+def test_memory_that_is_not_there(run, checkpoint, images, monkeypatch):
     for error in (
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore"),
@@ -422,7 +422,7 @@ def test_memory_that_is_not_there(run, checkpoint, pictures, monkeypatch):
 
         with monkeypatch.context() as context:
             context.setattr(ConvNextForImageClassification, "from_pretrained", fail)
-            status, _, err = run("classify", pictures / "ant" / "0.png", "--checkpoint", checkpoint)
+            status, _, err = run("classify", images / "ant" / "0.png", "--checkpoint", checkpoint)
         assert status == 1
         assert "memory" in err
         assert len(err.splitlines()) == 1

@@ -394,5 +394,5 @@ def test_damaged_exif_is_ignored_and_other_damage_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(("mode", "kind"), [("I;16", "<u2"), ("I;16B", ">u2")])
 def test_sixteen_bits_in_both_byte_orders(mode, kind):
-    picture = PIL.Image.frombytes(mode, (3, 1), np.array([0, 256 * 7, 65535]).astype(kind).tobytes())
-    assert np.asarray(to_channels(picture, 1)).tolist() == [[0, 7, 255]]
+    image = PIL.Image.frombytes(mode, (3, 1), np.array([0, 256 * 7, 65535]).astype(kind).tobytes())
+    assert np.asarray(to_channels(image, 1)).tolist() == [[0, 7, 255]]

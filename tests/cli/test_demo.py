@@ -28,8 +28,8 @@ def test_the_split_is_fixed_stratified_and_complete():
     assert (len(training), len(held_out)) == (1201, 596)
     data = load()
     key = {image.tobytes(): i for i, image in enumerate(np.round(data.images * 255 / 16).astype(np.uint8))}
-    parts = [[key[picture.tobytes()] for picture in part.pictures] for part in (training, held_out)]
-    assert len(key) == 1797, "each picture is unique, so that the parts can be told apart"
+    parts = [[key[image.tobytes()] for image in part.pictures] for part in (training, held_out)]
+    assert len(key) == 1797, "each image is unique, so that the parts can be told apart"
     assert sorted(parts[0] + parts[1]) == list(range(1797))
     for part, labels in zip(parts, (training.labels, held_out.labels), strict=True):
         assert data.target[part].tolist() == labels

@@ -137,7 +137,7 @@ def test_pixels_equal_those_of_transformers(drawn):
 @example(500, 375, 384, 224 / 256, 3)
 @example(1, 17, 1, 1.3, 3)
 def test_photograph_sizes(height, width, size, crop_pct, resample):
-    # A thin picture would grow by its aspect ratio into one that the machine cannot hold.
+    # A thin image would grow by its aspect ratio into one that the machine cannot hold.
     width = min(width, 20 * height)
     height = min(height, 20 * width)
     options = {"size": size, "crop_pct": crop_pct, "resample": resample}

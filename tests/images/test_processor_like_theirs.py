@@ -29,9 +29,9 @@ def image(mode="RGB"):
     return PIL.Image.fromarray(PIXELS).convert(mode)
 
 
-def same(options, picture, **call):
-    ours = ConvNextImageProcessor(**SIZE, **options)(picture, return_tensors="pt", **call)
-    theirs = Theirs(**SIZE, **options)(picture, return_tensors="pt", **call)
+def same(options, given, **call):
+    ours = ConvNextImageProcessor(**SIZE, **options)(given, return_tensors="pt", **call)
+    theirs = Theirs(**SIZE, **options)(given, return_tensors="pt", **call)
     return torch.equal(ours.pixel_values, theirs.pixel_values) and ours.data.keys() == theirs.data.keys()
 
 
@@ -60,10 +60,10 @@ def address(tmp_path):
 def test_paths_addresses_and_text(mode, tmp_path, address):
     path, exif = tmp_path / "a.png", PIL.Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
-    picture = image(mode)
+    given = image(mode)
     if mode in ("RGBA", "LA"):
-        picture.putalpha(100)
-    picture.save(path, exif=exif)
+        given.putalpha(100)
+    given.save(path, exif=exif)
     text = base64.b64encode(path.read_bytes()).decode()
     lines = base64.encodebytes(path.read_bytes()).decode()
     for source in (str(path), f"{address}/a.png", text, lines, f"data:image/png;base64,{text}", [str(path), text]):

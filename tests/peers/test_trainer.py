@@ -18,7 +18,7 @@ SIZES = {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 2], "id2label":
 SIZES["label2id"] = {name: i for i, name in LABELS.items()}
 
 
-class Pictures(torch.utils.data.Dataset):
+class RandomImages(torch.utils.data.Dataset):
     def __init__(self, count, labelled=True):
         generator = torch.Generator().manual_seed(4)
         self.pixels = torch.randn(count, 3, 32, 32, generator=generator)
@@ -46,8 +46,8 @@ def trainer_of(library, folder, **options):
     return transformers.Trainer(
         model_of(library),
         arguments,
-        train_dataset=Pictures(8),
-        eval_dataset=Pictures(6),
+        train_dataset=RandomImages(8),
+        eval_dataset=RandomImages(6),
         processing_class=library.ConvNextImageProcessor(size={"shortest_edge": 32}),
         compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
     )
@@ -75,7 +75,7 @@ def test_the_same_weights_are_trained(trained):
 
 def test_what_is_saved_opens_in_both_libraries(trained):
     trainer, folder = trained[convnext_fast]
-    state, x = trainer.model.state_dict(), Pictures(2).pixels
+    state, x = trainer.model.state_dict(), RandomImages(2).pixels
     places = [folder / "saved", *folder.glob("checkpoint-*")]
     assert len(places) == 2
     for place in places:
@@ -110,7 +110,7 @@ def test_predictions_are_arrays(labelled, ignored, trained):
         trainer = trained[library][0]
         trainer.compute_metrics = None
         trainer.model.config.output_hidden_states = True
-        results.append(trainer.predict(Pictures(5, labelled), ignore_keys=ignored))
+        results.append(trainer.predict(RandomImages(5, labelled), ignore_keys=ignored))
         trainer.model.config.output_hidden_states = False
     theirs, ours = (arrays(result.predictions) for result in results)
     assert [a.shape for a in ours] == [a.shape for a in theirs]

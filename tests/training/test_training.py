@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_support import Quiet, new_trainer, pictures, processor, stored, tiny_config, write_folder
+from training_support import Quiet, new_trainer, processor, small_images, stored, tiny_config, write_folder
 
 import convnext_fast
 from convnext_fast import ConvNext, cli
@@ -32,7 +32,7 @@ def image_folder(tmp_path):
 
 
 def run_to_the_end(output, **options):
-    trainer = new_trainer(output, validation=pictures(10), **options)
+    trainer = new_trainer(output, validation=small_images(10), **options)
     reporter = Quiet()
     return trainer.run(reporter), reporter.losses, load_file(output / "model" / "model.safetensors")
 
@@ -40,11 +40,11 @@ def run_to_the_end(output, **options):
 @pytest.mark.parametrize(("stop", "save_every"), [(4, 0), (2, 1), (5, 2)])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stop, save_every):
     history, losses, weights = run_to_the_end(tmp_path / "whole")
-    trainer = new_trainer(tmp_path / "cut", validation=pictures(10), save_every=save_every)
+    trainer = new_trainer(tmp_path / "cut", validation=small_images(10), save_every=save_every)
     first = Quiet(until=stop)
     with pytest.raises(KeyboardInterrupt):
         trainer.run(first)
-    trainer = new_trainer(tmp_path / "cut", validation=pictures(10), save_every=save_every, resume=True)
+    trainer = new_trainer(tmp_path / "cut", validation=small_images(10), save_every=save_every, resume=True)
     second = Quiet()
     resumed = trainer.run(second)
     assert second.first == trainer.steps - len(second.losses) > 0
@@ -67,7 +67,7 @@ def test_training_learns_and_the_average_is_scored_and_exported(tmp_path):
     assert torch.equal(weights["classifier.weight"], state["model_ema"]["head.fc.weight"])
     assert not torch.equal(weights["classifier.weight"], state["model"]["head.fc.weight"])
     model = ConvNext.from_pretrained(tmp_path / "model")
-    images = pictures(10)
+    images = small_images(10)
     score = evaluate(model, evaluation_loader(images, processor(), channels=1, batch_size=3), CPU)
     assert score.accuracy == history[-1]["accuracy"]
     assert score.loss == pytest.approx(history[-1]["validation_loss"], rel=1e-5)
@@ -142,7 +142,7 @@ def test_an_image_that_cannot_be_read_is_named(image_folder, tmp_path):
 
 def test_model_and_images_must_have_the_same_classes(tmp_path):
     with pytest.raises(ValueError, match="the model has 2 classes, the images 3"):
-        new_trainer(tmp_path, images=pictures(classes=("a", "b", "c")))
+        new_trainer(tmp_path, images=small_images(classes=("a", "b", "c")))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from training_support import pictures, processor, tiny_config, write_folder
+from training_support import processor, small_images, tiny_config, write_folder
 
 from convnext_fast import ConvNext
 from convnext_fast.training import TrainingOptions, load_data
@@ -62,7 +62,7 @@ def test_an_epoch_resumes_at_any_batch():
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_batches_depend_neither_on_loader_workers_nor_on_processes(world):
-    images = pictures()
+    images = small_images()
     expected = list(loader(images, EpochSampler(24, 8, seed=1)))
     loaders = [loader(images, EpochSampler(24, 8, 1, rank, world), workers=2 - world % 2) for rank in range(world)]
     for whole, *parts in zip(expected, *loaders, strict=True):
@@ -73,7 +73,7 @@ def test_batches_depend_neither_on_loader_workers_nor_on_processes(world):
 
 def test_odd_too_large_and_indivisible_batches_are_refused():
     with pytest.raises(ValueError, match="batch is 3: expected an even number"):
-        loader(pictures(), EpochSampler(24, 6, 0, world=2))
+        loader(small_images(), EpochSampler(24, 6, 0, world=2))
     with pytest.raises(ValueError, match="batch_size is 25: expected at most 24"):
         EpochSampler(24, 25, 0)
     with pytest.raises(ValueError, match="batch_size is 9: expected a multiple of 2"):
@@ -126,7 +126,7 @@ def test_an_affine_change_is_small():
         assert mass.sum() > 0.5 * dot.sum()
 
 
-# Pictures
+# Images
 
 
 def test_a_folder_for_each_class(image_folder):
@@ -162,7 +162,7 @@ def test_folders_without_data_are_named(tmp_path):
     with pytest.raises(ValueError, match="a holds no image"):
         load_folder(tmp_path)
     with pytest.raises(ValueError, match="class 'dark' has 1 images: too few to hold out"):
-        split(pictures(2), 0.1, 0)
+        split(small_images(2), 0.1, 0)
 
 
 # Optimiser, average, options

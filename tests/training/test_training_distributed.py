@@ -17,7 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_support import Quiet, assert_as_good_as, finish, new_trainer, pictures, plain, start_ranks, tiny_config
+from training_support import (
+    Quiet,
+    assert_as_good_as,
+    finish,
+    new_trainer,
+    plain,
+    small_images,
+    start_ranks,
+    tiny_config,
+)
 
 from convnext_fast import ConvNext
 from convnext_fast.training.distributed import process_group
@@ -30,11 +39,11 @@ CPU = torch.device("cpu")
 def train(output, options, until=None, model=None):
     """In every process of a group: train, and have the first write the losses.
 
-    The 13 pictures to evaluate on are more batches for the first process than for the last.
+    The 13 images to evaluate on are more batches for the first process than for the last.
     """
     torch.set_num_threads(1)
     with process_group(CPU) as process:
-        trainer = new_trainer(output, validation=pictures(13), model=model, process=process, **options)
+        trainer = new_trainer(output, validation=small_images(13), model=model, process=process, **options)
         weight = trainer.model.stages[1].blocks[0].mlp.fc1.weight
         if options.get("strategy") == "fsdp" and process.world > 1:
             assert weight.to_local().numel() < weight.numel()
@@ -192,7 +201,7 @@ def test_a_process_that_dies_ends_the_others_and_one_resumes(tmp_path, strategy)
     victim.kill()
     assert finish([survivor]) == [0]
     assert "process 0 of 2 lost another process" in (tmp_path / "end-0").read_text()
-    trainer = new_trainer(tmp_path, resume=True, validation=pictures(13), **OPTIONS | {"epochs": 3000})
+    trainer = new_trainer(tmp_path, resume=True, validation=small_images(13), **OPTIONS | {"epochs": 3000})
     assert trainer.step > 0
     with pytest.raises(KeyboardInterrupt):
         trainer.run(Quiet(until=trainer.step + 1))
@@ -201,7 +210,7 @@ def test_a_process_that_dies_ends_the_others_and_one_resumes(tmp_path, strategy)
 def meet_a_fault(output, kind, strategy):
     """Train where one process alone meets a fault; write what each of them says."""
     torch.set_num_threads(1)
-    images = pictures()
+    images = small_images()
     with process_group(CPU) as process:
         trainer = new_trainer(output, images=images, process=process, strategy=strategy, **OPTIONS)
         reporter = Quiet()

@@ -13,7 +13,17 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_support import Quiet, finish, new_trainer, pictures, processor, start, stored, tiny_config, write_folder
+from training_support import (
+    Quiet,
+    finish,
+    new_trainer,
+    processor,
+    small_images,
+    start,
+    stored,
+    tiny_config,
+    write_folder,
+)
 
 from convnext_fast import ConvNext
 from convnext_fast.training import evaluate
@@ -38,7 +48,7 @@ def train(output, log, epochs):
     """Everything that a checkpoint has to keep: moments, average, loss scale, warm-up, drop path, mixing."""
     torch.set_num_threads(1)
     options = {"epochs": epochs, "warmup_epochs": 4, "dtype": "float16", "save_every": 1, "resume": True}
-    new_trainer(output, validation=pictures(10), **options).run(Log(log))
+    new_trainer(output, validation=small_images(10), **options).run(Log(log))
 
 
 def outcome(output):
@@ -100,7 +110,7 @@ def count(log):
 
 
 class Murder(Quiet):
-    """Kills the process that loads pictures once step 4 is done."""
+    """Kills the process that loads images once step 4 is done."""
 
     def step(self, step, loss, lr):
         super().step(step, loss, lr)
@@ -189,7 +199,7 @@ def test_a_layer_that_overflows_is_distinguished_from_one_with_bad_weights(tmp_p
 
 def test_a_nonfinite_step_can_be_skipped(tmp_path):
     """What the step leaves behind is what was there before; its loss is in no mean."""
-    trainer = new_trainer(tmp_path, skip_nonfinite=True, validation=pictures(10))
+    trainer = new_trainer(tmp_path, skip_nonfinite=True, validation=small_images(10))
     reporter = Spoil(1, trainer.model.get_parameter("head.fc.bias"))
     history = trainer.run(reporter)
     assert [math.isnan(loss) for loss in reporter.losses.values()] == [False, False, True, False, False, False]

@@ -153,21 +153,21 @@ def test_an_index_of_another_kind(sharded):
 
 @pytest.fixture
 def refused(tmp_path):
-    """A function that resumes a run on what its folder of pictures is by then, and returns the message."""
-    write_folder(tmp_path / "pictures")
-    new_trainer(tmp_path / "run", images=load_folder(tmp_path / "pictures")).run(Quiet())
+    """A function that resumes a run on what its folder of images is by then, and returns the message."""
+    write_folder(tmp_path / "images")
+    new_trainer(tmp_path / "run", images=load_folder(tmp_path / "images")).run(Quiet())
 
     def resume():
         with pytest.raises(ValueError, match=r"cannot resume .*its images had other names or sizes") as error:
-            new_trainer(tmp_path / "run", images=load_folder(tmp_path / "pictures"), resume=True)
+            new_trainer(tmp_path / "run", images=load_folder(tmp_path / "images"), resume=True)
         return str(error.value)
 
     return resume
 
 
-def test_pictures_that_have_changed_since_are_named(tmp_path, refused):
-    new_trainer(tmp_path / "run", images=load_folder(tmp_path / "pictures"), resume=True)
-    changed = load_folder(tmp_path / "pictures").pictures[0]
+def test_images_that_have_changed_since_are_named(tmp_path, refused):
+    new_trainer(tmp_path / "run", images=load_folder(tmp_path / "images"), resume=True)
+    changed = load_folder(tmp_path / "images").pictures[0]
     name, size = f"{changed.parent.name}/{changed.name}", changed.stat().st_size
     content = changed.read_bytes()
     changed.write_bytes(content + b"\0")
@@ -181,11 +181,11 @@ def test_pictures_that_have_changed_since_are_named(tmp_path, refused):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b'{"dark": 1}', b'{"dark/0.png": {"a": []}}'])
-def test_a_list_of_pictures_that_is_missing_or_damaged(tmp_path, refused, content):
+def test_a_list_of_images_that_is_missing_or_damaged(tmp_path, refused, content):
     """The checkpoint still tells the classes."""
     (tmp_path / "run" / "pictures.json").unlink()
     if content is not None:
         (tmp_path / "run" / "pictures.json").write_bytes(content)
-    changed = load_folder(tmp_path / "pictures").pictures[0]
+    changed = load_folder(tmp_path / "images").pictures[0]
     changed.rename(changed.with_stem("other"))
     assert f"class {changed.parent.name}, which had" in refused()

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from training_support import Quiet, new_trainer, pictures, start, stored
+from training_support import Quiet, new_trainer, small_images, start, stored
 
 from convnext_fast.training.state import (
     TENSORS,
@@ -28,7 +28,7 @@ def test_a_folder_with_a_run_is_neither_overwritten_nor_resumed_with_other_optio
     with pytest.raises(ValueError, match=r"its options had other values: lr was 0.01 and is 0.02"):
         new_trainer(tmp_path, resume=True, lr=2e-2)
     with pytest.raises(ValueError, match="class dark, which had 12 and has 13"):
-        new_trainer(tmp_path, resume=True, images=pictures(26))
+        new_trainer(tmp_path, resume=True, images=small_images(26))
     with pytest.raises(ValueError, match=r"its config had other values: drop_path_rate was 0.3 and is 0.2"):
         new_trainer(tmp_path, resume=True, drop_path=0.2)
 

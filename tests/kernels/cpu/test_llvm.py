@@ -106,18 +106,18 @@ def test_default_dtype_and_vectors_of_another_dtype(dtype):
     biases = {name: strided(getattr(weights, name)) for name in ("dwconv_bias", "b1", "b2")}
     frozen = FrozenDownsample(torch.randn(48, 32, 2, 2), torch.randn(48))
     stem = torch.randn(32, 3, 4, 4), *torch.randn(3, 32)
-    x, picture = torch.randn(2, 9, 11, 32), torch.randn(1, 3, 17, 18)
+    x, image = torch.randn(2, 9, 11, 32), torch.randn(1, 3, 17, 18)
     expected = (
         llvm.CompiledBlock(weights, AVX2)(x, 1e-6),
         packed_weights.prepared_downsample(*frozen)(x, 1e-6),
-        llvm.prepare_stem(*stem)(picture, 1e-6),
+        llvm.prepare_stem(*stem)(image, 1e-6),
     )
     torch.set_default_dtype(dtype)
     try:
         got = (
             llvm.CompiledBlock(weights._replace(**biases), AVX2)(x, 1e-6),
             packed_weights.prepared_downsample(frozen.weight, strided(frozen.bias))(x, 1e-6),
-            llvm.prepare_stem(stem[0], *map(strided, stem[1:]))(picture, 1e-6),
+            llvm.prepare_stem(stem[0], *map(strided, stem[1:]))(image, 1e-6),
         )
     finally:
         torch.set_default_dtype(torch.float32)
