@@ -132,7 +132,7 @@ def build(plan: Plan) -> Any | None:
     module = library()
     if module is None:
         return None
-    memory = plan.given + max(len(plan.pieces), len(plan.allocations))
+    memory = plan.given + len(plan.pieces)
     if memory > module.MOST_BASES:
         _warn(f"a call has {memory} tensors and pieces of memory, C repeats calls with up to {module.MOST_BASES}")
         return None

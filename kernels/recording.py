@@ -212,20 +212,16 @@ class _Recording:
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
         """Note ``kernel[grid](*args, **meta)``."""
-        noted = self._places(args)
+        noted = self.places(args)
         noted += (None,) * (len(kernel.params) - len(args))  # constants, which the compiled kernel has
-        self._note(compiled(kernel, args, meta, self._where), grid, noted)
+        self.note(compiled(kernel, args, meta, self._where), grid, noted)
 
     @functools.cached_property
     def _where(self) -> Hashable:
         """What else a kernel is compiled for."""
         return driver.active, driver.active.get_current_device()
 
-    def note(self, kernel: Any, grid: tuple[int, ...], parameters: Sequence[Any]) -> None:
-        """Note a launch of a compiled kernel."""
-        self._note(kernel, grid, self._places(parameters))
-
-    def _places(self, args: Iterable[Any]) -> list[Any]:
+    def places(self, args: Iterable[Any]) -> list[Any]:
         """The arguments of the next launch with places instead of tensors."""
         given, index, noted = len(self.given), len(self.launches), []
         for arg in args:
@@ -240,17 +236,18 @@ class _Recording:
                 noted.append(arg)
         return noted
 
-    def _note(self, kernel: Any, grid: tuple[int, ...], noted: list[Any]) -> None:
+    def note(self, kernel: Any, grid: tuple[int, ...], noted: list[Any]) -> None:
+        """Note a launch of a compiled kernel, whose parameters are ``noted`` by `places`."""
         bytes_asked, scratch = getattr(kernel.metadata, "global_scratch_size", 0), None
         if bytes_asked:
             size = bytes_asked * math.prod(grid) * kernel.metadata.num_ctas
-            (scratch,) = self._places([self.allocate((size,), (1,), torch.uint8)])
+            (scratch,) = self.places([self.allocate((size,), (1,), torch.uint8)])
         self.launches.append(Launch(kernel, (*grid, 1, 1)[:3], noted, scratch))
 
     def include(self, plan: Plan, args: tuple) -> Any:
         """Note a call that has a ``plan``; returns stand-ins for its results."""
         made = [self.allocate(*each) for each in plan.allocations]
-        self.launches.append(Part(plan, self._places([*tensors(args), *made])))
+        self.launches.append(Part(plan, self.places([*tensors(args), *made])))
 
         def result(number: int, part: tuple | None) -> RecordedTensor:
             return made[number] if part is None else made[number].as_strided(*part)

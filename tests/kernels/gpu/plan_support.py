@@ -33,8 +33,9 @@ class Kernel:
 
 def launched(kernel, grid, *parameters):
     """Report a launch to the recording, as `launching.launch` does."""
-    if launch_hook.recording is not None:
-        launch_hook.recording.note(kernel, grid, parameters)
+    recording = launch_hook.recording
+    if recording is not None:
+        recording.note(kernel, grid, recording.places(parameters))
 
 
 def known(function, *arguments):
